@@ -1,0 +1,44 @@
+"""ApplyZippedLoRA: a zipped pair on a model."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from .bridge.apply import apply
+from .sockets import ZippedLoRASocket
+
+
+class ApplyZippedLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ApplyZippedLoRA",
+            display_name="Apply Zipped LoRA",
+            category="ZipLoRA",
+            description="Puts a zipped pair on a model, as one LoRA. Other LoRAs may go before or after it.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model, without the two LoRAs."),
+                ZippedLoRASocket.Input("zipped_lora", tooltip="The zipped pair."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Strength of the whole zipped pair. For style or subject alone use Style Strength.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Only where a LoRA file has text-encoder parts: they are added here as a LoRA loader does.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with the zipped pair."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoder with both files' parts, if connected."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, zipped_lora, strength: float, clip=None) -> io.NodeOutput:
+        return io.NodeOutput(*apply(model, clip, zipped_lora, strength))

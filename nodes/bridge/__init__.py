@@ -1,0 +1,1 @@
+"""The only place that imports comfy.*: files and keys to pairs, patchers to predictors, application, progress."""

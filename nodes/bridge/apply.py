@@ -1,0 +1,53 @@
+"""A zipped pair on a model: the host's own patches, so that everything else of the host keeps working."""
+
+from __future__ import annotations
+
+import comfy.lora
+import torch
+from comfy.weight_adapter import LoRAAdapter
+
+from ...ziplora_core.merge import merged_layers
+from .loras import LoRASource, ZippedLoRA
+
+
+def _patch(patcher, patches: dict, strength: float, names: str):
+    applied = set(patcher.add_patches(patches, strength))
+    missing = [k for k in patches if k not in applied]
+    if missing:
+        raise ValueError(
+            f"{names} was zipped for another model: {len(missing)} of its {len(patches)} layers are not in this one, "
+            f"e.g. '{missing[0]}'; connect the model that it was optimised with, or one of the same family"
+        )
+
+
+def _text_encoder(clip, source: LoRASource, strength: float) -> None:
+    names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    clip.add_patches(comfy.lora.load_lora(source.tensors, names, log_missing=False), strength)
+
+
+@torch.no_grad()
+def apply(model, clip, zipped: ZippedLoRA, strength: float):
+    """(model, clip) clones with the zipped pair on them; what came in is not changed.
+
+    The pair becomes one LoRA of rank r_c + r_s per layer (the identity of `merge.merged_factors`). Text-encoder
+    parts are merged directly, as the paper leaves them frozen; bias and norm differences follow their LoRA.
+    clip may be None. Raises ValueError where the zipped pair does not belong on this model.
+    """
+    if strength == 0:
+        return model, clip
+    names = f"'{zipped.sources.content.name}' + '{zipped.sources.style.name}'"
+    model = model.clone()
+    patches = {
+        name: LoRAAdapter(set(), (up, down, None, None, None, None))
+        for name, up, down in merged_layers(zipped.fitted.pair, zipped.coefficients)
+    }
+    _patch(model, patches, strength, names)
+    dials = {"content": zipped.content_strength, "style": zipped.style_strength}
+    sources = {"content": zipped.sources.content, "style": zipped.sources.style}
+    for concept, source in sources.items():
+        _patch(model, zipped.fitted.riders[concept], strength * source.strength * dials[concept], names)
+    if clip is not None:
+        clip = clip.clone()
+        for concept, source in sources.items():
+            _text_encoder(clip, source, strength * source.strength * dials[concept])
+    return model, clip

@@ -1,0 +1,184 @@
+"""Gradients through the host's layers without ever keeping a weight.
+
+The host's weights are inference tensors, may be fp8, quantised, patched by other LoRAs, or on another device.
+Each layer therefore runs the host's own forward without gradient, and its backward casts the weight again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import comfy.rmsnorm
+import torch
+import torch.nn.functional as F
+from comfy.patcher_extension import PatcherInjection
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ...ziplora_core.branch import Branch
+
+_CONV_INPUT = {
+    1: torch.nn.grad.conv1d_input,
+    2: torch.nn.grad.conv2d_input,
+    3: torch.nn.grad.conv3d_input,
+}
+_QUANTIZED = getattr(comfy.ops, "QuantizedTensor", ())  # absent from older hosts
+_CONV = torch.nn.modules.conv._ConvNd
+_NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm, comfy.ops.disable_weight_init.RMSNorm)
+
+
+@contextlib.contextmanager
+def _cast(module: torch.nn.Module, like: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """The module's weight and bias as the host would use them for `like`; valid inside the block only."""
+    if module.weight is None:
+        yield None, None
+    elif isinstance(module, comfy.ops.CastWeightBiasOp):
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            module, dtype=like.dtype, bias_dtype=like.dtype, device=like.device, offloadable=True
+        )
+        if isinstance(weight, _QUANTIZED):
+            weight = weight.dequantize()
+        scale = getattr(module, "scale_weight", None)
+        try:
+            yield weight if scale is None else weight * scale.to(weight), bias
+        finally:
+            comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+    else:
+        yield module.weight.to(like), None if module.bias is None else module.bias.to(like)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, module: torch.nn.Module, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.module = module
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        with _cast(ctx.module, grad) as (weight, _):
+            return grad @ weight, None, None
+
+
+class _FrozenConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, module: torch.nn.Module, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.module, ctx.shape = module, x.shape
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (grad,), m = grads, ctx.module
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        with _cast(m, grad) as (weight, _):
+            input_gradient = _CONV_INPUT[grad.ndim - 2]
+            return (
+                input_gradient(ctx.shape, weight, grad, m.stride, m.padding, m.dilation, m.groups),
+                None,
+                None,
+            )
+
+
+def _norm(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """A norm with copies of its few weights, which ordinary autograd may keep."""
+    with _cast(module, x) as (weight, bias):
+        weight = None if weight is None else weight.clone()
+        bias = None if bias is None else bias.clone()
+    if isinstance(module, torch.nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, weight, bias, module.eps)
+    if isinstance(module, torch.nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+    return comfy.rmsnorm.rms_norm(x, weight, module.eps)
+
+
+def _convolution_options(module: torch.nn.Module) -> dict[str, Any]:
+    return {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+
+
+class Injection:
+    """Freezes every layer of a model's network and adds a Branch to the layers of a pair, while injected.
+
+    Set `branch` before each forward pass; leave it until the backward pass is done, which may run blocks again.
+    layers: names as in LoRAPair (`diffusion_model.….weight`). checkpoint_blocks: keep one tensor per
+    transformer block for backward and run the block again, instead of keeping all it computed.
+    """
+
+    def __init__(self, layers: Iterable[str], checkpoint_blocks: bool = False):
+        self.branch: Branch | None = None
+        self._layers = set(layers)
+        self._checkpoint_blocks = checkpoint_blocks
+        self._undo: list[tuple[torch.nn.Module, Any]] = []
+
+    def as_patcher_injection(self) -> PatcherInjection:
+        return PatcherInjection(inject=self.inject, eject=self.eject)
+
+    def inject(self, patcher) -> None:
+        """Raises ValueError where a layer of the pair is not one that can be injected; undoes itself then."""
+        found = set()
+        try:
+            for path, module in patcher.model.named_modules():
+                forward = self._replacement(f"{path}.weight", module)
+                if forward is None or not path.startswith("diffusion_model"):
+                    continue
+                self._undo.append((module, module.__dict__.get("forward")))
+                module.forward = forward
+                found.add(f"{path}.weight")
+            missing = sorted(self._layers - found)
+            if missing:
+                raise ValueError(
+                    f"{len(missing)} layers of the pair are of a kind that cannot be zipped, e.g. '{missing[0]}'; "
+                    "use LoRAs that change linear and convolution layers"
+                )
+        except BaseException:
+            self.eject(patcher)
+            raise
+
+    def eject(self, patcher) -> None:
+        while self._undo:
+            module, previous = self._undo.pop()
+            if previous is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = previous
+        self.branch = None
+
+    def _replacement(self, name: str, module: torch.nn.Module) -> Callable[..., Tensor] | None:
+        forward = module.forward
+        if isinstance(module, _CONV) and not isinstance(module, torch.nn.modules.conv._ConvTransposeNd):
+            return self._frozen(name, module, forward, _FrozenConv, _convolution_options(module))
+        if isinstance(module, torch.nn.Linear) or (
+            isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
+        ):
+            return self._frozen(name, module, forward, _FrozenLinear, {})
+        if isinstance(module, _NORMS):
+            return lambda x: _norm(module, x) if torch.is_grad_enabled() and x.requires_grad else forward(x)
+        if self._checkpoint_blocks and type(module).__name__ == "BasicTransformerBlock":
+            return _checkpointed(forward)
+        return None
+
+    def _frozen(self, name, module, forward, function, convolution) -> Callable[[Tensor], Tensor]:
+        zipped = name in self._layers
+
+        def run(x: Tensor) -> Tensor:
+            y = function.apply(x, module, forward)
+            if zipped and self.branch is not None:
+                y = y + self.branch.delta(name, x, **convolution)
+            return y
+
+        return run
+
+
+def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if "transformer_options" in kwargs:  # the host rewrites this dict from block to block
+            kwargs["transformer_options"] = dict(kwargs["transformer_options"])
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run

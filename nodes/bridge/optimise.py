@@ -1,0 +1,55 @@
+"""From sockets to a zipped pair: check, load, solve, measure, report."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from ...ziplora_core import analysis, solver
+from ...ziplora_core.branch import JoinedPair
+from ...ziplora_core.coefficients import Coefficients
+from . import loras, predictor
+from .progress import Progress
+from .report import Outcome, write
+
+
+def optimise(
+    model,
+    sources: loras.LoRASources,
+    conditioning: dict[str, list],
+    latents: dict[str, dict],
+    settings: solver.Settings,
+) -> tuple[loras.ZippedLoRA, dict[str, list[float]], str]:
+    """Zip a pair on a model: (zipped pair, LOSS_MAP, report).
+
+    model: ModelPatcher, unchanged. conditioning, latents: host values by concept ("content", "style").
+    Every check comes before anything is loaded. steps = 0 loads nothing: the direct merge.
+    Raises ValueError (LoRAFileError for a file) or FloatingPointError; interrupts pass through.
+    """
+    for concept in ("content", "style"):
+        predictor.check_latents(f"{concept}_latents", latents[concept]["samples"], model)
+        predictor.check_conditioning(f"{concept}_positive", conditioning[concept])
+    fitted = loras.fit(sources, model.model)
+    ones = Coefficients.ones(fitted.pair)
+    outcome = Outcome(sources, fitted, settings, before=ones)
+
+    def work(predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References) -> None:
+        began = time.monotonic()
+        outcome.result = solver.optimise(joined, predict, references, settings, Progress(settings.steps))
+        outcome.seconds = time.monotonic() - began
+        outcome.retention = solver.measure_retention(
+            joined, predict, references, [ones, outcome.result.coefficients], settings.seed
+        )
+
+    if settings.steps == 0:
+        outcome.result = solver.Result(ones, stopped="no steps asked for: the direct merge")
+    else:
+        samples = {c: latents[c]["samples"] for c in ("content", "style")}
+        on_gpu = model.load_device.type != "cpu"
+        predictor.with_predictor(model, fitted.pair, conditioning, samples, 2 * settings.batch_size, on_gpu, work)
+    with torch.inference_mode(False):
+        outcome.alignment = [analysis.column_alignment(fitted.pair, c) for c in (ones, outcome.result.coefficients)]
+    report = write(outcome)
+    zipped = loras.ZippedLoRA(sources, fitted, outcome.result.coefficients, report=report)
+    return zipped, {"loss": [step.loss for step in outcome.result.history]}, report

@@ -1,0 +1,206 @@
+"""A user's patched model as the core's Predictor, run inside the host's own sampling machinery."""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from torch import Tensor
+
+from ...ziplora_core.branch import Branch, JoinedPair
+from ...ziplora_core.pair import LoRAPair
+from ...ziplora_core.solver import Batch, References
+from .frozen import Injection
+
+_HALF_PRECISION_LOSS_SCALE = 1024.0  # fp16 cannot hold gradients of a mean over 65,536 outputs
+_UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks")
+
+
+def check_conditioning(name: str, conditioning: list) -> None:
+    """Raises ValueError unless a conditioning is one plain prompt: areas, masks and ControlNets have no teacher."""
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"{name} holds {len(conditioning)} prompts; expected one: connect a single text encode node to it"
+        )
+    found = [key for key in _UNSUPPORTED if conditioning[0][1].get(key) is not None]
+    if found:
+        raise ValueError(f"{name} carries {found[0]}; expected a plain prompt: connect a text encode node to it")
+
+
+def check_latents(name: str, latents: Tensor, model) -> None:
+    """Raises ValueError where latents cannot be this model's. latents: (N, C, *space). model: ModelPatcher."""
+    channels = model.get_model_object("latent_format").latent_channels
+    if latents.is_nested or latents.ndim < 4 or latents.shape[1] != channels:
+        raise ValueError(
+            f"{name} has shape {tuple(latents.shape)}; this model's latents have {channels} channels: "
+            "connect VAE Encode with this checkpoint's own VAE"
+        )
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError(f"{name} holds NaN or infinite numbers; check the picture and the VAE that encoded it")
+
+
+def compute_dtype(model) -> torch.dtype:
+    """The dtype in which the host runs this BaseModel's network."""
+    return model.manual_cast_dtype or model.get_dtype()
+
+
+def _attention_with_gradient(_, *args, **kwargs) -> Tensor:
+    """PyTorch's attention whatever the host chose: chunked, sage and flash kernels have no gradient."""
+    return attention_pytorch(*args, **kwargs)
+
+
+def _own(value: Any) -> Any:
+    """Copies of the tensors in a conditioning, made outside inference mode so that autograd may keep them."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, list):
+        return [_own(v) for v in value]
+    if hasattr(value, "cond"):
+        owned = copy.copy(value)
+        owned.cond = _own(value.cond)
+        return owned
+    return value
+
+
+class HostPredictor:
+    """Predictor over a loaded, injected BaseModel; lives inside one `CFGGuider.sample` call.
+
+    The raw prediction is recovered from the host's x0 through the model's own `calculate_denoised`, which is
+    affine in it for every parameterisation (eps, v, flow).
+    """
+
+    def __init__(self, guider, model_options: dict, injection: Injection, references: References):
+        self._model = guider.inner_model
+        self._injection = injection
+        self._model_options = model_options
+        self._device = guider.model_patcher.load_device
+        self._sigmas = self._model.model_sampling.sigmas.to(self._device).clone()
+        self._conds = {
+            "content": self._encode(guider, "content", references.content),
+            "style": self._encode(guider, "style", references.style),
+        }
+        self.timesteps = len(self._sigmas)
+        self.loss_scale = _HALF_PRECISION_LOSS_SCALE if compute_dtype(self._model) == torch.float16 else 1.0
+        one_row = [self._rows(concept, 1) for concept in ("content", "style")]
+        self.joins = comfy.samplers.cond_equal_size(*one_row)
+        self.unet_calls = 0
+
+    def _encode(self, guider, concept: str, latents: Tensor) -> dict[str, Any]:
+        """What the model makes of a prompt at this latent size: context, pooled vector with sizes, ..."""
+        noise = torch.zeros_like(latents[:1])
+        encoded = comfy.samplers.encode_model_conds(
+            self._model.extra_conds,
+            [guider.conds[concept][0].copy()],
+            noise,
+            self._device,
+            "positive",
+            latent_image=latents[:1],
+            denoise_mask=None,
+            seed=0,
+            latent_shapes=[noise.shape],
+        )
+        return {k: _own(v) for k, v in encoded[0]["model_conds"].items()}
+
+    def _rows(self, concept: str, rows: int) -> dict[str, Any]:
+        return {k: v.process_cond(batch_size=rows, area=None) for k, v in self._conds[concept].items()}
+
+    def _conditioning(self, is_style: Tensor) -> dict[str, Any]:
+        """Conditioning of a batch whose content rows come before its style rows, joined as the host joins."""
+        style_rows = int(is_style.sum())
+        counts = {"content": len(is_style) - style_rows, "style": style_rows}
+        return comfy.samplers.cond_cat([self._rows(c, n) for c, n in counts.items() if n])
+
+    def _transformer_options(self, sigma: Tensor, rows: int) -> dict[str, Any]:
+        options = self._model.current_patcher.apply_hooks(hooks=None)
+        options = {**options, **self._model_options.get("transformer_options", {})}
+        options["optimized_attention_override"] = _attention_with_gradient
+        options["cond_or_uncond"] = [0] * rows
+        options["uuids"] = [uuid.uuid4() for _ in range(rows)]
+        options["sigmas"] = sigma
+        return options
+
+    def __call__(self, batch: Batch, branch: Branch) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._injection.branch = branch
+        self.unet_calls += 1
+        sampling = self._model.model_sampling
+        latents, noise = batch.latents.to(self._device), batch.noise.to(self._device)
+        sigma = self._sigmas[batch.timesteps.to(self._device)]
+        x = sampling.noise_scaling(sigma, noise, latents, False)
+        self._model.current_patcher.prepare_state(sigma)
+        conditioning = self._conditioning(batch.is_style)
+        conditioning["transformer_options"] = self._transformer_options(sigma, len(x))
+        wrapper = self._model_options.get("model_function_wrapper")
+        if wrapper is None:
+            x0 = self._model.apply_model(x, sigma, **conditioning)
+        else:
+            call = {"input": x, "timestep": sigma, "c": conditioning, "cond_or_uncond": [0] * len(x)}
+            x0 = wrapper(self._model.apply_model, call)
+        zeros = torch.zeros_like(x)
+        offset = sampling.calculate_denoised(sigma, zeros, x)
+        slope = sampling.calculate_denoised(sigma, torch.ones_like(x), zeros)
+        return (x0 - offset) / slope
+
+
+class _Work(comfy.samplers.Sampler):
+    """A sampler that samples nothing: it hands the prepared model to a function."""
+
+    def __init__(self, work: Callable[[Any, dict], None]):
+        self._work = work
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, *_, **__):
+        self._work(model_wrap, extra_args["model_options"])
+        return latent_image
+
+
+def _guider(patcher, content_positive: list, style_positive: list):
+    guider = comfy.samplers.CFGGuider(patcher)
+    guider.inner_set_conds({"content": content_positive, "style": style_positive})
+    return guider
+
+
+def with_predictor(
+    model,
+    pair: LoRAPair,
+    conditioning: dict[str, list],
+    latents: dict[str, Tensor],
+    rows: int,
+    checkpoint_blocks: bool,
+    work: Callable[[HostPredictor, JoinedPair, References], None],
+) -> None:
+    """Load a clone of a model as the host loads it for sampling, frozen and injected, and do some work with it.
+
+    model: ModelPatcher, not changed. conditioning, latents: by concept ("content", "style"); latents as a VAE
+    gives them. rows: rows of one pass, for the host's memory estimate. Whatever happens in `work` (return,
+    exception, interrupt), no injected layer is left behind.
+    """
+    injection = Injection(pair.layers, checkpoint_blocks)
+    patcher = model.clone()
+    patcher.set_injections("ziplora", [injection.as_patcher_injection()])
+
+    def prepared(guider, model_options: dict) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            base, device = guider.inner_model, patcher.load_device
+            content, style = (
+                base.process_latent_in(latents[c].to(device, torch.float32).clone()) for c in ("content", "style")
+            )
+            references = References(content, style)
+            joined = JoinedPair(pair, device, compute_dtype(base))
+            work(HostPredictor(guider, model_options, injection, references), joined, references)
+
+    try:
+        empty = torch.zeros(rows, *latents["content"].shape[1:])
+        sigmas = torch.tensor([float(patcher.get_model_object("model_sampling").sigma_max), 0.0])
+        guider = _guider(patcher, conditioning["content"], conditioning["style"])
+        guider.sample(empty, empty, _Work(prepared), sigmas, seed=0, disable_pbar=True)
+    finally:
+        patcher.eject_model()
+        injection.eject(patcher)
+        patcher.remove_injections("ziplora")

@@ -1,0 +1,67 @@
+"""What the optimisation did, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...ziplora_core.coefficients import Coefficients
+from ...ziplora_core.solver import Result, Settings
+from .loras import FittedPair, LoRASources
+
+
+@dataclass
+class Outcome:
+    """Everything a report tells. retention and alignment: [direct merge, zipped]."""
+
+    sources: LoRASources
+    fitted: FittedPair
+    settings: Settings
+    before: Coefficients
+    result: Result = field(default_factory=lambda: Result(Coefficients({}, {})))
+    seconds: float = 0.0
+    retention: list[dict[str, float]] = field(default_factory=list)
+    alignment: list[dict[str, float]] = field(default_factory=list)
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values) if values else 0.0
+
+
+def _ranks(low: int, high: int) -> str:
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"
+
+
+def write(outcome: Outcome) -> str:
+    """A few lines of plain text for a note or preview node."""
+    pair, settings, result = outcome.fitted.pair, outcome.settings, outcome.result
+    layers = ", ".join(f"{n} {kind}" for kind, n in pair.layer_counts().items() if n)
+    lines = [
+        f"content: {outcome.sources.content.name} ({_ranks(*pair.ranks('content'))})",
+        f"style: {outcome.sources.style.name} ({_ranks(*pair.ranks('style'))})",
+        f"layers: {layers}; {pair.coefficient_count:,} coefficients",
+        f"steps: {len(result.history)} of {settings.steps} at rate {settings.learning_rate:g}, "
+        f"lambda {settings.similarity_lambda:g}, batch {settings.batch_size}, seed {settings.seed}; {result.stopped}",
+    ]
+    if outcome.seconds:
+        lines.append(f"time: {outcome.seconds:.1f} s, {outcome.seconds / max(len(result.history), 1):.2f} s a step")
+    if outcome.retention:
+        before, after = outcome.retention
+        for concept in ("content", "style"):
+            share = after[concept] / before[concept] if before[concept] else 0.0
+            lines.append(
+                f"{concept} retention loss on held-out noise: {before[concept]:.4g} direct merge, "
+                f"{after[concept]:.4g} zipped ({share:.0%})"
+            )
+        if sum(after.values()) >= sum(before.values()):
+            lines.append("Zipping did not help this pair: the direct merge keeps both concepts as well or better.")
+    after = result.coefficients
+    lines.append(f"overlap of coefficients: {outcome.before.overlap():.3f} direct merge, {after.overlap():.3f} zipped")
+    if outcome.alignment:
+        lines.append(
+            f"mean column alignment: {_mean(outcome.alignment[0]):+.4f} direct merge, "
+            f"{_mean(outcome.alignment[1]):+.4f} zipped"
+        )
+    owners = after.ownership()
+    lines.append("columns owned by: " + ", ".join(f"{who} {share:.0%}" for who, share in owners.items()))
+    lines.extend(f"note: {note}" for note in outcome.fitted.notes)
+    return "\n".join(lines)

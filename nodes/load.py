@@ -1,0 +1,67 @@
+"""LoadLoRAPair: two LoRA files from the loras folder."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.v0_0_2 import io
+
+from .bridge import loras
+from .sockets import LoRAPairSocket
+
+
+class LoadLoRAPair(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = folder_paths.get_filename_list("loras")
+        return io.Schema(
+            node_id="LoadLoRAPair",
+            display_name="Load LoRA Pair",
+            category="ZipLoRA",
+            description="Loads a content (subject) LoRA and a style LoRA of the same base model, to be zipped.",
+            inputs=[
+                io.Combo.Input(
+                    "content_lora",
+                    options=files,
+                    tooltip="LoRA of the subject: what to draw. Any trainer's format, any rank.",
+                ),
+                io.Combo.Input(
+                    "style_lora",
+                    options=files,
+                    tooltip="LoRA of the style: how to draw it. May differ in rank.",
+                ),
+                io.Float.Input(
+                    "content_strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Strength at which the content LoRA alone draws its subject well. "
+                    "The zipped model is taught to draw as the LoRA does at this strength.",
+                ),
+                io.Float.Input(
+                    "style_strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Strength at which the style LoRA alone draws its style well. "
+                    "To dial the style after zipping use Style Strength, which costs nothing.",
+                ),
+            ],
+            outputs=[LoRAPairSocket.Output(display_name="lora_pair", tooltip="Both LoRAs, for ZipLoRA Optimize.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, content_lora: str, style_lora: str) -> bool | str:
+        # Before anything runs: a broken file should not cost the load of a checkpoint.
+        return loras.check(content_lora) or loras.check(style_lora) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, content_lora: str, style_lora: str, **_):
+        return loras.fingerprint(content_lora), loras.fingerprint(style_lora)
+
+    @classmethod
+    def execute(
+        cls, content_lora: str, style_lora: str, content_strength: float, style_strength: float
+    ) -> io.NodeOutput:
+        return io.NodeOutput(loras.load_pair(content_lora, style_lora, content_strength, style_strength))

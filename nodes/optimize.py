@@ -1,0 +1,118 @@
+"""ZipLoRAOptimize: learn the merger coefficients of a pair."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..ziplora_core.solver import Settings
+from .bridge.optimise import optimise
+from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
+
+
+class ZipLoRAOptimize(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ZipLoRAOptimize",
+            display_name="ZipLoRA Optimize",
+            category="ZipLoRA",
+            description="Learns one coefficient per column of both LoRAs so that the merged model draws the subject "
+            "as the content LoRA does and the style as the style LoRA does (ZipLoRA, arXiv 2311.13600).",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The base model, without the two LoRAs. Other LoRAs may be on it already.",
+                ),
+                LoRAPairSocket.Input("lora_pair", tooltip="The two LoRAs, from Load LoRA Pair."),
+                io.Conditioning.Input(
+                    "content_positive",
+                    tooltip="The prompt that the content LoRA was trained with, e.g. 'a sks dog'.",
+                ),
+                io.Conditioning.Input(
+                    "style_positive",
+                    tooltip="The prompt that the style LoRA was trained with, e.g. 'a house in szn style'.",
+                ),
+                io.Latent.Input(
+                    "content_latents",
+                    tooltip="Reference pictures of the subject, VAE-encoded: one is enough, a batch is welcome.",
+                ),
+                io.Latent.Input(
+                    "style_latents",
+                    tooltip="Reference pictures of the style, VAE-encoded: one is enough, a batch is welcome.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=100,
+                    min=0,
+                    max=10_000,
+                    tooltip="Updates of the coefficients. 100 is the paper's; 0 gives the direct merge.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.01,
+                    min=1e-8,
+                    max=10.0,
+                    step=0.001,
+                    round=False,
+                    tooltip="Adam's rate, the paper's 0.01. Coefficients start at 1 and move about rate x steps, "
+                    "so at 5e-5 nothing happens.",
+                ),
+                io.Float.Input(
+                    "similarity_lambda",
+                    default=0.01,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.001,
+                    round=False,
+                    tooltip="Weight of the overlap between the two sets of coefficients, the paper's 0.01. "
+                    "Higher: columns are divided more strictly between subject and style.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="Noisy copies of each reference per step. More is steadier, slower, and takes more memory.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Seed of the noise and timesteps: the same seed gives the same coefficients.",
+                ),
+            ],
+            outputs=[
+                ZippedLoRASocket.Output(
+                    display_name="zipped_lora",
+                    tooltip="The zipped pair, for Style Strength or Apply Zipped LoRA.",
+                ),
+                LossMapSocket.Output(display_name="loss_map", tooltip="Loss of each step, for Plot Loss Graph."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What was found: layers, ranks, retention before and after on noise "
+                    "that was not trained on, overlap, time.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        lora_pair,
+        content_positive,
+        style_positive,
+        content_latents,
+        style_latents,
+        steps: int,
+        learning_rate: float,
+        similarity_lambda: float,
+        batch_size: int,
+        seed: int,
+    ) -> io.NodeOutput:
+        settings = Settings(steps, learning_rate, similarity_lambda, batch_size, seed)
+        conditioning = {"content": content_positive, "style": style_positive}
+        latents = {"content": content_latents, "style": style_latents}
+        return io.NodeOutput(*optimise(model, lora_pair, conditioning, latents, settings))

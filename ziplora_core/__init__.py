@@ -1,0 +1,6 @@
+"""ZipLoRA (arXiv 2311.13600) in pure torch: pairs of LoRAs, merger coefficients, objective, solver, figures.
+
+Nothing here imports the host. `pair` says what two LoRAs are, `merge` how they become one,
+`objective` what a good merge costs, `solver` how the coefficients are found, `analysis` how aligned they are,
+`files` how a LoRA file is read and refused.
+"""

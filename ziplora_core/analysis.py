@@ -1,0 +1,48 @@
+"""Figures of a merge, from the factors alone: no dense ΔW."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .coefficients import Coefficients
+from .pair import Factors, LayerPair, LoRAPair
+
+_ZERO = 1e-6  # a coefficient below this owns no column
+
+
+def _flat(factors: Factors) -> tuple[Tensor, Tensor, int]:
+    """(up, down) in float64 with the kernel folded behind the columns, and the kernel's size."""
+    down = factors.down.double()
+    kernel = down[0, 0].numel()
+    return factors.up.double() * factors.scale, down.reshape(factors.rank, factors.columns * kernel), kernel
+
+
+def _dot(a: Factors, b: Factors) -> Tensor:
+    """Σ over rows (and kernel) of ΔW_a ⊙ ΔW_b for each column: diag(A_aᵀ(B_aᵀB_b)A_b), (columns,) float64."""
+    up_a, down_a, kernel = _flat(a)
+    up_b, down_b, _ = _flat(b)
+    return (down_a * ((up_a.T @ up_b) @ down_b)).sum(0).reshape(-1, kernel).sum(1)
+
+
+def column_cosines(layer: LayerPair, content: Tensor, style: Tensor) -> Tensor:
+    """cos(ΔW_c[:, j]·m_c[j], ΔW_s[:, j]·m_s[j]) for each column j, float64 (columns,).
+
+    Zero where a coefficient is (near) zero, a column is zero, or only one LoRA changes the layer.
+    """
+    if layer.content is None or layer.style is None:
+        return torch.zeros(layer.columns, dtype=torch.float64)
+    norms = (_dot(layer.content, layer.content).clamp_min(0) * _dot(layer.style, layer.style).clamp_min(0)).sqrt()
+    cosines = torch.where(norms > 0, _dot(layer.content, layer.style) / norms.clamp_min(1e-300), norms * 0)
+    signs = torch.sign(content.double() * style.double())
+    owned = (content.abs() > _ZERO) & (style.abs() > _ZERO)
+    return cosines * torch.where(owned, signs, torch.zeros_like(signs))
+
+
+def column_alignment(pair: LoRAPair, coefficients: Coefficients) -> dict[str, float]:
+    """Mean column alignment of each layer that both LoRAs change (arXiv 2311.13600, Fig. 3b)."""
+    return {
+        name: column_cosines(layer, coefficients.content[name], coefficients.style[name]).mean().item()
+        for name, layer in pair.layers.items()
+        if layer.content is not None and layer.style is not None
+    }

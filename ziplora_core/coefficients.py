@@ -1,0 +1,67 @@
+"""Merger coefficients: one number for each column of each LoRA's update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .pair import LoRAPair
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """m_c and m_s of ZipLoRA (arXiv 2311.13600, Eq. 2): layer name -> float32 vector (columns,).
+
+    A layer that only one LoRA changes has an entry on that side alone.
+    """
+
+    content: Mapping[str, Tensor]
+    style: Mapping[str, Tensor]
+
+    @classmethod
+    def ones(cls, pair: LoRAPair) -> Coefficients:
+        """The start of the optimisation: all ones, which is the direct merge (Eq. 1)."""
+        return cls(
+            content={k: torch.ones(v.columns) for k, v in pair.layers.items() if v.content is not None},
+            style={k: torch.ones(v.columns) for k, v in pair.layers.items() if v.style is not None},
+        )
+
+    @property
+    def count(self) -> int:
+        return sum(m.numel() for m in (*self.content.values(), *self.style.values()))
+
+    def scaled(self, content: float = 1.0, style: float = 1.0) -> Coefficients:
+        """w_c · m_c and w_s · m_s (the paper's style control, Fig. 7a). Costs nothing, keeps the original."""
+        return Coefficients(
+            content={k: m * content for k, m in self.content.items()},
+            style={k: m * style for k, m in self.style.items()},
+        )
+
+    def overlap(self) -> float:
+        """Mean of |m_c ⊙ m_s| over the columns that both LoRAs change: 1 for the direct merge, 0 for a closed zip."""
+        total, columns = 0.0, 0
+        for name in self.content.keys() & self.style.keys():
+            product = self.content[name] * self.style[name]
+            total += float(product.abs().sum(dtype=torch.float64))
+            columns += product.numel()
+        return total / columns if columns else 0.0
+
+    def ownership(self, threshold: float = 0.5) -> dict[str, float]:
+        """Share of the columns that both LoRAs change which end with content, style, both or neither.
+
+        A concept owns a column where its |coefficient| is at least `threshold`.
+        """
+        counts = dict.fromkeys(("content", "style", "both", "neither"), 0)
+        columns = 0
+        for name in self.content.keys() & self.style.keys():
+            content = self.content[name].abs() >= threshold
+            style = self.style[name].abs() >= threshold
+            counts["content"] += int((content & ~style).sum())
+            counts["style"] += int((style & ~content).sum())
+            counts["both"] += int((content & style).sum())
+            counts["neither"] += int((~content & ~style).sum())
+            columns += content.numel()
+        return {k: n / columns if columns else 0.0 for k, n in counts.items()}

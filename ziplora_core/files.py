@@ -1,0 +1,92 @@
+"""LoRA files: read, or refused with a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_MAX_HEADER = 100 * 1024 * 1024  # the format's own limit
+_LORA_MARKS = ("lora", "hada_", "lokr_", "oft_", "dora_scale", ".diff", "glora", ".a1.", "lycoris")
+
+
+class LoRAFileError(ValueError):
+    """A LoRA file that cannot be used. The message names the file, what was found and what to do."""
+
+
+def _header(path: Path) -> dict[str, dict[str, object]]:
+    """The file's table of tensors, after checking that the file is as long as its header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= _MAX_HEADER or length > size - 8:
+            raise LoRAFileError(
+                f"'{path.name}' is not a safetensors file, or it is cut off ({size:,} bytes); "
+                "choose a .safetensors LoRA or download it again"
+            )
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise LoRAFileError(
+                f"'{path.name}' is not a safetensors file (its header is not JSON); choose a .safetensors LoRA"
+            ) from error
+    if not isinstance(header, dict):
+        raise LoRAFileError(f"'{path.name}' is not a safetensors file (its header is no table of tensors)")
+    tensors = {k: v for k, v in header.items() if k != "__metadata__"}
+    try:
+        expected = 8 + length + max((int(v["data_offsets"][1]) for v in tensors.values()), default=0)
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise LoRAFileError(f"'{path.name}' has a broken safetensors header; download it again") from error
+    if size < expected:
+        raise LoRAFileError(f"'{path.name}' is cut off: {size:,} bytes found, {expected:,} expected; download it again")
+    return tensors
+
+
+def check_lora_file(path: str | os.PathLike[str]) -> None:
+    """Refuse early what cannot be a LoRA, from the header alone: a few milliseconds, nothing allocated.
+
+    Raises LoRAFileError for a missing, truncated or non-safetensors file, or one without any LoRA key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LoRAFileError(f"'{path.name}' is missing; put it into the loras folder or choose another file")
+    names = _header(path)
+    if not any(mark in name.lower() for name in names for mark in _LORA_MARKS):
+        raise LoRAFileError(
+            f"'{path.name}' holds no LoRA: none of its {len(names)} tensors has a LoRA name "
+            f"({', '.join(sorted(names)[:2]) or 'it is empty'}); choose a LoRA file, not a checkpoint or embedding"
+        )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
+    return bool(torch.isfinite(wide).all())
+
+
+def read_lora_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a LoRA file on the CPU, in the file's dtypes.
+
+    Raises LoRAFileError as `check_lora_file` does, and for NaN or Inf, naming the tensor.
+    """
+    check_lora_file(path)
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                tensors[name] = file.get_tensor(name)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise LoRAFileError(f"'{path.name}' cannot be read as safetensors ({error}); download it again") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not _all_finite(tensor):
+            raise LoRAFileError(
+                f"'{path.name}' holds NaN or infinite numbers (tensor '{name}'): its training diverged; "
+                "use another epoch or file"
+            )
+    return tensors
