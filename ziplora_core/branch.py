@@ -58,8 +58,9 @@ class JoinedPair:
         self._slots = [(name, concept) for name, layer in pair.layers.items() for concept, _ in layer.halves()]
         self._sizes = [self.layers[name].columns for name, _ in self._slots]
 
-    def flatten(self, coefficients: Coefficients, dtype: torch.dtype = torch.float32) -> Tensor:
-        """All coefficients as one vector (pair.coefficient_count,) on this pair's device."""
+    def flatten(self, coefficients: Coefficients) -> Tensor:
+        """All coefficients as one vector (pair.coefficient_count,) on this pair's device, float32 or wider."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
         sides = {"content": coefficients.content, "style": coefficients.style}
         return torch.cat([sides[concept][name].to(self.device, dtype) for name, concept in self._slots])
 

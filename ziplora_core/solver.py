@@ -15,6 +15,7 @@ from .branch import Branch, JoinedPair
 from .coefficients import Coefficients
 
 _HELD_OUT = 0x5EED  # added to the seed: noise for measuring is never noise that was trained on
+_ZERO_OVERLAP = 1e-4  # mean |m_c ⊙ m_s|; Adam reaches zero only nearly
 _MAX_SKIPPED = 12  # updates in a row that may be lost to an overflow in half precision
 
 
@@ -79,15 +80,22 @@ class Predictor(Protocol):
 
 
 @dataclass(frozen=True)
+class Losses:
+    """The terms of Eq. 3: retention of each concept, Σ|m_c · m_s| (not yet times λ), and their weighted sum."""
+
+    content: float
+    style: float
+    overlap: float
+    total: float
+
+
+@dataclass(frozen=True)
 class Step:
     """Losses of one step, before its update. `index` counts from 1."""
 
     index: int
     steps: int
-    content: float
-    style: float
-    overlap: float
-    loss: float
+    losses: Losses
 
 
 @dataclass(frozen=True)
@@ -182,15 +190,18 @@ def optimise(
         history: list[Step] = []
         batches = training_batches(references, predictor, settings)
         while len(history) < settings.steps:
-            step = _backward(joined, predictor, flat, next(batches), settings, scale, len(history) + 1)
+            losses = accumulate_gradient(joined, predictor, flat, next(batches), settings.similarity_lambda, scale)
+            step = Step(len(history) + 1, settings.steps, losses)
+            _check_finite(step)
             gradient = flat.grad
-            if gradient is None or not bool(torch.isfinite(gradient).all()):
-                skipped += 1
-                scale /= 4
+            if gradient is None:
+                raise ValueError("no layer of the pair took part in the forward pass, so there is nothing to learn")
+            if not bool(torch.isfinite(gradient).all()):
+                skipped, scale = skipped + 1, scale / 4
                 adam.zero_grad()
                 if skipped > _MAX_SKIPPED:
                     raise FloatingPointError(
-                        f"step {step.index}: the gradient is not finite although the loss ({step.loss:g}) is, "
+                        f"step {step.index}: the gradient is not finite although the loss ({losses.total:g}) is, "
                         f"after {skipped} tries at smaller loss scales; load the model in bf16 or fp32"
                     )
                 continue
@@ -201,39 +212,56 @@ def optimise(
             history.append(step)
             if on_step is not None:
                 on_step(step)
-            if step.overlap == 0.0 and joined.shared_columns(flat):
+            if _closed(joined, flat):
                 return Result(joined.unflatten(flat), history, "the overlap reached zero")
         return Result(joined.unflatten(flat), history)
 
 
-def _backward(
+def _closed(joined: JoinedPair, flat: Tensor) -> bool:
+    """Whether no column is left in both LoRAs: the paper's stop. Column by column, so that signs cannot cancel."""
+    shared = [torch.stack(pair) for pair in joined.shared_columns(flat.detach())]
+    if not shared:
+        return False
+    content, style = torch.cat(shared, dim=1)
+    return bool((content * style).abs().mean() < _ZERO_OVERLAP)
+
+
+def _check_finite(step: Step) -> None:
+    losses = step.losses
+    if not math.isfinite(losses.total):
+        raise FloatingPointError(
+            f"step {step.index}: the loss is not finite (content {losses.content:g}, style {losses.style:g}, "
+            f"overlap {losses.overlap:g}); lower learning_rate or load the model in bf16 or fp32"
+        )
+
+
+def accumulate_gradient(
     joined: JoinedPair,
     predictor: Predictor,
     flat: Tensor,
     batches: Sequence[Batch],
-    settings: Settings,
-    scale: float,
-    index: int,
-) -> Step:
-    """Accumulate the gradient of scale · Eq. 3 in `flat`; returns the losses."""
+    similarity_lambda: float,
+    scale: float = 1.0,
+) -> Losses:
+    """Eq. 3 on the rows of one step; adds the gradient of scale · loss to `flat.grad`.
+
+    flat: (pair.coefficient_count,) leaf that requires a gradient. Content and style may come in one batch or
+    in two: the loss and the gradient are the same.
+    """
     values = {"content": 0.0, "style": 0.0}
     for batch in batches:
         with torch.no_grad():
             teacher = predictor(batch, joined.teacher(batch.is_style))
-        losses = _retentions(predictor(batch, joined.student(flat)), teacher, batch.is_style.to(teacher.device))
+        student = predictor(batch, joined.student(flat))
+        losses = _retentions(student, teacher, batch.is_style.to(teacher.device))
         torch.autograd.backward(torch.stack(list(losses.values())).sum() * scale)
         for concept, loss in losses.items():
             values[concept] = loss.item()
     overlap = objective.overlap(joined.shared_columns(flat))
     if overlap.requires_grad:
-        torch.autograd.backward(overlap * (settings.similarity_lambda * scale))
-    total = values["content"] + values["style"] + settings.similarity_lambda * overlap.item()
-    if not math.isfinite(total):
-        raise FloatingPointError(
-            f"step {index}: the loss is not finite (content {values['content']:g}, style {values['style']:g}, "
-            f"overlap {overlap.item():g}); lower learning_rate or load the model in bf16 or fp32"
-        )
-    return Step(index, settings.steps, values["content"], values["style"], overlap.item(), total)
+        torch.autograd.backward(overlap * (similarity_lambda * scale))
+    total = values["content"] + values["style"] + similarity_lambda * overlap.item()
+    return Losses(values["content"], values["style"], overlap.item(), total)
 
 
 def measure_retention(

@@ -84,8 +84,11 @@ class _FrozenConv(torch.autograd.Function):
             )
 
 
-def _norm(module: torch.nn.Module, x: Tensor) -> Tensor:
-    """A norm with copies of its few weights, which ordinary autograd may keep."""
+def _norm(module: torch.nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+    """The module's own forward; where x needs a gradient, with copies of its few weights that autograd may keep."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        with torch.no_grad():
+            return forward(x)
     with _cast(module, x) as (weight, bias):
         weight = None if weight is None else weight.clone()
         bias = None if bias is None else bias.clone()
@@ -156,7 +159,7 @@ class Injection:
         ):
             return self._frozen(name, module, forward, _FrozenLinear, {})
         if isinstance(module, _NORMS):
-            return lambda x: _norm(module, x) if torch.is_grad_enabled() and x.requires_grad else forward(x)
+            return lambda x: _norm(module, x, forward)
         if self._checkpoint_blocks and type(module).__name__ == "BasicTransformerBlock":
             return _checkpointed(forward)
         return None

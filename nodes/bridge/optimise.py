@@ -52,4 +52,4 @@ def optimise(
         outcome.alignment = [analysis.column_alignment(fitted.pair, c) for c in (ones, outcome.result.coefficients)]
     report = write(outcome)
     zipped = loras.ZippedLoRA(sources, fitted, outcome.result.coefficients, report=report)
-    return zipped, {"loss": [step.loss for step in outcome.result.history]}, report
+    return zipped, {"loss": [step.losses.total for step in outcome.result.history]}, report

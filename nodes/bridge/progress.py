@@ -22,12 +22,12 @@ def loss_picture(history: list[Step]) -> Image.Image:
     left, top, right, bottom = 12, 34, width - 12, height - 12
     draw.rectangle((left, top, right, bottom), outline=_FRAME)
     steps = max(history[-1].steps - 1, 1)
-    high = max(max(s.content, s.style) for s in history) or 1.0
+    high = max(max(s.losses.content, s.losses.style) for s in history) or 1.0
     for concept, colour in (("content", _CONTENT), ("style", _STYLE)):
         points = [
             (
                 left + (s.index - 1) / steps * (right - left),
-                bottom - getattr(s, concept) / high * (bottom - top),
+                bottom - getattr(s.losses, concept) / high * (bottom - top),
             )
             for s in history
         ]
@@ -36,9 +36,9 @@ def loss_picture(history: list[Step]) -> Image.Image:
         draw.line(points, fill=colour, width=2)
     last = history[-1]
     draw.text((left, 10), f"step {last.index}/{last.steps}", fill="white")
-    draw.text((left + 110, 10), f"content {last.content:.3g}", fill=_CONTENT)
-    draw.text((left + 240, 10), f"style {last.style:.3g}", fill=_STYLE)
-    draw.text((left + 350, 10), f"overlap {last.overlap:.4g}", fill="white")
+    draw.text((left + 110, 10), f"content {last.losses.content:.3g}", fill=_CONTENT)
+    draw.text((left + 240, 10), f"style {last.losses.style:.3g}", fill=_STYLE)
+    draw.text((left + 350, 10), f"overlap {last.losses.overlap:.4g}", fill="white")
     return image
 
 

@@ -1,0 +1,82 @@
+"""Files are read, or refused with a sentence that names the file and what to do."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from ziplora_core.files import LoRAFileError, check_lora_file, read_lora_file
+
+
+def good(path):
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(2, 1), "lora_unet_x.lora_down.weight": torch.ones(1, 2)}, path)
+    return path
+
+
+def test_reads_what_was_written(tmp_path):
+    path = tmp_path / "ok.safetensors"
+    tensors = {"lora_unet_x.lora_up.weight": torch.randn(2, 1).bfloat16(), "a.alpha": torch.tensor(4.0)}
+    save_file(tensors, path)
+    read = read_lora_file(path)
+    assert read.keys() == tensors.keys() and all(torch.equal(read[k], tensors[k]) for k in tensors)
+
+
+def truncated(path):
+    path.write_bytes(good(path).read_bytes()[:-3])
+
+
+def short_header(path):
+    path.write_bytes(good(path).read_bytes()[:20])
+
+
+def huge_claim(path):
+    path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+
+
+def broken_offsets(path):
+    header = json.dumps({"lora_up": {"dtype": "F32", "shape": [1], "data_offsets": "no"}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def nan(path):
+    save_file({"a.lora_up.weight": torch.tensor([[float("nan")]])}, path)
+
+
+def infinite(path):
+    save_file({"a.lora_up.weight": torch.tensor([[float("inf")]], dtype=torch.float16)}, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: None, "missing"),
+        (lambda path: path.write_bytes(b""), "not a safetensors file"),
+        (lambda path: path.write_bytes(b"PK\x03\x04" + b"\0" * 100), "not a safetensors file"),
+        (lambda path: path.write_bytes(struct.pack("<Q", 4) + b"nope"), "not JSON"),
+        (lambda path: path.write_bytes(struct.pack("<Q", 2) + b"[]"), "no table"),
+        (truncated, "cut off"),
+        (short_header, "cut off"),
+        (huge_claim, "cut off"),
+        (broken_offsets, "broken"),
+        (lambda path: save_file({"model.weight": torch.ones(1)}, path), "holds no LoRA"),
+        (lambda path: save_file({}, path), "holds no LoRA"),
+        (nan, "NaN"),
+        (infinite, "NaN or infinite"),
+    ],
+)
+def test_refuses(tmp_path, spoil, says):
+    path = tmp_path / "spoiled.safetensors"
+    spoil(path)
+    with pytest.raises(LoRAFileError, match=says) as caught:
+        read_lora_file(path)
+    message = str(caught.value)
+    assert "spoiled.safetensors" in message and str(tmp_path) not in message and "\n" not in message
+
+
+def test_the_header_check_reads_no_data(tmp_path):
+    path = tmp_path / "nan.safetensors"
+    nan(path)
+    check_lora_file(path)  # only the numbers are wrong

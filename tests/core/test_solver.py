@@ -1,0 +1,136 @@
+"""The loop around the objective: learns, repeats, stops, and leaves by every door."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from toys import ToyPredictor, factors, toy_pair, toy_references
+from ziplora_core.branch import JoinedPair
+from ziplora_core.coefficients import Coefficients
+from ziplora_core.pair import LayerPair, LoRAPair
+from ziplora_core.solver import References, Settings, measure_retention, optimise
+
+
+def run(settings=None, predictor=None, pair=None, references=None, on_step=None):
+    joined = JoinedPair(pair or toy_pair(), dtype=torch.float64)
+    return optimise(
+        joined, predictor or ToyPredictor(), references or toy_references(), settings or Settings(), on_step
+    )
+
+
+def test_learns_on_noise_it_never_saw():
+    joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
+    result = optimise(joined, predictor, references, Settings(similarity_lambda=0.0))
+    ones = Coefficients.ones(joined.pair)
+    before, after = measure_retention(joined, predictor, references, [ones, result.coefficients], seed=0)
+    assert after["content"] + after["style"] < 0.8 * (before["content"] + before["style"])
+
+
+def test_same_seed_same_bits_and_another_seed_another_answer():
+    a, b, c = run(Settings(steps=5)), run(Settings(steps=5)), run(Settings(steps=5, seed=1))
+    assert all(torch.equal(a.coefficients.style[k], b.coefficients.style[k]) for k in a.coefficients.style)
+    assert not all(torch.equal(a.coefficients.style[k], c.coefficients.style[k]) for k in a.coefficients.style)
+
+
+def test_two_passes_a_step_when_batched_and_four_when_not():
+    for joins, passes in ((True, 2), (False, 4)):
+        predictor = ToyPredictor(joins)
+        run(Settings(steps=3), predictor)
+        assert predictor.calls == 3 * passes
+
+
+def test_batched_or_not_is_the_same_run():
+    a, b = run(Settings(steps=5), ToyPredictor(True)), run(Settings(steps=5), ToyPredictor(False))
+    for side in ("content", "style"):
+        for name, m in getattr(a.coefficients, side).items():
+            torch.testing.assert_close(m, getattr(b.coefficients, side)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_references_of_different_sizes():
+    g = torch.Generator().manual_seed(0)
+    references = References(torch.randn(1, 3, 4, 6, generator=g), torch.randn(1, 3, 8, 8, generator=g))
+    result = run(Settings(steps=2), references=references)
+    assert len(result.history) == 2 and all(math.isfinite(s.losses.total) for s in result.history)
+
+
+def test_no_steps_is_the_direct_merge():
+    predictor = ToyPredictor()
+    result = run(Settings(steps=0), predictor)
+    assert predictor.calls == 0 and result.history == []
+    assert all(torch.equal(m, torch.ones_like(m)) for m in result.coefficients.content.values())
+
+
+def test_first_update_moves_by_the_rate():
+    """Adam's first step is sign(gradient) · rate: where the community's 5e-5 comes to nothing."""
+    for rate in (0.01, 5e-5):
+        moved = [(m - 1).abs() for m in run(Settings(steps=1, learning_rate=rate)).coefficients.style.values()]
+        assert torch.cat(moved).max().item() == pytest.approx(rate, rel=1e-2)
+
+
+def test_stops_when_the_zipper_is_closed():
+    """Overlap alone drives both coefficients of a column to zero together, and the run ends there."""
+    pair = LoRAPair({"only": LayerPair(factors((3, 4), 1, 0, 0.0), factors((3, 4), 1, 1, 0.0))})
+
+    class Still(ToyPredictor):
+        def __call__(self, batch, branch):
+            return branch.delta("only", batch.latents[:, :, 0, 0].double().expand(-1, 4))
+
+    references = References(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+    result = run(Settings(steps=50, learning_rate=1.0), Still(), pair, references)
+    assert result.stopped == "the overlap reached zero"
+    assert len(result.history) < 50 and result.coefficients.overlap() < 1e-4
+
+
+def test_interrupt_leaves_at_once():
+    class Interrupt(Exception):
+        pass
+
+    seen = []
+
+    def on_step(step):
+        seen.append(step.index)
+        if step.index == 2:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        run(on_step=on_step)
+    assert seen == [1, 2]
+
+
+def test_a_loss_that_is_not_finite_names_its_step():
+    class Broken(ToyPredictor):
+        def __call__(self, batch, branch):
+            y = super().__call__(batch, branch)
+            return y * float("nan") if self.calls > 3 else y
+
+    with pytest.raises(FloatingPointError, match="step 2: the loss is not finite"):
+        run(predictor=Broken())
+
+
+def test_overflow_of_the_scaled_gradient_is_survived():
+    class Half(ToyPredictor):
+        loss_scale = 1e300
+
+    scaled = run(Settings(steps=4), Half())
+    plain = run(Settings(steps=4))
+    assert len(scaled.history) == len(plain.history) == 4
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": -1},
+        {"steps": 10_001},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"learning_rate": math.inf},
+        {"similarity_lambda": -0.1},
+        {"batch_size": 0},
+        {"seed": -1},
+    ],
+)
+def test_settings_out_of_range_are_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Settings(**bad)

@@ -1,0 +1,66 @@
+"""A pair and a network small enough to write out by hand, in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from ziplora_core.branch import Branch
+from ziplora_core.pair import Factors, LayerPair, LoRAPair
+from ziplora_core.solver import Batch, References
+
+
+def factors(shape: tuple[int, ...], rank: int, seed: int, scale: float = 1.0) -> Factors:
+    """Random factors of a ΔW of `shape` (out, in, *kernel)."""
+    g = torch.Generator().manual_seed(seed)
+    up = torch.randn(shape[0], rank, generator=g, dtype=torch.float64) * 0.3
+    down = torch.randn(rank, *shape[1:], generator=g, dtype=torch.float64) * 0.3
+    return Factors(up, down, scale)
+
+
+SHAPES = {"conv": (5, 3, 3, 3), "first": (7, 5), "second": (4, 7), "only content": (4, 4), "only style": (3, 4)}
+
+
+def toy_pair() -> LoRAPair:
+    """Convolution and linear layers, unequal ranks and scales, layers that only one LoRA changes."""
+    layers = {}
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        content = None if name == "only style" else factors(shape, 2, 10 + i, 0.7)
+        style = None if name == "only content" else factors(shape, 3, 20 + i, 1.3)
+        layers[name] = LayerPair(content, style)
+    return LoRAPair(layers)
+
+
+class ToyPredictor:
+    """A frozen five-layer network: conv -> mean over space -> four linear layers, tanh between."""
+
+    timesteps = 1000
+    loss_scale = 1.0
+
+    def __init__(self, joins: bool = True):
+        self.joins = joins
+        self.calls = 0
+        g = torch.Generator().manual_seed(1)
+        self.weights = {n: torch.randn(s, generator=g, dtype=torch.float64) * 0.5 for n, s in SHAPES.items()}
+
+    def noisy(self, batch: Batch) -> Tensor:
+        t = (batch.timesteps.double() / self.timesteps).reshape(-1, 1, 1, 1)
+        return (1 - t) * batch.latents.double() + t * batch.noise.double()
+
+    def __call__(self, batch: Batch, branch: Branch) -> Tensor:
+        self.calls += 1
+
+        def layer(name: str, x: Tensor) -> Tensor:
+            if x.ndim == 4:
+                y = torch.nn.functional.conv2d(x, self.weights[name], padding=1)
+                return torch.tanh(y + branch.delta(name, x, padding=1)).mean((2, 3))
+            return torch.tanh(x @ self.weights[name].T + branch.delta(name, x))
+
+        x = self.noisy(batch)
+        for name in SHAPES:
+            x = layer(name, x)
+        return x
+
+
+def toy_references() -> References:
+    g = torch.Generator().manual_seed(5)
+    return References(torch.randn(2, 3, 4, 4, generator=g), torch.randn(3, 3, 4, 4, generator=g))
