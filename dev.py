@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""One command for everything that a developer of this pack does (standard library only, Python 3.10 or newer).
+
+    python3 dev.py setup       a virtual environment and a real ComfyUI under .dev/
+    python3 dev.py demo        zip a subject and a style LoRA inside ComfyUI, and write pictures
+    python3 dev.py test        every test; paths and pytest's own options narrow it down
+    python3 dev.py serve       a ComfyUI with the pack and the miniature model, to use by hand
+    python3 dev.py lint        ruff and mypy
+    python3 dev.py workflows   write workflows/api/ from workflows/, through the real frontend
+    python3 dev.py run FILE    run a Python file in the environment
+    python3 dev.py lock        write the environment's versions into devhost/pins.txt
+    python3 dev.py clean       remove what set-up made
+
+COMFYUI_PATH, COMFYUI_PYTHON and CHROMIUM_PATH name a ComfyUI, a Python and a Chromium of your own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+
+from devhost.base import MissingMiniature, make_base
+from devhost.chromium import ensure_chromium
+from devhost.install import DEV, ROOT, Host, SetupError, freeze, set_up
+from devhost.suites import run_suites
+
+# What set-up and the tests leave under .dev/.
+MADE = ("venv*", "comfyui", "comfyui.partial", "dl", "base", "reports", "pytest_cache", "mypy_cache", "setup.log")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; its exit status is ours."""
+    commands = {
+        "setup": setup,
+        "demo": demo,
+        "test": test,
+        "serve": serve,
+        "lint": lint,
+        "workflows": workflows,
+        "run": run,
+        "lock": lock,
+        "clean": clean,
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=commands, metavar="command", help=", ".join(commands))
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="passed on")
+    given = parser.parse_args(arguments)
+    try:
+        return commands[given.command](given.rest)
+    except (SetupError, MissingMiniature) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def setup(rest: list[str]) -> int:
+    host = set_up()
+    print(f"ComfyUI: {host.tree}\nPython: {host.python}")
+    return 0
+
+
+def demo(rest: list[str]) -> int:
+    return python(set_up(), "demo/run.py", *rest)
+
+
+def test(rest: list[str]) -> int:
+    return run_suites(set_up(), rest)
+
+
+def serve(rest: list[str]) -> int:
+    host = set_up()
+    base = make_base(DEV / "base")
+    return python(host, "-m", "devhost.server", "--base", str(base), *rest)
+
+
+def lint(rest: list[str]) -> int:
+    host = set_up()
+    checks = [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy", "ziplora_core")]
+    return max(python(host, "-m", *check) for check in checks)
+
+
+def workflows(rest: list[str]) -> int:
+    host = set_up()
+    return python(host, "-m", "devhost.workflows", *rest, CHROMIUM_PATH=str(ensure_chromium(host)))
+
+
+def run(rest: list[str]) -> int:
+    return python(set_up(), *rest)
+
+
+def lock(rest: list[str]) -> int:
+    freeze(set_up())
+    return 0
+
+
+def clean(rest: list[str]) -> int:
+    for name in MADE:
+        for path in DEV.glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return 0
+
+
+def python(host: Host, *arguments: str, **environment: str) -> int:
+    """Run the environment's Python at the root of the checkout, which it can import from."""
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([str(host.python), *arguments], cwd=ROOT, env=settings).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""Fixtures of the host and the browser suites: a real ComfyUI server on a base directory of its own.
+
+Nothing here imports ComfyUI, and the core suite, which loads this file too, starts no server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from devhost.server import ComfyServer
+
+
+@pytest.fixture(scope="session")
+def make_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ComfyServer]]:
+    """Start servers, each on a new base directory with pack and miniature; all are stopped at the end."""
+    from devhost.base import make_base
+    from devhost.server import ComfyServer
+
+    started = []
+
+    def make(*flags: str, **options: Any) -> ComfyServer:
+        base = make_base(tmp_path_factory.mktemp("comfyui"))
+        server = ComfyServer(base, flags, **options)
+        started.append(server)
+        return server.start()
+
+    yield make
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def session_server(make_server: Callable[..., ComfyServer]) -> ComfyServer:
+    """The server that the tests of a session share; `server` hands it out."""
+    return make_server()
+
+
+@pytest.fixture
+def server(session_server: ComfyServer) -> ComfyServer:
+    """The shared server, known to be alive. A test that needs other flags or an empty cache takes `fresh_server`."""
+    session_server.check_alive()
+    return session_server
+
+
+@pytest.fixture
+def fresh_server(make_server: Callable[..., ComfyServer]) -> Iterator[Callable[..., ComfyServer]]:
+    """`fresh_server("--fp16-unet")` starts a server of the test's own, stopped when the test ends."""
+    started = []
+
+    def make(*flags: str, **options: Any) -> ComfyServer:
+        started.append(make_server(*flags, **options))
+        return started[-1]
+
+    yield make
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return Path(__file__).resolve().parent.parent
