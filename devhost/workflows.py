@@ -1,0 +1,76 @@
+"""Write workflows/api/*.json from workflows/*.json, through the real frontend.
+
+python3 dev.py workflows            write them
+python3 dev.py workflows --check    only say which differ
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from .base import make_base
+from .frontend import Frontend, open_browser
+from .install import ROOT
+from .server import ComfyServer, Prompt
+
+FOLDER = ROOT / "workflows"
+
+
+def ui_files() -> list[Path]:
+    """The graphs that ship, in UI format."""
+    return sorted(FOLDER.glob("*.json"))
+
+
+def api_file(ui_file: Path) -> Path:
+    return ui_file.parent / "api" / ui_file.name
+
+
+def api_text(prompt: Prompt) -> str:
+    """The file's text: nodes in the order of their ids, so that a change shows as a small difference."""
+    ordered = {key: prompt[key] for key in sorted(prompt, key=lambda key: [int(part) for part in key.split(":")])}
+    return json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
+
+
+def generate(frontend: Frontend, ui_file: Path) -> str:
+    """The API file's text for a UI file. ValueError where a node is unknown to the server."""
+    frontend.load(ui_file)
+    missing = frontend.missing_nodes()
+    if missing:
+        raise ValueError(f"{ui_file.name} uses {', '.join(missing)}, which the server does not have.")
+    return api_text(frontend.api())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a file differs")
+    check = parser.parse_args().check
+    differing = 0
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base:
+        with ComfyServer(make_base(Path(base), miniature=False)) as server, open_browser() as browser:
+            for ui_file in ui_files():
+                frontend = Frontend(browser, server)
+                text = generate(frontend, ui_file)
+                frontend.close()
+                target = api_file(ui_file)
+                same = target.is_file() and target.read_text(encoding="utf-8") == text
+                differing += not same
+                print(f"{target.relative_to(ROOT).as_posix()}: {'up to date' if same else 'differs'}")
+                if not same and not check:
+                    write(target, text)
+    return 1 if check and differing else 0
+
+
+def write(target: Path, text: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

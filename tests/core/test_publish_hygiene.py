@@ -1,0 +1,153 @@
+"""What the registry would ship, built from the checkout and looked into."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import pathspec
+import pytest
+import tomllib
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+SHIPPED_FOLDERS = {"nodes", "ziplora_core", "workflows", "web", "locales"}
+SHIPPED_FILES = {"__init__.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+CORE_MAY_IMPORT = {"torch", "numpy", "safetensors"}
+HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "node_helpers", "nodes"}
+COMES_WITH_THE_HOST = CORE_MAY_IMPORT | HOST_MODULES | {"PIL"}
+BANNED_MODULES = {"ctypes", "http", "pip", "pickle", "requests", "shelve", "socket", "subprocess", "urllib", "venv"}
+BANNED_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "torch.load"}
+SUFFIXES = {".py", ".json", ".jpg", ".md", ".toml", ".png", ".svg", ""}
+LARGEST = 2_000_000  # bytes of the whole archive: no weights, no demo
+
+
+def repository_files() -> list[str]:
+    """Files that git tracks or would track."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+def shipped_files() -> list[str]:
+    """The registry's archive: tracked files that .comfyignore does not match."""
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    ignored = pathspec.GitIgnoreSpec.from_lines(line for line in lines if line and not line.startswith("#"))
+    return [name for name in repository_files() if not ignored.match_file(name)]
+
+
+def shipped_python() -> list[str]:
+    return [name for name in shipped_files() if name.endswith(".py")]
+
+
+def core_python() -> list[str]:
+    return [name for name in shipped_python() if name.startswith("ziplora_core/")]
+
+
+def tree_of(name: str) -> ast.Module:
+    return ast.parse((ROOT / name).read_text(encoding="utf-8"), name)
+
+
+def imports(name: str) -> Iterator[tuple[int, str]]:
+    """(level, dotted name) of every import, inside functions too. `from . import x` gives (1, "x")."""
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.level, node.module
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.level, alias.name) for alias in node.names)
+
+
+def test_archive_holds_the_pack_and_nothing_else() -> None:
+    shipped = shipped_files()
+    tops = {PurePosixPath(name).parts[0] for name in shipped}
+    assert tops <= SHIPPED_FOLDERS | SHIPPED_FILES
+    assert {"__init__.py", "nodes", "ziplora_core", "pyproject.toml", "LICENSE", "CHANGELOG.md"} <= tops
+    strange = [name for name in shipped if PurePosixPath(name).suffix not in SUFFIXES]
+    assert not strange
+    assert sum((ROOT / name).stat().st_size for name in shipped) < LARGEST
+
+
+@pytest.mark.parametrize("name", shipped_python())
+def test_relative_imports_lead_to_shipped_files(name: str) -> None:
+    shipped = set(shipped_files())
+    for level, module in imports(name):
+        if level:
+            folder = PurePosixPath(name)
+            for _ in range(level):
+                folder = folder.parent
+            target = folder.joinpath(*module.split(".")).as_posix()
+            assert {f"{target}.py", f"{target}/__init__.py"} & shipped, f"{name} imports {module}, which does not ship"
+
+
+@pytest.mark.parametrize("name", shipped_python())
+def test_shipped_code_needs_only_what_the_host_has(name: str) -> None:
+    for level, module in imports(name):
+        top = module.split(".")[0]
+        assert level or top in COMES_WITH_THE_HOST | sys.stdlib_module_names, f"{name} imports {module}"
+        assert level or top not in BANNED_MODULES, f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("name", shipped_python())
+def test_shipped_code_runs_no_text_and_swallows_no_exception(name: str) -> None:
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in BANNED_CALLS, f"{name}:{node.lineno}"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{name}:{node.lineno} is a bare except"
+
+
+@pytest.mark.parametrize("name", core_python())
+def test_core_never_imports_the_host(name: str) -> None:
+    for level, module in imports(name):
+        if level:
+            assert level == 1, f"{name} reaches out of the core for {module}"
+        else:
+            top = module.split(".")[0]
+            assert top in CORE_MAY_IMPORT | sys.stdlib_module_names, f"{name} imports {module}"
+
+
+def test_only_the_bridge_and_the_schemas_import_the_host() -> None:
+    for name in shipped_python():
+        if not name.startswith("nodes/bridge/"):
+            strays = {module for level, module in imports(name) if not level and module.split(".")[0] in HOST_MODULES}
+            # A schema lists the files of a folder; everything else of the host goes through the bridge.
+            assert all(module.startswith(("comfy_api", "folder_paths")) for module in strays), f"{name}: {strays}"
+
+
+def test_no_file_names_the_machine_that_it_was_written_on() -> None:
+    homes = re.compile(r"(?<![\w.])(?:/home/\w|/root/\w|/Users/\w|[A-Z]:\\+Users\\)")
+    here = {str(ROOT), str(Path.home())} - {"/"}
+    for name in repository_files():
+        try:
+            text = (ROOT / name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # weights and pictures
+        if name == "tests/core/test_publish_hygiene.py":
+            continue
+        assert not homes.search(text), f"{name} names a home directory: {homes.search(text)}"
+        assert not any(path in text for path in here), f"{name} names the checkout's own place"
+
+
+def test_project_file_says_what_the_registry_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert re.fullmatch(r"[a-z][a-z0-9-]*", project["project"]["name"])
+    assert "comfyui" not in project["project"]["name"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["project"]["version"])
+    assert project["project"]["dependencies"] == []
+    comfy = project["tool"]["comfy"]
+    assert comfy["PublisherId"]
+    assert comfy["DisplayName"] == "ZipLoRA"
+    assert comfy["requires-comfyui"].startswith(">=0.3.")
+
+
+def test_every_graph_has_a_thumbnail() -> None:
+    # The template browser of ComfyUI looks for a .jpg of the same name.
+    graphs = sorted((ROOT / "workflows").glob("*.json"))
+    bare = [path.name for path in graphs if not path.with_suffix(".jpg").is_file()]
+    assert not bare
