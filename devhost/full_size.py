@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 SDXL_UNET = {
@@ -28,30 +30,45 @@ SDXL_UNET = {
 }
 
 
-def sdxl_model(dtype: torch.dtype, device: str = "cpu", **changes):
-    """The host's SDXL BaseModel. changes: other numbers for the U-Net. On "meta" it takes no memory."""
+def sdxl_model(dtype: torch.dtype, compute: torch.dtype | None = None, device: str = "cpu", **changes):
+    """The host's SDXL BaseModel with weights in `dtype`, cast to `compute` for use where that is given.
+
+    changes: other numbers for the U-Net. On "meta" it takes no memory.
+    """
     import comfy.supported_models
 
     config = comfy.supported_models.SDXL({**SDXL_UNET, **changes})
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, compute)
     return config.get_model({}, device=device)
 
 
-def sdxl_patcher(dtype: torch.dtype, **changes):
+def _fill(parameter: torch.Tensor, fill: Callable[..., object], *args: float) -> None:
+    """Fill in place; types that have no random numbers of their own (float8) take a cast copy."""
+    if parameter.element_size() > 1:
+        fill(parameter.data, *args)
+    else:
+        wide = torch.empty(parameter.shape)
+        fill(wide, *args)
+        parameter.data.copy_(wide)
+
+
+def sdxl_patcher(dtype: torch.dtype, compute: torch.dtype | None = None, **changes):
     """A ModelPatcher over SDXL with random weights that keep activations of order one."""
     import comfy.model_management
     import comfy.model_patcher
 
-    model = sdxl_model(dtype, **changes)
-    for parameter in model.diffusion_model.parameters():
-        if parameter.ndim > 1:
-            bound = (3.0 / parameter[0].numel()) ** 0.5
-            torch.nn.init.uniform_(parameter, -bound, bound)
-        else:
-            torch.nn.init.zeros_(parameter)
+    model = sdxl_model(dtype, compute, **changes)
     for module in model.diffusion_model.modules():
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-            torch.nn.init.ones_(module.weight)
+        weight = getattr(module, "weight", None)
+        if weight is None:
+            continue
+        if weight.ndim > 1:
+            bound = (3.0 / weight[0].numel()) ** 0.5
+            _fill(weight, lambda t, bound=bound: t.uniform_(-bound, bound))
+        else:
+            _fill(weight, torch.Tensor.fill_, 1.0)  # norms
+        if module.bias is not None:
+            _fill(module.bias, torch.Tensor.zero_)
     load = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(model, load, torch.device("cpu"))
 

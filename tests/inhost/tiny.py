@@ -1,0 +1,59 @@
+"""SDXL in every joint and tiny in every number, with random weights: the host's own class through its own patcher."""
+
+from __future__ import annotations
+
+import torch
+from devhost import full_size
+from torch import Tensor
+
+CHANGES = {
+    "model_channels": 32,
+    "channel_mult": [1, 2, 2],
+    "transformer_depth": [0, 0, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+    "context_dim": 96,
+    "num_head_channels": 16,
+}
+
+
+def tiny_patcher(dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None):
+    """A ModelPatcher as the checkpoint loader leaves one: weights are inference tensors."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        return full_size.sdxl_patcher(dtype, compute, **CHANGES)
+
+
+def prompts() -> dict[str, list]:
+    with torch.inference_mode():
+        return {c: full_size.random_prompt(i, width=96) for i, c in enumerate(("content", "style"))}
+
+
+def latents(side: int = 8) -> dict[str, dict[str, Tensor]]:
+    with torch.inference_mode():
+        return {c: full_size.random_latents(side, 7 + i) for i, c in enumerate(("content", "style"))}
+
+
+def sources(pack, model, ranks: tuple[int, int] = (4, 8), strengths: tuple[float, float] = (1.0, 1.0)):
+    """LORA_PAIR of two random attention LoRAs."""
+    loras = pack.nodes.bridge.loras
+    with torch.inference_mode():
+        return loras.LoRASources(
+            *(
+                loras.LoRASource(name, full_size.attention_lora(model, rank, seed, torch.float32), strength)
+                for seed, (name, rank, strength) in enumerate(zip(("content", "style"), ranks, strengths, strict=True))
+            )
+        )
+
+
+def sample(patcher, seed: int = 0, steps: int = 3) -> Tensor:
+    """What the host's own sampler draws: the witness that a model is, or is not, what it was."""
+    import comfy.sample
+
+    with torch.inference_mode():
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        positive, negative = prompts()["content"], prompts()["style"]
+        return comfy.sample.sample(
+            patcher, noise, steps, 3.0, "euler", "normal", positive, negative, torch.zeros(1, 4, 8, 8), seed=seed,
+            disable_pbar=True,
+        )  # fmt: skip
