@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 from .install import ROOT
@@ -19,45 +20,59 @@ CHECKPOINT = "miniature_sdxl.safetensors"
 
 FOLDERS = ("models/checkpoints", "models/loras", "input", "output", "temp", "user/default", "custom_nodes")
 # The frontend greets a new user with a window over the graph; nobody is there to close it.
-SETTINGS = {"Comfy.TutorialCompleted": True}
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
 
 
 class MissingMiniature(RuntimeError):
     """A part of the miniature model is not in the checkout."""
 
 
-def miniature_files(root: Path = ROOT) -> tuple[Path, list[Path], list[Path]]:
-    """The miniature's checkpoint, its LoRAs and its folders of reference pictures; MissingMiniature where absent."""
-    demo = root / "demo"
+@dataclass(frozen=True)
+class Miniature:
+    """The miniature model's files: checkpoint, LoRAs, folders of reference pictures, and the host extension."""
+
+    checkpoint: Path
+    loras: list[Path]
+    pictures: list[Path]
+    extension: Path
+
+
+def find_miniature(demo: Path | None = None) -> Miniature:
+    """The shipped miniature, or the one in the folder that ZIPLORA_MINIATURE names; MissingMiniature where not whole.
+
+    The folder is laid out as demo/ is: weights/, loras/*.safetensors, pictures/<name>/*.png.
+    """
+    extension = ROOT / "demo" / "host_extension"
+    demo = demo or Path(os.environ.get("ZIPLORA_MINIATURE") or ROOT / "demo").resolve()
     checkpoint = demo / "weights" / CHECKPOINT
     loras = sorted((demo / "loras").glob("*.safetensors"))
     pictures = sorted({picture.parent for picture in (demo / "pictures").glob("*/*.png")})
     parts = {"checkpoint": checkpoint.is_file(), "LoRAs": loras, "pictures": pictures}
-    parts["host extension"] = (demo / "host_extension" / "__init__.py").is_file()
+    parts["host extension"] = (extension / "__init__.py").is_file()
     missing = [name for name, found in parts.items() if not found]
     if missing:
         raise MissingMiniature(
-            f"The miniature model's {', '.join(missing)} are missing under demo/: restore them from git, "
-            "or train them again with demo/train.py."
+            f"The miniature model is not whole in {demo} ({', '.join(missing)} not found): restore demo/ from git, "
+            "or train the model again as demo/README.md says."
         )
-    return checkpoint, loras, pictures
+    return Miniature(checkpoint, loras, pictures, extension)
 
 
-def make_base(base: Path, *, miniature: bool = True, root: Path = ROOT) -> Path:
+def make_base(base: Path, *, miniature: bool = True) -> Path:
     """Make or complete a base directory with the pack, and with the miniature where wanted. Returns it."""
+    found = find_miniature() if miniature else None
     for folder in FOLDERS:
         (base / folder).mkdir(parents=True, exist_ok=True)
     settings = base / "user" / "default" / "comfy.settings.json"
     if not settings.is_file():
         settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
-    link(root, base / "custom_nodes" / PACK)
-    if miniature:
-        checkpoint, loras, pictures = miniature_files(root)
-        link(root / "demo" / "host_extension", base / "custom_nodes" / MINIATURE)
-        link(checkpoint, base / "models" / "checkpoints" / checkpoint.name)
-        for lora in loras:
+    link(ROOT, base / "custom_nodes" / PACK)
+    if found is not None:
+        link(found.extension, base / "custom_nodes" / MINIATURE)
+        link(found.checkpoint, base / "models" / "checkpoints" / found.checkpoint.name)
+        for lora in found.loras:
             link(lora, base / "models" / "loras" / lora.name)
-        for folder in pictures:
+        for folder in found.pictures:
             link(folder, base / "input" / folder.name)
     return base
 

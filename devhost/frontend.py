@@ -115,9 +115,12 @@ class Frontend:
             self.page.evaluate("() => window.app.queuePrompt(0, 1)")
         return str(caught.value.json()["prompt_id"])
 
-    def screenshot(self, path: Path) -> Path:
-        """Save a picture of the whole graph as the page shows it."""
-        self.page.evaluate("() => { window.app.canvas.fitViewToSelectionAnimated?.() }")
-        self.page.wait_for_timeout(500)
+    def screenshot(self, path: Path, size: tuple[int, int] = (1600, 1000)) -> Path:
+        """Save a picture of the graph, all of it in view, without the menus around it."""
+        self.page.set_viewport_size({"width": size[0], "height": size[1]})
+        self.page.evaluate("() => window.app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
+        self.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        self.page.wait_for_timeout(1000)  # the view glides into place
         self.page.screenshot(path=str(path))
+        self.page.evaluate("() => window.app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
         return path

@@ -268,8 +268,10 @@ def install_packages(host: Host, stages: Stages) -> None:
         wanted += [pinned("torch"), pinned("torchvision")]
     else:
         stages.say("installing the test tools beside the packages of COMFYUI_PYTHON")
-    limits = [] if host.own_tree else ["--constraint", str(PINS)]
-    pip(host, ["install", *limits, *dict.fromkeys(wanted)], "installing packages")
+    # A tool that COMFYUI_PYTHON already has would bring no program of its own into our environment.
+    options = ["--ignore-installed"] if host.own_python else []
+    options += [] if host.own_tree else ["--constraint", str(PINS)]
+    pip(host, ["install", *options, *dict.fromkeys(wanted)], "installing packages")
 
 
 def requirements(tree: Path) -> list[str]:

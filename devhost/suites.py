@@ -77,8 +77,7 @@ def run_suite(host: Host, suite: str, paths: list[str], options: list[str], narr
     report = DEV / "reports" / f"{suite}.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    environment = {**os.environ, "COMFYUI_PATH": str(host.tree)}
-    environment.pop("PYTHONPATH", None)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if suite == "browser":
         environment["CHROMIUM_PATH"] = str(ensure_chromium(host))
     # The program and not `python -m pytest`: that puts the working directory on sys.path, and the pack's folder

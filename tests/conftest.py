@@ -5,6 +5,7 @@ Nothing here imports ComfyUI, and the core suite, which loads this file too, sta
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ import pytest
 
 if TYPE_CHECKING:
     from devhost.server import ComfyServer
+
+DEVICE = os.environ.get("ZIPLORA_TEST_DEVICE", "cpu")  # "auto" takes the GPU that ComfyUI finds
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +28,7 @@ def make_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
 
     def make(*flags: str, **options: Any) -> ComfyServer:
         base = make_base(tmp_path_factory.mktemp("comfyui"))
-        server = ComfyServer(base, flags, **options)
+        server = ComfyServer(base, flags, **{"device": DEVICE, **options})
         started.append(server)
         return server.start()
 

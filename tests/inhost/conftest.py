@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DEMO = ROOT / "demo"
-CHECKPOINT = DEMO / "weights" / "miniature_sdxl.safetensors"
 DEVICE = os.environ.get("ZIPLORA_TEST_DEVICE", "cpu")  # "auto" takes the GPU that ComfyUI finds
 
 
@@ -60,13 +58,14 @@ def load_miniature(miniature_extension: ModuleType) -> Callable[..., Loaded]:
     """
     import comfy.sd
 
-    if not CHECKPOINT.is_file():
-        pytest.fail(f"{CHECKPOINT.relative_to(ROOT)} is missing: restore it from git, or train it with demo/train.py.")
+    from devhost.base import find_miniature
+
+    checkpoint = str(find_miniature().checkpoint)
 
     def load(dtype: Any = None, **options: Any) -> Loaded:
         if dtype is not None:
             options["dtype"] = dtype
-        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT), model_options=options)
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(checkpoint, model_options=options)
         return Loaded(model, clip, vae)
 
     return load
@@ -81,10 +80,9 @@ def miniature(load_miniature: Callable[..., Loaded]) -> Loaded:
 @pytest.fixture(scope="session")
 def lora_files() -> dict[str, Path]:
     """The shipped LoRAs by name, without the ending."""
-    files = {path.stem: path for path in sorted((DEMO / "loras").glob("*.safetensors"))}
-    if not files:
-        pytest.fail("demo/loras holds no LoRA: restore them from git, or train them with demo/train.py.")
-    return files
+    from devhost.base import find_miniature
+
+    return {path.stem: path for path in find_miniature().loras}
 
 
 @pytest.fixture(autouse=True)

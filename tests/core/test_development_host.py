@@ -1,0 +1,90 @@
+"""The parts of the development host that nothing else would notice breaking."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from devhost import install, suites
+from devhost.base import MissingMiniature, find_miniature, link, make_base
+
+
+def canonical(line: str) -> str:
+    """Name of the package that a requirement line asks for."""
+    return re.split(r"[^\w.-]", line)[0].lower().replace("_", "-")
+
+
+def test_every_package_asked_for_is_pinned() -> None:
+    lines = [line for line in install.PINS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==\S+", line) for line in lines)
+    pinned = {canonical(line) for line in lines}
+    asked = [*install.TOOLS, *install.HOST_EXTRAS, install.CARRIER, "torch", "torchvision"]
+    tree = install.DEV / "comfyui"
+    if tree.is_dir():  # absent where COMFYUI_PATH names another
+        asked += install.requirements(tree)
+    assert {canonical(line) for line in asked} <= pinned
+
+
+def test_finished_set_up_is_found_in_under_a_second() -> None:
+    assert install.is_ready(install.current_host()), "run `python3 dev.py setup` first"
+    seconds = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        start = time.monotonic()
+        subprocess.run([sys.executable, "dev.py", "setup"], cwd=install.ROOT, capture_output=True, check=True)
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 1.0
+
+
+def test_wrong_comfyui_path_is_one_sentence(tmp_path: Path) -> None:
+    environment = {**os.environ, "COMFYUI_PATH": str(tmp_path)}
+    command = [sys.executable, "dev.py", "setup"]
+    done = subprocess.run(command, cwd=install.ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: COMFYUI_PATH names .* holds no main\.py: .*\.\n", done.stderr)
+
+
+def test_base_directory_leads_to_the_checkout_and_can_be_made_twice(tmp_path: Path) -> None:
+    for _ in range(2):
+        base = make_base(tmp_path / "base", miniature=False)
+    pack = base / "custom_nodes" / "ComfyUI-ZipLoRA"
+    assert (pack / "__init__.py").samefile(install.ROOT / "__init__.py")
+    assert (base / "models" / "loras").is_dir()
+
+
+def test_link_follows_a_source_that_moved(tmp_path: Path) -> None:
+    old, new, target = tmp_path / "old", tmp_path / "new", tmp_path / "target"
+    old.write_text("old")
+    new.write_text("new")
+    link(old, target)
+    link(new, target)
+    assert target.read_text() == "new"
+    assert old.read_text() == "old"
+
+
+def test_missing_miniature_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingMiniature, match="checkpoint, LoRAs, pictures"):
+        find_miniature(tmp_path)
+
+
+def test_report_counts_every_outcome(tmp_path: Path) -> None:
+    source = "import pytest\n"
+    source += "def test_a(): pass\ndef test_b(): pass\ndef test_c(): assert False\ndef test_d(): pytest.skip('x')\n"
+    source += "@pytest.fixture\ndef broken(): raise ValueError\ndef test_e(broken): pass\n"
+    (tmp_path / "test_sample.py").write_text(source)
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={tmp_path / 'r.xml'}", str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert str(suites.read_report(tmp_path / "r.xml")) == "2 passed, 2 failed, 1 skipped"
+
+
+def test_arguments_choose_suites_and_keep_options() -> None:
+    folder = install.ROOT / "tests"
+    chosen, options = suites.split_arguments([f"{folder / 'core'}::test_x", "-k", "pair", "-x"])
+    assert chosen == {"core": [f"{folder / 'core'}::test_x"]}
+    assert options == ["-k", "pair", "-x"]
+    assert list(suites.split_arguments([])[0]) == ["core", "inhost", "host", "browser"]
