@@ -53,8 +53,10 @@ class LoadLoRAPair(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, content_lora: str, style_lora: str) -> bool | str:
-        # Before anything runs: a broken file should not cost the load of a checkpoint.
-        return loras.check(content_lora) or loras.check(style_lora) or True
+        # Before anything runs: a broken file should not cost the load of a checkpoint. The host shows the answer
+        # at both inputs, so it says which one is meant.
+        checked = {"content_lora": loras.check(content_lora), "style_lora": loras.check(style_lora)}
+        return "; ".join(f"{name}: {problem}" for name, problem in checked.items() if problem) or True
 
     @classmethod
     def fingerprint_inputs(cls, content_lora: str, style_lora: str, **_):

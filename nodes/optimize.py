@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.solver import Settings
-from .bridge.optimise import optimise
+from .bridge.optimise import check_inputs, optimise
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
 
 
@@ -26,18 +26,22 @@ class ZipLoRAOptimize(io.ComfyNode):
                 LoRAPairSocket.Input("lora_pair", tooltip="The two LoRAs, from Load LoRA Pair."),
                 io.Conditioning.Input(
                     "content_positive",
+                    lazy=True,
                     tooltip="The prompt that the content LoRA was trained with, e.g. 'a sks dog'.",
                 ),
                 io.Conditioning.Input(
                     "style_positive",
+                    lazy=True,
                     tooltip="The prompt that the style LoRA was trained with, e.g. 'a house in szn style'.",
                 ),
                 io.Latent.Input(
                     "content_latents",
+                    lazy=True,
                     tooltip="Reference pictures of the subject, VAE-encoded: one is enough, a batch is welcome.",
                 ),
                 io.Latent.Input(
                     "style_latents",
+                    lazy=True,
                     tooltip="Reference pictures of the style, VAE-encoded: one is enough, a batch is welcome.",
                 ),
                 io.Int.Input(
@@ -96,6 +100,28 @@ class ZipLoRAOptimize(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def check_lazy_status(
+        cls,
+        model,
+        lora_pair,
+        content_positive,
+        style_positive,
+        content_latents,
+        style_latents,
+        steps: int,
+        learning_rate: float,
+        similarity_lambda: float,
+        batch_size: int,
+        seed: int,
+    ) -> list[str]:
+        """Which inputs to make next: what can be refused is refused before a VAE or a text encoder is loaded."""
+        Settings(steps, learning_rate, similarity_lambda, batch_size, seed)
+        latents = {"content": content_latents, "style": style_latents}
+        check_inputs(model, lora_pair, latents)
+        missing = [f"{concept}_latents" for concept, made in latents.items() if made is None]
+        return missing or ["content_positive", "style_positive"]
 
     @classmethod
     def execute(

@@ -14,6 +14,17 @@ from .progress import Progress
 from .report import Outcome, write
 
 
+def check_inputs(model, sources: loras.LoRASources, latents: dict[str, dict | None]) -> None:
+    """Refuse files and latents that do not fit a model. Latents that are not made yet (None) are left out.
+
+    model: ModelPatcher; nothing of it is loaded. Raises ValueError (LoRAFileError for a file).
+    """
+    loras.fit(sources, model.model)
+    for concept, made in latents.items():
+        if made is not None:
+            predictor.check_latents(f"{concept}_latents", made["samples"], model)
+
+
 def optimise(
     model,
     sources: loras.LoRASources,
