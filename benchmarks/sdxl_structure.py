@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from devhost.inprocess import load_pack  # noqa: E402
+from devhost.inprocess import load_pack
 
 
 def parse() -> argparse.Namespace:
@@ -45,9 +45,9 @@ def peak_memory(device: str) -> int:
 def main() -> None:
     args = parse()
     pack = load_pack(cpu=args.device == "cpu")
-    from devhost import full_size
-
     import torch
+
+    from devhost import full_size
 
     torch.manual_seed(0)
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]

@@ -20,7 +20,7 @@ class StyleStrength(io.ComfyNode):
             node_id="StyleStrength",
             display_name="Style Strength",
             category="ZipLoRA",
-            description="Dials style and subject of a zipped pair up or down. Costs nothing: nothing is optimised again.",
+            description="Dials style and subject of a zipped pair up or down. Free: nothing is optimised again.",
             inputs=[
                 ZippedLoRASocket.Input("zipped_lora", tooltip="A zipped pair."),
                 _dial("style_strength", "Multiplies the style's coefficients: 0 none, 1 as zipped, up to 2."),

@@ -79,7 +79,7 @@ def read_lora_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+            for name in file.keys():  # safe_open is not a mapping
                 tensors[name] = file.get_tensor(name)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise LoRAFileError(f"'{path.name}' cannot be read as safetensors ({error}); download it again") from error

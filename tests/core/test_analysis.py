@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from toys import factors, toy_pair
+
 from ziplora_core.analysis import column_alignment, column_cosines
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.pair import Factors, LayerPair

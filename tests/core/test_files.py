@@ -8,6 +8,7 @@ import struct
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from ziplora_core.files import LoRAFileError, check_lora_file, read_lora_file
 
 

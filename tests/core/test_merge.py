@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from toys import factors, toy_pair
+
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.merge import merged_factors, merged_layers
 from ziplora_core.pair import Factors, LayerPair, LoRAPair

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from toys import SHAPES, ToyPredictor, toy_pair, toy_references
+
 from ziplora_core.branch import JoinedPair
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.solver import Settings, accumulate_gradient, training_batches

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from toys import ToyPredictor, factors, toy_pair, toy_references
+
 from ziplora_core.branch import JoinedPair
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.pair import LayerPair, LoRAPair

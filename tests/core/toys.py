@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from ziplora_core.branch import Branch
 from ziplora_core.pair import Factors, LayerPair, LoRAPair
 from ziplora_core.solver import Batch, References

@@ -18,8 +18,6 @@ DTYPES = {  # storage, compute (None: the same), relative difference allowed by 
 
 def dense_loss(pack, copied, fitted, m, references, batch, conditioning):
     """Eq. 3 by ordinary autograd: every weight of a copied model replaced by W0 + dense update."""
-    import comfy.samplers
-
     sampling = copied.model_sampling
     sigma = sampling.sigmas[batch.timesteps]
     x = sampling.noise_scaling(sigma, batch.noise, batch.latents, False)

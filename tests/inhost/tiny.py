@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from devhost import full_size
 from torch import Tensor
+
+from devhost import full_size
 
 CHANGES = {
     "model_channels": 32,
