@@ -26,7 +26,7 @@ import sys
 
 from devhost.base import MissingMiniature, make_base
 from devhost.chromium import ensure_chromium
-from devhost.install import DEV, ROOT, Host, SetupError, freeze, set_up
+from devhost.install import DEV, ROOT, THREADS, Host, SetupError, freeze, set_up
 from devhost.suites import run_suites
 
 # What set-up and the tests leave under .dev/.
@@ -108,7 +108,7 @@ def clean(rest: list[str]) -> int:
 
 def python(host: Host, *arguments: str, **environment: str) -> int:
     """Run the environment's Python at the root of the checkout, which it can import from."""
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    settings = {**THREADS, **os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([str(host.python), *arguments], cwd=ROOT, env=settings).returncode
 
 

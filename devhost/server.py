@@ -30,7 +30,7 @@ import requests
 import websocket
 from PIL import Image
 
-from .install import current_host
+from .install import THREADS, current_host
 
 # Flags of ComfyUI that exclude --cpu and each other.
 DEVICE_FLAGS = {"--cpu", "--gpu-only", "--highvram", "--normalvram", "--lowvram", "--novram"}
@@ -250,7 +250,7 @@ class ComfyServer:
     def start(self) -> ComfyServer:
         """Start the process, wait until it answers, connect the websocket. ServerDied with the log's tail if not."""
         self.port = self.port or free_port()
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1", **self.environment}
+        environment = {**THREADS, **os.environ, "DO_NOT_TRACK": "1", **self.environment}
         environment.pop("PYTHONPATH", None)  # the pack's folder `nodes` would hide ComfyUI's module of that name
         with open(self.log_file, "ab") as log:
             self.process = subprocess.Popen(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .chromium import ensure_chromium
-from .install import DEV, ROOT, Host
+from .install import DEV, ROOT, THREADS, Host
 
 # In this order: what fails fast comes first.
 SUITES = ("core", "inhost", "host", "browser")
@@ -77,7 +77,7 @@ def run_suite(host: Host, suite: str, paths: list[str], options: list[str], narr
     report = DEV / "reports" / f"{suite}.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = {key: value for key, value in {**THREADS, **os.environ}.items() if key != "PYTHONPATH"}
     if suite == "browser":
         environment["CHROMIUM_PATH"] = str(ensure_chromium(host))
     # The program and not `python -m pytest`: that puts the working directory on sys.path, and the pack's folder
@@ -89,7 +89,8 @@ def run_suite(host: Host, suite: str, paths: list[str], options: list[str], narr
         return Count()
     count = read_report(report)
     if status and not count.failed:
-        count.failed = 1  # pytest itself failed, or found no test where there must be some
+        print(f"error: pytest ended with status {status} and no failed test in its report", flush=True)
+        count.failed = 1  # it crashed, or found no test where there must be some
     return count
 
 
