@@ -89,7 +89,8 @@ def _norm(module: torch.nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor
     if not (torch.is_grad_enabled() and x.requires_grad):
         with torch.no_grad():
             return forward(x)
-    with _cast(module, x) as (weight, bias):
+    # The host's parameters ask for gradients: copied under grad they would collect one each, step after step.
+    with torch.no_grad(), _cast(module, x) as (weight, bias):
         weight = None if weight is None else weight.clone()
         bias = None if bias is None else bias.clone()
     if isinstance(module, torch.nn.GroupNorm):
