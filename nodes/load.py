@@ -52,15 +52,15 @@ class LoadLoRAPair(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, content_lora: str, style_lora: str) -> bool | str:
+    def validate_inputs(cls, content_lora: str | None, style_lora: str | None) -> bool | str:
         # Before anything runs: a broken file should not cost the load of a checkpoint. The host shows the answer
         # at both inputs, so it says which one is meant.
         checked = {"content_lora": loras.check(content_lora), "style_lora": loras.check(style_lora)}
         return "; ".join(f"{name}: {problem}" for name, problem in checked.items() if problem) or True
 
     @classmethod
-    def fingerprint_inputs(cls, content_lora: str, style_lora: str, **_):
-        return loras.fingerprint(content_lora), loras.fingerprint(style_lora)
+    def fingerprint_inputs(cls, content_lora: str | None, style_lora: str | None, **_):
+        return [loras.fingerprint(name) for name in (content_lora, style_lora) if name is not None]
 
     @classmethod
     def execute(

@@ -57,8 +57,15 @@ def optimise(
         outcome.result = solver.Result(ones, stopped="no steps asked for: the direct merge")
     else:
         samples = {c: latents[c]["samples"] for c in ("content", "style")}
-        on_gpu = model.load_device.type != "cpu"
-        predictor.with_predictor(model, fitted.pair, conditioning, samples, 2 * settings.batch_size, on_gpu, work)
+        predictor.with_predictor(
+            model,
+            fitted.pair,
+            conditioning,
+            samples,
+            rows=4 * settings.batch_size,  # two rows, and as much again for what backward keeps
+            checkpoint_blocks=model.load_device.type != "cpu",
+            work=work,
+        )
     with torch.inference_mode(False):
         outcome.alignment = [analysis.column_alignment(fitted.pair, c) for c in (ones, outcome.result.coefficients)]
     report = write(outcome)

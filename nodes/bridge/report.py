@@ -64,4 +64,4 @@ def write(outcome: Outcome) -> str:
     owners = after.ownership()
     lines.append("columns owned by: " + ", ".join(f"{who} {share:.0%}" for who, share in owners.items()))
     lines.extend(f"note: {note}" for note in outcome.fitted.notes)
-    return "\n".join(lines)
+    return "  \n".join(lines)  # a line break in Markdown too, which Preview as Text renders

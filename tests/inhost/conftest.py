@@ -34,6 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
     from devhost.inprocess import load_pack
 
     load_pack(cpu=DEVICE == "cpu")
+    import torch
+
+    torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other, long under other load
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,46 @@
+"""Text-encoder parts are merged directly and applied to `clip`, as the stock loader applies them."""
+
+from __future__ import annotations
+
+import tiny
+import torch
+
+
+def with_text_encoder(patcher, clip, seed: int) -> dict[str, torch.Tensor]:
+    import comfy.lora
+
+    lora = tiny.full_size.attention_lora(patcher.model, 2, seed, torch.float32)
+    g = torch.Generator().manual_seed(seed)
+    state = clip.cond_stage_model.state_dict()
+    for name, key in comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}).items():
+        if name.startswith(("lora_te1_", "lora_te2_")) and state[key].ndim == 2:
+            out, columns = state[key].shape
+            lora[f"{name}.lora_up.weight"] = torch.randn(out, 2, generator=g) * 0.3
+            lora[f"{name}.lora_down.weight"] = torch.randn(2, columns, generator=g) * 0.3
+    return lora
+
+
+def test_applied_to_clip_as_the_stock_loader_does(pack, miniature):
+    import comfy.sd
+
+    patcher, clip = miniature.model, miniature.clip
+    loras, Coefficients = pack.nodes.bridge.loras, pack.ziplora_core.coefficients.Coefficients
+    files = [with_text_encoder(patcher, clip, seed) for seed in (1, 2)]
+    assert any(k.startswith("lora_te2_") for k in files[0])
+    sources = loras.LoRASources(loras.LoRASource("content", files[0], 0.7), loras.LoRASource("style", files[1], 1.2))
+    fitted = loras.fit(sources, patcher.model)
+    assert fitted.notes == [], "text-encoder tensors are used, not reported as unused"
+    zipped = loras.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
+
+    def encoded(text_encoder) -> torch.Tensor:
+        with torch.inference_mode():
+            return text_encoder.encode_from_tokens(text_encoder.tokenize("a red star in neon style")).clone()
+
+    bare = encoded(clip)
+    _, ours = pack.nodes.bridge.apply.apply(patcher, clip, zipped, 0.5)
+    theirs = clip
+    for source in (sources.content, sources.style):
+        _, theirs = comfy.sd.load_lora_for_models(patcher, theirs, source.tensors, 0, 0.5 * source.strength)
+    assert not torch.allclose(encoded(theirs), bare, atol=1e-3), "the LoRAs change nothing: this tests nothing"
+    torch.testing.assert_close(encoded(ours), encoded(theirs))
+    torch.testing.assert_close(encoded(clip), bare)
