@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +62,21 @@ def test_losses_plot_and_report_shows(server: ComfyServer, content: Concept, sty
     assert content.lora in report and style.lora in report
     assert "steps: 4 of 4" in report
     read_report(report)
+
+
+def test_references_may_differ_in_size_number_and_length_of_prompt(
+    server: ComfyServer, content: Concept, style: Concept
+) -> None:
+    """They cannot share a pass then: content and style go through the model one after the other."""
+    long = replace(style, prompt=" ".join([style.prompt] * 8))
+    graph = optimised(content, long, steps=2, batch_size=2, seed=25)
+    graph["content_batch"] = node("RepeatLatentBatch", samples=graph["optimise"]["inputs"]["content_latents"], amount=3)
+    graph["optimise"]["inputs"]["content_latents"] = ["content_batch", 0]
+    graph["wide"] = node(
+        "ImageScale", image=["style_picture", 0], upscale_method="bilinear", width=160, height=96, crop="disabled"
+    )
+    graph["style_latents"]["inputs"]["pixels"] = ["wide", 0]
+    result = server.run(graph)
+    assert result.progress("optimise") == [(1, 2), (2, 2)]
+    report = read_report(result.text("report"))
+    assert all(math.isfinite(figure) and figure > 0 for figure in (*report.content, *report.style))
