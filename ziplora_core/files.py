@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _MAX_HEADER = 100 * 1024 * 1024  # the format's own limit
-_LORA_MARKS = ("lora", "hada_", "lokr_", "oft_", "dora_scale", ".diff", "glora", ".a1.", "lycoris")
+_LORA_NAME = re.compile(
+    r"lora|lycoris|hada_|lokr_|oft_|dora_scale|\.[ab][12]\.weight$|\.diff(_b)?$|\.set_weight$|\.[wb]_norm$",
+    re.IGNORECASE,
+)
 
 
 class LoRAFileError(ValueError):
@@ -57,7 +61,7 @@ def check_lora_file(path: str | os.PathLike[str]) -> None:
     if not path.is_file():
         raise LoRAFileError(f"'{path.name}' is missing; put it into the loras folder or choose another file")
     names = _header(path)
-    if not any(mark in name.lower() for name in names for mark in _LORA_MARKS):
+    if not any(_LORA_NAME.search(name) for name in names):
         raise LoRAFileError(
             f"'{path.name}' holds no LoRA: none of its {len(names)} tensors has a LoRA name "
             f"({', '.join(sorted(names)[:2]) or 'it is empty'}); choose a LoRA file, not a checkpoint or embedding"

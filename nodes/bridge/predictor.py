@@ -90,7 +90,6 @@ class HostPredictor:
         self.loss_scale = _HALF_PRECISION_LOSS_SCALE if compute_dtype(self._model) == torch.float16 else 1.0
         one_row = [self._rows(concept, 1) for concept in ("content", "style")]
         self.joins = comfy.samplers.cond_equal_size(*one_row)
-        self.unet_calls = 0
 
     def _encode(self, guider, concept: str, latents: Tensor) -> dict[str, Any]:
         """What the model makes of a prompt at this latent size: context, pooled vector with sizes, ..."""
@@ -129,7 +128,6 @@ class HostPredictor:
     def __call__(self, batch: Batch, branch: Branch) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._injection.branch = branch
-        self.unet_calls += 1
         sampling = self._model.model_sampling
         latents, noise = batch.latents.to(self._device), batch.noise.to(self._device)
         sigma = self._sigmas[batch.timesteps.to(self._device)]

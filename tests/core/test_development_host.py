@@ -68,7 +68,7 @@ def test_link_follows_a_source_that_moved(tmp_path: Path) -> None:
 
 
 def test_missing_miniature_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingMiniature, match="checkpoint, LoRAs, pictures"):
+    with pytest.raises(MissingMiniature, match=r"checkpoint, LoRAs, pictures, world\.json"):
         find_miniature(tmp_path)
 
 

@@ -62,7 +62,7 @@ def infinite(path):
         (short_header, "cut off"),
         (huge_claim, "cut off"),
         (broken_offsets, "broken"),
-        (lambda path: save_file({"model.weight": torch.ones(1)}, path), "holds no LoRA"),
+        (lambda path: save_file({"model.diffusion_model.out.2.weight": torch.ones(1)}, path), "holds no LoRA"),
         (lambda path: save_file({}, path), "holds no LoRA"),
         (nan, "NaN"),
         (infinite, "NaN or infinite"),

@@ -39,6 +39,7 @@ def test_same_samples_after_success(pack, patcher):
     zipped, losses, _ = optimise(pack, patcher, prompts, latents)
     assert len(losses["loss"]) == STEPS and zipped.coefficients.overlap() < 1.0
     assert left_behind(patcher) == [] and patcher.patches == {} and patcher.injections == {}
+    assert all(p.grad is None for p in patcher.model.parameters())
     assert torch.equal(tiny.sample(patcher), before)
     assert [p.requires_grad for p in patcher.model.parameters()] == flags
     for c, (context, samples) in kept.items():
