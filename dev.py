@@ -6,6 +6,7 @@
     python3 dev.py test        every test; paths and pytest's own options narrow it down
     python3 dev.py serve       a ComfyUI with the pack and the miniature model, to use by hand
     python3 dev.py lint        ruff and mypy
+    python3 dev.py train       train the miniature model again from nothing (hours on a CPU)
     python3 dev.py workflows   write workflows/api/ from workflows/, through the real frontend
     python3 dev.py run FILE    run a Python file in the environment
     python3 dev.py lock        write the environment's versions into devhost/pins.txt
@@ -41,6 +42,7 @@ def main(arguments: list[str]) -> int:
         "test": test,
         "serve": serve,
         "lint": lint,
+        "train": train,
         "workflows": workflows,
         "run": run,
         "lock": lock,
@@ -83,6 +85,11 @@ def lint(rest: list[str]) -> int:
     host = set_up()
     checks = [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy", "ziplora_core")]
     return max(python(host, "-m", *check) for check in checks)
+
+
+def train(rest: list[str]) -> int:
+    host = set_up()
+    return python(host, "-m", "demo.train", "--comfyui", str(host.tree), *rest)
 
 
 def workflows(rest: list[str]) -> int:

@@ -40,7 +40,7 @@ class Miniature:
 def find_miniature(demo: Path | None = None) -> Miniature:
     """The shipped miniature, or the one in the folder that ZIPLORA_MINIATURE names; MissingMiniature where not whole.
 
-    The folder is laid out as demo/ is: weights/, loras/*.safetensors, pictures/<name>/*.png.
+    The folder is laid out as demo/ is: world.json, weights/, loras/*.safetensors, pictures/<name>/*.png.
     """
     extension = ROOT / "demo" / "host_extension"
     demo = demo or Path(os.environ.get("ZIPLORA_MINIATURE") or ROOT / "demo").resolve()
@@ -48,12 +48,13 @@ def find_miniature(demo: Path | None = None) -> Miniature:
     loras = sorted((demo / "loras").glob("*.safetensors"))
     pictures = sorted({picture.parent for picture in (demo / "pictures").glob("*/*.png")})
     parts = {"checkpoint": checkpoint.is_file(), "LoRAs": loras, "pictures": pictures}
+    parts["world.json"] = (demo / "world.json").is_file()  # what each LoRA is, and its prompt
     parts["host extension"] = (extension / "__init__.py").is_file()
     missing = [name for name, found in parts.items() if not found]
     if missing:
         raise MissingMiniature(
             f"The miniature model is not whole in {demo} ({', '.join(missing)} not found): restore demo/ from git, "
-            "or train the model again as demo/README.md says."
+            "or train the model again with `python3 dev.py train`."
         )
     return Miniature(checkpoint, loras, pictures, extension)
 
