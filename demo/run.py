@@ -1,0 +1,274 @@
+"""Zip subject and style LoRAs of the miniature inside a real ComfyUI, draw them, and count what came out right.
+
+    python3 dev.py demo              the first three pairs, 32 pictures each
+    python3 dev.py demo --quick      one pair, a few pictures and steps: only to see that everything runs
+
+Every graph is `workflows/api/ziplora_sdxl.json` with names, prompts and sizes put in; for the bare model, a LoRA
+alone and the direct merge, stock LoRA loaders stand in place of the zipped pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from demo import picture, scores
+from demo.graphs import Drawing, Graphs, Prompt
+from demo.judge import Judge, load_judge
+from demo.manifest import Manifest, Trained, read_manifest
+from demo.scores import Question, Score
+from devhost.base import MissingMiniature, make_base
+from devhost.install import ROOT
+from devhost.server import ComfyServer, Result, has_gpu
+
+OUTPUT = ROOT / "demo" / "output"
+SEED = 1000
+DIALS = (0.0, 0.5, 1.0)
+
+Pictures = list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to do. Steps that are None are the shipped graph's. gate_steps: sampling for the gates alone."""
+
+    pairs: int = 3
+    pictures: int = 32
+    columns: int = 2
+    gate_steps: int | None = 20
+    sampler_steps: int | None = None
+    zip_steps: int | None = None
+
+
+QUICK = Plan(pairs=1, pictures=2, columns=1, gate_steps=3, sampler_steps=3, zip_steps=3)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Pictures of some questions, and how many were right."""
+
+    pictures: Pictures
+    score: Score
+
+
+@dataclass
+class Studio:
+    """The server, the graphs and the judge, and a count of the seconds."""
+
+    server: ComfyServer
+    graphs: Graphs
+    judge: Judge
+    plan: Plan
+    started: float
+
+    def ask(self, questions: Sequence[Question], steps: int | None, graph: Callable[[Drawing], Prompt]) -> Asked:
+        """Draw the answers to some questions with a graph, and count."""
+        return self.answer(questions, steps, graph)[0]
+
+    def answer(
+        self, questions: Sequence[Question], steps: int | None, graph: Callable[[Drawing], Prompt]
+    ) -> tuple[Asked, Result]:
+        """The same, with what the server said about the last question's prompt."""
+        asked = Asked([], Score())
+        for number, question in enumerate(questions):
+            drawing = Drawing(question.prompt, question.count, SEED + number, steps)
+            result = self.server.run(graph(drawing))
+            pictures = result.images(self.graphs.save)
+            right = scores.score(self.judge, pictures, question)
+            asked = Asked(asked.pictures + pictures, asked.score + right)
+        return asked, result
+
+    def plain(self, loras: Sequence[Trained]) -> Callable[[Drawing], Prompt]:
+        return lambda drawing: self.graphs.plain([lora.learned.file for lora in loras], drawing)
+
+    def zipped(self, subject: Trained, style: Trained, dial: float) -> Callable[[Drawing], Prompt]:
+        steps = self.plan.zip_steps
+        return lambda drawing: self.graphs.zipped(subject.learned, style.learned, drawing, dial, steps)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.started:5.0f} s] {text}", flush=True)
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """One pair: each LoRA alone, and each way to merge them, by label."""
+
+    subject: Trained
+    style: Trained
+    subject_alone: Asked
+    style_alone: Asked
+    merged: dict[str, Asked]
+    report: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.subject.name} + {self.style.name}"
+
+
+def gate(studio: Studio, what: str, asked: Asked, **wanted: float) -> None:
+    """Print one of the miniature's own figures beside what is wanted of it. The keys are the scores' names."""
+    parts = []
+    for name, least in wanted.items():
+        short = "" if asked.score.share(name) >= least else ", SHORT OF IT"
+        parts.append(f"{name} {getattr(asked.score, name)} (wanted {least:.0%}{short})")
+    studio.say(f"{what}: of {asked.score.count} pictures right in " + ", ".join(parts))
+
+
+def base_gate(studio: Studio, world: Manifest) -> None:
+    questions = scores.base_questions(world, studio.plan.pictures)
+    gate(studio, "base model, its own words", studio.ask(questions, studio.plan.gate_steps, studio.plain([])),
+         shape=0.9, style=0.9)  # fmt: skip
+
+
+def subject_gates(studio: Studio, world: Manifest, subject: Trained) -> Asked:
+    steps, count = studio.plan.gate_steps, studio.plan.pictures
+    alone = studio.ask(scores.alone_questions(subject, count), steps, studio.plain([subject]))
+    gate(studio, f"subject LoRA {subject.name} alone", alone, shape=0.8)
+    styled = studio.ask(scores.known_style_questions(world, subject, count), steps, studio.plain([subject]))
+    gate(studio, f"subject LoRA {subject.name} in styles that the base knows", styled, shape=0.5)
+    return alone
+
+
+def style_gates(studio: Studio, world: Manifest, style: Trained) -> Asked:
+    questions = scores.unseen_shape_questions(world, style, studio.plan.pictures)
+    alone = studio.ask(questions, studio.plan.gate_steps, studio.plain([style]))
+    gate(studio, f"style LoRA {style.name} on shapes that its pictures lack", alone, style=0.8, both=0.6)
+    return alone
+
+
+def merge_pair(studio: Studio, world: Manifest, subject: Trained, style: Trained) -> PairResult:
+    """Gate both LoRAs, then merge them directly and zipped."""
+    subject_alone = subject_gates(studio, world, subject)
+    style_alone = style_gates(studio, world, style)
+    questions = scores.pair_questions(world, subject, style, studio.plan.pictures)
+    steps = studio.plan.sampler_steps
+    merged = {"direct merge": studio.ask(questions, steps, studio.plain([subject, style]))}
+    report = ""
+    for dial in DIALS:
+        asked, result = studio.answer(questions, steps, studio.zipped(subject, style, dial))
+        merged[f"zipped, style {dial:g}"] = asked
+        if studio.graphs.optimise in result.cached:
+            continue
+        report = "\n".join(line.rstrip() for line in result.text(studio.graphs.report).splitlines())
+        studio.say(f"zipped {subject.name} + {style.name}; only the dial turns after this")
+    return PairResult(subject, style, subject_alone, style_alone, merged, report)
+
+
+def print_scores(results: Sequence[PairResult]) -> None:
+    """The two scores of every merge, and both at once."""
+    print("\nSubject in style: pictures in which the judge finds the subject, the style, both")
+    for result in results:
+        print(f"  {result.name}")
+        for label, asked in result.merged.items():
+            right = asked.score
+            print(
+                f"    {label:18} subject {right.shape:3}  style {right.style:3}  both {right.both:3}  of {right.count}"
+            )
+    if len(results) > 1:
+        print("  all pairs")
+        for label in results[0].merged:
+            right = sum((result.merged[label].score for result in results), Score())
+            print(
+                f"    {label:18} subject {right.shape:3}  style {right.style:3}  both {right.both:3}  of {right.count}"
+            )
+
+
+def rows(results: Sequence[PairResult], columns: int) -> list[picture.Row]:
+    """The rows of the README's picture."""
+
+    def total(asked: Sequence[Asked], name: str) -> str:
+        right = sum((a.score for a in asked), Score())
+        return f"{getattr(right, name)} of {right.count}"
+
+    subjects, styles = [r.subject_alone for r in results], [r.style_alone for r in results]
+    made = [
+        picture.Row(
+            "subject LoRA alone", f"its own prompt\nsubject right {total(subjects, 'shape')}", _first(subjects, columns)
+        ),
+        picture.Row(
+            "style LoRA alone", f"shapes new to it\nstyle right {total(styles, 'style')}", _first(styles, columns)
+        ),
+    ]
+    for label in results[0].merged:
+        asked = [result.merged[label] for result in results]
+        note = f"subject right {total(asked, 'shape')}\nstyle right {total(asked, 'style')}"
+        made.append(picture.Row(label, note, _first(asked, columns)))
+    return made
+
+
+def _first(asked: Sequence[Asked], columns: int) -> list[Pictures]:
+    return [a.pictures[:columns] for a in asked]
+
+
+def write_pictures(results: Sequence[PairResult], columns: int, folder: Path) -> list[Path]:
+    """The README's picture, then for each pair its report and every picture that was drawn, as contact sheets."""
+    headers = [(r.name, f'"{r.subject.identifier} figure in {r.style.identifier} style"') for r in results]
+    written = [picture.write(picture.comparison(headers, rows(results, columns)), folder / "comparison.png")]
+    for result in results:
+        pair = folder / f"{result.subject.name}_{result.style.name}"
+        sheets = {"subject LoRA alone": result.subject_alone, "style LoRA alone": result.style_alone, **result.merged}
+        for label, asked in sheets.items():
+            name = label.replace(",", "").replace(" ", "_")
+            written.append(picture.write(picture.sheet(asked.pictures), pair / f"{name}.png"))
+        (pair / "report.txt").write_text(result.report + "\n", encoding="utf-8")
+    return written
+
+
+def publish(results: Sequence[PairResult], written: Sequence[Path]) -> list[Path]:
+    """Put the pictures where the README and the template browser show them."""
+    with Image.open(written[0]) as comparison:
+        readme = picture.write(comparison.convert("RGB"), ROOT / "docs" / "ziplora_demo.jpg")
+    first = results[0]
+    merged = list(first.merged.values())
+    ways = (first.subject_alone, first.style_alone, merged[0], merged[-1])
+    thumbnail = picture.square([asked.pictures[0] for asked in ways])
+    return [readme, picture.write(thumbnail, ROOT / "workflows" / "ziplora_sdxl.jpg")]
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one pair, a few pictures and steps")
+    parser.add_argument("--pairs", type=int, help="how many pairs (3): the first subject with the first style, ...")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the pictures (demo/output)")
+    parser.add_argument("--publish", action="store_true", help="also renew the README's picture and the thumbnail")
+    return parser.parse_args()
+
+
+def main() -> int:
+    given = options()
+    plan, started = QUICK if given.quick else Plan(), time.monotonic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base:
+        try:
+            make_base(Path(base))
+            world = read_manifest()
+            judge = load_judge(str(world.judge))
+        except (MissingMiniature, FileNotFoundError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        pairs = list(zip(world.subjects, world.styles, strict=False))[: given.pairs or plan.pairs]
+        with ComfyServer(Path(base), device="auto" if has_gpu() else "cpu") as server:
+            studio = Studio(server, Graphs(world.checkpoint, world.size), judge, plan, started)
+            studio.say("ComfyUI is up")
+            base_gate(studio, world)
+            results = [merge_pair(studio, world, *pair) for pair in pairs]
+    print_scores(results)
+    written = write_pictures(results, plan.columns, given.output)
+    if given.publish:
+        written += publish(results, written)
+    for result in results:
+        print(f"\n{result.name}\n{result.report}")
+    studio.say("done. Pictures:")
+    print("\n".join(f"  {path}" for path in written))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
