@@ -320,8 +320,8 @@ def call(command: list[str], purpose: str) -> str:
 def freeze(host: Host) -> None:
     """Rewrite the list in pins.txt from the environment as it is; its head and the carrier's line stay."""
     head = [line for line in PINS.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    found = call([str(host.python), "-m", "pip", "freeze", "--local"], "listing packages").splitlines()
-    lines = [line for line in found if re.fullmatch(r"[\w.-]+==\S+", line)] + [pinned(CARRIER)]
+    found = call([str(host.python), "-m", "pip", "freeze", "--all", "--local"], "listing packages").splitlines()
+    lines = [line for line in found if re.fullmatch(r"(?!pip==)[\w.-]+==\S+", line)] + [pinned(CARRIER)]
     lines.sort(key=lambda line: line.lower().replace("_", "-"))
     temporary = PINS.with_suffix(".tmp")
     temporary.write_text("\n".join(head + lines) + "\n", encoding="utf-8")
