@@ -14,9 +14,9 @@ from devhost.server import ComfyServer
 @pytest.mark.parametrize(
     ("flag", "dtype", "tolerance"),
     [
-        ("--fp16-unet", "float16", 0.05),
-        ("--bf16-unet", "bfloat16", 0.2),
-        ("--fp8_e4m3fn-unet", "float8_e4m3fn", 0.5),
+        ("--fp16-unet", "float16", 0.02),
+        ("--bf16-unet", "bfloat16", 0.05),
+        ("--fp8_e4m3fn-unet", "float8_e4m3fn", 0.3),
     ],
 )
 def test_zips_a_model_in_low_precision(
