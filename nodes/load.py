@@ -54,8 +54,9 @@ class LoadLoRAPair(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, content_lora: str | None, style_lora: str | None) -> bool | str:
         # Before anything runs: a broken file should not cost the load of a checkpoint. The host shows the answer
-        # at both inputs, so it says which one is meant.
-        checked = {"content_lora": loras.check(content_lora), "style_lora": loras.check(style_lora)}
+        # at both inputs, so it says which one is meant. A name that another node makes is not known yet (None).
+        names = {"content_lora": content_lora, "style_lora": style_lora}
+        checked = {socket: loras.check(name) for socket, name in names.items() if name is not None}
         return "; ".join(f"{name}: {problem}" for name, problem in checked.items() if problem) or True
 
     @classmethod
