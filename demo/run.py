@@ -38,17 +38,21 @@ Pictures = list[np.ndarray]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to do. Steps that are None are the shipped graph's. gate_steps: sampling for the gates alone."""
+    """How much to do, to be done within five minutes on two cores. Steps that are None are the shipped graph's.
+
+    gate_steps: sampling for the gates alone. dial_pictures: for style strengths other than 1, which are only shown.
+    """
 
     pairs: int = 3
     pictures: int = 32
+    dial_pictures: int = 16
     columns: int = 2
     gate_steps: int | None = 20
     sampler_steps: int | None = None
     zip_steps: int | None = None
 
 
-QUICK = Plan(pairs=1, pictures=2, columns=1, gate_steps=3, sampler_steps=3, zip_steps=3)
+QUICK = Plan(pairs=1, pictures=2, dial_pictures=1, columns=1, gate_steps=3, sampler_steps=3, zip_steps=3)
 
 
 @dataclass(frozen=True)
@@ -148,11 +152,13 @@ def merge_pair(studio: Studio, world: Manifest, subject: Trained, style: Trained
     """Gate both LoRAs, then merge them directly and zipped."""
     subject_alone = subject_gates(studio, world, subject)
     style_alone = style_gates(studio, world, style)
-    questions = scores.pair_questions(world, subject, style, studio.plan.pictures)
-    steps = studio.plan.sampler_steps
+    plan, steps = studio.plan, studio.plan.sampler_steps
+    questions = scores.pair_questions(world, subject, style, plan.pictures)
     merged = {"direct merge": studio.ask(questions, steps, studio.plain([subject, style]))}
     report = ""
     for dial in DIALS:
+        count = plan.pictures if dial == 1.0 else plan.dial_pictures
+        questions = scores.pair_questions(world, subject, style, count)
         asked, result = studio.answer(questions, steps, studio.zipped(subject, style, dial))
         merged[f"zipped, style {dial:g}"] = asked
         if studio.graphs.optimise in result.cached:
