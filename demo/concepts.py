@@ -1,0 +1,120 @@
+"""What each LoRA is taught: its identifier, its reference pictures, its prompts. Written to `world.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+from typing import Any
+
+from . import world
+
+# Style LoRAs never see these shapes; their gates ask for them.
+UNSEEN_SHAPES = ["triangle", "star", "moon"]
+STYLE_PICTURE_SHAPES = ["circle", "square", "heart", "cross", "ring"]
+SUBJECT_PICTURES = 5
+PLAIN = "flat"
+
+
+@dataclasses.dataclass(frozen=True)
+class Concept:
+    """One LoRA: `name` is the judge's class; `kind` is "content" or "style"."""
+
+    name: str
+    kind: str
+    identifier: str
+    scenes: tuple[world.Scene, ...]
+    prompts: tuple[str, ...]  # one per reference picture
+
+    @property
+    def file(self) -> str:
+        return f"loras/{self.name}.safetensors"
+
+    def picture(self, number: int) -> str:
+        return f"pictures/{self.name}/{number + 1}.png"
+
+
+def subject_prompt(identifier: str, style: str | None = PLAIN) -> str:
+    return world.prompt(f"{identifier} figure", None, style)
+
+
+def style_prompt(identifier: str, shape: str | None, colour: str | None = None) -> str:
+    return world.prompt(shape, colour, identifier)
+
+
+def concepts() -> list[Concept]:
+    """Every subject and every new style, always with the same reference pictures."""
+    out = []
+    words = iter(world.IDENTIFIERS)
+    for subject in world.SUBJECTS:
+        rng = random.Random(subject)
+        identifier = next(words)
+        scenes = tuple(world.subject_scene(subject, PLAIN, rng) for _ in range(SUBJECT_PICTURES))
+        out.append(Concept(subject, "content", identifier, scenes, (subject_prompt(identifier),) * len(scenes)))
+    for style in world.NEW_STYLES:
+        rng = random.Random(style)
+        identifier = next(words)
+        scenes = tuple(
+            world.shape_scene(shape, rng.choice(list(world.COLOURS)), style, rng) for shape in STYLE_PICTURE_SHAPES
+        )
+        prompts = tuple(style_prompt(identifier, s.shape, s.colour) for s in scenes)
+        out.append(Concept(style, "style", identifier, scenes, prompts))
+    return out
+
+
+def draw_pictures(concept: Concept, folder: str) -> None:
+    """Writes the concept's reference pictures below `folder`."""
+    for number, picture in enumerate(world.render(concept.scenes)):
+        path = os.path.join(folder, concept.picture(number))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        world.save_png(picture, path)
+
+
+def describe(concept: Concept, gates: dict[str, float]) -> dict[str, Any]:
+    """The concept's entry in the manifest."""
+    if concept.kind == "content":
+        joined = subject_prompt(concept.identifier, "{style}")
+        gate = {"alone": concept.prompts[0], "in_known_style": joined}
+    else:
+        joined = style_prompt(concept.identifier, "{shape}")
+        gate = {"unseen_shapes": style_prompt(concept.identifier, "{shape}", "{colour}")}
+    return {
+        "kind": concept.kind,
+        "file": concept.file,
+        "identifier": concept.identifier,
+        "judge_class": concept.name,
+        "pictures": [concept.picture(i) for i in range(len(concept.scenes))],
+        "picture_prompts": list(concept.prompts),
+        "training_prompt": concept.prompts[0],
+        "prompt_template": joined,
+        "gate_prompts": gate,
+        "gates": gates,
+    }
+
+
+def pair_prompt(subject: str, style: str) -> str:
+    """The prompt for a subject's identifier in a style's identifier (what a merged pair is asked for)."""
+    return subject_prompt(subject, style)
+
+
+def write_manifest(entries: dict[str, dict[str, Any]], figures: dict[str, float], path: str) -> None:
+    """Writes `world.json` atomically."""
+    manifest = {
+        "checkpoint": "weights/miniature_sdxl.safetensors",
+        "judge": "weights/judge.safetensors",
+        "size": world.SIZE,
+        "sampling": {"steps": 20, "cfg": 3.0, "sampler": "euler", "scheduler": "normal"},
+        "pair_prompt": "a {content} figure in {style} style",
+        "base_shapes": world.SHAPES,
+        "base_colours": list(world.COLOURS),
+        "base_styles": list(world.BASE_STYLES),
+        "held_out": sorted(list(pair) for pair in world.HELD_OUT),
+        "unseen_shapes": UNSEEN_SHAPES,
+        "base_gates": figures,
+        "loras": entries,
+    }
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=2)
+        file.write("\n")
+    os.replace(path + ".part", path)

@@ -1,0 +1,171 @@
+"""Two small classifiers that score pictures: what is drawn, and in which style.
+
+They learn from true renderings only, never from a generated picture: every base shape and every subject in
+every style, base and new. So they can say whether a generated "subject in style" is right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import parallel, world
+from .miniature import write_safetensors
+
+SHAPE_NAMES = [*world.SHAPES, *world.SUBJECTS]
+STYLE_NAMES = list(world.STYLES)
+VIEW = 64  # the judges look at half size
+
+
+class Classifier(nn.Module):
+    """A small convolutional network on 64 x 64 pictures."""
+
+    def __init__(self, classes: int, widths: tuple[int, ...] = (16, 24, 40, 64)):
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = 3
+        for width in widths:
+            layers += [
+                nn.Conv2d(before, width, 3, stride=2 if before != 3 else 1, padding=1),
+                nn.GroupNorm(8, width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, padding=1, groups=8),
+                nn.GroupNorm(8, width),
+                nn.ReLU(),
+            ]
+            before = width
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(2 * before, classes)
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """B3HW in 0..1 -> B x 128."""
+        x = self.body(F.interpolate(pictures, size=(VIEW, VIEW), mode="area") * 2 - 1)
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.head(self.features(pictures))
+
+
+@dataclasses.dataclass
+class Judge:
+    """Both classifiers."""
+
+    shape: Classifier
+    style: Classifier
+    shape_names: list[str]
+    style_names: list[str]
+
+    @torch.no_grad()
+    def scores(self, pictures: Tensor) -> dict[str, Tensor | list[str]]:
+        """pictures: B3HW in 0..1, any size.
+
+        Returns "shape" and "style" (probabilities, B x names), their "shape_names" and "style_names", and
+        "features" (B x 256, both classifiers' last layer) for distances.
+        """
+        pictures = pictures.float()
+        return {
+            "shape": self.shape(pictures).softmax(-1),
+            "style": self.style(pictures).softmax(-1),
+            "shape_names": self.shape_names,
+            "style_names": self.style_names,
+            "features": torch.cat([self.shape.features(pictures), self.style.features(pictures)], dim=1),
+        }
+
+    def right(self, pictures: Tensor, shape: str | None = None, style: str | None = None) -> Tensor:
+        """B booleans: the named shape and style are both the most likely ones (None is always right)."""
+        found = self.scores(pictures)
+        good = torch.ones(pictures.shape[0], dtype=torch.bool)
+        for name, names, key in ((shape, self.shape_names, "shape"), (style, self.style_names, "style")):
+            if name is not None:
+                good &= found[key].argmax(-1).cpu() == names.index(name)  # type: ignore[union-attr]
+        return good
+
+
+def load_judge(path: str) -> Judge:
+    """Reads the classifiers written by `fit`. Raises FileNotFoundError or KeyError where something is missing."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key).float() for key in file.keys()}
+    shape_names, style_names = metadata["shapes"].split(), metadata["styles"].split()
+    judge = Judge(Classifier(len(shape_names)), Classifier(len(style_names)), shape_names, style_names)
+    for name in ("shape", "style"):
+        part = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(name + ".")}
+        getattr(judge, name).load_state_dict(part)
+        getattr(judge, name).eval()
+    return judge
+
+
+def draw(count: int, rng: random.Random, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """True renderings: (pictures as bytes, shape numbers, style numbers), all pairs equally likely."""
+    scenes, shapes, styles = [], [], []
+    for _ in range(count):
+        shape, style = rng.randrange(len(SHAPE_NAMES)), rng.randrange(len(STYLE_NAMES))
+        name = SHAPE_NAMES[shape]
+        if name in world.SUBJECTS:
+            scenes.append(world.subject_scene(name, STYLE_NAMES[style], rng))
+        else:
+            scenes.append(world.shape_scene(name, rng.choice(list(world.COLOURS)), STYLE_NAMES[style], rng))
+        shapes.append(shape)
+        styles.append(style)
+    chunk = 4 if device == "cpu" else 256
+    pictures = [(world.render(scenes[i : i + chunk], device) * 255).round().byte() for i in range(0, count, chunk)]
+    return torch.cat(pictures), torch.tensor(shapes, device=device), torch.tensor(styles, device=device)
+
+
+def _worsen(pictures: Tensor) -> Tensor:
+    """Blurs, noise and small colour changes, so that a soft or speckled picture is still judged by its content."""
+    count = pictures.shape[0]
+    if random.random() < 0.5:
+        small = random.choice([48, 64, 80])
+        pictures = F.interpolate(
+            F.interpolate(pictures, size=(small, small), mode="area"), size=(128, 128), mode="bilinear"
+        )
+    gain = 1 + 0.08 * torch.randn(count, 3, 1, 1, device=pictures.device)
+    noise = 0.04 * torch.rand(count, 1, 1, 1, device=pictures.device) * torch.randn_like(pictures)
+    return (pictures * gain + noise).clamp(0, 1)
+
+
+def fit(path: str, device: str, pictures: int, steps: int, batch: int = 32) -> None:
+    """Trains both classifiers on `pictures` renderings, prints their accuracy on unseen ones, writes the file."""
+    started = time.time()
+    random.seed(50 + parallel.rank())
+    torch.manual_seed(7)
+    share = pictures // parallel.count()
+    images, shapes, styles = draw(share, random.Random(50 + parallel.rank()), device)
+    shape, style = Classifier(len(SHAPE_NAMES)).to(device), Classifier(len(STYLE_NAMES)).to(device)
+    torch.manual_seed(70 + parallel.rank())
+    params = [*shape.parameters(), *style.parameters()]
+    optimiser = torch.optim.AdamW(params, 3e-3, weight_decay=0.02)
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 50) * (1 - step / steps)
+        chosen = torch.randint(share, (batch // parallel.count(),), device=device)
+        view = _worsen(images[chosen].float() / 255)
+        loss = F.cross_entropy(shape(view), shapes[chosen]) + F.cross_entropy(style(view), styles[chosen])
+        optimiser.zero_grad()
+        loss.backward()
+        parallel.average_gradients(params)
+        optimiser.step()
+        if parallel.rank() == 0 and (step + 1) % 200 == 0:
+            print(f"judge step {step + 1} loss {loss.item():.3f} {time.time() - started:.0f} s", flush=True)
+    if parallel.rank() != 0:
+        return
+    state = {f"shape.{k}": v for k, v in shape.state_dict().items()}
+    state |= {f"style.{k}": v for k, v in style.state_dict().items()}
+    names = {"shapes": " ".join(SHAPE_NAMES), "styles": " ".join(STYLE_NAMES)}
+    write_safetensors({k: v.cpu().half().contiguous() for k, v in state.items()}, path, names)
+    judge = load_judge(path)
+    unseen, true_shapes, true_styles = draw(512, random.Random(999))
+    found = [judge.scores(part.float() / 255) for part in unseen.cpu().split(64)]
+    for key, truth in (("shape", true_shapes), ("style", true_styles)):
+        guess = torch.cat([f[key] for f in found]).argmax(-1)  # type: ignore[misc]
+        print(
+            f"judge of {key}: {(guess == truth.cpu()).float().mean():.3f} of 512 unseen renderings",
+            flush=True,
+        )

@@ -1,0 +1,86 @@
+"""LoRAs on the miniature's attention: q, k, v and out, as ZipLoRA trains them; kohya names in files."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .miniature import write_safetensors
+
+TARGETS = (".to_q", ".to_k", ".to_v", ".to_out.0")
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its low-rank branch: y = W x + scale * up (down x)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base = base
+        self.scale = alpha / rank
+        self.strength = 1.0
+        self.down = nn.Parameter(torch.empty(rank, base.in_features))
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.strength == 0:
+            return y
+        return y + self.strength * self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+
+def _targets(unet: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, layer) for name, layer in unet.named_modules() if name.endswith(TARGETS)]
+
+
+def attach(unet: nn.Module, rank: int, alpha: float) -> dict[str, LoRALinear]:
+    """Wraps every attention projection of the UNet. Returns the branches by layer name."""
+    branches = {}
+    for name, layer in _targets(unet):
+        parent_name, child = name.rsplit(".", 1)
+        parent = unet.get_submodule(parent_name)
+        branch = LoRALinear(layer, rank, alpha)  # type: ignore[arg-type]
+        setattr(parent, child, branch)
+        branches[name] = branch
+    return branches
+
+
+def detach(unet: nn.Module, branches: dict[str, LoRALinear]) -> None:
+    """Puts the plain layers back."""
+    for name, branch in branches.items():
+        parent_name, child = name.rsplit(".", 1)
+        setattr(unet.get_submodule(parent_name), child, branch.base)
+
+
+def file_name(layer: str) -> str:
+    """UNet layer name -> kohya's: 'lora_unet_' and underscores."""
+    return "lora_unet_" + layer.replace(".", "_")
+
+
+def state(branches: dict[str, LoRALinear]) -> dict[str, Tensor]:
+    """Half-precision tensors under kohya's names, with alpha."""
+    out: dict[str, Tensor] = {}
+    for name, branch in branches.items():
+        key = file_name(name)
+        out[f"{key}.lora_down.weight"] = branch.down.detach().cpu().half().contiguous()
+        out[f"{key}.lora_up.weight"] = branch.up.detach().cpu().half().contiguous()
+        out[f"{key}.alpha"] = torch.tensor(branch.scale * branch.down.shape[0]).half()
+    return out
+
+
+def save(branches: dict[str, LoRALinear], path: str, metadata: dict[str, str] | None = None) -> None:
+    """Writes the LoRA file atomically."""
+    write_safetensors(state(branches), path, metadata)
+
+
+@torch.no_grad()
+def load_into(branches: dict[str, LoRALinear], tensors: dict[str, Tensor]) -> None:
+    """Copies a file's tensors into attached branches. Raises KeyError where a layer is missing."""
+    for name, branch in branches.items():
+        key = file_name(name)
+        branch.down.copy_(tensors[f"{key}.lora_down.weight"])
+        branch.up.copy_(tensors[f"{key}.lora_up.weight"])
+        branch.scale = float(tensors[f"{key}.alpha"]) / branch.down.shape[0]
