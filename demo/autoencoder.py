@@ -8,6 +8,8 @@ so left-out blocks are exact too: the host computes the very same function.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,7 +51,7 @@ def _stage(width: int, active: int, total: int) -> list[nn.Module]:
     return out
 
 
-def _conv(n_in: int, n_out: int, **options) -> nn.Conv2d:
+def _conv(n_in: int, n_out: int, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(n_in, n_out, 3, padding=1, **options)
 
 

@@ -76,6 +76,10 @@ def _init(module: nn.Module) -> None:
 class Miniature(nn.Module):
     """UNet and text encoders (the host's classes) and the narrow autoencoder."""
 
+    sigmas: Tensor
+    unet: Any  # the host's classes carry no types
+    clip: Any
+
     def __init__(self) -> None:
         super().__init__()
         import comfy.ops
@@ -214,7 +218,7 @@ def _options() -> dict[str, Any]:
     return {"optimized_attention_override": _plain_attention}
 
 
-def _text(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _text(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The host's CLIP text model out of place: (output of the second-to-last layer, projected pooled)."""
     text = model.text_model
     x = text.embeddings.token_embedding(tokens) + text.embeddings.position_embedding.weight

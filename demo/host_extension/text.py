@@ -59,7 +59,9 @@ class Words:
 
 
 class _Tokenizer(sd1_clip.SDTokenizer):
-    def __init__(self, width: int, key: str, embedding_directory: Any = None, tokenizer_data: dict | None = None):
+    def __init__(
+        self, width: int, key: str, embedding_directory: Any = None, tokenizer_data: dict[str, Any] | None = None
+    ):
         super().__init__(
             max_length=MAX_TOKENS,
             pad_with_end=False,
@@ -72,7 +74,7 @@ class _Tokenizer(sd1_clip.SDTokenizer):
 
 
 class MiniatureTokenizer(comfy.sdxl_clip.SDXLTokenizer):
-    def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None):
+    def __init__(self, embedding_directory: Any = None, tokenizer_data: dict[str, Any] | None = None):
         self.clip_l = _Tokenizer(CONTEXT_L, "clip_l", embedding_directory, tokenizer_data)
         self.clip_g = _Tokenizer(CONTEXT_G, "clip_g", embedding_directory, tokenizer_data)
 
@@ -86,7 +88,7 @@ class SmallVocabulary(comfy.clip_model.CLIPTextModel):
         self.set_input_embeddings(table)
 
 
-def _encoder(hidden: int, name: str, device: Any, dtype: Any, model_options: dict) -> sd1_clip.SDClipModel:
+def _encoder(hidden: int, name: str, device: Any, dtype: Any, model_options: dict[str, Any]) -> sd1_clip.SDClipModel:
     return sd1_clip.SDClipModel(
         device=device,
         max_length=MAX_TOKENS,
@@ -105,7 +107,7 @@ def _encoder(hidden: int, name: str, device: Any, dtype: Any, model_options: dic
 class MiniatureClipModel(comfy.sdxl_clip.SDXLClipModel):
     """Two text encoders beside each other: context 32 + 64 wide, pooled vector 64."""
 
-    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict | None = None):
+    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None):
         torch.nn.Module.__init__(self)
         options = model_options or {}
         self.clip_l = _encoder(CONTEXT_L, "clip_l", device, dtype, options)
