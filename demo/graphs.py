@@ -23,13 +23,21 @@ class Learned:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Steps of the sampler and strength of the guidance; None: as shipped."""
+
+    steps: int | None = None
+    cfg: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Drawing:
-    """What to draw, how often, and from which noise."""
+    """What to draw, how often, from which noise, and how."""
 
     prompt: str
     count: int
     seed: int
-    steps: int | None = None  # of the sampler; None: as shipped
+    sampling: Sampling = Sampling()
 
 
 class Graphs:
@@ -117,8 +125,8 @@ class Graphs:
         prompt[inputs["positive"][0]]["inputs"]["text"] = drawing.prompt
         prompt[inputs["latent_image"][0]]["inputs"]["batch_size"] = drawing.count
         inputs["seed"] = drawing.seed
-        if drawing.steps is not None:
-            inputs["steps"] = drawing.steps
+        wanted = dataclasses.asdict(drawing.sampling)
+        inputs.update({name: value for name, value in wanted.items() if value is not None})
         return prompt
 
     def needed(self, prompt: Prompt) -> Prompt:

@@ -1,6 +1,6 @@
 """Zip subject and style LoRAs of the miniature inside a real ComfyUI, draw them, and count what came out right.
 
-    python3 dev.py demo              the first three pairs, 32 pictures each
+    python3 dev.py demo              the first two pairs, 32 pictures each
     python3 dev.py demo --quick      one pair, a few pictures and steps: only to see that everything runs
 
 Every graph is `workflows/api/ziplora_sdxl.json` with names, prompts and sizes put in; for the bare model, a LoRA
@@ -14,14 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from demo import picture, scores
-from demo.graphs import Drawing, Graphs, Prompt
+from demo.graphs import Drawing, Graphs, Prompt, Sampling
 from demo.judge import Judge, load_judge
 from demo.manifest import Manifest, Trained, read_manifest
 from demo.scores import Question, Score
@@ -38,21 +38,27 @@ Pictures = list[np.ndarray]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to do, to be done within five minutes on two cores. Steps that are None are the shipped graph's.
+    """How much to do.
 
-    gate_steps: sampling for the gates alone. dial_pictures: for style strengths other than 1, which are only shown.
+    gated: subjects and styles whose own figures are printed. gates: how these are sampled: as the miniature was
+    judged when it was trained. pairs: merges, sampled as the shipped graph does (merges). dial_pictures: for style
+    strengths other than 1, which are only shown. zip_steps: None as shipped.
     """
 
-    pairs: int = 3
+    gated: int = 3
+    pairs: int = 2
     pictures: int = 32
-    dial_pictures: int = 16
+    dial_pictures: int = 4
     columns: int = 2
-    gate_steps: int | None = 20
-    sampler_steps: int | None = None
+    gates: Sampling = Sampling(steps=20, cfg=3.0)
+    merges: Sampling = Sampling()
     zip_steps: int | None = None
 
 
-QUICK = Plan(pairs=1, pictures=2, dial_pictures=1, columns=1, gate_steps=3, sampler_steps=3, zip_steps=3)
+FEW = Sampling(steps=3)
+QUICK = Plan(
+    gated=1, pairs=1, pictures=2, dial_pictures=1, columns=1, gates=FEW, merges=FEW, zip_steps=3
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,17 +79,17 @@ class Studio:
     plan: Plan
     started: float
 
-    def ask(self, questions: Sequence[Question], steps: int | None, graph: Callable[[Drawing], Prompt]) -> Asked:
+    def ask(self, questions: Sequence[Question], sampling: Sampling, graph: Callable[[Drawing], Prompt]) -> Asked:
         """Draw the answers to some questions with a graph, and count."""
-        return self.answer(questions, steps, graph)[0]
+        return self.answer(questions, sampling, graph)[0]
 
     def answer(
-        self, questions: Sequence[Question], steps: int | None, graph: Callable[[Drawing], Prompt]
+        self, questions: Sequence[Question], sampling: Sampling, graph: Callable[[Drawing], Prompt]
     ) -> tuple[Asked, Result]:
         """The same, with what the server said about the last question's prompt."""
         asked = Asked([], Score())
         for number, question in enumerate(questions):
-            drawing = Drawing(question.prompt, question.count, SEED + number, steps)
+            drawing = Drawing(question.prompt, question.count, SEED + number, sampling)
             result = self.server.run(graph(drawing))
             pictures = result.images(self.graphs.save)
             right = scores.score(self.judge, pictures, question)
@@ -128,44 +134,52 @@ def gate(studio: Studio, what: str, asked: Asked, **wanted: float) -> None:
 
 def base_gate(studio: Studio, world: Manifest) -> None:
     questions = scores.base_questions(world, studio.plan.pictures)
-    gate(studio, "base model, its own words", studio.ask(questions, studio.plan.gate_steps, studio.plain([])),
+    gate(studio, "base model, its own words", studio.ask(questions, studio.plan.gates, studio.plain([])),
          shape=0.9, style=0.9)  # fmt: skip
 
 
 def subject_gates(studio: Studio, world: Manifest, subject: Trained) -> Asked:
-    steps, count = studio.plan.gate_steps, studio.plan.pictures
-    alone = studio.ask(scores.alone_questions(subject, count), steps, studio.plain([subject]))
+    sampling, count = studio.plan.gates, studio.plan.pictures
+    alone = studio.ask(scores.alone_questions(subject, count), sampling, studio.plain([subject]))
     gate(studio, f"subject LoRA {subject.name} alone", alone, shape=0.8)
-    styled = studio.ask(scores.known_style_questions(world, subject, count), steps, studio.plain([subject]))
+    styled = studio.ask(scores.known_style_questions(world, subject, count), sampling, studio.plain([subject]))
     gate(studio, f"subject LoRA {subject.name} in styles that the base knows", styled, shape=0.5)
     return alone
 
 
 def style_gates(studio: Studio, world: Manifest, style: Trained) -> Asked:
     questions = scores.unseen_shape_questions(world, style, studio.plan.pictures)
-    alone = studio.ask(questions, studio.plan.gate_steps, studio.plain([style]))
+    alone = studio.ask(questions, studio.plan.gates, studio.plain([style]))
     gate(studio, f"style LoRA {style.name} on shapes that its pictures lack", alone, style=0.8, both=0.6)
     return alone
 
 
-def merge_pair(studio: Studio, world: Manifest, subject: Trained, style: Trained) -> PairResult:
-    """Gate both LoRAs, then merge them directly and zipped."""
-    subject_alone = subject_gates(studio, world, subject)
-    style_alone = style_gates(studio, world, style)
-    plan, steps = studio.plan, studio.plan.sampler_steps
+def gate_all(studio: Studio, world: Manifest) -> dict[str, Asked]:
+    """Print the miniature's own figures. Returns what each LoRA draws alone, by name."""
+    base_gate(studio, world)
+    gated = studio.plan.gated
+    alone = {subject.name: subject_gates(studio, world, subject) for subject in world.subjects[:gated]}
+    return alone | {style.name: style_gates(studio, world, style) for style in world.styles[:gated]}
+
+
+def merge_pair(
+    studio: Studio, world: Manifest, subject: Trained, style: Trained, alone: dict[str, Asked]
+) -> PairResult:
+    """Merge two LoRAs directly and zipped."""
+    plan, sampling = studio.plan, studio.plan.merges
     questions = scores.pair_questions(world, subject, style, plan.pictures)
-    merged = {"direct merge": studio.ask(questions, steps, studio.plain([subject, style]))}
+    merged = {"direct merge": studio.ask(questions, sampling, studio.plain([subject, style]))}
     report = ""
     for dial in DIALS:
         count = plan.pictures if dial == 1.0 else plan.dial_pictures
         questions = scores.pair_questions(world, subject, style, count)
-        asked, result = studio.answer(questions, steps, studio.zipped(subject, style, dial))
+        asked, result = studio.answer(questions, sampling, studio.zipped(subject, style, dial))
         merged[f"zipped, style {dial:g}"] = asked
         if studio.graphs.optimise in result.cached:
             continue
         report = "\n".join(line.rstrip() for line in result.text(studio.graphs.report).splitlines())
         studio.say(f"zipped {subject.name} + {style.name}; only the dial turns after this")
-    return PairResult(subject, style, subject_alone, style_alone, merged, report)
+    return PairResult(subject, style, alone[subject.name], alone[style.name], merged, report)
 
 
 def print_scores(results: Sequence[PairResult]) -> None:
@@ -242,7 +256,7 @@ def publish(results: Sequence[PairResult], written: Sequence[Path]) -> list[Path
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one pair, a few pictures and steps")
-    parser.add_argument("--pairs", type=int, help="how many pairs (3): the first subject with the first style, ...")
+    parser.add_argument("--pairs", type=int, help="how many pairs (2): the first subject with the first style, ...")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the pictures (demo/output)")
     parser.add_argument("--publish", action="store_true", help="also renew the README's picture and the thumbnail")
     return parser.parse_args()
@@ -259,12 +273,14 @@ def main() -> int:
         except (MissingMiniature, FileNotFoundError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        pairs = list(zip(world.subjects, world.styles, strict=False))[: given.pairs or plan.pairs]
+        plan = replace(plan, pairs=given.pairs or plan.pairs)
+        plan = replace(plan, gated=max(plan.gated, plan.pairs))
+        pairs = list(zip(world.subjects, world.styles, strict=False))[: plan.pairs]
         with ComfyServer(Path(base), device="auto" if has_gpu() else "cpu") as server:
             studio = Studio(server, Graphs(world.checkpoint, world.size), judge, plan, started)
             studio.say("ComfyUI is up")
-            base_gate(studio, world)
-            results = [merge_pair(studio, world, *pair) for pair in pairs]
+            alone = gate_all(studio, world)
+            results = [merge_pair(studio, world, *pair, alone) for pair in pairs]
     print_scores(results)
     written = write_pictures(results, plan.columns, given.output)
     if given.publish:
