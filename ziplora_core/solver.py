@@ -270,7 +270,7 @@ def measure_retention(
     references: References,
     candidates: Sequence[Coefficients],
     seed: int,
-    draws: int = 8,
+    draws: int = 4,
 ) -> list[dict[str, float]]:
     """Retention of each concept on noise that no training saw, for each candidate: the honest figure.
 
