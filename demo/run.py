@@ -1,6 +1,6 @@
 """Zip subject and style LoRAs of the miniature inside a real ComfyUI, draw them, and count what came out right.
 
-    python3 dev.py demo              the first two pairs, 32 pictures each
+    python3 dev.py demo              the first two pairs, and what each LoRA draws alone
     python3 dev.py demo --quick      one pair, a few pictures and steps: only to see that everything runs
 
 Every graph is `workflows/api/ziplora_sdxl.json` with names, prompts and sizes put in; for the bare model, a LoRA
@@ -40,15 +40,16 @@ Pictures = list[np.ndarray]
 class Plan:
     """How much to do.
 
-    gated: subjects and styles whose own figures are printed. gates: how these are sampled: as the miniature was
-    judged when it was trained. pairs: merges, sampled as the shipped graph does (merges). dial_pictures: for style
-    strengths other than 1, which are only shown. zip_steps: None as shipped.
+    gated: subjects and styles whose own figures are printed, of `pictures` each. gates: how these are sampled: as the
+    miniature was judged when it was trained. pairs: merges, of `merged` pictures each. merges: as the shipped graph
+    samples. dial_pictures: for style strengths other than 1, which are only shown. zip_steps: None as shipped.
     """
 
     gated: int = 3
     pairs: int = 2
     pictures: int = 32
-    dial_pictures: int = 4
+    merged: int = 16
+    dial_pictures: int = 2
     columns: int = 2
     gates: Sampling = Sampling(steps=20, cfg=3.0)
     merges: Sampling = Sampling()
@@ -57,7 +58,7 @@ class Plan:
 
 FEW = Sampling(steps=3)
 QUICK = Plan(
-    gated=1, pairs=1, pictures=2, dial_pictures=1, columns=1, gates=FEW, merges=FEW, zip_steps=3
+    gated=1, pairs=1, pictures=2, merged=2, dial_pictures=1, columns=1, gates=FEW, merges=FEW, zip_steps=3
 )  # fmt: skip
 
 
@@ -167,11 +168,11 @@ def merge_pair(
 ) -> PairResult:
     """Merge two LoRAs directly and zipped."""
     plan, sampling = studio.plan, studio.plan.merges
-    questions = scores.pair_questions(world, subject, style, plan.pictures)
+    questions = scores.pair_questions(world, subject, style, plan.merged)
     merged = {"direct merge": studio.ask(questions, sampling, studio.plain([subject, style]))}
     report = ""
     for dial in DIALS:
-        count = plan.pictures if dial == 1.0 else plan.dial_pictures
+        count = plan.merged if dial == 1.0 else plan.dial_pictures
         questions = scores.pair_questions(world, subject, style, count)
         asked, result = studio.answer(questions, sampling, studio.zipped(subject, style, dial))
         merged[f"zipped, style {dial:g}"] = asked
@@ -257,6 +258,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one pair, a few pictures and steps")
     parser.add_argument("--pairs", type=int, help="how many pairs (2): the first subject with the first style, ...")
+    parser.add_argument("--merged", type=int, help="pictures of each merge (16)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the pictures (demo/output)")
     parser.add_argument("--publish", action="store_true", help="also renew the README's picture and the thumbnail")
     return parser.parse_args()
@@ -273,7 +275,7 @@ def main() -> int:
         except (MissingMiniature, FileNotFoundError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        plan = replace(plan, pairs=given.pairs or plan.pairs)
+        plan = replace(plan, pairs=given.pairs or plan.pairs, merged=given.merged or plan.merged)
         plan = replace(plan, gated=max(plan.gated, plan.pairs))
         pairs = list(zip(world.subjects, world.styles, strict=False))[: plan.pairs]
         with ComfyServer(Path(base), device="auto" if has_gpu() else "cpu") as server:

@@ -58,10 +58,10 @@ def spread(count: int, over: int) -> list[int]:
 
 
 def base_questions(world: Manifest, count: int) -> list[Question]:
-    """Shapes and styles that the base knows, two of each style at least, leaving out pairs that it never saw."""
+    """Shapes and styles that the base knows, every style once, leaving out pairs that it never saw."""
     rng = random.Random(1234)
     asked = []
-    for number, pictures in enumerate(spread(count, 2 * len(world.known_styles))):
+    for number, pictures in enumerate(spread(count, len(world.known_styles))):
         style = world.known_styles[number % len(world.known_styles)]
         shape = rng.choice([s for s in world.shapes if (s, style) not in world.held_out])
         asked.append(Question(f"a {rng.choice(world.colours)} {shape} in {style} style", pictures, shape, style))
