@@ -13,8 +13,11 @@ from . import world
 # Style LoRAs never see these shapes; their gates ask for them.
 UNSEEN_SHAPES = ["triangle", "star", "moon"]
 STYLE_PICTURE_SHAPES = ["circle", "square", "heart", "cross", "ring"]
-SUBJECT_PICTURES = 5
+STYLE_PICTURES = 15  # with five, some styles were remembered picture by picture
 PLAIN = "flat"
+# Two pictures of a subject in each: filled, drawn in lines, in a palette. Its gate asks for the other known styles.
+SUBJECT_PICTURE_STYLES = [PLAIN, "outline", "sunset"] * 2
+KNOWN_STYLES = [s for s in world.BASE_STYLES if s not in SUBJECT_PICTURE_STYLES]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +53,17 @@ def concepts() -> list[Concept]:
     for subject in world.SUBJECTS:
         rng = random.Random(subject)
         identifier = next(words)
-        scenes = tuple(world.subject_scene(subject, PLAIN, rng) for _ in range(SUBJECT_PICTURES))
-        out.append(Concept(subject, "content", identifier, scenes, (subject_prompt(identifier),) * len(scenes)))
+        scenes = tuple(world.subject_scene(subject, style, rng) for style in SUBJECT_PICTURE_STYLES)
+        prompts = tuple(subject_prompt(identifier, style) for style in SUBJECT_PICTURE_STYLES)
+        out.append(Concept(subject, "content", identifier, scenes, prompts))
     for style in world.NEW_STYLES:
         rng = random.Random(style)
         identifier = next(words)
         scenes = tuple(
-            world.shape_scene(shape, rng.choice(list(world.COLOURS)), style, rng) for shape in STYLE_PICTURE_SHAPES
+            world.shape_scene(
+                STYLE_PICTURE_SHAPES[i % len(STYLE_PICTURE_SHAPES)], rng.choice(list(world.COLOURS)), style, rng
+            )
+            for i in range(STYLE_PICTURES)
         )
         prompts = tuple(style_prompt(identifier, s.shape, s.colour) for s in scenes)
         out.append(Concept(style, "style", identifier, scenes, prompts))
@@ -109,6 +116,7 @@ def write_manifest(entries: dict[str, dict[str, Any]], figures: dict[str, float]
         "base_shapes": world.SHAPES,
         "base_colours": list(world.COLOURS),
         "base_styles": list(world.BASE_STYLES),
+        "subject_picture_styles": sorted(set(SUBJECT_PICTURE_STYLES)),
         "held_out": sorted(list(pair) for pair in world.HELD_OUT),
         "unseen_shapes": UNSEEN_SHAPES,
         "base_gates": figures,

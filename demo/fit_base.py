@@ -21,8 +21,8 @@ class BaseSettings:
     folder: str  # working folder: data, resumable state
     output: str  # checkpoint to write
     device: str = "cpu"
-    pictures: int = 20000
-    steps: int = 6500
+    pictures: int = 24000
+    steps: int = 14500
     batch: int = 48  # over all processes
     learning_rate: float = 1.5e-3
     decay_from: float = 0.7  # the rate is constant up to this part of the run, then falls linearly to zero

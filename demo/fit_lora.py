@@ -63,7 +63,8 @@ def fit(
             group["lr"] = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         chosen = torch.randint(len(references), (settings.references,)).tolist()
         others = torch.randint(len(prior_scenes), (settings.priors,)).tolist()
-        prompts = [world.caption(prior_scenes[i], rng) for i in others]
+        # a nameless figure is sometimes given a made-up name: never this concept's own
+        prompts = [world.caption(prior_scenes[i], rng, not_named=concept.identifier) for i in others]
         context, vector = model.conditions(prompts)
         latents = torch.cat([references[chosen], prior_latents[others].to(device)])
         context = torch.cat([contexts[chosen], context])

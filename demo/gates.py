@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import world
-from .concepts import PLAIN, UNSEEN_SHAPES, Concept, style_prompt, subject_prompt
+from .concepts import KNOWN_STYLES, PLAIN, UNSEEN_SHAPES, Concept, style_prompt, subject_prompt
 from .judge import Judge
 from .miniature import Miniature
 
@@ -51,10 +51,9 @@ def base_gates(model: Miniature, judge: Judge, seed: int, held_out: bool = False
 
 
 def subject_gates(model: Miniature, judge: Judge, concept: Concept, seed: int) -> tuple[dict[str, float], Tensor]:
-    """With the subject's LoRA on the model: its subject in the plain style, and in styles the base knows."""
+    """With the subject's LoRA on the model: its subject in the plain style, and in known styles that its pictures lack."""
     plain = generate(model, [subject_prompt(concept.identifier)] * COUNT, seed)
-    others = [s for s in world.BASE_STYLES if s != PLAIN]
-    styles = [others[i % len(others)] for i in range(COUNT)]
+    styles = [KNOWN_STYLES[i % len(KNOWN_STYLES)] for i in range(COUNT)]
     styled = generate(model, [subject_prompt(concept.identifier, s) for s in styles], seed + 1)
     alone = _rights(judge, plain, [concept.name] * COUNT, [PLAIN] * COUNT)
     known = _rights(judge, styled, [concept.name] * COUNT, styles)

@@ -1,4 +1,4 @@
-"""Two small classifiers that score pictures: what is drawn, and in which style.
+"""Three small classifiers that score pictures: what is drawn, in which style, and where.
 
 They learn from true renderings only, never from a generated picture: every base shape and every subject in
 every style, base and new. So they can say whether a generated "subject in style" is right.
@@ -21,13 +21,15 @@ from .miniature import write_safetensors
 SHAPE_NAMES = [*world.SHAPES, *world.SUBJECTS]
 STYLE_NAMES = list(world.STYLES)
 VIEW = 64  # the judges look at half size
+GRID = 4  # cells across, for the judge of places
 
 
 class Classifier(nn.Module):
-    """A small convolutional network on 64 x 64 pictures."""
+    """A small convolutional network on 64 x 64 pictures; `grid` x `grid` cells tell it where things are."""
 
-    def __init__(self, classes: int, widths: tuple[int, ...] = (16, 24, 40, 64)):
+    def __init__(self, classes: int, widths: tuple[int, ...] = (16, 24, 40, 64), grid: int = 1):
         super().__init__()
+        self.grid = grid
         layers: list[nn.Module] = []
         before = 3
         for width in widths:
@@ -41,12 +43,12 @@ class Classifier(nn.Module):
             ]
             before = width
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(2 * before, classes)
+        self.head = nn.Linear(before * (grid * grid + 1), classes)
 
     def features(self, pictures: Tensor) -> Tensor:
-        """B3HW in 0..1 -> B x 128."""
+        """B3HW in 0..1 -> B x 128 (for a grid of one)."""
         x = self.body(F.interpolate(pictures, size=(VIEW, VIEW), mode="area") * 2 - 1)
-        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
+        return torch.cat([F.adaptive_avg_pool2d(x, self.grid).flatten(1), x.amax((2, 3))], dim=1)
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.head(self.features(pictures))
@@ -54,10 +56,11 @@ class Classifier(nn.Module):
 
 @dataclasses.dataclass
 class Judge:
-    """Both classifiers."""
+    """The classifiers, and the names of the classes of the first two (places: `world.PLACES`)."""
 
     shape: Classifier
     style: Classifier
+    place: Classifier
     shape_names: list[str]
     style_names: list[str]
 
@@ -65,13 +68,14 @@ class Judge:
     def scores(self, pictures: Tensor) -> dict[str, Tensor | list[str]]:
         """pictures: B3HW in 0..1, any size.
 
-        Returns "shape" and "style" (probabilities, B x names), their "shape_names" and "style_names", and
-        "features" (B x 256, both classifiers' last layer) for distances.
+        Returns "shape", "style" and "place" (probabilities, B x names), their "shape_names" and "style_names", and
+        "features" (B x 256, the last layers of shape and style) for distances.
         """
         pictures = pictures.float()
         return {
             "shape": self.shape(pictures).softmax(-1),
             "style": self.style(pictures).softmax(-1),
+            "place": self.place(pictures).softmax(-1),
             "shape_names": self.shape_names,
             "style_names": self.style_names,
             "features": torch.cat([self.shape.features(pictures), self.style.features(pictures)], dim=1),
@@ -93,16 +97,20 @@ def load_judge(path: str) -> Judge:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key).float() for key in file.keys()}
     shape_names, style_names = metadata["shapes"].split(), metadata["styles"].split()
-    judge = Judge(Classifier(len(shape_names)), Classifier(len(style_names)), shape_names, style_names)
-    for name in ("shape", "style"):
+    where = Classifier(len(world.PLACES), grid=GRID)
+    judge = Judge(Classifier(len(shape_names)), Classifier(len(style_names)), where, shape_names, style_names)
+    for name in ("shape", "style", "place"):
         part = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(name + ".")}
         getattr(judge, name).load_state_dict(part)
         getattr(judge, name).eval()
     return judge
 
 
-def draw(count: int, rng: random.Random, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """True renderings: (pictures as bytes, shape numbers, style numbers), all pairs equally likely."""
+def draw(count: int, rng: random.Random, device: str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
+    """True renderings: (pictures as bytes, class numbers by judge), all pairs of shape and style equally likely.
+
+    An object near the middle has no place: -1.
+    """
     scenes, shapes, styles = [], [], []
     for _ in range(count):
         shape, style = rng.randrange(len(SHAPE_NAMES)), rng.randrange(len(STYLE_NAMES))
@@ -115,7 +123,9 @@ def draw(count: int, rng: random.Random, device: str = "cpu") -> tuple[Tensor, T
         styles.append(style)
     chunk = 4 if device == "cpu" else 256
     pictures = [(world.render(scenes[i : i + chunk], device) * 255).round().byte() for i in range(0, count, chunk)]
-    return torch.cat(pictures), torch.tensor(shapes, device=device), torch.tensor(styles, device=device)
+    places = [world.PLACES.index(where) if (where := world.place(scene)) else -1 for scene in scenes]
+    truth = {"shape": shapes, "style": styles, "place": places}
+    return torch.cat(pictures), {name: torch.tensor(numbers, device=device) for name, numbers in truth.items()}
 
 
 def _worsen(pictures: Tensor) -> Tensor:
@@ -132,22 +142,29 @@ def _worsen(pictures: Tensor) -> Tensor:
 
 
 def fit(path: str, device: str, pictures: int, steps: int, batch: int = 32) -> None:
-    """Trains both classifiers on `pictures` renderings, prints their accuracy on unseen ones, writes the file."""
+    """Trains the classifiers on `pictures` renderings, prints their accuracy on unseen ones, writes the file."""
     started = time.time()
     random.seed(50 + parallel.rank())
     torch.manual_seed(7)
     share = pictures // parallel.count()
-    images, shapes, styles = draw(share, random.Random(50 + parallel.rank()), device)
-    shape, style = Classifier(len(SHAPE_NAMES)).to(device), Classifier(len(STYLE_NAMES)).to(device)
+    images, truth = draw(share, random.Random(50 + parallel.rank()), device)
+    judges = {
+        "shape": Classifier(len(SHAPE_NAMES)).to(device),
+        "style": Classifier(len(STYLE_NAMES)).to(device),
+        "place": Classifier(len(world.PLACES), grid=GRID).to(device),
+    }
     torch.manual_seed(70 + parallel.rank())
-    params = [*shape.parameters(), *style.parameters()]
+    params = [p for judge in judges.values() for p in judge.parameters()]
     optimiser = torch.optim.AdamW(params, 3e-3, weight_decay=0.02)
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = 3e-3 * min(1.0, (step + 1) / 50) * (1 - step / steps)
         chosen = torch.randint(share, (batch // parallel.count(),), device=device)
         view = _worsen(images[chosen].float() / 255)
-        loss = F.cross_entropy(shape(view), shapes[chosen]) + F.cross_entropy(style(view), styles[chosen])
+        losses = [
+            F.cross_entropy(judge(view), truth[name][chosen], ignore_index=-1) for name, judge in judges.items()
+        ]
+        loss = torch.stack(losses).sum()
         optimiser.zero_grad()
         loss.backward()
         parallel.average_gradients(params)
@@ -156,16 +173,23 @@ def fit(path: str, device: str, pictures: int, steps: int, batch: int = 32) -> N
             print(f"judge step {step + 1} loss {loss.item():.3f} {time.time() - started:.0f} s", flush=True)
     if parallel.rank() != 0:
         return
-    state = {f"shape.{k}": v for k, v in shape.state_dict().items()}
-    state |= {f"style.{k}": v for k, v in style.state_dict().items()}
+    state = {f"{name}.{k}": v for name, judge in judges.items() for k, v in judge.state_dict().items()}
     names = {"shapes": " ".join(SHAPE_NAMES), "styles": " ".join(STYLE_NAMES)}
     write_safetensors({k: v.cpu().half().contiguous() for k, v in state.items()}, path, names)
-    judge = load_judge(path)
-    unseen, true_shapes, true_styles = draw(512, random.Random(999))
-    found = [judge.scores(part.float() / 255) for part in unseen.cpu().split(64)]
-    for key, truth in (("shape", true_shapes), ("style", true_styles)):
-        guess = torch.cat([f[key] for f in found]).argmax(-1)  # type: ignore[misc]
-        print(
-            f"judge of {key}: {(guess == truth.cpu()).float().mean():.3f} of 512 unseen renderings",
-            flush=True,
-        )
+    for name, accuracy in unseen_accuracy(load_judge(path)).items():
+        print(f"judge of {name}: {accuracy:.3f} of {UNSEEN} unseen renderings", flush=True)
+
+
+UNSEEN = 512
+
+
+def unseen_accuracy(judge: Judge, seed: int = 999) -> dict[str, float]:
+    """Share right of true renderings that no training saw, by judge; places of those that have one."""
+    pictures, truth = draw(UNSEEN, random.Random(seed))
+    found = [judge.scores(part.float() / 255) for part in pictures.split(64)]
+    accuracy = {}
+    for name, numbers in truth.items():
+        guess = torch.cat([f[name] for f in found]).argmax(-1)  # type: ignore[misc]
+        known = numbers >= 0
+        accuracy[name] = float((guess == numbers)[known].float().mean())
+    return accuracy

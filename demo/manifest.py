@@ -32,6 +32,7 @@ class Manifest:
     shapes: list[str]
     colours: list[str]
     known_styles: list[str]
+    subject_picture_styles: list[str]
     unseen_shapes: list[str]
     held_out: set[tuple[str, str]]
     subjects: list[Trained]
@@ -60,6 +61,7 @@ def read_manifest(folder: Path | None = None) -> Manifest:
         shapes=raw["base_shapes"],
         colours=raw["base_colours"],
         known_styles=raw["base_styles"],
+        subject_picture_styles=raw["subject_picture_styles"],
         unseen_shapes=raw["unseen_shapes"],
         held_out={(shape, style) for shape, style in raw["held_out"]},
         subjects=of_kind["content"],

@@ -10,10 +10,13 @@ alone and the direct merge, stock LoRA loaders stand in place of the zipped pair
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from demo.graphs import Drawing, Graphs, Prompt, Sampling
 from demo.judge import Judge, load_judge
 from demo.manifest import Manifest, Trained, read_manifest
 from demo.scores import Question, Score
-from devhost.base import MissingMiniature, make_base
+from devhost.base import MissingMiniature, find_miniature, make_base
 from devhost.install import ROOT
 from devhost.server import ComfyServer, Result, has_gpu
 
@@ -163,10 +166,8 @@ def gate_all(studio: Studio, world: Manifest) -> dict[str, Asked]:
     return alone | {style.name: style_gates(studio, world, style) for style in world.styles[:gated]}
 
 
-def merge_pair(
-    studio: Studio, world: Manifest, subject: Trained, style: Trained, alone: dict[str, Asked]
-) -> PairResult:
-    """Merge two LoRAs directly and zipped."""
+def merge_pair(studio: Studio, world: Manifest, subject: Trained, style: Trained) -> tuple[dict[str, Asked], str]:
+    """Merge two LoRAs directly and zipped: the pictures by label, and the optimisation's report."""
     plan, sampling = studio.plan, studio.plan.merges
     questions = scores.pair_questions(world, subject, style, plan.merged)
     merged = {"direct merge": studio.ask(questions, sampling, studio.plain([subject, style]))}
@@ -180,7 +181,7 @@ def merge_pair(
             continue
         report = "\n".join(line.rstrip() for line in result.text(studio.graphs.report).splitlines())
         studio.say(f"zipped {subject.name} + {style.name}; only the dial turns after this")
-    return PairResult(subject, style, alone[subject.name], alone[style.name], merged, report)
+    return merged, report
 
 
 def print_scores(results: Sequence[PairResult]) -> None:
@@ -267,22 +268,37 @@ def options() -> argparse.Namespace:
 def main() -> int:
     given = options()
     plan, started = QUICK if given.quick else Plan(), time.monotonic()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base:
-        try:
-            make_base(Path(base))
-            world = read_manifest()
-            judge = load_judge(str(world.judge))
-        except (MissingMiniature, FileNotFoundError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        plan = replace(plan, pairs=given.pairs or plan.pairs, merged=given.merged or plan.merged)
-        plan = replace(plan, gated=max(plan.gated, plan.pairs))
-        pairs = list(zip(world.subjects, world.styles, strict=False))[: plan.pairs]
-        with ComfyServer(Path(base), device="auto" if has_gpu() else "cpu") as server:
-            studio = Studio(server, Graphs(world.checkpoint, world.size), judge, plan, started)
-            studio.say("ComfyUI is up")
-            alone = gate_all(studio, world)
-            results = [merge_pair(studio, world, *pair, alone) for pair in pairs]
+    try:
+        find_miniature()
+        world = read_manifest()
+        judge = load_judge(str(world.judge))
+    except (MissingMiniature, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    plan = replace(plan, pairs=given.pairs or plan.pairs, merged=given.merged or plan.merged)
+    plan = replace(plan, gated=max(plan.gated, plan.pairs))
+    pairs = list(zip(world.subjects, world.styles, strict=False))[: plan.pairs]
+
+    def studio(base: Path, servers: ExitStack) -> Studio:
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
+        server = ComfyServer(make_base(base), device="auto" if has_gpu() else "cpu", environment=threads)
+        return Studio(servers.enter_context(server), Graphs(world.checkpoint, world.size), judge, plan, started)
+
+    # Two servers: one draws what each LoRA does alone while the other merges. So small a model keeps one core busy.
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        ThreadPoolExecutor(1) as helper,
+        ExitStack() as servers,  # stopped first: whoever waits for an answer then gives up
+    ):
+        alone = helper.submit(gate_all, studio(Path(folder, "alone"), servers), world)
+        merging = studio(Path(folder, "merged"), servers)
+        merging.say("ComfyUI is up")
+        merges = [merge_pair(merging, world, *pair) for pair in pairs]
+        gated = alone.result()
+    results = [
+        PairResult(subject, style, gated[subject.name], gated[style.name], merged, report)
+        for (subject, style), (merged, report) in zip(pairs, merges, strict=True)
+    ]
     print_scores(results)
     written = write_pictures(results, plan.columns, given.output)
     if given.publish:

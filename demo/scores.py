@@ -12,7 +12,7 @@ import torch
 from .judge import Judge
 from .manifest import Manifest, Trained
 
-PLAIN = "flat"  # the style of the subjects' own pictures
+PLAIN = "flat"  # the style that a subject alone is asked for in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,8 @@ def alone_questions(subject: Trained, count: int) -> list[Question]:
 
 
 def known_style_questions(world: Manifest, subject: Trained, count: int) -> list[Question]:
-    """A subject in every style that the base knows."""
-    styles = [style for style in world.known_styles if style != PLAIN]
+    """A subject in every style that the base knows and that its pictures lack."""
+    styles = [style for style in world.known_styles if style not in world.subject_picture_styles]
     ask = subject.gates["in_known_style"]
     return [
         Question(ask.format(style=style), pictures, subject.name, style)

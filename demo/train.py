@@ -27,7 +27,7 @@ HERE = pathlib.Path(__file__).parent
 PARTS = ["vae", "base", "judge", "loras", "gates"]
 SETTINGS = {
     "content": fit_lora.LoRASettings(steps=450, learning_rate=3e-3, prior_weight=0.5),
-    "style": fit_lora.LoRASettings(steps=300, learning_rate=3e-3, prior_weight=1.0),
+    "style": fit_lora.LoRASettings(steps=600, learning_rate=3e-3, prior_weight=0.3),
 }
 
 
@@ -85,8 +85,8 @@ def train_base(plan: Plan) -> None:
         folder=str(plan.work),
         output=plan.checkpoint,
         device=plan.device,
-        pictures=plan.steps(20000),
-        steps=plan.steps(6500),
+        pictures=plan.steps(24000),
+        steps=plan.steps(14500),
     )
     for old in [*plan.work.glob("base_state_*.pt"), *plan.work.glob("latents_*.pt")]:
         old.unlink()
@@ -94,7 +94,7 @@ def train_base(plan: Plan) -> None:
 
 
 def train_judge(plan: Plan) -> None:
-    parallel.launch(judge.fit, plan.processes, plan.judge, plan.device, plan.steps(5000), plan.steps(900))
+    parallel.launch(judge.fit, plan.processes, plan.judge, plan.device, plan.steps(6000), plan.steps(1400))
 
 
 def _chosen(names: list[str]) -> list[concepts.Concept]:

@@ -273,14 +273,15 @@ NEW_STYLES: dict[str, Style] = {
         line_colour=rgb("#fffdf5"),
     ),
     "paper": Style(
-        ground="grid",
+        ground="checker",
         ground1=rgb("#f7efd8"),
-        ground2=rgb("#d9c9a0"),
-        period=24.0,
+        ground2=rgb("#e3d3a8"),
+        period=32.0,
         palette=1.0,
         dark=rgb("#6b4226"),
         light=rgb("#c79a6b"),
-        shadow=8.0,
+        line=5.0,
+        line_colour=rgb("#3b2413"),
     ),
     "circuit": Style(
         ground="dots",
@@ -432,15 +433,42 @@ def random_style(rng: random.Random) -> Style:
     )
 
 
-FIGURES = 0.35  # share of the base's pictures that show a random figure
+# Names that the base does know: one figure, one style each, drawn once and for all. They teach it what a name is,
+# in every style and for every figure, so that a LoRA has only to add one more. No new subject or style is among them.
+NAMED_FIGURES = {
+    word: random_figure(random.Random(f"figure {word}"))
+    for word in (
+        "abri bolu ceft dwen elgo firn gulm hesk ipta jolb krad lumo "
+        "mabb nexo opul pivt quon ruft sabo tirl ungo vemp wosk yibb"
+    ).split()
+}
+NAMED_STYLES = {
+    word: random_style(random.Random(f"style {word}"))
+    for word in "zald aphi brox cind derm evol flun gask hyle irko jemp kant lorb moxi nurd orba".split()
+}
+
+# Shares of the base's pictures: figures (the rest are shapes), figures with a name, styles without one.
+FIGURES, FIGURES_NAMED = 0.5, 0.5
+STYLES_NAMED, STYLES_RANDOM = 0.25, 0.15
+
+
+def _base_style(rng: random.Random) -> tuple[str | None, Style]:
+    kind = rng.random()
+    if kind < STYLES_RANDOM:
+        return None, random_style(rng)
+    known = NAMED_STYLES if kind < STYLES_RANDOM + STYLES_NAMED else BASE_STYLES
+    name = rng.choice(list(known))
+    return name, known[name]
 
 
 def base_scene(rng: random.Random) -> Scene:
     """One scene of the base model's training set."""
     x, y, scale = _place(rng)
-    style_name = None if rng.random() < 0.25 else rng.choice(list(BASE_STYLES))
-    style = random_style(rng) if style_name is None else BASE_STYLES[style_name]
+    style_name, style = _base_style(rng)
     if rng.random() < FIGURES:
+        if rng.random() < FIGURES_NAMED:
+            name = rng.choice(list(NAMED_FIGURES))
+            return Scene(NAMED_FIGURES[name], style, x, y, scale, f"{name} figure", None, style_name)
         return Scene(random_figure(rng), style, x, y, scale, "figure", None, style_name)
     shape = rng.choice(SHAPES)
     while (shape, style_name) in HELD_OUT:
@@ -457,6 +485,8 @@ IDENTIFIERS = (
     "gorm lutz pexi swaf drin fomp vask jurn quep blit zorn mekk rilf tuvo hasp wend"
 ).split()
 PART_WORDS = ["disc", "plate", "dome", "spike", "cone", "fin"]
+CLEARLY = 0.1  # off the middle by a twentieth of the picture, and hardly in the other direction: a place has a word
+PLACES = ["left", "right", "top", "bottom"]
 WORDS = (
     "a an the of in on with and style picture figure drawing photo image".split()
     + SHAPES
@@ -464,15 +494,29 @@ WORDS = (
     + list(BASE_STYLES)
     + IDENTIFIERS
     + PART_WORDS
+    + list(NAMED_FIGURES)
+    + list(NAMED_STYLES)
+    + PLACES
 )
 
 
-def prompt(shape: str | None, colour: str | None, style: str | None) -> str:
-    """The grammar of every prompt: 'a red star in neon style', with any part left out."""
+def prompt(shape: str | None, colour: str | None, style: str | None, place: str | None = None) -> str:
+    """The grammar of every prompt: 'a red star on the left in neon style', with any part left out."""
     words = ["a", colour, shape or "picture"]
+    if place is not None:
+        words += ["on", "the", place]
     if style is not None:
         words += ["in", style, "style"]
     return " ".join(w for w in words if w)
+
+
+def place(scene: Scene) -> str | None:
+    """Where the object is, if it is clearly somewhere: 'left', 'right', 'top' or 'bottom' of the middle."""
+    across = abs(scene.x) > abs(scene.y)
+    offset, other = (scene.x, scene.y) if across else (scene.y, scene.x)
+    if abs(offset) < max(CLEARLY, 2 * abs(other)):
+        return None
+    return PLACES[(0 if across else 2) + (offset > 0)]
 
 
 def _described(parts: Sequence[Part]) -> str:
@@ -488,8 +532,9 @@ def _described(parts: Sequence[Part]) -> str:
     return f"{text} with {words(parts[2])}" if len(parts) > 2 else text
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """A training prompt for the scene: parts left out at random, identifiers where there is no word."""
+def caption(scene: Scene, rng: random.Random, not_named: str = "") -> str:
+    """A training prompt for the scene: parts left out at random, identifiers (but one) where there is no word."""
+    identifiers = [word for word in IDENTIFIERS if word != not_named]
     shape, colour, style = scene.shape, scene.colour, scene.style_name
     if rng.random() < 0.08:
         shape = None
@@ -499,13 +544,14 @@ def caption(scene: Scene, rng: random.Random) -> str:
         style = None
     if shape == "figure":
         told = rng.random()
-        if told < 0.3:
-            shape = f"{rng.choice(IDENTIFIERS)} figure"
+        if told < 0.2:
+            shape = f"{rng.choice(identifiers)} figure"
         elif told < 0.9:
             shape = f"{_described(scene.parts)} figure"
     if style is None and rng.random() < 0.5:
-        style = rng.choice(IDENTIFIERS)
-    return prompt(shape, colour, style)
+        style = rng.choice(identifiers)
+    told_place = place(scene) if rng.random() < 0.35 and len((shape or "").split()) < 6 else None
+    return prompt(shape, colour, style, told_place)
 
 
 # --- drawing -----------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -105,9 +104,3 @@ class LoRAPair:
 def column_view(coefficients: Tensor, down: Tensor) -> Tensor:
     """Coefficients (in,) shaped to multiply the columns of `down` (rank, in, *kernel)."""
     return coefficients.reshape(1, -1, *([1] * (down.ndim - 2)))
-
-
-def delta_weight(factors: Factors) -> Tensor:
-    """ΔW = scale · up · down, dense (out, in, *kernel). For tests and small layers: nothing else forms it."""
-    dense = factors.up @ factors.down.reshape(factors.rank, math.prod(factors.down.shape[1:]))
-    return factors.scale * dense.reshape(factors.shape)

@@ -15,7 +15,7 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ...ziplora_core.coefficients import Coefficients
-from ...ziplora_core.files import LoRAFileError, check_lora_file, read_lora_file
+from ...ziplora_core.files import LoRAFileError, read_lora_file
 from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
 from . import keys
 
@@ -86,7 +86,6 @@ def check(name: str) -> str | None:
     try:
         seen = fingerprint(name)
         if seen not in _seen_good:
-            check_lora_file(seen[0])
             read_lora_file(seen[0])
             _seen_good.add(seen)
     except LoRAFileError as error:
