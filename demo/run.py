@@ -305,7 +305,7 @@ def main() -> int:
         written += publish(results, written)
     for result in results:
         print(f"\n{result.name}\n{result.report}")
-    studio.say("done. Pictures:")
+    merging.say("done. Pictures:")
     print("\n".join(f"  {path}" for path in written))
     return 0
 
