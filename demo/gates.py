@@ -51,7 +51,7 @@ def base_gates(model: Miniature, judge: Judge, seed: int, held_out: bool = False
 
 
 def subject_gates(model: Miniature, judge: Judge, concept: Concept, seed: int) -> tuple[dict[str, float], Tensor]:
-    """With the subject's LoRA on the model: its subject in the plain style, and in known styles that its pictures lack."""
+    """With the subject's LoRA on the model: its subject in the plain style, and in known styles without a picture."""
     plain = generate(model, [subject_prompt(concept.identifier)] * COUNT, seed)
     styles = [KNOWN_STYLES[i % len(KNOWN_STYLES)] for i in range(COUNT)]
     styled = generate(model, [subject_prompt(concept.identifier, s) for s in styles], seed + 1)

@@ -161,9 +161,7 @@ def fit(path: str, device: str, pictures: int, steps: int, batch: int = 32) -> N
             group["lr"] = 3e-3 * min(1.0, (step + 1) / 50) * (1 - step / steps)
         chosen = torch.randint(share, (batch // parallel.count(),), device=device)
         view = _worsen(images[chosen].float() / 255)
-        losses = [
-            F.cross_entropy(judge(view), truth[name][chosen], ignore_index=-1) for name, judge in judges.items()
-        ]
+        losses = [F.cross_entropy(judge(view), truth[name][chosen], ignore_index=-1) for name, judge in judges.items()]
         loss = torch.stack(losses).sum()
         optimiser.zero_grad()
         loss.backward()

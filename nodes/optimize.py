@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..ziplora_core.solver import Settings
+from ..ziplora_core.objective import OBJECTIVES
+from ..ziplora_core.solver import SOLVERS, Settings
 from .bridge.optimise import check_inputs, optimise
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
 
@@ -86,6 +87,22 @@ class ZipLoRAOptimize(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Seed of the noise and timesteps: the same seed gives the same coefficients.",
                 ),
+                io.Combo.Input(
+                    "objective",
+                    options=list(OBJECTIVES),
+                    default="balanced",
+                    optional=True,
+                    tooltip="balanced: each concept's loss counts relative to the direct merge's, so that lambda means "
+                    "the same for every model and size. paper: Eq. 3 to the letter.",
+                ),
+                io.Combo.Input(
+                    "solver",
+                    options=list(SOLVERS),
+                    default="gradient",
+                    optional=True,
+                    tooltip="gradient: the paper's, from all ones. layerwise: in closed form from a few forward "
+                    "passes, without backpropagation: fits wherever sampling fits, a little worse. Or both.",
+                ),
             ],
             outputs=[
                 ZippedLoRASocket.Output(
@@ -115,9 +132,11 @@ class ZipLoRAOptimize(io.ComfyNode):
         similarity_lambda: float,
         batch_size: int,
         seed: int,
+        objective: str = "balanced",
+        solver: str = "gradient",
     ) -> list[str]:
         """Which inputs to make next: what can be refused is refused before a VAE or a text encoder is loaded."""
-        Settings(steps, learning_rate, similarity_lambda, batch_size, seed)
+        read_settings(steps, learning_rate, similarity_lambda, batch_size, seed, objective, solver)
         latents = {"content": content_latents, "style": style_latents}
         check_inputs(model, lora_pair, latents)
         missing = [f"{concept}_latents" for concept, made in latents.items() if made is None]
@@ -137,8 +156,27 @@ class ZipLoRAOptimize(io.ComfyNode):
         similarity_lambda: float,
         batch_size: int,
         seed: int,
+        objective: str = "balanced",
+        solver: str = "gradient",
     ) -> io.NodeOutput:
-        settings = Settings(steps, learning_rate, similarity_lambda, batch_size, seed)
+        settings = read_settings(steps, learning_rate, similarity_lambda, batch_size, seed, objective, solver)
         conditioning = {"content": content_positive, "style": style_positive}
         latents = {"content": content_latents, "style": style_latents}
         return io.NodeOutput(*optimise(model, lora_pair, conditioning, latents, settings))
+
+
+def read_settings(
+    steps: int,
+    learning_rate: float,
+    similarity_lambda: float,
+    batch_size: int,
+    seed: int,
+    objective: str,
+    solver: str,
+) -> Settings:
+    """The core's settings from the node's inputs. Raises ValueError for a value that the API let through."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective is '{objective}'; expected one of: {', '.join(OBJECTIVES)}")
+    return Settings(
+        steps, learning_rate, similarity_lambda, batch_size, seed, objective=OBJECTIVES[objective], solver=solver
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ def _join(layer: LayerPair, device: torch.device | str, dtype: torch.dtype) -> J
     return JoinedLayer(up.to(device, dtype), down.to(device, dtype), rank)
 
 
+def _positions(starts: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Indices of several runs of a vector, one after another."""
+    runs = [torch.arange(start, start + size, device=device) for start, size in zip(starts, sizes, strict=True)]
+    return torch.cat(runs) if runs else torch.zeros(0, dtype=torch.int64, device=device)
+
+
 class JoinedPair:
     """A pair made ready for many forward passes: joined factors in the compute dtype, on the compute device.
 
@@ -57,6 +64,13 @@ class JoinedPair:
         self.layers = {name: _join(layer, device, dtype) for name, layer in pair.layers.items()}
         self._slots = [(name, concept) for name, layer in pair.layers.items() for concept, _ in layer.halves()]
         self._sizes = [self.layers[name].columns for name, _ in self._slots]
+        starts = dict(zip(self._slots, accumulate(self._sizes, initial=0), strict=False))
+        both = [name for name, layer in pair.layers.items() if layer.content is not None and layer.style is not None]
+        self.shared_sizes = [self.layers[name].columns for name in both]
+        self._shared = {
+            concept: _positions([starts[name, concept] for name in both], self.shared_sizes, self.device)
+            for concept in ("content", "style")
+        }
 
     def flatten(self, coefficients: Coefficients) -> Tensor:
         """All coefficients as one vector (pair.coefficient_count,) on this pair's device, float32 or wider."""
@@ -79,10 +93,9 @@ class JoinedPair:
             parts[concept][name] = part
         return parts
 
-    def shared_columns(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(m_c, m_s) of every layer that both LoRAs change: what the overlap is made of."""
-        parts = self.split(flat)
-        return [(m, parts["style"][name]) for name, m in parts["content"].items() if name in parts["style"]]
+    def shared_columns(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """(m_c, m_s) of the columns that both LoRAs change, `shared_sizes` of them a layer: what overlap is made of."""
+        return flat[self._shared["content"]], flat[self._shared["style"]]
 
     def student(self, flat: Tensor) -> Branch:
         """Every row sees ΔW_m = ΔW_c·diag(m_c) + ΔW_s·diag(m_s); differentiable in `flat`."""

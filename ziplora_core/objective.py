@@ -1,14 +1,15 @@
-"""Eq. 3 of ZipLoRA (arXiv 2311.13600): what a merge costs."""
+"""What a merge costs: readings of Eq. 3 of ZipLoRA (arXiv 2311.13600)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def retention(student: Tensor, teacher: Tensor) -> Tensor:
+def norm(student: Tensor, teacher: Tensor) -> Tensor:
     """‖D(x, p; merged) − D(x, p; own LoRA)‖₂, the norm of each row, averaged over rows (Eq. 3, unsquared).
 
     student, teacher: (rows, ...) raw network outputs for the same noisy latents, timesteps and prompt.
@@ -18,10 +19,49 @@ def retention(student: Tensor, teacher: Tensor) -> Tensor:
     return rows.mean()
 
 
-def overlap(layers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Σ over layers of |m_c · m_s|, the dot product of a layer's two coefficient vectors (Eq. 3).
+def mean_square(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference over everything: what other code uses in the place of Eq. 3's norms."""
+    return (student - teacher).square().mean()
 
-    layers: (m_c, m_s) of every layer that both LoRAs change. Returns a scalar; a float 0 tensor for no layers.
+
+def summed_dot_products(content: Tensor, style: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Σ over layers of |m_c · m_s|, the dot product of a layer's two coefficient vectors (Eq. 3 to the letter).
+
+    content, style: (columns,) coefficients of the columns that both LoRAs change, layer after layer.
+    sizes: columns of each of these layers. Returns a scalar.
     """
-    terms = [torch.dot(content, style).abs() for content, style in layers]
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+    layers = torch.split(content * style, list(sizes))
+    return torch.stack([layer.sum() for layer in layers]).abs().sum()
+
+
+def summed_mean_products(content: Tensor, style: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Σ over layers of mean |m_c ⊙ m_s|: the community training script's."""
+    layers = torch.split((content * style).abs(), list(sizes))
+    return torch.stack([layer.mean() for layer in layers]).sum()
+
+
+def percent_shared(content: Tensor, style: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Mean of |m_c ⊙ m_s| over all columns, in percent: 100 at the direct merge, 0 for a closed zip.
+
+    So with the paper's λ = 0.01 the overlap weighs 1 at the start, as much as one relative retention.
+    """
+    return 100 * (content * style).abs().mean()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One reading of Eq. 3: L = retention(content) + retention(style) + λ · overlap.
+
+    relative: each retention is divided by its value at the direct merge, so that the two concepts weigh the same
+    and λ means the same for every model, latent size and LoRA strength.
+    """
+
+    name: str
+    retention: Callable[[Tensor, Tensor], Tensor]
+    overlap: Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+    relative: bool
+
+
+BALANCED = Objective("balanced", norm, percent_shared, relative=True)
+PAPER = Objective("paper", norm, summed_dot_products, relative=False)
+OBJECTIVES = {objective.name: objective for objective in (BALANCED, PAPER)}

@@ -10,24 +10,32 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import objective
 from .branch import Branch, JoinedPair
 from .coefficients import Coefficients
+from .objective import BALANCED, Objective, norm
 
 _HELD_OUT = 0x5EED  # added to the seed: noise for measuring is never noise that was trained on
 _ZERO_OVERLAP = 1e-4  # mean |m_c ⊙ m_s|; Adam reaches zero only nearly
 _MAX_SKIPPED = 12  # updates in a row that may be lost to an overflow in half precision
 
 
+SOLVERS = ("gradient", "layerwise", "layerwise, then gradient")
+
+
 @dataclass(frozen=True)
 class Settings:
-    """The paper's settings are the defaults. Raises ValueError for a value out of range, naming it."""
+    """The paper's settings are the defaults. Raises ValueError for a value out of range, naming it.
+
+    solver: "gradient" from all ones, as the paper; "layerwise" in closed form; or the second as the first's start.
+    """
 
     steps: int = 100
     learning_rate: float = 0.01
     similarity_lambda: float = 0.01
     batch_size: int = 1
     seed: int = 0
+    objective: Objective = BALANCED
+    solver: str = "gradient"
 
     def __post_init__(self) -> None:
         _in_range("steps", self.steps, 0, 10_000)
@@ -35,6 +43,8 @@ class Settings:
         _in_range("similarity_lambda", self.similarity_lambda, 0.0, 1000.0)
         _in_range("batch_size", self.batch_size, 1, 64)
         _in_range("seed", self.seed, 0, 2**64 - 1)
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver is '{self.solver}'; expected one of: {', '.join(SOLVERS)}")
 
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:
@@ -81,7 +91,7 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Losses:
-    """The terms of Eq. 3: retention of each concept, Σ|m_c · m_s| (not yet times λ), and their weighted sum."""
+    """The terms of the objective: retention of each concept, overlap (not yet times λ), and their weighted sum."""
 
     content: float
     style: float
@@ -145,9 +155,9 @@ def training_batches(references: References, predictor: Predictor, settings: Set
         yield _join_batches(content, style, predictor.joins)
 
 
-def held_out_batches(references: References, predictor: Predictor, seed: int, draws: int) -> Iterator[list[Batch]]:
-    """Noise apart from training's, at `draws` timesteps spread evenly over the schedule."""
-    generator = torch.Generator().manual_seed((seed + _HELD_OUT) % 2**63)
+def spread_batches(references: References, predictor: Predictor, seed: int, draws: int) -> Iterator[list[Batch]]:
+    """Both references with fresh noise, at `draws` timesteps spread evenly over the schedule."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
     for i in range(draws):
         t = torch.tensor([int((i + 0.5) / draws * predictor.timesteps)])
         yield _join_batches(
@@ -157,10 +167,12 @@ def held_out_batches(references: References, predictor: Predictor, seed: int, dr
         )
 
 
-def _retentions(student: Tensor, teacher: Tensor, is_style: Tensor) -> dict[str, Tensor]:
+def _retentions(
+    student: Tensor, teacher: Tensor, is_style: Tensor, retention: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
     """Retention of each concept that has rows in this batch."""
     return {
-        concept: objective.retention(student[rows], teacher[rows])
+        concept: retention(student[rows], teacher[rows])
         for concept, rows in (("content", ~is_style), ("style", is_style))
         if rows.any()
     }
@@ -172,25 +184,27 @@ def optimise(
     references: References,
     settings: Settings,
     on_step: Callable[[Step], None] | None = None,
+    start: Coefficients | None = None,
 ) -> Result:
-    """Learn m_c and m_s (Eq. 3) with Adam, from all ones, for at most `settings.steps` updates.
+    """Learn m_c and m_s (Eq. 3) with Adam, from all ones or from `start`, for at most `settings.steps` updates.
 
     One step is one teacher pass without gradient and one student pass with it (two of each where content and
     style cannot share a batch). Stops early when the overlap is zero, as the paper does. `on_step` is called
     after each update; what it or the predictor raises ends the run. Deterministic for a seed on one machine.
     Raises FloatingPointError when a loss is not finite.
     """
-    ones = Coefficients.ones(joined.pair)
+    start = start or Coefficients.ones(joined.pair)
     if settings.steps == 0:
-        return Result(ones, stopped="no steps asked for: the direct merge")
+        return Result(start, stopped="no steps asked for")
     with torch.inference_mode(False), torch.enable_grad():
-        flat = joined.flatten(ones).requires_grad_(True)
+        flat = joined.flatten(start).requires_grad_(True)
         adam = torch.optim.Adam([flat], lr=settings.learning_rate)
         scale, skipped = float(predictor.loss_scale), 0
         history: list[Step] = []
+        weights = _weights(joined, predictor, references, settings)
         batches = training_batches(references, predictor, settings)
         while len(history) < settings.steps:
-            losses = accumulate_gradient(joined, predictor, flat, next(batches), settings.similarity_lambda, scale)
+            losses = accumulate_gradient(joined, predictor, flat, next(batches), settings, weights, scale)
             step = Step(len(history) + 1, settings.steps, losses)
             _check_finite(step)
             gradient = flat.grad
@@ -217,12 +231,22 @@ def optimise(
         return Result(joined.unflatten(flat), history)
 
 
+def _weights(joined: JoinedPair, predictor: Predictor, references: References, settings: Settings) -> dict[str, float]:
+    """What each retention is multiplied by: 1, or for a relative objective its inverse at the direct merge."""
+    if not settings.objective.relative:
+        return {"content": 1.0, "style": 1.0}
+    ones = [Coefficients.ones(joined.pair)]
+    (at_start,) = measure_retention(
+        joined, predictor, references, ones, settings.seed + 1, retention=settings.objective.retention
+    )
+    return {concept: 1 / value if value else 1.0 for concept, value in at_start.items()}
+
+
 def _closed(joined: JoinedPair, flat: Tensor) -> bool:
     """Whether no column is left in both LoRAs: the paper's stop. Column by column, so that signs cannot cancel."""
-    shared = [torch.stack(pair) for pair in joined.shared_columns(flat.detach())]
-    if not shared:
+    if not joined.shared_sizes:
         return False
-    content, style = torch.cat(shared, dim=1)
+    content, style = joined.shared_columns(flat.detach())
     return bool((content * style).abs().mean() < _ZERO_OVERLAP)
 
 
@@ -240,27 +264,30 @@ def accumulate_gradient(
     predictor: Predictor,
     flat: Tensor,
     batches: Sequence[Batch],
-    similarity_lambda: float,
+    settings: Settings,
+    weights: dict[str, float],
     scale: float = 1.0,
 ) -> Losses:
-    """Eq. 3 on the rows of one step; adds the gradient of scale · loss to `flat.grad`.
+    """The objective on the rows of one step; adds the gradient of scale · loss to `flat.grad`.
 
-    flat: (pair.coefficient_count,) leaf that requires a gradient. Content and style may come in one batch or
-    in two: the loss and the gradient are the same.
+    flat: (pair.coefficient_count,) leaf that requires a gradient. weights: of each concept's retention. Content
+    and style may come in one batch or in two: the loss and the gradient are the same.
     """
     values = {"content": 0.0, "style": 0.0}
     for batch in batches:
         with torch.no_grad():
             teacher = predictor(batch, joined.teacher(batch.is_style))
         student = predictor(batch, joined.student(flat))
-        losses = _retentions(student, teacher, batch.is_style.to(teacher.device))
+        losses = _retentions(student, teacher, batch.is_style.to(teacher.device), settings.objective.retention)
+        losses = {concept: loss * weights[concept] for concept, loss in losses.items()}
         torch.autograd.backward(torch.stack(list(losses.values())).sum() * scale)
         for concept, loss in losses.items():
             values[concept] = loss.item()
-    overlap = objective.overlap(joined.shared_columns(flat))
-    if overlap.requires_grad:
-        torch.autograd.backward(overlap * (similarity_lambda * scale))
-    total = values["content"] + values["style"] + similarity_lambda * overlap.item()
+    overlap = flat.new_zeros(())
+    if joined.shared_sizes:
+        overlap = settings.objective.overlap(*joined.shared_columns(flat), joined.shared_sizes)
+        torch.autograd.backward(overlap * (settings.similarity_lambda * scale))
+    total = values["content"] + values["style"] + settings.similarity_lambda * overlap.item()
     return Losses(values["content"], values["style"], overlap.item(), total)
 
 
@@ -271,20 +298,26 @@ def measure_retention(
     candidates: Sequence[Coefficients],
     seed: int,
     draws: int = 4,
+    retention: Callable[[Tensor, Tensor], Tensor] = norm,
+    merged: JoinedPair | None = None,
 ) -> list[dict[str, float]]:
     """Retention of each concept on noise that no training saw, for each candidate: the honest figure.
 
     Mean over `draws` timesteps spread over the schedule of ‖student − teacher‖₂ (Eq. 3, first two terms).
     Returns {"content": float, "style": float} per candidate; 0 means "draws exactly as its own LoRA".
+    merged: the pair that the candidates are coefficients of, where it is not `joined`, whose LoRAs are the teachers.
     """
+    merged = merged or joined
     totals = [{"content": 0.0, "style": 0.0} for _ in candidates]
     with torch.inference_mode(False), torch.no_grad():
-        flats = [joined.flatten(c) for c in candidates]
-        for batches in held_out_batches(references, predictor, seed, draws):
+        flats = [merged.flatten(c) for c in candidates]
+        for batches in spread_batches(references, predictor, seed + _HELD_OUT, draws):
             for batch in batches:
                 teacher = predictor(batch, joined.teacher(batch.is_style))
                 for total, flat in zip(totals, flats, strict=True):
-                    student = predictor(batch, joined.student(flat))
-                    for concept, loss in _retentions(student, teacher, batch.is_style.to(teacher.device)).items():
+                    student = predictor(batch, merged.student(flat))
+                    for concept, loss in _retentions(
+                        student, teacher, batch.is_style.to(teacher.device), retention
+                    ).items():
                         total[concept] += loss.item() / draws
     return totals

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from ...ziplora_core import analysis, solver
+from ...ziplora_core import analysis, solver, zipper
 from ...ziplora_core.branch import JoinedPair
 from ...ziplora_core.coefficients import Coefficients
 from . import loras, predictor
@@ -47,7 +47,8 @@ def optimise(
 
     def work(predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References) -> None:
         began = time.monotonic()
-        outcome.result = solver.optimise(joined, predict, references, settings, Progress(settings.steps))
+        progress = Progress(settings.steps)
+        outcome.result = zipper.close(joined, predict, references, settings, progress, progress.layer)
         outcome.seconds = time.monotonic() - began
         outcome.retention = solver.measure_retention(
             joined, predict, references, [ones, outcome.result.coefficients], settings.seed

@@ -58,3 +58,7 @@ class Progress:
             preview = ("JPEG", loss_picture(self._history), max(_SIZE))
             self._last = now
         self._bar.update_absolute(step.index, step.steps, preview)
+
+    def layer(self, done: int, total: int) -> None:
+        """A layer was solved in closed form: the bar counts layers until the steps begin."""
+        self._bar.update_absolute(done, total)

@@ -41,6 +41,7 @@ def write(outcome: Outcome) -> str:
         f"layers: {layers}; {pair.coefficient_count:,} coefficients",
         f"steps: {len(result.history)} of {settings.steps} at rate {settings.learning_rate:g}, "
         f"lambda {settings.similarity_lambda:g}, batch {settings.batch_size}, seed {settings.seed}; {result.stopped}",
+        f"objective: {settings.objective.name}; solver: {settings.solver}",
     ]
     if outcome.seconds:
         lines.append(f"time: {outcome.seconds:.1f} s, {outcome.seconds / max(len(result.history), 1):.2f} s a step")

@@ -8,9 +8,11 @@ from toys import SHAPES, ToyPredictor, toy_pair, toy_references
 
 from ziplora_core.branch import JoinedPair
 from ziplora_core.coefficients import Coefficients
+from ziplora_core.objective import PAPER
 from ziplora_core.solver import Settings, accumulate_gradient, training_batches
 
-LAMBDA = 0.37
+SETTINGS = Settings(similarity_lambda=0.37, objective=PAPER)
+PLAIN = {"content": 1.0, "style": 1.0}
 
 
 def dense_forward(predictor, x, updates):
@@ -42,7 +44,7 @@ def dense_loss(predictor, pair, batch, m):
         loss = loss + ((student - teacher) ** 2).sum().sqrt() / (len(batch.is_style) / 2)
     for name, layer in pair.layers.items():
         if layer.content is not None and layer.style is not None:
-            loss = loss + LAMBDA * (m[name]["content"] @ m[name]["style"]).abs()
+            loss = loss + SETTINGS.similarity_lambda * (m[name]["content"] @ m[name]["style"]).abs()
     return loss
 
 
@@ -64,15 +66,17 @@ def by_layer(joined, flat):
 def test_loss_equals_dense_transcription(problem):
     pair, predictor, joined, batches, flat = problem
     assert len(batches) == 1, "content and style should share one pass"
-    losses = accumulate_gradient(joined, predictor, flat.requires_grad_(), batches, LAMBDA)
+    losses = accumulate_gradient(joined, predictor, flat.requires_grad_(), batches, SETTINGS, PLAIN)
     expected = dense_loss(predictor, pair, batches[0], by_layer(joined, flat))
     assert losses.total == pytest.approx(expected.item(), rel=1e-12)
-    assert losses.total == pytest.approx(losses.content + losses.style + LAMBDA * losses.overlap, rel=1e-12)
+    assert losses.total == pytest.approx(
+        losses.content + losses.style + SETTINGS.similarity_lambda * losses.overlap, rel=1e-12
+    )
 
 
 def test_gradient_equals_finite_differences(problem):
     pair, predictor, joined, batches, flat = problem
-    accumulate_gradient(joined, predictor, flat.requires_grad_(), batches, LAMBDA)
+    accumulate_gradient(joined, predictor, flat.requires_grad_(), batches, SETTINGS, PLAIN)
     h = 1e-6
     with torch.no_grad():
         for i in range(len(flat)):
@@ -87,14 +91,14 @@ def test_gradient_equals_finite_differences(problem):
 def test_one_at_a_time_adds_up_to_the_batch(problem):
     _, predictor, joined, batches, flat = problem
     together = flat.clone().requires_grad_()
-    a = accumulate_gradient(joined, predictor, together, batches, LAMBDA)
+    a = accumulate_gradient(joined, predictor, together, batches, SETTINGS, PLAIN)
     apart = flat.clone().requires_grad_()
     half = len(batches[0].is_style) // 2
     split = [
         type(batches[0])(**{k: getattr(batches[0], k)[rows] for k in ("latents", "noise", "timesteps", "is_style")})
         for rows in (slice(0, half), slice(half, None))
     ]
-    b = accumulate_gradient(joined, predictor, apart, split, LAMBDA)
+    b = accumulate_gradient(joined, predictor, apart, split, SETTINGS, PLAIN)
     assert a.total == pytest.approx(b.total, rel=1e-12)
     torch.testing.assert_close(together.grad, apart.grad, rtol=1e-10, atol=1e-12)
 

@@ -10,8 +10,10 @@ from toys import ToyPredictor, factors, toy_pair, toy_references
 
 from ziplora_core.branch import JoinedPair
 from ziplora_core.coefficients import Coefficients
+from ziplora_core.objective import PAPER
 from ziplora_core.pair import LayerPair, LoRAPair
-from ziplora_core.solver import References, Settings, measure_retention, optimise
+from ziplora_core.solver import SOLVERS, References, Settings, measure_retention, optimise
+from ziplora_core.zipper import close
 
 
 def run(settings=None, predictor=None, pair=None, references=None, on_step=None):
@@ -38,7 +40,7 @@ def test_same_seed_same_bits_and_another_seed_another_answer():
 def test_two_passes_a_step_when_batched_and_four_when_not():
     for joins, passes in ((True, 2), (False, 4)):
         predictor = ToyPredictor(joins)
-        run(Settings(steps=3), predictor)
+        run(Settings(steps=3, objective=PAPER), predictor)
         assert predictor.calls == 3 * passes
 
 
@@ -47,6 +49,34 @@ def test_batched_or_not_is_the_same_run():
     for side in ("content", "style"):
         for name, m in getattr(a.coefficients, side).items():
             torch.testing.assert_close(m, getattr(b.coefficients, side)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_relative_losses_begin_at_one():
+    """Whatever the LoRAs' strengths and the network's scale, a relative retention is about one at the direct merge."""
+    still = Settings(steps=40, learning_rate=1e-8)
+    for gain in (1.0, 100.0):
+
+        class Loud(ToyPredictor):
+            def __call__(self, batch, branch, gain=gain):
+                return gain * super().__call__(batch, branch)
+
+        history = run(still, Loud()).history
+        for concept in ("content", "style"):
+            mean = sum(getattr(s.losses, concept) for s in history) / len(history)
+            assert 0.5 < mean < 2.0
+        assert history[0].losses.overlap == pytest.approx(100)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_beats_the_direct_merge(solver):
+    joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
+    result = close(joined, predictor, references, Settings(solver=solver))
+    ones = Coefficients.ones(joined.pair)
+    before, after = measure_retention(joined, predictor, references, [ones, result.coefficients], seed=0)
+    assert after["content"] + after["style"] < 0.9 * (before["content"] + before["style"])
+    assert len(result.history) == (0 if solver == "layerwise" else 100)
+    none = close(joined, predictor, references, Settings(steps=0, solver=solver))
+    assert all(torch.equal(m, torch.ones_like(m)) for m in none.coefficients.content.values())
 
 
 def test_references_of_different_sizes():
@@ -107,7 +137,7 @@ def test_a_loss_that_is_not_finite_names_its_step():
             return y * float("nan") if self.calls > 3 else y
 
     with pytest.raises(FloatingPointError, match="step 2: the loss is not finite"):
-        run(predictor=Broken())
+        run(Settings(objective=PAPER), predictor=Broken())
 
 
 def test_overflow_of_the_scaled_gradient_is_survived():
@@ -130,6 +160,7 @@ def test_overflow_of_the_scaled_gradient_is_survived():
         {"similarity_lambda": -0.1},
         {"batch_size": 0},
         {"seed": -1},
+        {"solver": "magic"},
     ],
 )
 def test_settings_out_of_range_are_named(bad):

@@ -95,6 +95,8 @@ def test_equals_autograd_over_copied_weights(pack, monkeypatch, name, extras):
         monkeypatch.setattr(management, "is_device_cpu", lambda device: False)
         monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
     found = {}
+    paper = solver.Settings(similarity_lambda=LAMBDA, objective=pack.ziplora_core.objective.PAPER)
+    plain = {"content": 1.0, "style": 1.0}
 
     def work(predict, joined, references):
         torch.manual_seed(0)
@@ -103,7 +105,7 @@ def test_equals_autograd_over_copied_weights(pack, monkeypatch, name, extras):
         assert len(batch) == 1
         flat.requires_grad_()
         with torch.enable_grad():
-            losses = solver.accumulate_gradient(joined, predict, flat, batch, LAMBDA, predict.loss_scale)
+            losses = solver.accumulate_gradient(joined, predict, flat, batch, paper, plain, predict.loss_scale)
         flat.grad /= predict.loss_scale
         if extras == "low VRAM":
             assert predict._model.model_lowvram, "the host did not offload: this case tests nothing"

@@ -1,0 +1,125 @@
+"""The miniature model inside this process: the pack zips on it, the host samples from it, the judge looks at it."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # last: in front, the pack's folder `nodes` would hide ComfyUI's module
+
+from devhost.base import find_miniature  # noqa: E402
+from devhost.inprocess import load_miniature_extension, load_pack  # noqa: E402
+
+PACK = load_pack()
+load_miniature_extension()
+
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from comfy.ldm.modules.attention import attention_pytorch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from demo import world  # noqa: E402
+from demo.concepts import PLAIN, STYLE_PICTURE_SHAPES  # noqa: E402
+from demo.judge import load_judge  # noqa: E402
+from demo.manifest import Trained, read_manifest  # noqa: E402
+from nodes import common_ksampler  # noqa: E402
+
+loras, predictor, bridge_apply = (getattr(PACK.nodes.bridge, n) for n in ("loras", "predictor", "apply"))
+core = PACK.ziplora_core
+for _name in ("direct", "zipper"):
+    importlib.import_module(f"{core.__name__}.{_name}")
+comfy.utils.set_progress_bar_enabled(False)
+SIDE = world.SIZE // 8
+OTHERS = 4
+TRUE_RENDERINGS = 64
+SAMPLING = {"steps": 20, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
+
+
+def _plain_attention(_, *args, **kwargs) -> torch.Tensor:
+    """PyTorch's attention: the host's choice for a CPU cuts these tiny ones into pieces, ten times slower."""
+    return attention_pytorch(*args, **kwargs)
+
+
+class Studio:
+    """The checkpoint, its judge and its LoRAs by name."""
+
+    def __init__(self) -> None:
+        self.files = find_miniature()
+        self.manifest = read_manifest()
+        self.judge = load_judge(str(self.manifest.judge))
+        self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(self.files.checkpoint))
+        self.concepts = {t.name: t for t in [*self.manifest.subjects, *self.manifest.styles]}
+        self._prompts: dict[str, list] = {}
+        self._truth: dict[tuple[str, str], torch.Tensor] = {}
+
+    def prompt(self, *texts: str) -> list:
+        """One CONDITIONING whose rows are the prompts, for a batch of as many pictures."""
+        for text in texts:
+            if text not in self._prompts:
+                self._prompts[text] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0]
+        found = [self._prompts[text] for text in texts]
+        pooled = torch.cat([options["pooled_output"] for _, options in found])
+        return [[torch.cat([context for context, _ in found]), {"pooled_output": pooled}]]
+
+    def latents(self, pictures: Sequence[Path]) -> torch.Tensor:
+        pixels = [np.asarray(Image.open(p).convert("RGB"), dtype=np.float32) / 255 for p in pictures]
+        return self.vae.encode(torch.from_numpy(np.stack(pixels)))
+
+    def picture(self, concept: Trained, number: int = 1) -> Path:
+        return self.files.checkpoint.parent.parent / "pictures" / concept.name / f"{number}.png"
+
+    def sources(self, content: Trained, style: Trained):
+        folder = self.files.loras[0].parent
+        tensors = [core.files.read_lora_file(folder / c.learned.file) for c in (content, style)]
+        return loras.LoRASources(
+            loras.LoRASource(content.name, tensors[0], 1.0), loras.LoRASource(style.name, tensors[1], 1.0)
+        )
+
+    def other_references(self, content: Trained, style: Trained, seed: int):
+        """Latents of more renderings of both concepts, for the same prompts: pictures that no LoRA was trained on."""
+        rng = random.Random(f"others {content.name} {style.name} {seed}")
+        shape, colour = STYLE_PICTURE_SHAPES[0], style.learned.prompt.split()[1]
+        scenes = {
+            "content": [world.subject_scene(content.name, PLAIN, rng) for _ in range(OTHERS)],
+            "style": [world.shape_scene(shape, colour, style.name, rng) for _ in range(OTHERS)],
+        }
+        latents = {c: self.vae.encode(world.render(drawn).movedim(1, -1)) for c, drawn in scenes.items()}
+        ready = {c: self.model.model.process_latent_in(found) for c, found in latents.items()}
+        return core.solver.References(ready["content"], ready["style"])
+
+    def true_features(self, subject: str, style: str) -> torch.Tensor:
+        """The judge's mean features of true renderings of a subject in a style."""
+        if (subject, style) not in self._truth:
+            rng = random.Random(f"truth {subject} {style}")
+            scenes = [world.subject_scene(subject, style, rng) for _ in range(TRUE_RENDERINGS)]
+            self._truth[subject, style] = self.judge.scores(world.render(scenes))["features"].mean(0)
+        return self._truth[subject, style]
+
+    def turned(self, zipped, style_strength: float):
+        """A zipped pair with the style dial turned."""
+        coefficients = zipped.coefficients.scaled(style=style_strength)
+        return replace(zipped, coefficients=coefficients, style_strength=style_strength)
+
+    def zip(self, pair, content: Trained, style: Trained, work: Callable) -> None:
+        """Run `work(predictor, joined, references)` on the loaded model, with each concept's first picture."""
+        conditioning = {c: self.prompt(t.learned.prompt) for c, t in (("content", content), ("style", style))}
+        latents = {c: self.latents([self.picture(t)]) for c, t in (("content", content), ("style", style))}
+        predictor.with_predictor(self.model, pair, conditioning, latents, 4, False, work)
+
+    @torch.inference_mode()
+    def draw(self, zipped, prompts: Sequence[str], seed: int) -> torch.Tensor:
+        """A picture of each prompt, B3HW in 0..1, from the model with a merge on it."""
+        model, _ = bridge_apply.apply(self.model, None, zipped, 1.0)
+        model.model_options["transformer_options"]["optimized_attention_override"] = _plain_attention
+        latent = {"samples": torch.zeros(len(prompts), 4, SIDE, SIDE)}
+        (out,) = common_ksampler(
+            model, seed, positive=self.prompt(*prompts), negative=self.prompt(""), latent=latent, **SAMPLING
+        )
+        return self.vae.decode(out["samples"]).movedim(-1, 1).float().clamp(0, 1)

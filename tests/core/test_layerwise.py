@@ -1,0 +1,153 @@
+"""The layer-wise solve against dense algebra in float64, on layers small enough to write out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys import SHAPES, ToyPredictor, toy_pair, toy_references
+
+from ziplora_core import layerwise
+from ziplora_core.branch import JoinedPair
+from ziplora_core.coefficients import Coefficients
+from ziplora_core.solver import measure_retention, spread_batches
+
+CONCEPTS = ("content", "style")
+
+
+class Watched(ToyPredictor):
+    """A toy network that keeps what each layer saw and was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __call__(self, batch, branch):
+        watched = self
+
+        class Spy:
+            def delta(self, name, x, **options):
+                watched.seen.append((name, batch.is_style, x))
+                return branch.delta(name, x, **options)
+
+        return super().__call__(batch, Spy())
+
+
+@pytest.fixture
+def recorded():
+    joined, predictor = JoinedPair(toy_pair(), dtype=torch.float64), Watched()
+    moments = layerwise.Moments(frozenset(joined.layers))
+    for batches in spread_batches(toy_references(), predictor, seed=0, draws=6):
+        for batch in batches:
+            predictor(batch, layerwise.RecordingBranch(joined, batch.is_style, moments))
+    return joined, predictor, moments
+
+
+def outputs(joined, predictor, name, concept):
+    """One row for each output number of a layer under a reference, one column for each coefficient: dense."""
+    layer = joined.pair.layers[name]
+    rows = []
+    for seen, is_style, x in predictor.seen:
+        if seen != name:
+            continue
+        x = x[is_style] if concept == "style" else x[~is_style]
+        columns = []
+        for _, f in layer.halves():
+            delta = f.scale * torch.einsum("or,ri...->oi...", f.up, f.down)
+            for j in range(f.columns):
+                one = torch.zeros_like(delta)
+                one[:, j] = delta[:, j]
+                y = torch.nn.functional.conv2d(x, one, padding=1) if x.ndim == 4 else x @ one.T
+                columns.append(y.flatten())
+        rows.append(torch.stack(columns, dim=1))
+    return torch.cat(rows)
+
+
+def wanted(joined, name, concept):
+    """What a concept's own LoRA has as coefficients: ones for itself, zeros for the other."""
+    layer = joined.pair.layers[name]
+    return torch.cat([torch.full((f.columns,), float(c == concept), dtype=torch.float64) for c, f in layer.halves()])
+
+
+def positions(predictor, name, concept):
+    """Samples that the moments are a mean over."""
+    chosen = [(x[s] if concept == "style" else x[~s]) for n, s, x in predictor.seen if n == name]
+    return sum(x.shape[0] * (x[0, 0].numel() if x.ndim == 4 else x[0].numel() // x.shape[-1]) for x in chosen)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_forms_are_the_outputs_squared(recorded, name):
+    joined, predictor, moments = recorded
+    for concept in CONCEPTS:
+        dense = outputs(joined, predictor, name, concept)
+        expected = dense.T @ dense / positions(predictor, name, concept)
+        form = moments.form(name, concept, joined.layers[name]).double()
+        torch.testing.assert_close(form, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("ridge", [1e-3, 0.1])
+def test_solution_is_the_dense_least_squares_one(recorded, name, ridge):
+    joined, predictor, moments = recorded
+    weights = {"content": 0.7, "style": 2.1}
+    forms = {c: moments.form(name, c, joined.layers[name]) for c in CONCEPTS}
+    problem = layerwise.quadratic(joined.layers[name], forms, weights)
+    found = layerwise.solve(problem, ridge).double()
+    rows, targets = [], []
+    for concept in CONCEPTS:
+        scale = (weights[concept] / positions(predictor, name, concept)) ** 0.5
+        dense = outputs(joined, predictor, name, concept)
+        rows.append(scale * dense)
+        targets.append(scale * dense @ wanted(joined, name, concept))
+    pull = (ridge * sum((r * r).sum() for r in rows) / len(found)) ** 0.5
+    rows.append(pull * torch.eye(len(found), dtype=torch.float64))
+    targets.append(pull * torch.ones(len(found), dtype=torch.float64))
+    expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)[:, None]).solution[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_error_at_the_direct_merge(recorded, name):
+    joined, predictor, moments = recorded
+    forms = {c: moments.form(name, c, joined.layers[name]) for c in CONCEPTS}
+    found = layerwise.error_at_direct(joined.layers[name], forms)
+    for concept in CONCEPTS:
+        dense = outputs(joined, predictor, name, concept)
+        own = wanted(joined, name, concept)
+        other = torch.ones_like(own) if bool(own.all()) else 1 - own  # alone in its layer: its own effect
+        expected = (dense @ other).square().sum() / positions(predictor, name, concept)
+        assert found[concept] == pytest.approx(expected.item(), rel=1e-4, abs=1e-9)
+
+
+def test_layers_with_one_input_share_its_moments():
+    pair = toy_pair()
+    joined = JoinedPair(pair, dtype=torch.float64)
+    moments = layerwise.Moments(frozenset({"first", "second"}))
+    branch = layerwise.RecordingBranch(joined, torch.tensor([False, True]), moments)
+    x = torch.randn(2, 5, dtype=torch.float64)
+    branch.delta("first", x)
+    branch.delta("second", torch.randn(2, 7, dtype=torch.float64))
+    joined.layers["again"] = joined.layers["first"]
+    moments.names |= {"again"}
+    branch.delta("again", x)
+    assert moments.source == {"first": "first", "second": "second", "again": "first"}
+    assert set(moments.sums) == {(n, c) for n in ("first", "second") for c in CONCEPTS}
+
+
+def test_in_groups_or_at_once_is_the_same_merge():
+    joined = JoinedPair(toy_pair(), dtype=torch.float64)
+    seen = []
+    merges = [
+        layerwise.merge(joined, ToyPredictor(), toy_references(), 3, lambda *done: seen.append(done), budget=budget)
+        for budget in (1, 2**30)
+    ]
+    for side in ("content", "style"):
+        for name, m in getattr(merges[0], side).items():
+            torch.testing.assert_close(m, getattr(merges[1], side)[name])
+    assert seen == [(i + 1, len(SHAPES)) for i in range(len(SHAPES))] * 2
+
+
+def test_merge_keeps_both_better_than_the_direct_merge():
+    joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
+    found = layerwise.merge(joined, predictor, references, seed=0)
+    before, after = measure_retention(joined, predictor, references, [Coefficients.ones(joined.pair), found], seed=0)
+    assert after["content"] + after["style"] < 0.8 * (before["content"] + before["style"])

@@ -1,0 +1,49 @@
+"""Every solver and objective on the miniature model, through the code that the node runs."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+SOLVERS = ("gradient", "layerwise", "layerwise, then gradient")
+
+
+def pixels(path: Path) -> torch.Tensor:
+    """A picture as the host's IMAGE."""
+    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255)[None]
+
+
+@pytest.mark.parametrize(("solver", "objective"), [*product(SOLVERS, ["balanced"]), ("gradient", "paper")])
+def test_keeps_both_better_than_the_direct_merge(
+    pack: Any, miniature: Any, lora_files: dict[str, Path], solver: str, objective: str
+) -> None:
+    loras, optimise = pack.nodes.bridge.loras, pack.nodes.bridge.optimise
+    core = pack.ziplora_core
+    sources = loras.LoRASources(
+        *(
+            loras.LoRASource(f"{name}.safetensors", core.files.read_lora_file(lora_files[name]), 1.0)
+            for name in ("fish", "gilded")
+        )
+    )
+    prompts = {"content": "a wix figure in flat style", "style": "a purple circle in miv style"}
+    conditioning = {
+        c: miniature.clip.encode_from_tokens_scheduled(miniature.clip.tokenize(p)) for c, p in prompts.items()
+    }
+    latents = {
+        concept: {"samples": miniature.vae.encode(pixels(lora_files[name].parents[1] / "pictures" / name / "1.png"))}
+        for concept, name in (("content", "fish"), ("style", "gilded"))
+    }
+    settings = core.solver.Settings(steps=30, objective=core.objective.OBJECTIVES[objective], solver=solver)
+    with torch.inference_mode():
+        zipped, losses, report = optimise.optimise(miniature.model, sources, conditioning, latents, settings)
+    shares = [int(line.split("(")[1].split("%")[0]) for line in report.splitlines() if "retention loss" in line]
+    assert len(shares) == 2 and sum(shares) < 180, report
+    assert f"objective: {objective}; solver: {solver}" in report
+    assert len(losses["loss"]) == (0 if solver == "layerwise" else 30)
+    assert zipped.coefficients.count == zipped.fitted.pair.coefficient_count

@@ -1,0 +1,258 @@
+"""A merge without backpropagation: what it changes in each layer's output, as a quadratic form.
+
+With x the input of a layer under the content reference, G_ab = ΔW_aᵀ ΔW_b (from the factors) and C = E[x xᵀ],
+
+    E‖ΔW_c·diag(m_c − 1)·x + ΔW_s·diag(m_s)·x‖² = uᵀ H u,    u = (m_c − 1, m_s),    H = G ∘ C,
+
+and under the style reference the same with its own H and v = (m_c, m_s − 1). The inputs are those that each
+concept's own LoRA sees: a few forward passes, no gradient. The sum of both has its minimum in closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .branch import Branch, JoinedLayer, JoinedPair
+from .coefficients import Coefficients
+from .solver import Predictor, References, spread_batches
+
+CONCEPTS = ("content", "style")
+_RIDGE = 0.1  # pull towards one, in parts of the form's mean diagonal: less and coefficients run wild
+_DRAWS = 8  # passes over both references, spread over the timesteps
+_SEED = 0x1A7E  # added to the seed: noise apart from training's and from measuring's
+_BUDGET = 2**30  # bytes of moments kept at once
+_POSITIONS = 64  # of a convolution's output, per row and pass: enough of them, and of bounded cost
+
+
+@dataclass
+class _Sum:
+    total: Tensor
+    count: int = 0
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / max(self.count, 1)
+
+
+@dataclass
+class Moments:
+    """Second moments of what layers see, by concept; layers with the same input (q, k and v; prompts) share them.
+
+    source: layer -> the first layer that had the same input. A convolution keeps its form H, a linear layer C.
+    """
+
+    names: frozenset[str]
+    keep: bool = True
+    source: dict[str, str] = field(default_factory=dict)
+    sums: dict[tuple[str, str], _Sum] = field(default_factory=dict)
+
+    def add(self, name: str, concept: str, rows: Tensor) -> None:
+        """rows: (samples, n) float32; adds rowsᵀ rows."""
+        self.add_form(name, concept, rows.T @ rows, len(rows))
+
+    def add_form(self, name: str, concept: str, form: Tensor, count: int) -> None:
+        seen = self.sums.setdefault((name, concept), _Sum(torch.zeros_like(form)))
+        seen.total += form
+        seen.count += count
+
+    def form(self, name: str, concept: str, layer: JoinedLayer) -> Tensor:
+        """H of a layer under a concept's reference, float32; columns as in `stacked`."""
+        mean = self.sums[self.source[name], concept].mean
+        if layer.down.ndim > 2:
+            return mean
+        halves = len(_halves(layer))
+        return gram(layer) * mean.repeat(halves, halves)
+
+
+def _halves(layer: JoinedLayer) -> list[tuple[str, slice]]:
+    """The concepts that change a layer, content first, and their part of the rank axis."""
+    rank = layer.content_rank
+    parts = zip(CONCEPTS, (slice(0, rank), slice(rank, None)), strict=True)
+    return [(concept, part) for concept, part in parts if layer.down[part].shape[0]]
+
+
+def stacked(layer: JoinedLayer, down: Tensor) -> Tensor:
+    """down (R, n) as (R, halves · n): each half of the rank axis beside the other, zeros elsewhere."""
+    blocks = []
+    for _, part in _halves(layer):
+        block = torch.zeros_like(down)
+        block[part] = down[part]
+        blocks.append(block)
+    return torch.cat(blocks, dim=1)
+
+
+def gram(layer: JoinedLayer) -> Tensor:
+    """ΔWᵀ ΔW of [ΔW_c | ΔW_s] beside each other, (halves · n, halves · n) float32."""
+    up, down = layer.up.float(), stacked(layer, layer.down.float())
+    return down.T @ ((up.T @ up) @ down)
+
+
+def _convolution_form(layer: JoinedLayer, x: Tensor, **convolution: Any) -> tuple[Tensor, int]:
+    """(Σ over sampled output positions of each column's output times each other's, number of positions)."""
+    kernel = tuple(layer.down.shape[2:])
+    patches = F.unfold(x.float(), kernel, **convolution)  # rows, n · kernel, positions
+    every = max(1, patches.shape[2] // _POSITIONS)
+    chosen = patches[:, :, ::every].movedim(1, 2).reshape(-1, layer.columns, patches.shape[1] // layer.columns)
+    up, down = layer.up.float(), layer.down.float().flatten(2)
+    out = torch.einsum("rnk,snk->srn", down, chosen)  # each column's part of the hidden channels
+    wide = torch.stack([stacked(layer, one) for one in out]) if len(out) else out
+    factor = torch.linalg.qr(up, mode="r").R  # ‖up h‖ = ‖factor h‖
+    rows = (factor @ wide).flatten(0, 1)
+    return rows.T @ rows, len(chosen)
+
+
+class RecordingBranch(Branch):
+    """A teacher that adds up second moments of what its layers see."""
+
+    def __init__(self, joined: JoinedPair, is_style: Tensor, moments: Moments):
+        super().__init__(joined.layers, is_style=is_style)
+        self._rows = is_style
+        self._moments = moments
+        self._recent: list[tuple[Tensor, str]] = []  # kept alive, so that `is` means the same input
+
+    def delta(self, name: str, x: Tensor, **convolution: Any) -> Tensor:
+        if name in self._moments.names:
+            self._record(name, x, convolution)
+        return super().delta(name, x, **convolution)
+
+    def _record(self, name: str, x: Tensor, convolution: dict[str, Any]) -> None:
+        layer = self._layers[name]
+        linear = layer.down.ndim == 2
+        for seen, source in self._recent:
+            if seen is x and linear:
+                self._moments.source[name] = source
+                return
+        self._moments.source[name] = name
+        if linear:
+            self._recent = [*self._recent[-7:], (x, name)]
+        if not self._moments.keep:
+            return
+        is_style = self._rows.to(x.device).repeat_interleave(x.shape[0] // len(self._rows))
+        for concept, mine in zip(CONCEPTS, (~is_style, is_style), strict=True):
+            if not mine.any():
+                continue
+            if linear:
+                self._moments.add(name, concept, x[mine].flatten(0, -2).float())
+            else:
+                self._moments.add_form(name, concept, *_convolution_form(layer, x[mine], **convolution))
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """½ zᵀ Q z − bᵀ z + constant in the coefficients z = (m_c, m_s) of one layer, or those that it has."""
+
+    q: Tensor
+    b: Tensor
+
+
+def quadratic(layer: JoinedLayer, forms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Quadratic:
+    """The layer's error under both references, each times its weight. forms: concept -> H."""
+    q = torch.stack([weights[c] * forms[c] for c in CONCEPTS]).sum(0)
+    b = q.new_zeros(len(q))
+    for number, (concept, _) in enumerate(_halves(layer)):
+        own = slice(number * layer.columns, (number + 1) * layer.columns)
+        b = b + weights[concept] * forms[concept][:, own].sum(1)
+    return Quadratic(q, b)
+
+
+def error_at_direct(layer: JoinedLayer, forms: Mapping[str, Tensor]) -> dict[str, float]:
+    """E‖·‖² of the direct merge under each reference: what the other LoRA adds to the layer's output.
+
+    Where there is no other LoRA, what the reference's own adds.
+    """
+    added = {}  # LoRA -> what it adds under each reference
+    for number, (concept, _) in enumerate(_halves(layer)):
+        part = slice(number * layer.columns, (number + 1) * layer.columns)
+        added[concept] = {reference: forms[reference][part, part].sum().item() for reference in CONCEPTS}
+    disturber = {"content": "style", "style": "content"}
+    return {c: added.get(disturber[c], added.get(c, {}))[c] for c in CONCEPTS}
+
+
+def solve(problem: Quadratic, ridge: float) -> Tensor:
+    """argmin ½ zᵀQz − bᵀz + ½ ridge·mean(diag Q)·‖z − 1‖², by Cholesky after scaling the diagonal to one."""
+    q = problem.q.double()
+    shift = ridge * q.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    q.diagonal().add_(shift)
+    b = problem.b.double() + shift
+    scale = q.diagonal().rsqrt()
+    factor = torch.linalg.cholesky(scale[:, None] * q * scale)
+    return (scale * torch.cholesky_solve((scale * b)[:, None], factor)[:, 0]).to(problem.b)
+
+
+def _chunks(joined: JoinedPair, source: Mapping[str, str], budget: int) -> Iterator[list[str]]:
+    """Layers in groups whose moments fit into `budget` bytes; layers with one input stay together."""
+    groups: dict[str, list[str]] = {}
+    for name, first in source.items():
+        groups.setdefault(first, []).append(name)
+    chunk: list[str] = []
+    used = 0
+    for first, names in groups.items():
+        layer = joined.layers[first]
+        side = layer.columns * (1 if layer.down.ndim == 2 else len(_halves(layer)))
+        size = len(CONCEPTS) * 4 * side * side
+        if chunk and used + size > budget:
+            yield chunk
+            chunk, used = [], 0
+        chunk, used = [*chunk, *names], used + size
+    if chunk:
+        yield chunk
+
+
+def merge(
+    joined: JoinedPair,
+    predictor: Predictor,
+    references: References,
+    seed: int,
+    on_layer: Callable[[int, int], None] | None = None,
+    ridge: float = _RIDGE,
+    budget: int = _BUDGET,
+) -> Coefficients:
+    """The coefficients that change each layer's output least, layer by layer, in closed form.
+
+    In each layer the error under a reference counts in parts of what the direct merge does to it. No gradient
+    through the network: about `_DRAWS` teacher passes, more of them where the moments (n x n for each distinct
+    input of width n and each concept) exceed `budget` bytes and layers are taken in groups. `on_layer(done, total)`
+    is called after each layer; what it or the predictor raises ends the run. Deterministic for a seed.
+    """
+    found: dict[str, dict[str, Tensor]] = {"content": {}, "style": {}}
+    with torch.inference_mode(False), torch.no_grad():
+        source = _record(joined, predictor, references, seed, draws=1, names=joined.layers, keep=False).source
+        done = 0
+        for names in _chunks(joined, source, budget):
+            moments = _record(joined, predictor, references, seed, _DRAWS, names)
+            for name in names:
+                layer = joined.layers[name]
+                forms = {concept: moments.form(name, concept, layer) for concept in CONCEPTS}
+                direct = error_at_direct(layer, forms)
+                weights = {concept: 1 / error if error > 0 else 0.0 for concept, error in direct.items()}
+                solution = solve(quadratic(layer, forms, weights), ridge)
+                for (concept, _), part in zip(_halves(layer), torch.split(solution, layer.columns), strict=True):
+                    found[concept][name] = part.to("cpu", torch.float32, copy=True)
+                done += 1
+                if on_layer is not None:
+                    on_layer(done, len(source))
+    ones = Coefficients.ones(joined.pair)  # for layers that took no part in a pass
+    return Coefficients({**ones.content, **found["content"]}, {**ones.style, **found["style"]})
+
+
+def _record(
+    joined: JoinedPair,
+    predictor: Predictor,
+    references: References,
+    seed: int,
+    draws: int,
+    names: Iterable[str],
+    keep: bool = True,
+) -> Moments:
+    """Teacher passes in which the inputs of some layers are added up, or (keep=False) only told apart."""
+    moments = Moments(frozenset(names), keep)
+    for batches in spread_batches(references, predictor, seed + _SEED, draws):
+        for batch in batches:
+            predictor(batch, RecordingBranch(joined, batch.is_style, moments))
+    return moments

@@ -1,0 +1,32 @@
+"""The way from a pair to its coefficients, by the solver that the settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import layerwise, solver
+from .branch import JoinedPair
+from .coefficients import Coefficients
+
+
+def close(
+    joined: JoinedPair,
+    predictor: solver.Predictor,
+    references: solver.References,
+    settings: solver.Settings,
+    on_step: Callable[[solver.Step], None] | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> solver.Result:
+    """Find m_c and m_s. No steps give the direct merge, whatever the solver.
+
+    `on_step` hears of each gradient step, `on_layer(done, total)` of each layer that is solved in closed form; what
+    they or the predictor raise ends the run. Raises FloatingPointError when a loss is not finite.
+    """
+    if settings.steps == 0:
+        return solver.Result(Coefficients.ones(joined.pair), stopped="no steps asked for: the direct merge")
+    if settings.solver == "gradient":
+        return solver.optimise(joined, predictor, references, settings, on_step)
+    start = layerwise.merge(joined, predictor, references, settings.seed, on_layer)
+    if settings.solver == "layerwise":
+        return solver.Result(start, stopped="solved layer by layer, in closed form")
+    return solver.optimise(joined, predictor, references, settings, on_step, start)
