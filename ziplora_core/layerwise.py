@@ -176,10 +176,11 @@ def error_at_direct(layer: JoinedLayer, forms: Mapping[str, Tensor]) -> dict[str
 
 def solve(problem: Quadratic, ridge: float) -> Tensor:
     """argmin ½ zᵀQz − bᵀz + ½ ridge·mean(diag Q)·‖z − 1‖², by Cholesky after scaling the diagonal to one."""
-    q = problem.q.double()
+    device = "cpu" if problem.q.device.type == "mps" else problem.q.device  # which has no float64
+    q = problem.q.to(device, torch.float64, copy=True)
     shift = ridge * q.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     q.diagonal().add_(shift)
-    b = problem.b.double() + shift
+    b = problem.b.to(device, torch.float64) + shift
     scale = q.diagonal().rsqrt()
     factor = torch.linalg.cholesky(scale[:, None] * q * scale)
     return (scale * torch.cholesky_solve((scale * b)[:, None], factor)[:, 0]).to(problem.b)

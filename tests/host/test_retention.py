@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import product
 
 from graphs import Concept, optimised, read_report
@@ -13,9 +14,9 @@ AFFORDABLE = 12  # pairs: some ten seconds each on two cores
 
 
 def chosen_pairs(concepts: dict[str, list[Concept]]) -> list[tuple[Concept, Concept]]:
-    """Every pair where they are few; else pairs in which every content and every style takes part."""
+    """Every pair where they are few or ZIPLORA_ALL_PAIRS is set; else pairs in which every LoRA takes part."""
     content, style = concepts["content"], concepts["style"]
-    if len(content) * len(style) <= AFFORDABLE:
+    if len(content) * len(style) <= AFFORDABLE or os.environ.get("ZIPLORA_ALL_PAIRS"):
         return list(product(content, style))
     return [(content[i % len(content)], style[i % len(style)]) for i in range(max(len(content), len(style)))]
 
