@@ -23,11 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
+
+from demo.world import PLACES
+
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
 SEEDS = (0, 1, 2)
 PICTURES = 12  # of each kind of prompt, per pair, method and seed: 36 over the seeds
-TRUE_RENDERINGS = 64
 DIAL = (0.0, 0.25, 0.5, 0.75)
 DETAILED = ("content LoRA", "style LoRA", "direct 1/1", "default")  # also asked for each concept alone
 QUICK_METHODS = ("content LoRA", "style LoRA", "direct 1/1", "default")
@@ -52,8 +56,6 @@ class Job:
 
 def run_job(job: Job) -> list[Record]:
     """Find every merge of a pair, draw from each and judge the pictures."""
-    import torch
-
     from benchmarks.methods import METHODS, Case
     from benchmarks.studio import core, loras
 
@@ -115,8 +117,6 @@ def pictures_of(studio, job: Job, method: str, zipped) -> Record:
     shape_at, style_at = studio.judge.shape_names.index, studio.judge.style_names.index
 
     def share(name: str, wanted: Iterable[str], key: str, number) -> Any:
-        import torch
-
         return judged[name][key].argmax(-1) == torch.tensor([number(w) for w in wanted])
 
     subject = share("pair", [job.content] * count, "shape", shape_at)
@@ -151,9 +151,6 @@ def pictures_of(studio, job: Job, method: str, zipped) -> Record:
     return found
 
 
-PLACES = ["left", "right", "top", "bottom"]
-
-
 def _mean(values) -> float:
     return round(float(values.float().mean()), 4)
 
@@ -178,8 +175,6 @@ def _studio():
 
 def work_through(jobs: Sequence[Job], results: Path) -> None:
     """One process's share: appends the records of each job when it is done."""
-    import torch
-
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     for job in jobs:
@@ -349,5 +344,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(ROOT))
     sys.exit(main())

@@ -22,11 +22,11 @@ import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from comfy.ldm.modules.attention import attention_pytorch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from demo import world  # noqa: E402
 from demo.concepts import PLAIN, STYLE_PICTURE_SHAPES  # noqa: E402
+from demo.gates import CFG, STEPS  # noqa: E402
 from demo.judge import load_judge  # noqa: E402
 from demo.manifest import Trained, read_manifest  # noqa: E402
 from nodes import common_ksampler  # noqa: E402
@@ -39,12 +39,7 @@ comfy.utils.set_progress_bar_enabled(False)
 SIDE = world.SIZE // 8
 OTHERS = 4
 TRUE_RENDERINGS = 64
-SAMPLING = {"steps": 20, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
-
-
-def _plain_attention(_, *args, **kwargs) -> torch.Tensor:
-    """PyTorch's attention: the host's choice for a CPU cuts these tiny ones into pieces, ten times slower."""
-    return attention_pytorch(*args, **kwargs)
+SAMPLING = {"steps": STEPS, "cfg": CFG, "sampler_name": "euler", "scheduler": "normal"}
 
 
 class Studio:
@@ -68,12 +63,11 @@ class Studio:
         pooled = torch.cat([options["pooled_output"] for _, options in found])
         return [[torch.cat([context for context, _ in found]), {"pooled_output": pooled}]]
 
-    def latents(self, pictures: Sequence[Path]) -> torch.Tensor:
-        pixels = [np.asarray(Image.open(p).convert("RGB"), dtype=np.float32) / 255 for p in pictures]
-        return self.vae.encode(torch.from_numpy(np.stack(pixels)))
-
-    def picture(self, concept: Trained, number: int = 1) -> Path:
-        return self.files.checkpoint.parent.parent / "pictures" / concept.name / f"{number}.png"
+    def latents(self, concept: Trained) -> torch.Tensor:
+        """A concept's first reference picture, encoded."""
+        path = self.files.checkpoint.parent.parent / "pictures" / concept.learned.picture
+        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255
+        return self.vae.encode(torch.from_numpy(pixels)[None])
 
     def sources(self, content: Trained, style: Trained):
         folder = self.files.loras[0].parent
@@ -110,14 +104,15 @@ class Studio:
     def zip(self, pair, content: Trained, style: Trained, work: Callable) -> None:
         """Run `work(predictor, joined, references)` on the loaded model, with each concept's first picture."""
         conditioning = {c: self.prompt(t.learned.prompt) for c, t in (("content", content), ("style", style))}
-        latents = {c: self.latents([self.picture(t)]) for c, t in (("content", content), ("style", style))}
+        latents = {c: self.latents(t) for c, t in (("content", content), ("style", style))}
         predictor.with_predictor(self.model, pair, conditioning, latents, 4, False, work)
 
     @torch.inference_mode()
     def draw(self, zipped, prompts: Sequence[str], seed: int) -> torch.Tensor:
         """A picture of each prompt, B3HW in 0..1, from the model with a merge on it."""
         model, _ = bridge_apply.apply(self.model, None, zipped, 1.0)
-        model.model_options["transformer_options"]["optimized_attention_override"] = _plain_attention
+        # the host's choice for a CPU cuts these tiny attentions into pieces, ten times slower
+        model.model_options["transformer_options"]["optimized_attention_override"] = predictor.attention_with_gradient
         latent = {"samples": torch.zeros(len(prompts), 4, SIDE, SIDE)}
         (out,) = common_ksampler(
             model, seed, positive=self.prompt(*prompts), negative=self.prompt(""), latent=latent, **SAMPLING

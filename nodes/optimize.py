@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.objective import OBJECTIVES
 from ..ziplora_core.solver import SOLVERS, Settings
 from .bridge.optimise import check_inputs, optimise
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
+
+
+def _choice(name: str, options: Iterable[str], tooltip: str) -> io.Combo.Input:
+    """A choice whose first option is the default; optional, so that graphs saved without it still run."""
+    names = list(options)
+    return io.Combo.Input(name, options=names, default=names[0], optional=True, tooltip=tooltip)
 
 
 class ZipLoRAOptimize(io.ComfyNode):
@@ -87,20 +95,16 @@ class ZipLoRAOptimize(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Seed of the noise and timesteps: the same seed gives the same coefficients.",
                 ),
-                io.Combo.Input(
+                _choice(
                     "objective",
-                    options=list(OBJECTIVES),
-                    default="balanced",
-                    optional=True,
-                    tooltip="balanced: each concept's loss counts relative to the direct merge's, so that lambda means "
+                    OBJECTIVES,
+                    "balanced: each concept's loss counts relative to the direct merge's, so that lambda means "
                     "the same for every model and size. paper: Eq. 3 to the letter.",
                 ),
-                io.Combo.Input(
+                _choice(
                     "solver",
-                    options=list(SOLVERS),
-                    default="gradient",
-                    optional=True,
-                    tooltip="gradient: the paper's, from all ones. layerwise: in closed form from a few forward "
+                    SOLVERS,
+                    "gradient: the paper's, from all ones. layerwise: in closed form from a few forward "
                     "passes, without backpropagation: fits wherever sampling fits, a little worse. Or both.",
                 ),
             ],

@@ -106,6 +106,14 @@ class JoinedPair:
         return Branch(self.layers, is_style=is_style)
 
 
+def style_rows(is_style: Tensor, x: Tensor) -> Tensor:
+    """is_style (rows,) for each row of a layer's input or output, on its device: (x.shape[0],) bool."""
+    rows = is_style.to(x.device)
+    if x.shape[0] != rows.shape[0]:  # a model that folds frames or windows into the batch, row-major
+        rows = rows.repeat_interleave(x.shape[0] // rows.shape[0])
+    return rows
+
+
 class Branch:
     """Adds up·(down·x) to the layers of one forward pass, as student or as teacher.
 
@@ -141,9 +149,7 @@ class Branch:
         """Zero the half of the rank axis that does not belong to a row's concept."""
         if self._is_style is None:
             return hidden
-        rows = self._is_style.to(hidden.device)
-        if hidden.shape[0] != rows.shape[0]:  # a model that folds frames or windows into the batch, row-major
-            rows = rows.repeat_interleave(hidden.shape[0] // rows.shape[0])
+        rows = style_rows(self._is_style, hidden)
         rank = torch.arange(layer.down.shape[0], device=hidden.device)
         mask = (rank >= layer.content_rank) == rows[:, None]
         shape = [1] * hidden.ndim

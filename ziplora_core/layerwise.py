@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .branch import Branch, JoinedLayer, JoinedPair
+from .branch import Branch, JoinedLayer, JoinedPair, style_rows
 from .coefficients import Coefficients
 from .solver import Predictor, References, spread_batches
 
@@ -61,13 +61,13 @@ class Moments:
         seen.total += form
         seen.count += count
 
-    def form(self, name: str, concept: str, layer: JoinedLayer) -> Tensor:
-        """H of a layer under a concept's reference, float32; columns as in `stacked`."""
-        mean = self.sums[self.source[name], concept].mean
+    def forms(self, name: str, layer: JoinedLayer) -> dict[str, Tensor]:
+        """H of a layer under each concept's reference, float32; columns as in `stacked`."""
+        means = {concept: self.sums[self.source[name], concept].mean for concept in CONCEPTS}
         if layer.down.ndim > 2:
-            return mean
-        halves = len(_halves(layer))
-        return gram(layer) * mean.repeat(halves, halves)
+            return means
+        halves, g = len(_halves(layer)), gram(layer)
+        return {concept: g * mean.repeat(halves, halves) for concept, mean in means.items()}
 
 
 def _halves(layer: JoinedLayer) -> list[tuple[str, slice]]:
@@ -78,13 +78,13 @@ def _halves(layer: JoinedLayer) -> list[tuple[str, slice]]:
 
 
 def stacked(layer: JoinedLayer, down: Tensor) -> Tensor:
-    """down (R, n) as (R, halves · n): each half of the rank axis beside the other, zeros elsewhere."""
+    """down (..., R, n) as (..., R, halves · n): each half of the rank axis beside the other, zeros elsewhere."""
     blocks = []
     for _, part in _halves(layer):
         block = torch.zeros_like(down)
-        block[part] = down[part]
+        block[..., part, :] = down[..., part, :]
         blocks.append(block)
-    return torch.cat(blocks, dim=1)
+    return torch.cat(blocks, dim=-1)
 
 
 def gram(layer: JoinedLayer) -> Tensor:
@@ -101,9 +101,8 @@ def _convolution_form(layer: JoinedLayer, x: Tensor, **convolution: Any) -> tupl
     chosen = patches[:, :, ::every].movedim(1, 2).reshape(-1, layer.columns, patches.shape[1] // layer.columns)
     up, down = layer.up.float(), layer.down.float().flatten(2)
     out = torch.einsum("rnk,snk->srn", down, chosen)  # each column's part of the hidden channels
-    wide = torch.stack([stacked(layer, one) for one in out]) if len(out) else out
     factor = torch.linalg.qr(up, mode="r").R  # ‖up h‖ = ‖factor h‖
-    rows = (factor @ wide).flatten(0, 1)
+    rows = (factor @ stacked(layer, out)).flatten(0, 1)
     return rows.T @ rows, len(chosen)
 
 
@@ -133,7 +132,7 @@ class RecordingBranch(Branch):
             self._recent = [*self._recent[-7:], (x, name)]
         if not self._moments.keep:
             return
-        is_style = self._rows.to(x.device).repeat_interleave(x.shape[0] // len(self._rows))
+        is_style = style_rows(self._rows, x)
         for concept, mine in zip(CONCEPTS, (~is_style, is_style), strict=True):
             if not mine.any():
                 continue
@@ -229,7 +228,7 @@ def merge(
             moments = _record(joined, predictor, references, seed, _DRAWS, names)
             for name in names:
                 layer = joined.layers[name]
-                forms = {concept: moments.form(name, concept, layer) for concept in CONCEPTS}
+                forms = moments.forms(name, layer)
                 direct = error_at_direct(layer, forms)
                 weights = {concept: 1 / error if error > 0 else 0.0 for concept, error in direct.items()}
                 solution = solve(quadratic(layer, forms, weights), ridge)

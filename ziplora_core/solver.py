@@ -13,6 +13,7 @@ from torch import Tensor
 from .branch import Branch, JoinedPair
 from .coefficients import Coefficients
 from .objective import BALANCED, Objective, norm
+from .pair import LoRAPair
 
 _HELD_OUT = 0x5EED  # added to the seed: noise for measuring is never noise that was trained on
 _ZERO_OVERLAP = 1e-4  # mean |m_c ⊙ m_s|; Adam reaches zero only nearly
@@ -115,6 +116,11 @@ class Result:
     coefficients: Coefficients
     history: list[Step] = field(default_factory=list)
     stopped: str = "all steps done"
+
+
+def direct_merge(pair: LoRAPair) -> Result:
+    """What no steps give: all ones."""
+    return Result(Coefficients.ones(pair), stopped="no steps asked for: the direct merge")
 
 
 def _draw(latents: Tensor, timesteps: Tensor, is_style: bool, generator: torch.Generator) -> Batch:

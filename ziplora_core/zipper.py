@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from . import layerwise, solver
 from .branch import JoinedPair
-from .coefficients import Coefficients
 
 
 def close(
@@ -23,7 +22,7 @@ def close(
     they or the predictor raise ends the run. Raises FloatingPointError when a loss is not finite.
     """
     if settings.steps == 0:
-        return solver.Result(Coefficients.ones(joined.pair), stopped="no steps asked for: the direct merge")
+        return solver.direct_merge(joined.pair)
     if settings.solver == "gradient":
         return solver.optimise(joined, predictor, references, settings, on_step)
     start = layerwise.merge(joined, predictor, references, settings.seed, on_layer)

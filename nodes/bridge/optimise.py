@@ -55,7 +55,7 @@ def optimise(
         )
 
     if settings.steps == 0:
-        outcome.result = solver.Result(ones, stopped="no steps asked for: the direct merge")
+        outcome.result = solver.direct_merge(fitted.pair)
     else:
         samples = {c: latents[c]["samples"] for c in ("content", "style")}
         predictor.with_predictor(

@@ -51,7 +51,7 @@ def compute_dtype(model) -> torch.dtype:
     return model.manual_cast_dtype or model.get_dtype()
 
 
-def _attention_with_gradient(_, *args, **kwargs) -> Tensor:
+def attention_with_gradient(_, *args, **kwargs) -> Tensor:
     """PyTorch's attention whatever the host chose: chunked, sage and flash kernels have no gradient."""
     return attention_pytorch(*args, **kwargs)
 
@@ -119,7 +119,7 @@ class HostPredictor:
     def _transformer_options(self, sigma: Tensor, rows: int) -> dict[str, Any]:
         options = self._model.current_patcher.apply_hooks(hooks=None)
         options = {**options, **self._model_options.get("transformer_options", {})}
-        options["optimized_attention_override"] = _attention_with_gradient
+        options["optimized_attention_override"] = attention_with_gradient
         options["cond_or_uncond"] = [0] * rows
         options["uuids"] = [uuid.uuid4() for _ in range(rows)]
         options["sigmas"] = sigma

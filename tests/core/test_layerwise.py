@@ -80,7 +80,7 @@ def test_forms_are_the_outputs_squared(recorded, name):
     for concept in CONCEPTS:
         dense = outputs(joined, predictor, name, concept)
         expected = dense.T @ dense / positions(predictor, name, concept)
-        form = moments.form(name, concept, joined.layers[name]).double()
+        form = moments.forms(name, joined.layers[name])[concept].double()
         torch.testing.assert_close(form, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -89,7 +89,7 @@ def test_forms_are_the_outputs_squared(recorded, name):
 def test_solution_is_the_dense_least_squares_one(recorded, name, ridge):
     joined, predictor, moments = recorded
     weights = {"content": 0.7, "style": 2.1}
-    forms = {c: moments.form(name, c, joined.layers[name]) for c in CONCEPTS}
+    forms = moments.forms(name, joined.layers[name])
     problem = layerwise.quadratic(joined.layers[name], forms, weights)
     found = layerwise.solve(problem, ridge).double()
     rows, targets = [], []
@@ -108,7 +108,7 @@ def test_solution_is_the_dense_least_squares_one(recorded, name, ridge):
 @pytest.mark.parametrize("name", SHAPES)
 def test_error_at_the_direct_merge(recorded, name):
     joined, predictor, moments = recorded
-    forms = {c: moments.form(name, c, joined.layers[name]) for c in CONCEPTS}
+    forms = moments.forms(name, joined.layers[name])
     found = layerwise.error_at_direct(joined.layers[name], forms)
     for concept in CONCEPTS:
         dense = outputs(joined, predictor, name, concept)
