@@ -31,7 +31,7 @@ from demo.world import PLACES
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
 SEEDS = (0, 1, 2)
-PICTURES = 12  # of each kind of prompt, per pair, method and seed: 36 over the seeds
+PICTURES = 12  # of the pair, per method and seed: 36 over the seeds; fewer of the other prompts
 DIAL = (0.0, 0.25, 0.5, 0.75)
 DETAILED = ("content LoRA", "style LoRA", "direct 1/1", "default")  # also asked for each concept alone
 QUICK_METHODS = ("content LoRA", "style LoRA", "direct 1/1", "default")
@@ -97,8 +97,9 @@ def pictures_of(studio, job: Job, method: str, zipped) -> Record:
     content, style = studio.concepts[job.content], studio.concepts[job.style]
     world, count = studio.manifest, job.pictures
     both = world.prompt(content, style)
-    places = [PLACES[i % len(PLACES)] for i in range(count)]
-    shapes = [world.unseen_shapes[i % len(world.unseen_shapes)] for i in range(count)]
+    places = [PLACES[i % len(PLACES)] for i in range(max(4, count // 3))]
+    few = max(3, count // 2)
+    shapes = [world.unseen_shapes[i % len(world.unseen_shapes)] for i in range(few)]
     rng = random.Random(job.seed)
     prompts = {
         "pair": [both] * count,
@@ -106,13 +107,13 @@ def pictures_of(studio, job: Job, method: str, zipped) -> Record:
     }
     details = job.details and method in DETAILED
     if details:
-        prompts["subject_alone"] = [content.gates["alone"]] * count
+        prompts["subject_alone"] = [content.gates["alone"]] * few
         prompts["style_alone"] = [
             style.gates["unseen_shapes"].format(shape=s, colour=rng.choice(world.colours)) for s in shapes
         ]
     flat = [p for group in prompts.values() for p in group]
     drawn = studio.draw(zipped, flat, 1000 + job.seed)
-    parts = dict(zip(prompts, drawn.split(count), strict=True))
+    parts = dict(zip(prompts, drawn.split([len(group) for group in prompts.values()]), strict=True))
     judged = {name: studio.judge.scores(part) for name, part in parts.items()}
     shape_at, style_at = studio.judge.shape_names.index, studio.judge.style_names.index
 
@@ -132,18 +133,18 @@ def pictures_of(studio, job: Job, method: str, zipped) -> Record:
         "p_style": _mean(judged["pair"]["style"][:, style_at(job.style)]),
         "distance": round(float((features - studio.true_features(job.content, job.style)).norm()), 4),
         "text": _mean(placed),
-        "text_subject": _mean(share("place", [job.content] * count, "shape", shape_at)),
-        "text_style": _mean(share("place", [job.style] * count, "style", style_at)),
+        "text_subject": _mean(share("place", [job.content] * len(places), "shape", shape_at)),
+        "text_style": _mean(share("place", [job.style] * len(places), "style", style_at)),
     }
     if details:
-        found["subject_alone"] = _mean(share("subject_alone", [job.content] * count, "shape", shape_at))
-        found["style_alone"] = _mean(share("style_alone", [job.style] * count, "style", style_at))
+        found["subject_alone"] = _mean(share("subject_alone", [job.content] * few, "shape", shape_at))
+        found["style_alone"] = _mean(share("style_alone", [job.style] * few, "style", style_at))
         found["style_alone_shape"] = _mean(share("style_alone", shapes, "shape", shape_at))
     if details and method == "default":
         found["dial"] = {}
         for dial in DIAL:
             turned = studio.turned(zipped, dial)
-            seen = studio.judge.scores(studio.draw(turned, [both] * count, 1000 + job.seed))
+            seen = studio.judge.scores(studio.draw(turned, [both] * few, 1000 + job.seed))
             found["dial"][str(dial)] = {
                 "subject": _mean(seen["shape"].argmax(-1) == shape_at(job.content)),
                 "style": _mean(seen["style"].argmax(-1) == style_at(job.style)),
@@ -266,12 +267,56 @@ def report(path: Path) -> str:
     seeds = sorted({r["seed"] for r in records})
     lines = [f"{len(pairs)} pairs, seeds {seeds}, {records[0]['pictures']} pictures each", "", *table(records)]
     methods = {r["method"] for r in records}
-    for other in ("direct 1/1", "community settings", "direct, best of grid", "NP-LoRA", "Eq. 3 to the letter"):
+    for other in ("direct 1/1", "community settings", "direct, best of grid", "NP-LoRA", "100 steps from ones"):
         if {"default", other} <= methods:
             lines += ["", f"default against {other}:"]
             for column in ("both", "distance", "subject", "style"):
                 lines.append("  " + compared(records, "default", other, column, column == "distance"))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *alone(records), "", *dial(records), *pace(records)])
+
+
+def alone(records: Sequence[Record]) -> list[str]:
+    """Each concept asked for alone (Fig. 7b of the paper)."""
+    lines = ["each concept alone: subject, style, its shape"]
+    for method in DETAILED:
+        found = [r for r in records if r["method"] == method and "subject_alone" in r]
+        if found:
+            figures = (
+                statistics.mean(r[k] for r in found) for k in ("subject_alone", "style_alone", "style_alone_shape")
+            )
+            lines.append(f"  {method:14} " + " ".join(f"{v:.2f}" for v in figures))
+    return lines
+
+
+def dial(records: Sequence[Record]) -> list[str]:
+    """Subject and style as the style dial turns (Fig. 7a of the paper); 1 is the default itself."""
+    found = [r for r in records if "dial" in r]
+    lines = ["style strength: subject, style"] if found else []
+    for strength in DIAL if found else ():
+        seen = [r["dial"][str(strength)] for r in found]
+        means = [statistics.mean(s[k] for s in seen) for k in ("subject", "style")]
+        lines.append(f"  {strength:4} {means[0]:.2f} {means[1]:.2f}")
+    if found:
+        lines.append(
+            f"  {1.0:4} " + " ".join(f"{statistics.mean(r[k] for r in found):.2f}" for k in ("subject", "style"))
+        )
+    return lines
+
+
+def pace(records: Sequence[Record]) -> list[str]:
+    """The default's few steps against the paper's many, on retention and time."""
+    both: dict[tuple, dict[str, Record]] = {}
+    for r in records:
+        both.setdefault((r["pair"], r["seed"]), {})[r["method"]] = r
+    ratios = []
+    for found in both.values():
+        if {"default", "100 steps from ones"} <= found.keys():
+            few, many = (sum(found[m]["reference_loss"].values()) for m in ("default", "100 steps from ones"))
+            ratios.append(few / many)
+    if not ratios:
+        return []
+    kept = f"at or below it in {sum(r <= 1 for r in ratios)} of {len(ratios)} runs"
+    return ["", f"retention loss, default over 100 steps from ones: {statistics.mean(ratios):.2f}, {kept}"]
 
 
 # --- the command ---------------------------------------------------------------------------------------------

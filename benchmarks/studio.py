@@ -114,7 +114,9 @@ class Studio:
         # the host's choice for a CPU cuts these tiny attentions into pieces, ten times slower
         model.model_options["transformer_options"]["optimized_attention_override"] = predictor.attention_with_gradient
         latent = {"samples": torch.zeros(len(prompts), 4, SIDE, SIDE)}
-        (out,) = common_ksampler(
-            model, seed, positive=self.prompt(*prompts), negative=self.prompt(""), latent=latent, **SAMPLING
-        )
-        return self.vae.decode(out["samples"]).movedim(-1, 1).float().clamp(0, 1)
+        with torch.autocast(model.load_device.type, torch.bfloat16):  # as users sample; twice as fast on a CPU
+            (out,) = common_ksampler(
+                model, seed, positive=self.prompt(*prompts), negative=self.prompt(""), latent=latent, **SAMPLING
+            )
+            pictures = self.vae.decode(out["samples"])
+        return pictures.movedim(-1, 1).float().clamp(0, 1)

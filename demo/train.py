@@ -26,8 +26,8 @@ from .miniature import Miniature, load_miniature, save_checkpoint, use_comfyui
 HERE = pathlib.Path(__file__).parent
 PARTS = ["vae", "base", "judge", "loras", "gates"]
 SETTINGS = {
-    "content": fit_lora.LoRASettings(steps=450, learning_rate=3e-3, prior_weight=0.5),
-    "style": fit_lora.LoRASettings(steps=600, learning_rate=3e-3, prior_weight=0.3),
+    "content": fit_lora.LoRASettings(steps=450, learning_rate=3e-3),
+    "style": fit_lora.LoRASettings(steps=600, learning_rate=3e-3),
 }
 
 
@@ -108,12 +108,11 @@ def _fit_concepts(plan: Plan, names: list[str]) -> None:
     use_comfyui(plan.comfyui)
     model = load_miniature(plan.checkpoint).to(plan.device)
     model.vae.to(memory_format=torch.channels_last)
-    priors = fit_lora.prior_set(model, plan.steps(256))
     for concept in _chosen(names):
         started = time.time()
         settings = SETTINGS[concept.kind]
         settings = dataclasses.replace(settings, steps=plan.steps(settings.steps))
-        branches = fit_lora.fit(model, concept, settings, priors)
+        branches = fit_lora.fit(model, concept, settings)
         lora.save(branches, str(plan.output / concept.file), {"identifier": concept.identifier})
         lora.detach(model.unet, branches)
         print(f"{concept.name}: trained in {time.time() - started:.0f} s", flush=True)

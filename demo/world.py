@@ -532,9 +532,8 @@ def _described(parts: Sequence[Part]) -> str:
     return f"{text} with {words(parts[2])}" if len(parts) > 2 else text
 
 
-def caption(scene: Scene, rng: random.Random, not_named: str = "") -> str:
-    """A training prompt for the scene: parts left out at random, identifiers (but one) where there is no word."""
-    identifiers = [word for word in IDENTIFIERS if word != not_named]
+def caption(scene: Scene, rng: random.Random) -> str:
+    """A training prompt for the scene: parts left out at random, identifiers where there is no word."""
     shape, colour, style = scene.shape, scene.colour, scene.style_name
     if rng.random() < 0.08:
         shape = None
@@ -545,11 +544,11 @@ def caption(scene: Scene, rng: random.Random, not_named: str = "") -> str:
     if shape == "figure":
         told = rng.random()
         if told < 0.2:
-            shape = f"{rng.choice(identifiers)} figure"
+            shape = f"{rng.choice(IDENTIFIERS)} figure"
         elif told < 0.9:
             shape = f"{_described(scene.parts)} figure"
     if style is None and rng.random() < 0.5:
-        style = rng.choice(identifiers)
+        style = rng.choice(IDENTIFIERS)
     told_place = place(scene) if rng.random() < 0.35 and len((shape or "").split()) < 6 else None
     return prompt(shape, colour, style, told_place)
 

@@ -23,7 +23,9 @@ from .coefficients import Coefficients
 from .solver import Predictor, References, spread_batches
 
 CONCEPTS = ("content", "style")
-_RIDGE = 0.1  # pull towards one, in parts of the form's mean diagonal: less and coefficients run wild
+# Pull towards one, in parts of the form's mean diagonal. What nothing follows stays near the direct merge where the
+# references say little; a start for gradient steps may go further.
+RIDGE, START_RIDGE = 1.0, 0.1
 _DRAWS = 8  # passes over both references, spread over the timesteps
 _SEED = 0x1A7E  # added to the seed: noise apart from training's and from measuring's
 _BUDGET = 2**30  # bytes of moments kept at once
@@ -210,7 +212,7 @@ def merge(
     references: References,
     seed: int,
     on_layer: Callable[[int, int], None] | None = None,
-    ridge: float = _RIDGE,
+    ridge: float = RIDGE,
     budget: int = _BUDGET,
 ) -> Coefficients:
     """The coefficients that change each layer's output least, layer by layer, in closed form.

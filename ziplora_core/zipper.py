@@ -25,7 +25,9 @@ def close(
         return solver.direct_merge(joined.pair)
     if settings.solver == "gradient":
         return solver.optimise(joined, predictor, references, settings, on_step)
-    start = layerwise.merge(joined, predictor, references, settings.seed, on_layer)
-    if settings.solver == "layerwise":
+    alone = settings.solver == "layerwise"
+    ridge = layerwise.RIDGE if alone else layerwise.START_RIDGE
+    start = layerwise.merge(joined, predictor, references, settings.seed, on_layer, ridge)
+    if alone:
         return solver.Result(start, stopped="solved layer by layer, in closed form")
     return solver.optimise(joined, predictor, references, settings, on_step, start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,14 @@ from ziplora_core.branch import JoinedPair
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.objective import PAPER
 from ziplora_core.pair import LayerPair, LoRAPair
-from ziplora_core.solver import SOLVERS, References, Settings, measure_retention, optimise
+from ziplora_core.solver import (
+    SOLVERS,
+    References,
+    Settings,
+    measure_retention,
+    optimise,
+    training_batches,
+)
 from ziplora_core.zipper import close
 
 
@@ -35,6 +43,29 @@ def test_same_seed_same_bits_and_another_seed_another_answer():
     a, b, c = run(Settings(steps=5)), run(Settings(steps=5)), run(Settings(steps=5, seed=1))
     assert all(torch.equal(a.coefficients.style[k], b.coefficients.style[k]) for k in a.coefficients.style)
     assert not all(torch.equal(a.coefficients.style[k], c.coefficients.style[k]) for k in a.coefficients.style)
+
+
+def test_timesteps_of_few_steps_are_spread_over_the_schedule():
+    predictor, settings = ToyPredictor(), Settings(batch_size=2)
+    batches = itertools.islice(training_batches(toy_references(), predictor, settings), 8)
+    rows = [(int(t), bool(s)) for (b,) in batches for t, s in zip(b.timesteps, b.is_style, strict=True)]
+    for is_style in (False, True):
+        eighths = {t * 8 // predictor.timesteps for t, style in rows if style == is_style}
+        assert len(eighths) == 8  # sixteen independent draws would leave one empty in two of three runs
+
+
+def test_from_a_start_the_result_is_the_mean_of_the_last_half(monkeypatch):
+    monkeypatch.setattr("ziplora_core.solver._BETAS_FROM_START", (0.9, 0.999))  # as from ones, to compare with
+    joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
+    start = Coefficients.ones(joined.pair)
+
+    def last(steps, start=None):
+        found = optimise(joined, predictor, references, Settings(steps=steps, objective=PAPER), start=start)
+        return joined.flatten(found.coefficients)
+
+    expected = torch.stack([last(steps) for steps in (4, 5, 6)]).mean(0)
+    torch.testing.assert_close(last(6, start), expected)
+    assert not torch.allclose(last(6, start), last(6))
 
 
 def test_two_passes_a_step_when_batched_and_four_when_not():
@@ -74,7 +105,7 @@ def test_every_solver_beats_the_direct_merge(solver):
     ones = Coefficients.ones(joined.pair)
     before, after = measure_retention(joined, predictor, references, [ones, result.coefficients], seed=0)
     assert after["content"] + after["style"] < 0.9 * (before["content"] + before["style"])
-    assert len(result.history) == (0 if solver == "layerwise" else 100)
+    assert len(result.history) == (0 if solver == "layerwise" else Settings.steps)
     none = close(joined, predictor, references, Settings(steps=0, solver=solver))
     assert all(torch.equal(m, torch.ones_like(m)) for m in none.coefficients.content.values())
 

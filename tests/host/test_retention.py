@@ -1,4 +1,4 @@
-"""Shipped pairs, 100 steps with default settings: both concepts kept better than by the direct merge."""
+"""Shipped pairs with default settings: both concepts kept better than by the direct merge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from graphs import Concept, optimised, read_report
 
 from devhost.server import ComfyServer
 
-STEPS = 100
 AFFORDABLE = 12  # pairs: some ten seconds each on two cores
 
 
@@ -24,7 +23,6 @@ def chosen_pairs(concepts: dict[str, list[Concept]]) -> list[tuple[Concept, Conc
 def test_pairs_keep_more_than_the_direct_merge(server: ComfyServer, concepts: dict[str, list[Concept]]) -> None:
     inputs = server.object_info("ZipLoRAOptimize")["input"]["required"]
     defaults = {name: given[1]["default"] for name, given in inputs.items() if "default" in given[1]}
-    assert defaults["steps"] == STEPS
     lines, failed = [], []
     for content, style in chosen_pairs(concepts):
         result = server.run(optimised(content, style, **defaults))
