@@ -44,7 +44,7 @@ def write(outcome: Outcome) -> str:
         f"objective: {settings.objective.name}; solver: {settings.solver}",
     ]
     if outcome.seconds:
-        lines.append(f"time: {outcome.seconds:.1f} s, {outcome.seconds / max(len(result.history), 1):.2f} s a step")
+        lines.append(f"time: {outcome.seconds:.1f} s")
     if outcome.retention:
         before, after = outcome.retention
         for concept in ("content", "style"):
