@@ -10,6 +10,7 @@ concept's own LoRA sees: a few forward passes, no gradient. The sum of both has 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -220,7 +221,8 @@ def merge(
     In each layer the error under a reference counts in parts of what the direct merge does to it. No gradient
     through the network: about `_DRAWS` teacher passes, more of them where the moments (n x n for each distinct
     input of width n and each concept) exceed `budget` bytes and layers are taken in groups. `on_layer(done, total)`
-    is called after each layer; what it or the predictor raises ends the run. Deterministic for a seed.
+    is called after each layer; what it or the predictor raises ends the run. Deterministic for a seed. Raises
+    FloatingPointError when a layer's numbers are not finite.
     """
     found: dict[str, dict[str, Tensor]] = {"content": {}, "style": {}}
     with torch.inference_mode(False), torch.no_grad():
@@ -232,6 +234,11 @@ def merge(
                 layer = joined.layers[name]
                 forms = moments.forms(name, layer)
                 direct = error_at_direct(layer, forms)
+                if not all(math.isfinite(error) for error in direct.values()):
+                    raise FloatingPointError(
+                        f"layer {name}: what the LoRAs do there is not finite; look at the LoRA's numbers, or load the "
+                        "model in bf16 or fp32"
+                    )
                 weights = {concept: 1 / error if error > 0 else 0.0 for concept, error in direct.items()}
                 solution = solve(quadratic(layer, forms, weights), ridge)
                 for (concept, _), part in zip(_halves(layer), torch.split(solution, layer.columns), strict=True):

@@ -47,7 +47,7 @@ def optimise(
 
     def work(predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References) -> None:
         began = time.monotonic()
-        progress = Progress(settings.steps)
+        progress = Progress(0 if settings.solver == "layerwise" else settings.steps)
         outcome.result = zipper.close(joined, predict, references, settings, progress, progress.layer)
         outcome.seconds = time.monotonic() - began
         outcome.retention = solver.measure_retention(

@@ -43,12 +43,17 @@ def loss_picture(history: list[Step]) -> Image.Image:
 
 
 class Progress:
-    """Call it with each Step; moves the node's bar and, a few times a second, redraws the losses."""
+    """Call it with each Step; moves the node's bar and, a few times a second, redraws the losses.
+
+    steps: how many follow the layers; 0 where the solver takes none.
+    """
 
     def __init__(self, steps: int):
         self._bar = comfy.utils.ProgressBar(steps)
+        self._steps = steps
         self._history: list[Step] = []
         self._last = 0.0
+        self._layers = 0
 
     def __call__(self, step: Step) -> None:
         self._history.append(step)
@@ -57,8 +62,9 @@ class Progress:
         if step.index == step.steps or now - self._last > _SECONDS_BETWEEN_PREVIEWS:
             preview = ("JPEG", loss_picture(self._history), max(_SIZE))
             self._last = now
-        self._bar.update_absolute(step.index, step.steps, preview)
+        self._bar.update_absolute(self._layers + step.index, self._layers + step.steps, preview)
 
     def layer(self, done: int, total: int) -> None:
-        """A layer was solved in closed form: the bar counts layers until the steps begin."""
-        self._bar.update_absolute(done, total)
+        """A layer was solved in closed form; the steps, where there are any, follow on the same bar."""
+        self._layers = total
+        self._bar.update_absolute(done, total + self._steps)

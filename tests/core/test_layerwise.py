@@ -151,3 +151,10 @@ def test_merge_keeps_both_better_than_the_direct_merge():
     found = layerwise.merge(joined, predictor, references, seed=0)
     before, after = measure_retention(joined, predictor, references, [Coefficients.ones(joined.pair), found], seed=0)
     assert after["content"] + after["style"] < 0.9 * (before["content"] + before["style"])
+
+
+def test_numbers_that_overflow_are_refused_by_the_name_of_their_layer():
+    joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
+    joined.layers["second"].up[:] = float("inf")
+    with pytest.raises(FloatingPointError, match="second.*not finite"):
+        layerwise.merge(joined, predictor, references, seed=0)

@@ -15,6 +15,7 @@ Prompt = dict[str, dict[str, Any]]
 Link = list[Any]
 
 SIZE = 128  # pixels: what the miniature was trained on
+LAYERS = 72  # of the miniature that its LoRAs change
 BASE: Link = ["checkpoint", 0]
 
 
@@ -76,6 +77,12 @@ def picture(model: Link, prompt: str, steps: int = 6) -> Prompt:
 
 def stock_loader(lora: str, model: Link, strength: float = 1.0) -> dict[str, Any]:
     return node("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=strength)
+
+
+def whole_run(steps: int) -> list[tuple[int, int]]:
+    """The progress events of one optimisation: a layer of the miniature's 72 or a step each, on one bar."""
+    total = LAYERS + steps
+    return [(done, total) for done in range(1, total + 1)]
 
 
 def optimised(content: Concept, style: Concept, model: Link = BASE, **settings: Any) -> Prompt:
