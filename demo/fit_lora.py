@@ -6,7 +6,6 @@ import dataclasses
 import math
 
 import torch
-from torch import Tensor
 
 from . import lora, world
 from .concepts import Concept
@@ -22,12 +21,7 @@ class LoRASettings:
     references: int = 8  # per step
 
 
-def fit(
-    model: Miniature,
-    concept: Concept,
-    settings: LoRASettings,
-    seed: int = 0,
-) -> dict[str, lora.LoRALinear]:
+def fit(model: Miniature, concept: Concept, settings: LoRASettings, seed: int = 0) -> dict[str, lora.LoRALinear]:
     """Trains and returns attached branches; the caller detaches them."""
     torch.manual_seed(seed)
     device = model.device
@@ -45,20 +39,10 @@ def fit(
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         chosen = torch.randint(len(references), (settings.references,)).tolist()
-        latents, context, vector = references[chosen], contexts[chosen], vectors[chosen]
-        steps = _steps(settings.references, device)
-        noise = torch.randn_like(latents)
-        alpha, sigma = model.alpha_sigma(steps)
-        noisy, target = alpha * latents + sigma * noise, alpha * noise - sigma * latents
         with torch.autocast(device.type, torch.bfloat16):
-            out = model.predict(noisy, steps, context, vector).float()
-            loss = (out - target).square().mean()
+            loss = model.diffusion_loss(references[chosen], contexts[chosen], vectors[chosen]).mean()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
     return branches
-
-
-def _steps(count: int, device: torch.device) -> Tensor:
-    return ((torch.randperm(count, device=device) + torch.rand(count, device=device)) / count * 1000).long()

@@ -78,10 +78,8 @@ class Graphs:
             link = inputs.get("pixels") or inputs.get("image")
         raise ValueError(f"no {kind} leads to {name} of node {node} in the shipped graph")
 
-    def zipped(
-        self, content: Learned, style: Learned, drawing: Drawing, style_strength: float = 1.0, steps: int | None = None
-    ) -> Prompt:
-        """The shipped graph itself. steps: of the optimisation; None: as shipped."""
+    def zipped(self, content: Learned, style: Learned, drawing: Drawing, style_strength: float = 1.0) -> Prompt:
+        """The shipped graph itself."""
         prompt = self.drawn(drawing)
         prompt[self.pair]["inputs"].update(content_lora=content.file, style_lora=style.file)
         for concept, learned in (("content", content), ("style", style)):
@@ -90,8 +88,6 @@ class Graphs:
             prompt[picture]["inputs"]["image"] = learned.picture
             prompt[words]["inputs"]["text"] = learned.prompt
         prompt[self.dial]["inputs"]["style_strength"] = style_strength
-        if steps is not None:
-            prompt[self.optimise]["inputs"]["steps"] = steps
         return prompt
 
     def plain(self, loras: list[str], drawing: Drawing) -> Prompt:

@@ -20,16 +20,12 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        self.strength = 1.0
         self.down = nn.Parameter(torch.empty(rank, base.in_features))
         self.up = nn.Parameter(torch.zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if self.strength == 0:
-            return y
-        return y + self.strength * self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return self.base(x) + self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
 
 def _targets(unet: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,7 +1,7 @@
 """Zip subject and style LoRAs of the miniature inside a real ComfyUI, draw them, and count what came out right.
 
     python3 dev.py demo              the first two pairs, and what each LoRA draws alone
-    python3 dev.py demo --quick      one pair, a few pictures and steps: only to see that everything runs
+    python3 dev.py demo --quick      one pair, a few pictures, few steps each: only to see that everything runs
 
 Every graph is `workflows/api/ziplora_sdxl.json` with names, prompts and sizes put in; for the bare model, a LoRA
 alone and the direct merge, stock LoRA loaders stand in place of the zipped pair.
@@ -45,7 +45,7 @@ class Plan:
 
     gated: subjects and styles whose own figures are printed, of `pictures` each. gates: how these are sampled: as the
     miniature was judged when it was trained. pairs: merges, of `merged` pictures each. merges: as the shipped graph
-    samples. dial_pictures: for style strengths other than 1, which are only shown. zip_steps: None as shipped.
+    samples. dial_pictures: for style strengths other than 1, which are only shown.
     """
 
     gated: int = 3
@@ -56,12 +56,11 @@ class Plan:
     columns: int = 2
     gates: Sampling = Sampling(steps=20, cfg=3.0)
     merges: Sampling = Sampling()
-    zip_steps: int | None = None
 
 
 FEW = Sampling(steps=3)
 QUICK = Plan(
-    gated=1, pairs=1, pictures=2, merged=2, dial_pictures=1, columns=1, gates=FEW, merges=FEW, zip_steps=3
+    gated=1, pairs=1, pictures=2, merged=2, dial_pictures=1, columns=1, gates=FEW, merges=FEW
 )  # fmt: skip
 
 
@@ -104,8 +103,7 @@ class Studio:
         return lambda drawing: self.graphs.plain([lora.learned.file for lora in loras], drawing)
 
     def zipped(self, subject: Trained, style: Trained, dial: float) -> Callable[[Drawing], Prompt]:
-        steps = self.plan.zip_steps
-        return lambda drawing: self.graphs.zipped(subject.learned, style.learned, drawing, dial, steps)
+        return lambda drawing: self.graphs.zipped(subject.learned, style.learned, drawing, dial)
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.started:5.0f} s] {text}", flush=True)
@@ -257,7 +255,7 @@ def publish(results: Sequence[PairResult], written: Sequence[Path]) -> list[Path
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one pair, a few pictures and steps")
+    parser.add_argument("--quick", action="store_true", help="one pair, a few pictures, few steps each")
     parser.add_argument("--pairs", type=int, help="how many pairs (2): the first subject with the first style, ...")
     parser.add_argument("--merged", type=int, help="pictures of each merge (16)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the pictures (demo/output)")

@@ -58,8 +58,8 @@ class ZipLoRAOptimize(io.ComfyNode):
                     default=Settings.steps,
                     min=0,
                     max=10_000,
-                    tooltip="Updates of the coefficients. 25 from the layer-wise start; the paper's 100 for solver "
-                    "gradient; 0 gives the direct merge.",
+                    tooltip="Updates of the coefficients: 10 from the layer-wise start, the paper's 100 for solver "
+                    "gradient; more of them, or a higher rate, go further. 0 gives the direct merge.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -68,8 +68,8 @@ class ZipLoRAOptimize(io.ComfyNode):
                     max=10.0,
                     step=0.001,
                     round=False,
-                    tooltip="Adam's rate: 0.03 for 25 steps, the paper's 0.01 for 100. Coefficients move about "
-                    "rate x steps, so at 5e-5 nothing happens.",
+                    tooltip="Adam's rate, the paper's 0.01. Coefficients move about rate x steps, so at 5e-5 nothing "
+                    "happens.",
                 ),
                 io.Float.Input(
                     "similarity_lambda",
@@ -106,8 +106,18 @@ class ZipLoRAOptimize(io.ComfyNode):
                     "solver",
                     SOLVERS,
                     "layerwise: in closed form from a few forward passes, without backpropagation: fits wherever "
-                    "sampling fits. gradient: the paper's, from all ones; give it 100 steps at 0.01. Or the first as "
-                    "the second's start: as good in a quarter of the steps.",
+                    "sampling fits. gradient: the paper's, from all ones; give it 100 steps. Or the first as the "
+                    "second's start.",
+                ),
+                io.Float.Input(
+                    "ridge",
+                    default=Settings.ridge,
+                    min=1e-6,
+                    max=1e6,
+                    step=0.1,
+                    round=False,
+                    optional=True,
+                    tooltip="How strongly the layer-wise solve holds on to the direct merge: 0.1 less, 3 more.",
                 ),
             ],
             outputs=[
@@ -115,7 +125,11 @@ class ZipLoRAOptimize(io.ComfyNode):
                     display_name="zipped_lora",
                     tooltip="The zipped pair, for Style Strength or Apply Zipped LoRA.",
                 ),
-                LossMapSocket.Output(display_name="loss_map", tooltip="Loss of each step, for Plot Loss Graph."),
+                LossMapSocket.Output(
+                    display_name="loss_map",
+                    tooltip="For Plot Loss Graph: the loss of each step; for layerwise, what is left of each layer's "
+                    "error.",
+                ),
                 io.String.Output(
                     display_name="report",
                     tooltip="What was found: layers, ranks, retention before and after on noise "
@@ -140,9 +154,10 @@ class ZipLoRAOptimize(io.ComfyNode):
         seed: int,
         objective: str = Settings.objective.name,
         solver: str = Settings.solver,
+        ridge: float = Settings.ridge,
     ) -> list[str]:
         """Which inputs to make next: what can be refused is refused before a VAE or a text encoder is loaded."""
-        read_settings(steps, learning_rate, similarity_lambda, batch_size, seed, objective, solver)
+        read_settings(steps, learning_rate, similarity_lambda, batch_size, seed, objective, solver, ridge)
         latents = {"content": content_latents, "style": style_latents}
         check_inputs(model, lora_pair, latents)
         missing = [f"{concept}_latents" for concept, made in latents.items() if made is None]
@@ -164,8 +179,9 @@ class ZipLoRAOptimize(io.ComfyNode):
         seed: int,
         objective: str = Settings.objective.name,
         solver: str = Settings.solver,
+        ridge: float = Settings.ridge,
     ) -> io.NodeOutput:
-        settings = read_settings(steps, learning_rate, similarity_lambda, batch_size, seed, objective, solver)
+        settings = read_settings(steps, learning_rate, similarity_lambda, batch_size, seed, objective, solver, ridge)
         conditioning = {"content": content_positive, "style": style_positive}
         latents = {"content": content_latents, "style": style_latents}
         return io.NodeOutput(*optimise(model, lora_pair, conditioning, latents, settings))
@@ -179,10 +195,9 @@ def read_settings(
     seed: int,
     objective: str,
     solver: str,
+    ridge: float,
 ) -> Settings:
     """The core's settings from the node's inputs. Raises ValueError for a value that the API let through."""
     if objective not in OBJECTIVES:
         raise ValueError(f"objective is '{objective}'; expected one of: {', '.join(OBJECTIVES)}")
-    return Settings(
-        steps, learning_rate, similarity_lambda, batch_size, seed, objective=OBJECTIVES[objective], solver=solver
-    )
+    return Settings(steps, learning_rate, similarity_lambda, batch_size, seed, OBJECTIVES[objective], solver, ridge)

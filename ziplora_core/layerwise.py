@@ -21,12 +21,9 @@ from torch import Tensor
 
 from .branch import Branch, JoinedLayer, JoinedPair, style_rows
 from .coefficients import Coefficients
-from .solver import Predictor, References, spread_batches
+from .solver import Predictor, References, Settings, spread_batches
 
 CONCEPTS = ("content", "style")
-# Pull towards one, in parts of the form's mean diagonal. What nothing follows stays near the direct merge where the
-# references say little; a start for gradient steps may go further.
-RIDGE, START_RIDGE = 1.0, 0.1
 _DRAWS = 8  # passes over both references, spread over the timesteps
 _SEED = 0x1A7E  # added to the seed: noise apart from training's and from measuring's
 _BUDGET = 2**30  # bytes of moments kept at once
@@ -146,21 +143,41 @@ class RecordingBranch(Branch):
 
 
 @dataclass(frozen=True)
+class SolvedLayer:
+    """One layer is done: its name, its number (from 1) of `layers`, what is left of the direct merge's error there."""
+
+    name: str
+    index: int
+    layers: int
+    left: float
+
+
+@dataclass(frozen=True)
 class Quadratic:
-    """½ zᵀ Q z − bᵀ z + constant in the coefficients z = (m_c, m_s) of one layer, or those that it has."""
+    """zᵀ Q z − 2 bᵀ z + constant in the coefficients z = (m_c, m_s) of one layer, or those that it has."""
 
     q: Tensor
     b: Tensor
+    constant: float
+
+    def __call__(self, z: Tensor) -> float:
+        return (z @ (self.q @ z - 2 * self.b)).item() + self.constant
+
+    def left(self, z: Tensor) -> float:
+        """The error at z over that of the direct merge; 1 where there is none to take away."""
+        direct = self(torch.ones_like(z))
+        return max(self(z), 0.0) / direct if direct > 0 else 1.0
 
 
 def quadratic(layer: JoinedLayer, forms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Quadratic:
     """The layer's error under both references, each times its weight. forms: concept -> H."""
     q = torch.stack([weights[c] * forms[c] for c in CONCEPTS]).sum(0)
-    b = q.new_zeros(len(q))
+    b, constant = q.new_zeros(len(q)), 0.0
     for number, (concept, _) in enumerate(_halves(layer)):
         own = slice(number * layer.columns, (number + 1) * layer.columns)
-        b = b + weights[concept] * forms[concept][:, own].sum(1)
-    return Quadratic(q, b)
+        row = weights[concept] * forms[concept][:, own].sum(1)
+        b, constant = b + row, constant + row[own].sum().item()
+    return Quadratic(q, b, constant)
 
 
 def error_at_direct(layer: JoinedLayer, forms: Mapping[str, Tensor]) -> dict[str, float]:
@@ -177,7 +194,10 @@ def error_at_direct(layer: JoinedLayer, forms: Mapping[str, Tensor]) -> dict[str
 
 
 def solve(problem: Quadratic, ridge: float) -> Tensor:
-    """argmin ½ zᵀQz − bᵀz + ½ ridge·mean(diag Q)·‖z − 1‖², by Cholesky after scaling the diagonal to one."""
+    """argmin zᵀQz − 2 bᵀz + ridge·mean(diag Q)·‖z − 1‖², by Cholesky after scaling the diagonal to one.
+
+    The ridge keeps columns of which the references say little near the direct merge.
+    """
     device = "cpu" if problem.q.device.type == "mps" else problem.q.device  # which has no float64
     q = problem.q.to(device, torch.float64, copy=True)
     shift = ridge * q.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
@@ -212,16 +232,16 @@ def merge(
     predictor: Predictor,
     references: References,
     seed: int,
-    on_layer: Callable[[int, int], None] | None = None,
-    ridge: float = RIDGE,
+    on_layer: Callable[[SolvedLayer], None] | None = None,
+    ridge: float = Settings.ridge,
     budget: int = _BUDGET,
 ) -> Coefficients:
     """The coefficients that change each layer's output least, layer by layer, in closed form.
 
     In each layer the error under a reference counts in parts of what the direct merge does to it. No gradient
     through the network: about `_DRAWS` teacher passes, more of them where the moments (n x n for each distinct
-    input of width n and each concept) exceed `budget` bytes and layers are taken in groups. `on_layer(done, total)`
-    is called after each layer; what it or the predictor raises ends the run. Deterministic for a seed. Raises
+    input of width n and each concept) exceed `budget` bytes and layers are taken in groups. `on_layer`
+    is called after each; what it or the predictor raises ends the run. Deterministic for a seed. Raises
     FloatingPointError when a layer's numbers are not finite.
     """
     found: dict[str, dict[str, Tensor]] = {"content": {}, "style": {}}
@@ -240,12 +260,13 @@ def merge(
                         "model in bf16 or fp32"
                     )
                 weights = {concept: 1 / error if error > 0 else 0.0 for concept, error in direct.items()}
-                solution = solve(quadratic(layer, forms, weights), ridge)
+                problem = quadratic(layer, forms, weights)
+                solution = solve(problem, ridge)
                 for (concept, _), part in zip(_halves(layer), torch.split(solution, layer.columns), strict=True):
                     found[concept][name] = part.to("cpu", torch.float32, copy=True)
                 done += 1
                 if on_layer is not None:
-                    on_layer(done, len(source))
+                    on_layer(SolvedLayer(name, done, len(source), problem.left(solution)))
     ones = Coefficients.ones(joined.pair)  # for layers that took no part in a pass
     return Coefficients({**ones.content, **found["content"]}, {**ones.style, **found["style"]})
 

@@ -30,26 +30,34 @@ _GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, howeve
 class Settings:
     """Raises ValueError for a value out of range, naming it.
 
-    solver: "gradient" from all ones, as the paper, which takes 100 steps at 0.01; "layerwise" in closed form; or,
-    the default, the second as the first's start, from which a quarter of the steps gets as far.
+    solver: "gradient" from all ones, as the paper, which takes 100 steps at 0.01; "layerwise" in closed form, which
+    takes none (but 0 give the direct merge, whatever the solver); or, the default, the second as the first's start.
+    ridge: pull of the layer-wise solve towards the direct merge, in parts of each layer's mean diagonal.
     """
 
-    steps: int = 25
-    learning_rate: float = 0.03
+    steps: int = 10
+    learning_rate: float = 0.01
     similarity_lambda: float = 0.01
     batch_size: int = 1
     seed: int = 0
     objective: Objective = BALANCED
     solver: str = SOLVERS[0]
+    ridge: float = 1.0
 
     def __post_init__(self) -> None:
         _in_range("steps", self.steps, 0, 10_000)
         _in_range("learning_rate", self.learning_rate, 1e-8, 10.0)
         _in_range("similarity_lambda", self.similarity_lambda, 0.0, 1000.0)
         _in_range("batch_size", self.batch_size, 1, 64)
+        _in_range("ridge", self.ridge, 1e-6, 1e6)
         _in_range("seed", self.seed, 0, 2**64 - 1)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver is '{self.solver}'; expected one of: {', '.join(SOLVERS)}")
+
+    @property
+    def gradient_steps(self) -> int:
+        """Steps that the solver will take."""
+        return 0 if self.solver == "layerwise" else self.steps
 
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:
@@ -115,11 +123,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
-    """coefficients, the losses of each step, and why the optimisation ended."""
+    """coefficients, the losses of each step, why they ended, and what is left of each layer's error (layer-wise)."""
 
     coefficients: Coefficients
     history: list[Step] = field(default_factory=list)
     stopped: str = "all steps done"
+    left: dict[str, float] = field(default_factory=dict)
 
 
 def direct_merge(pair: LoRAPair) -> Result:

@@ -47,8 +47,8 @@ def optimise(
 
     def work(predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References) -> None:
         began = time.monotonic()
-        progress = Progress(0 if settings.solver == "layerwise" else settings.steps)
-        outcome.result = zipper.close(joined, predict, references, settings, progress, progress.layer)
+        progress = Progress(settings.gradient_steps)
+        outcome.result = zipper.close(joined, predict, references, settings, progress.step, progress.layer)
         outcome.seconds = time.monotonic() - began
         outcome.retention = solver.measure_retention(
             joined, predict, references, [ones, outcome.result.coefficients], settings.seed
@@ -63,7 +63,7 @@ def optimise(
             fitted.pair,
             conditioning,
             samples,
-            rows=4 * settings.batch_size,  # two rows, and as much again for what backward keeps
+            rows=4 * settings.batch_size if settings.gradient_steps else 2,  # as much again for what backward keeps
             checkpoint_blocks=model.load_device.type != "cpu",
             work=work,
         )
@@ -71,4 +71,4 @@ def optimise(
         outcome.alignment = [analysis.column_alignment(fitted.pair, c) for c in (ones, outcome.result.coefficients)]
     report = write(outcome)
     zipped = loras.ZippedLoRA(sources, fitted, outcome.result.coefficients, report=report)
-    return zipped, {"loss": [step.losses.total for step in outcome.result.history]}, report
+    return zipped, {"loss": outcome.losses}, report

@@ -22,6 +22,11 @@ class Outcome:
     retention: list[dict[str, float]] = field(default_factory=list)
     alignment: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def losses(self) -> list[float]:
+        """Of each step; without steps, what is left of each layer's error."""
+        return [step.losses.total for step in self.result.history] or list(self.result.left.values())
+
 
 def _mean(values: dict[str, float]) -> float:
     return sum(values.values()) / len(values) if values else 0.0
@@ -39,10 +44,18 @@ def write(outcome: Outcome) -> str:
         f"content: {outcome.sources.content.name} ({_ranks(*pair.ranks('content'))})",
         f"style: {outcome.sources.style.name} ({_ranks(*pair.ranks('style'))})",
         f"layers: {layers}; {pair.coefficient_count:,} coefficients",
-        f"steps: {len(result.history)} of {settings.steps} at rate {settings.learning_rate:g}, "
-        f"lambda {settings.similarity_lambda:g}, batch {settings.batch_size}, seed {settings.seed}; {result.stopped}",
-        f"objective: {settings.objective.name}; solver: {settings.solver}",
+        f"solver: {settings.solver}, seed {settings.seed}; {result.stopped}",
     ]
+    if result.left:
+        lines.append(
+            f"layer by layer: {_mean(result.left):.0%} of the direct merge's error is left on the mean, "
+            f"ridge {settings.ridge:g}"
+        )
+    if result.history:
+        lines.append(
+            f"steps: {len(result.history)} of {settings.steps} at rate {settings.learning_rate:g}, objective "
+            f"{settings.objective.name}, lambda {settings.similarity_lambda:g}, batch {settings.batch_size}"
+        )
     if outcome.seconds:
         lines.append(f"time: {outcome.seconds:.1f} s")
     if outcome.retention:

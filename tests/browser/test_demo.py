@@ -19,7 +19,7 @@ def test_quick_demo_draws_scores_and_names_its_pictures(root: Path, tmp_path: Pa
     assert ended.returncode == 0, ended.stdout + ended.stderr
     for line in ("base model, its own words: of 2", "direct merge ", *(f"zipped, style {dial:g} " for dial in DIALS)):
         assert line in ended.stdout
-    assert "steps: 3 of 3" in ended.stdout
+    assert "solver: layerwise" in ended.stdout
     written = [Path(line.strip()) for line in ended.stdout.split("Pictures:\n")[1].splitlines()]
     assert written[0] == tmp_path / "comparison.png" and len(written) == 1 + 2 + 1 + len(DIALS)
     for path in written:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from toys import ToyPredictor, factors, toy_pair, toy_references
+from toys import SHAPES, ToyPredictor, factors, toy_pair, toy_references
 
 from ziplora_core.branch import JoinedPair
 from ziplora_core.coefficients import Coefficients
@@ -33,7 +33,8 @@ def run(settings=None, predictor=None, pair=None, references=None, on_step=None)
 
 def test_learns_on_noise_it_never_saw():
     joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
-    result = optimise(joined, predictor, references, Settings(similarity_lambda=0.0))
+    settings = Settings(steps=25, learning_rate=0.03, similarity_lambda=0.0)
+    result = optimise(joined, predictor, references, settings)
     ones = Coefficients.ones(joined.pair)
     before, after = measure_retention(joined, predictor, references, [ones, result.coefficients], seed=0)
     assert after["content"] + after["style"] < 0.8 * (before["content"] + before["style"])
@@ -106,6 +107,8 @@ def test_every_solver_beats_the_direct_merge(solver):
     before, after = measure_retention(joined, predictor, references, [ones, result.coefficients], seed=0)
     assert after["content"] + after["style"] < 0.9 * (before["content"] + before["style"])
     assert len(result.history) == (0 if solver == "layerwise" else Settings.steps)
+    assert set(result.left) == (set() if solver == "gradient" else set(SHAPES))
+    assert all(0 <= left < 1 for left in result.left.values())
     none = close(joined, predictor, references, Settings(steps=0, solver=solver))
     assert all(torch.equal(m, torch.ones_like(m)) for m in none.coefficients.content.values())
 

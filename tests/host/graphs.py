@@ -86,9 +86,13 @@ def whole_run(steps: int) -> list[tuple[int, int]]:
 
 
 def optimised(content: Concept, style: Concept, model: Link = BASE, **settings: Any) -> Prompt:
-    """Everything up to the optimise node, and its report. `settings` go to whichever node has such an input."""
+    """Everything up to the optimise node, and its report. `settings` go to whichever node has such an input.
+
+    The solver is the one that does everything: layers, then steps.
+    """
     pair = {"content_strength": 1.0, "style_strength": 1.0}
-    optimise = {"steps": 3, "learning_rate": 0.01, "similarity_lambda": 0.01, "batch_size": 1, "seed": 0}
+    numbers = {"steps": 3, "learning_rate": 0.01, "similarity_lambda": 0.01, "batch_size": 1, "seed": 0}
+    optimise: dict[str, Any] = {**numbers, "solver": "layerwise, then gradient"}
     for name, value in settings.items():
         (pair if name in pair else optimise)[name] = value
     return {

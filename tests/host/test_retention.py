@@ -21,8 +21,10 @@ def chosen_pairs(concepts: dict[str, list[Concept]]) -> list[tuple[Concept, Conc
 
 
 def test_pairs_keep_more_than_the_direct_merge(server: ComfyServer, concepts: dict[str, list[Concept]]) -> None:
-    inputs = server.object_info("ZipLoRAOptimize")["input"]["required"]
+    inputs = server.object_info("ZipLoRAOptimize")["input"]
+    inputs = {**inputs["required"], **inputs["optional"]}
     defaults = {name: given[1]["default"] for name, given in inputs.items() if "default" in given[1]}
+    assert (defaults["solver"], defaults["steps"]) == ("layerwise, then gradient", 10)
     lines, failed = [], []
     for content, style in chosen_pairs(concepts):
         result = server.run(optimised(content, style, **defaults))

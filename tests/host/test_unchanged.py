@@ -54,16 +54,27 @@ def test_after_an_interrupt(
     assert again.progress("optimise") == whole_run(2)
 
 
+@pytest.mark.parametrize(
+    ("solver", "complaint"),
+    [("layerwise", "what the LoRAs do there is not finite"), ("gradient", "step 1: the loss is not finite")],
+)
 def test_after_an_error_inside_a_step(
-    server: ComfyServer, content: Concept, style: Concept, tmp_path: Path, check_unchanged: Callable[[], None]
+    server: ComfyServer,
+    content: Concept,
+    style: Concept,
+    tmp_path: Path,
+    check_unchanged: Callable[[], None],
+    solver: str,
+    complaint: str,
 ) -> None:
     """A LoRA of finite but absurd numbers: the first forward pass overflows, with every layer injected."""
     tensors = load_file(server.base / "models" / "loras" / content.lora)
     absurd = {k: v if "alpha" in k else (v.float() + 1e-3) * 1e18 for k, v in tensors.items()}
     save_file(absurd, tmp_path / "absurd.safetensors")
-    bad = Concept(server.put_lora(tmp_path / "absurd.safetensors"), content.prompt, content.picture)
+    absurd_file = server.put_lora(tmp_path / "absurd.safetensors", f"absurd_{solver}.safetensors")
+    bad = Concept(absurd_file, content.prompt, content.picture)
     with pytest.raises(ExecutionFailed) as caught:
-        server.run(optimised(bad, style, steps=3, seed=13))
+        server.run(optimised(bad, style, steps=3, seed=13, solver=solver))
     assert caught.value.node == "optimise"
-    assert "what the LoRAs do there is not finite" in caught.value.text
+    assert complaint in caught.value.text
     check_unchanged()

@@ -10,7 +10,7 @@ STEPS = 3
 
 
 def optimise(pack, patcher, prompts=None, latents=None, steps=STEPS):
-    settings = pack.ziplora_core.solver.Settings(steps=steps)
+    settings = pack.ziplora_core.solver.Settings(steps=steps, solver="layerwise, then gradient")
     with torch.inference_mode():
         return pack.nodes.bridge.optimise.optimise(
             patcher, tiny.sources(pack, patcher.model), prompts or tiny.prompts(), latents or tiny.latents(), settings
