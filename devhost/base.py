@@ -18,6 +18,16 @@ PACK = "ComfyUI-ZipLoRA"
 MINIATURE = "ziplora-miniature"
 CHECKPOINT = "miniature_sdxl.safetensors"
 
+NODES = (
+    "LoadLoRAPair",
+    "ZipLoRAOptimize",
+    "DirectMergeLoRA",
+    "StyleStrength",
+    "ApplyZippedLoRA",
+    "SaveZippedLoRA",
+    "LoadZippedLoRA",
+    "ExportMergedLoRA",
+)
 FOLDERS = ("models/checkpoints", "models/loras", "input", "output", "temp", "user/default", "custom_nodes")
 # The frontend greets a new user with a window over the graph; nobody is there to close it.
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}

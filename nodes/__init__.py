@@ -1,8 +1,22 @@
 """The nodes, in the order of a graph."""
 
 from .apply import ApplyZippedLoRA
+from .bridge.saved import register_folder
+from .direct import DirectMergeLoRA
+from .files import ExportMergedLoRA, LoadZippedLoRA, SaveZippedLoRA
 from .load import LoadLoRAPair
 from .optimize import ZipLoRAOptimize
 from .style import StyleStrength
 
-NODES = [LoadLoRAPair, ZipLoRAOptimize, StyleStrength, ApplyZippedLoRA]
+register_folder()
+
+NODES = [
+    LoadLoRAPair,
+    ZipLoRAOptimize,
+    DirectMergeLoRA,
+    StyleStrength,
+    ApplyZippedLoRA,
+    SaveZippedLoRA,
+    LoadZippedLoRA,
+    ExportMergedLoRA,
+]

@@ -2,5 +2,8 @@
 
 Nothing here imports the host. `pair` says what two LoRAs are, `merge` how they become one,
 `objective` what a good merge costs, `solver` how the coefficients are found, `analysis` how aligned they are,
-`files` how a LoRA file is read and refused.
+`files` how a LoRA file is read and refused,
+`export` how a merge becomes one, `saved` how coefficients are kept.
 """
+
+__version__ = "0.1.0"  # as in pyproject.toml

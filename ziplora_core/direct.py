@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .coefficients import Coefficients
 from .pair import Factors, LayerPair, LoRAPair
 
 
@@ -35,3 +37,49 @@ def np_lora(pair: LoRAPair, mu: float = 0.5) -> LoRAPair:
             layer = LayerPair(replace(layer.content, down=down), layer.style)
         layers[name] = layer
     return LoRAPair(layers)
+
+
+# Transformer blocks of SDXL's UNet by what they are said to draw; other layers go to nobody or to both.
+_B_LORA = (("output_blocks.0.1.",), ("output_blocks.1.1.",))  # arXiv 2403.14572
+_UNZIPLORA = (  # arXiv 2412.04465: up_blocks.0.attentions.0 and .2; up_blocks.0.attentions.1 and up_blocks.1
+    ("output_blocks.0.1.", "output_blocks.2.1."),
+    ("output_blocks.1.1.", "output_blocks.3.", "output_blocks.4.", "output_blocks.5."),
+)
+
+
+def by_blocks(
+    pair: LoRAPair, content: Sequence[str], style: Sequence[str], elsewhere: float
+) -> tuple[LoRAPair, Coefficients]:
+    """Coefficients of one in a concept's own blocks, zero in the other's, `elsewhere` in the rest.
+
+    content, style: parts of layer names. Raises ValueError where the pair has no layer in a block.
+    """
+
+    def inside(name: str, blocks: Sequence[str]) -> bool:
+        return any(f".{block}" in name for block in blocks)
+
+    for blocks in (content, style):
+        if not any(inside(name, blocks) for name in pair.layers):
+            raise ValueError(
+                f"no layer of the pair lies in {', '.join(blocks)}: block presets are for SDXL; "
+                "choose another method for this model"
+            )
+    ones = Coefficients.ones(pair)
+    sides = []
+    for side, own, other in ((ones.content, content, style), (ones.style, style, content)):
+        weights = {n: 1.0 if inside(n, own) else 0.0 if inside(n, other) else elsewhere for n in side}
+        sides.append({n: m * weights[n] for n, m in side.items()})
+    return pair, Coefficients(*sides)
+
+
+METHODS: dict[str, Callable[[LoRAPair], tuple[LoRAPair, Coefficients]]] = {
+    "sum": lambda pair: (pair, Coefficients.ones(pair)),
+    "NP-LoRA": lambda pair: (np_lora(pair), Coefficients.ones(pair)),
+    "B-LoRA blocks": lambda pair: by_blocks(pair, *_B_LORA, elsewhere=0.0),
+    "UnZipLoRA blocks": lambda pair: by_blocks(pair, *_UNZIPLORA, elsewhere=1.0),
+}
+
+
+def prepared(pair: LoRAPair, method: str) -> LoRAPair:
+    """The pair that a method's coefficients belong to: only NP-LoRA's is not the files' own."""
+    return np_lora(pair) if method == "NP-LoRA" else pair

@@ -1,15 +1,19 @@
-"""LoRA files: read, or refused with a sentence."""
+"""LoRA files: read, or refused with a sentence; written whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import struct
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 _MAX_HEADER = 100 * 1024 * 1024  # the format's own limit
@@ -50,6 +54,14 @@ def _header(path: Path) -> dict[str, dict[str, object]]:
     if size < expected:
         raise LoRAFileError(f"'{path.name}' is cut off: {size:,} bytes found, {expected:,} expected; download it again")
     return tensors
+
+
+def check_safetensors(path: str | os.PathLike[str]) -> None:
+    """Refuse, from its header alone, what is no whole safetensors file. Raises LoRAFileError."""
+    path = Path(path)
+    if not path.is_file():
+        raise LoRAFileError(f"'{path.name}' is missing; choose another file")
+    _header(path)
 
 
 def check_lora_file(path: str | os.PathLike[str]) -> None:
@@ -94,3 +106,39 @@ def read_lora_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 "use another epoch or file"
             )
     return tensors
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically: under another name in the same folder, flushed, then renamed.
+
+    Raises OSError where the folder is missing, read-only or full; nothing is left behind then.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, dict(metadata))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except SafetensorError as error:  # its writer's way to say that the disk is full
+        raise OSError(f"'{path.name}' could not be written: {error}") from error
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -42,12 +42,11 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
         for name, up, down in merged_layers(zipped.fitted.pair, zipped.coefficients)
     }
     _patch(model, patches, strength, names)
-    dials = {"content": zipped.content_strength, "style": zipped.style_strength}
-    sources = {"content": zipped.sources.content, "style": zipped.sources.style}
-    for concept, source in sources.items():
-        _patch(model, zipped.fitted.riders[concept], strength * source.strength * dials[concept], names)
+    sources = zipped.sources.by_concept()
+    for concept in sources:
+        _patch(model, zipped.fitted.riders[concept], strength * zipped.strength(concept), names)
     if clip is not None:
         clip = clip.clone()
         for concept, source in sources.items():
-            _text_encoder(clip, source, strength * source.strength * dials[concept])
+            _text_encoder(clip, source, strength * zipped.strength(concept))
     return model, clip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import comfy.lora
 import comfy.utils
@@ -39,3 +41,42 @@ def unet_keys(model) -> dict[str, str | tuple]:
             for prefix in _DIFFUSERS_PREFIXES:
                 names.setdefault(f"{prefix}{key.removesuffix('.weight')}", f"diffusion_model.{target}")
     return names
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """How LoRA files call the weights of one model.
+
+    family: the host's name for it. diffusers: weight of the model -> module name, where diffusers has one.
+    """
+
+    family: str
+    diffusers: Mapping[str, str]
+
+    def kohya(self, key: str) -> str:
+        """`lora_unet_…` of a weight or bias: the model's own name, as SDXL's trainers write it; SD 1.5's diffusers'."""
+        weight = re.sub(r"\.bias$", ".weight", key)
+        name = self.diffusers.get(weight) if self.family.startswith("SD1") else None
+        name = name or weight.removeprefix("diffusion_model.").removesuffix(".weight")
+        return "lora_unet_" + name.replace(".", "_")
+
+
+def file_names(model) -> FileNames:
+    """model: the host's BaseModel."""
+    table = comfy.utils.unet_to_diffusers(model.model_config.unet_config)
+    found = {f"diffusion_model.{v}": k.removesuffix(".weight") for k, v in table.items() if k.endswith(".weight")}
+    return FileNames(type(model.model_config).__name__, found)
+
+
+_TE_PREFIXES = (  # before a text encoder's module names, and kohya's names for the same
+    (re.compile(r"^(?:base_model\.model\.)?text_encoder_2\.(?:base_model\.model\.)?"), "lora_te2_"),
+    (re.compile(r"^(?:base_model\.model\.)?text_encoder\.(?:base_model\.model\.)?"), "lora_te1_"),
+)
+
+
+def kohya_text_encoder(layer: str) -> str:
+    """kohya's name of a text-encoder layer of a LoRA file; names of other forms stay as they are."""
+    for pattern, prefix in _TE_PREFIXES:
+        if pattern.match(layer):
+            return prefix + pattern.sub("", layer).replace(".", "_")
+    return layer

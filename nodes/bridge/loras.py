@@ -19,14 +19,20 @@ from ...ziplora_core.files import LoRAFileError, read_lora_file
 from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
 from . import keys
 
+ZIPPED = "zipped"
+
 
 @dataclass(frozen=True)
 class LoRASource:
-    """One LoRA file as read: its name in the loras folder, tensors on the CPU, and the strength it is used at."""
+    """One LoRA file as read: its name in the loras folder, tensors on the CPU, and the strength it is used at.
+
+    version: `fingerprint` of the file when it was read; None where the tensors come from elsewhere.
+    """
 
     name: str
     tensors: dict[str, Tensor]
     strength: float
+    version: tuple[str, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,23 +43,31 @@ class LoRASources:
     style: LoRASource
     warnings: tuple[str, ...] = ()
 
+    def by_concept(self) -> dict[str, LoRASource]:
+        return {"content": self.content, "style": self.style}
+
 
 @dataclass(frozen=True)
 class FittedPair:
     """A pair on the layers of one model.
 
     riders: concept -> host patches that are no matrix (bias and norm differences): they are not zipped,
-    they follow their LoRA's strength. notes: what a user should know about the files.
+    they follow their LoRA's strength. notes: what a user should know about the files. names: how LoRA files call
+    this model's weights.
     """
 
     pair: LoRAPair
     riders: dict[str, dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    names: keys.FileNames = field(default_factory=lambda: keys.FileNames("", {}))
 
 
 @dataclass(frozen=True)
 class ZippedLoRA:
-    """What travels on a ZIPPED_LORA socket: the pair, its coefficients, and the dials already turned."""
+    """What travels on a ZIPPED_LORA socket: the pair, its coefficients, and the dials already turned.
+
+    method, settings: how it came about, for the file that it may be saved to.
+    """
 
     sources: LoRASources
     fitted: FittedPair
@@ -61,6 +75,13 @@ class ZippedLoRA:
     content_strength: float = 1.0
     style_strength: float = 1.0
     report: str = ""
+    method: str = ZIPPED
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def strength(self, concept: str) -> float:
+        """Of what is not zipped but follows its LoRA: the file's strength times the dial."""
+        dial = {"content": self.content_strength, "style": self.style_strength}[concept]
+        return self.sources.by_concept()[concept].strength * dial
 
 
 def lora_path(name: str) -> str:
@@ -99,11 +120,12 @@ def load_pair(content: str, style: str, content_strength: float, style_strength:
     if lora_path(content) == lora_path(style):
         warnings.append(f"'{content}' is both the content and the style LoRA: there is nothing to zip apart")
         logging.warning("ZipLoRA: %s.", warnings[0])
-    return LoRASources(
-        LoRASource(content, read_lora_file(lora_path(content)), content_strength),
-        LoRASource(style, read_lora_file(lora_path(style)), style_strength),
-        tuple(warnings),
-    )
+    return LoRASources(_read(content, content_strength), _read(style, style_strength), tuple(warnings))
+
+
+def _read(name: str, strength: float) -> LoRASource:
+    version = fingerprint(name)
+    return LoRASource(name, read_lora_file(version[0]), strength, version)
 
 
 def _factors(source: LoRASource, key: str, adapter: Any, weight: Tensor) -> Factors:
@@ -171,4 +193,4 @@ def fit(sources: LoRASources, model) -> FittedPair:
     order = [*content, *(k for k in style if k not in content)]
     pair = LoRAPair({k: LayerPair(content.get(k), style.get(k)) for k in order})
     riders = {"content": content_riders, "style": style_riders}
-    return FittedPair(pair, riders, [*sources.warnings, *content_notes, *style_notes])
+    return FittedPair(pair, riders, [*sources.warnings, *content_notes, *style_notes], keys.file_names(model))

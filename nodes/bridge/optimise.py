@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 
 import torch
 
@@ -70,5 +71,6 @@ def optimise(
     with torch.inference_mode(False):
         outcome.alignment = [analysis.column_alignment(fitted.pair, c) for c in (ones, outcome.result.coefficients)]
     report = write(outcome)
-    zipped = loras.ZippedLoRA(sources, fitted, outcome.result.coefficients, report=report)
+    made = {**asdict(settings), "objective": settings.objective.name}
+    zipped = loras.ZippedLoRA(sources, fitted, outcome.result.coefficients, report=report, settings=made)
     return zipped, {"loss": outcome.losses}, report

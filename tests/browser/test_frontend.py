@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from devhost import workflows
+from devhost.base import NODES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from devhost.frontend import Frontend
-
-NODES = ("LoadLoRAPair", "ZipLoRAOptimize", "StyleStrength", "ApplyZippedLoRA")
 
 
 def test_frontend_offers_the_nodes(frontend: Frontend) -> None:

@@ -19,12 +19,6 @@ def picture(color: int, name: str) -> dict:
     }
 
 
-def test_nodes_of_the_pack_are_offered(server: ComfyServer) -> None:
-    info = server.object_info()
-    for node in ("LoadLoRAPair", "ZipLoRAOptimize", "StyleStrength", "ApplyZippedLoRA"):
-        assert info[node]["category"] == "ZipLoRA"
-
-
 def test_result_holds_pictures_and_what_was_cached(server: ComfyServer) -> None:
     first = server.run(picture(RED, "first"))
     assert np.array_equal(first.images("2")[0], np.full((32, 48, 3), (255, 0, 0), np.uint8))

@@ -1,0 +1,197 @@
+"""A zipped pair as one LoRA file that any program loads."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+
+import comfy.lora
+import comfy.utils
+import folder_paths
+import torch
+from comfy.weight_adapter import LoRAAdapter
+from torch import Tensor
+
+from ...ziplora_core import export
+from ...ziplora_core.export import ExportLayer
+from ...ziplora_core.files import write_tensors
+from ...ziplora_core.merge import merged_factors, merged_layers
+from ...ziplora_core.pair import Factors, LayerPair
+from . import keys, loras
+
+FORMATS = ("kohya", "diffusers")
+_ARCHITECTURES = {  # modelspec's names, by the host's
+    "SDXL": "stable-diffusion-xl-v1-base",
+    "SD15": "stable-diffusion-v1",
+}
+_KOHYA_BASES = {"SDXL": "sdxl_base_v1-0", "SD15": "sd_v1"}
+
+
+@dataclass
+class Exported:
+    """tensors: in kohya's form, for the host's LORA_MODEL socket. metadata, report: of the file."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    report: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def export_tensors(zipped: loras.ZippedLoRA, rank: int, dtype: str, form: str) -> Exported:
+    """The pair at its dials as one LoRA. rank 0: exact, at rank r_c + r_s of each layer.
+
+    form: "kohya" or "diffusers" (peft's names). Raises ValueError for a model without diffusers names, and where
+    numbers do not fit into the dtype.
+    """
+    report: list[str] = []
+    bar = comfy.utils.ProgressBar(len(zipped.fitted.pair.layers))
+    layers: dict[str, ExportLayer] = {}
+    for done, (key, up, down) in enumerate(merged_layers(zipped.fitted.pair, zipped.coefficients)):
+        layers[key] = export.cut(up, down, rank)
+        bar.update_absolute(done + 1)
+    text, left_out = text_encoder_layers(zipped, rank)
+    report += left_out
+    names = zipped.fitted.names
+    if form == "kohya":
+        named = {names.kohya(key): layer for key, layer in layers.items()}
+        tensors = export.kohya_tensors({**named, **text}, export.DTYPES[dtype])
+        tensors |= rider_tensors(zipped, export.DTYPES[dtype], report)
+    else:
+        nameless = [key for key in layers if key not in names.diffusers]
+        if nameless:
+            raise ValueError(
+                f"diffusers has no name for {len(nameless)} of the {len(layers)} layers of this model "
+                f"({names.family}), e.g. '{nameless[0]}'; export in kohya's format"
+            )
+        named = {f"unet.{names.diffusers[key]}": layer for key, layer in layers.items()}
+        named |= {diffusers_text_encoder(name): layer for name, layer in text.items()}
+        tensors = export.peft_tensors(named, export.DTYPES[dtype])
+        if any(zipped.fitted.riders.values()):
+            report.append("bias and norm differences are left out: diffusers' form has no place for them")
+    report[:0] = _summary(layers, text, tensors, rank, dtype, form)
+    return Exported(tensors, _metadata(zipped, layers, report), report)
+
+
+def _summary(layers, text, tensors, rank: int, dtype: str, form: str) -> list[str]:
+    ranks = [layer.rank for layer in layers.values()]
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    parts = f" and {len(text)} of the text encoders" if text else ""
+    lines = [
+        f"{len(layers)} layers{parts}, rank {min(ranks)} to {max(ranks)}, {dtype}, {form}'s names, {size / 1e6:.1f} MB"
+    ]
+    cut = {name: layer.kept for name, layer in layers.items() if layer.kept < 1}
+    if rank and cut:
+        worst = min(cut, key=cut.__getitem__)
+        lines.append(
+            f"cut to rank {rank}: {sum(cut.values()) / len(cut):.1%} of the energy is kept on the mean over the "
+            f"{len(cut)} layers that were larger, {cut[worst]:.1%} in the worst ('{worst}')"
+        )
+    elif rank:
+        lines.append(f"exact: no layer has a rank above {rank}")
+    else:
+        lines.append("exact: nothing is cut")
+    return lines
+
+
+def text_encoder_layers(zipped: loras.ZippedLoRA, rank: int) -> tuple[dict[str, ExportLayer], list[str]]:
+    """Both files' text-encoder parts, added up at their strengths: (kohya's layer name -> layer, what is left out)."""
+    parts: dict[str, dict[str, Factors]] = {}
+    left_out = []
+    for concept, source in zipped.sources.by_concept().items():
+        names = {k: keys.kohya_text_encoder(k) for k in map(keys.layer_name, source.tensors) if keys.is_text_encoder(k)}
+        for name, adapter in comfy.lora.load_lora(source.tensors, names, log_missing=False).items():
+            plain = isinstance(adapter, LoRAAdapter) and all(w is None for w in adapter.weights[3:])
+            if not plain:
+                left_out.append(f"'{source.name}': text-encoder layer '{name}' is no plain LoRA and is left out")
+                continue
+            up, down, alpha = adapter.weights[:3]
+            scale = zipped.strength(concept) * (1.0 if alpha is None else alpha / down.shape[0])
+            parts.setdefault(name, {})[concept] = Factors(up.flatten(1), down, scale)
+    layers = {}
+    for name, found in parts.items():
+        layers[name] = export.cut(*merged_factors(LayerPair(**found), None, None), rank)
+    return layers, left_out
+
+
+def diffusers_text_encoder(name: str) -> str:
+    """peft's module name of a text-encoder layer in kohya's: `text_encoder.text_model.encoder.layers.0.….q_proj`."""
+    for prefix, module in (
+        ("lora_te2_", "text_encoder_2."),
+        ("lora_te1_", "text_encoder."),
+        ("lora_te_", "text_encoder."),
+    ):
+        if name.startswith(prefix):
+            inner = name.removeprefix(prefix)
+            for joined, dotted in _TE_WORDS.items():
+                inner = inner.replace(joined, dotted)
+            return module + inner
+    return name
+
+
+_TE_WORDS = {
+    "text_model_encoder_layers_": "text_model.encoder.layers.",
+    "_self_attn_": ".self_attn.",
+    "_mlp_fc": ".mlp.fc",
+}
+
+
+def rider_tensors(zipped: loras.ZippedLoRA, dtype: torch.dtype, report: list[str]) -> dict[str, Tensor]:
+    """Bias and norm differences of both files at their strengths, added up."""
+    tensors: dict[str, Tensor] = {}
+    for concept, riders in zipped.fitted.riders.items():
+        for key, (kind, (values, *_)) in riders.items():
+            if kind != "diff":
+                report.append(f"'{key}' is set, not changed, by a file; left out")
+                continue
+            name = zipped.fitted.names.kohya(key) + (".diff_b" if key.endswith(".bias") else ".diff")
+            scaled = zipped.strength(concept) * values.float()
+            tensors[name] = tensors.get(name, torch.zeros_like(scaled, dtype=dtype)).float() + scaled
+    return {name: t.to(dtype) for name, t in tensors.items()}
+
+
+def _metadata(zipped: loras.ZippedLoRA, layers, report: list[str]) -> dict[str, str]:
+    family = zipped.fitted.names.family
+    content, style = zipped.sources.content, zipped.sources.style
+    rank = str(max(layer.rank for layer in layers.values()))
+    title = f"{os.path.splitext(content.name)[0]} + {os.path.splitext(style.name)[0]}"
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_output_name": title,
+        "ss_base_model_version": _KOHYA_BASES.get(family, family),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{_ARCHITECTURES.get(family, family)}/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.date": time.strftime("%Y-%m-%d"),
+        "modelspec.description": f"ZipLoRA of '{content.name}' (subject) and '{style.name}' (style), {zipped.method}; "
+        + "; ".join(report),
+    }
+
+
+def next_path(prefix: str, folder: str) -> str:
+    """The next free numbered file of a prefix in a folder of the host's, as its own save nodes number them.
+
+    Raises ValueError for a prefix that leads out of the folder.
+    """
+    try:
+        directory, name, counter, *_ = folder_paths.get_save_image_path(prefix, folder)
+    except Exception as error:  # the host raises this bare
+        raise ValueError(f"filename_prefix '{prefix}' leads out of the folder '{os.path.basename(folder)}'") from error
+    if not name or name in (".", ".."):
+        raise ValueError(f"filename_prefix '{prefix}' names no file")
+    return os.path.join(directory, f"{name}_{counter:05}_.safetensors")
+
+
+def export_file(
+    zipped: loras.ZippedLoRA, prefix: str, rank: int, dtype: str, form: str
+) -> tuple[dict[str, Tensor], str]:
+    """Write the file below the output folder; (LORA_MODEL, report)."""
+    exported = export_tensors(zipped, rank, dtype, form)
+    path = next_path(prefix, folder_paths.get_output_directory())
+    write_tensors(path, exported.tensors, exported.metadata)
+    name = os.path.relpath(path, folder_paths.get_output_directory())
+    model = exported if form == "kohya" else export_tensors(zipped, rank, dtype, "kohya")
+    return model.tensors, "  \n".join([f"written: {name}", *exported.report])

@@ -1,0 +1,42 @@
+"""DirectMergeLoRA: a pair merged without learning, to compare with."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..ziplora_core.direct import METHODS
+from .bridge.direct import merge
+from .sockets import LoRAPairSocket, ZippedLoRASocket
+
+
+class DirectMergeLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DirectMergeLoRA",
+            display_name="Direct Merge LoRA",
+            category="ZipLoRA",
+            description="Merges a pair at once, without pictures or prompts: to compare with a zipped pair, and "
+            "wherever a zipped pair goes.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model, without the two LoRAs. Nothing is computed on it."),
+                LoRAPairSocket.Input("lora_pair", tooltip="The two LoRAs, from Load LoRA Pair."),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="sum",
+                    tooltip="sum: as two LoRA loaders in a row. NP-LoRA: what the content LoRA does in the style's own "
+                    "directions is softened. Blocks: SDXL's blocks go to content or to style; with B-LoRA's map the "
+                    "rest to nobody, with UnZipLoRA's to both.",
+                ),
+            ],
+            outputs=[
+                ZippedLoRASocket.Output(
+                    display_name="zipped_lora", tooltip="The merge, for every node that takes a zipped pair."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, lora_pair, method: str) -> io.NodeOutput:
+        return io.NodeOutput(merge(model, lora_pair, method))

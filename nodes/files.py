@@ -1,0 +1,131 @@
+"""SaveZippedLoRA, LoadZippedLoRA, ExportMergedLoRA: zipped pairs on disk."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.v0_0_2 import io
+
+from ..ziplora_core.export import DTYPES
+from .bridge import export, saved
+from .sockets import LoRAModelSocket, ZippedLoRASocket
+
+
+class SaveZippedLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SaveZippedLoRA",
+            display_name="Save Zipped LoRA",
+            category="ZipLoRA",
+            description="Saves the coefficients of a zipped pair alone: a few megabytes, bound to the LoRA files by "
+            "hash. Load Zipped LoRA makes the pair again. For other programs use Export Merged LoRA.",
+            is_output_node=True,
+            inputs=[
+                ZippedLoRASocket.Input("zipped_lora", tooltip="A zipped pair, with its dials as they are."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="zipped",
+                    tooltip="Name of the file in output/ziplora, which is numbered. May have folders in front.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="file", tooltip="The file's name, as Load Zipped LoRA lists it.")],
+        )
+
+    @classmethod
+    def execute(cls, zipped_lora, filename_prefix: str) -> io.NodeOutput:
+        name = saved.save(zipped_lora, filename_prefix)
+        return io.NodeOutput(name, ui={"text": (name,)})
+
+
+class LoadZippedLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoadZippedLoRA",
+            display_name="Load Zipped LoRA",
+            category="ZipLoRA",
+            description="Makes a zipped pair again from its saved coefficients and the two LoRA files, which are found "
+            "by their contents, whatever they are called now.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model that it was zipped on, or one of the same family."),
+                io.Combo.Input(
+                    "zipped",
+                    options=folder_paths.get_filename_list(saved.FOLDER),
+                    tooltip="A file that Save Zipped LoRA wrote, from output/ziplora or models/ziplora.",
+                ),
+            ],
+            outputs=[
+                ZippedLoRASocket.Output(
+                    display_name="zipped_lora", tooltip="The zipped pair, with its dials as saved."
+                ),
+                io.String.Output(display_name="report", tooltip="The report of its zipping."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, zipped: str | None) -> bool | str:
+        return (zipped is not None and saved.check(zipped)) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, zipped: str | None, **_):
+        return None if zipped is None else saved.fingerprint(zipped)
+
+    @classmethod
+    def execute(cls, model, zipped: str) -> io.NodeOutput:
+        loaded = saved.load(model, zipped)
+        return io.NodeOutput(loaded, loaded.report)
+
+
+class ExportMergedLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ExportMergedLoRA",
+            display_name="Export Merged LoRA",
+            category="ZipLoRA",
+            description="Writes a zipped pair, with its dials as they are, as one ordinary LoRA file that other "
+            "programs load too.",
+            is_output_node=True,
+            inputs=[
+                ZippedLoRASocket.Input("zipped_lora", tooltip="A zipped pair, with its dials as they are."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="loras/zipped",
+                    tooltip="Name of the file in the output folder, which is numbered. LoRA loaders list output/loras.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    tooltip="0: exact, at the sum of both ranks. A smaller rank makes a smaller file; the report says "
+                    "how much is kept.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="fp16",
+                    tooltip="Numbers in the file. fp16 is what most LoRA files hold; fp32 is exact and twice as large.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=list(export.FORMATS),
+                    default="kohya",
+                    tooltip="kohya: for ComfyUI, Forge, A1111 and most others. diffusers: peft's names, for diffusers.",
+                ),
+            ],
+            outputs=[
+                LoRAModelSocket.Output(display_name="lora", tooltip="The same LoRA, for Load LoRA Model."),
+                io.String.Output(
+                    display_name="report", tooltip="The file, its ranks and size, what was cut and what was left out."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, zipped_lora, filename_prefix: str, rank: int, dtype: str, format: str) -> io.NodeOutput:
+        for name, value, known in (("dtype", dtype, DTYPES), ("format", format, export.FORMATS)):
+            if value not in known:
+                raise ValueError(f"{name} is '{value}'; expected one of: {', '.join(known)}")
+        tensors, report = export.export_file(zipped_lora, filename_prefix, rank, dtype, format)
+        return io.NodeOutput(tensors, report, ui={"text": (report,)})

@@ -1,0 +1,183 @@
+"""Saved coefficients: the same pair again, from files of any name, or a refusal that names the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_apply import largest_difference, random_coefficients, weights
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A loras folder with two files and an output folder, as the host's own; and the nodes' execute by id."""
+    import folder_paths
+
+    for name in ("loras", "output/ziplora"):
+        (tmp_path / name).mkdir(parents=True)
+    registered = dict(folder_paths.folder_names_and_paths)
+    registered["loras"] = ([str(tmp_path / "loras")], {".safetensors"})
+    registered["ziplora"] = ([str(tmp_path / "output" / "ziplora")], {".safetensors"})
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", registered)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    return tmp_path
+
+
+@pytest.fixture
+def pair(pack, folders):
+    """A pair from two files, with wild coefficients and both dials turned."""
+    patcher = tiny.tiny_patcher()
+    for seed, name in enumerate(("subject", "style")):
+        lora = tiny.full_size.attention_lora(patcher.model, 4 + seed, seed, torch.float32)
+        save_file({k: t.clone() for k, t in lora.items()}, folders / "loras" / f"{name}.safetensors")
+    loras = pack.nodes.bridge.loras
+    sources = loras.load_pair("subject.safetensors", "style.safetensors", 0.7, 1.1)
+    fitted = loras.fit(sources, patcher.model)
+    coefficients = random_coefficients(pack, fitted.pair).scaled(0.5, 1.5)
+    settings = {"steps": 3, "solver": "gradient"}
+    return patcher, loras.ZippedLoRA(sources, fitted, coefficients, 0.5, 1.5, "what it did", settings=settings)
+
+
+def rename(folders, old: str, new: str) -> None:
+    (folders / "loras" / old).rename(folders / "loras" / new)
+    os.utime(folders / "loras", (1e9, 1e9))  # its listing is cached by the folder's time
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_loaded_is_applied_bit_for_bit_as_before(pack, folders, pair, renamed):
+    patcher, zipped = pair
+    saved, apply = pack.nodes.bridge.saved, pack.nodes.bridge.apply.apply
+    before = weights(apply(patcher, None, zipped, 0.8)[0])
+    name = saved.save(zipped, "mine")
+    if renamed:
+        rename(folders, "subject.safetensors", "other name.safetensors")
+        rename(folders, "style.safetensors", "subject.safetensors")  # even another's name
+    assert saved.check(name) is None
+    again = saved.load(patcher, name)
+    assert largest_difference(weights(apply(patcher, None, again, 0.8)[0]), before) == 0.0
+    for side in ("content", "style"):
+        mine, theirs = getattr(zipped.coefficients, side), getattr(again.coefficients, side)
+        assert mine.keys() == theirs.keys() and all(torch.equal(m, theirs[k]) for k, m in mine.items())
+    kept = ("content_strength", "style_strength", "report", "method", "settings")
+    assert all(getattr(again, k) == getattr(zipped, k) for k in kept)
+    assert saved.save(again, "mine") != name, "a second save took the first one's file"
+
+
+@pytest.mark.parametrize("method", ["sum", "NP-LoRA", "UnZipLoRA blocks"])
+def test_direct_merges_are_saved_too(pack, folders, pair, method):
+    patcher, zipped = pair
+    merged = pack.nodes.bridge.direct.merge(patcher, zipped.sources, method)
+    saved, apply = pack.nodes.bridge.saved, pack.nodes.bridge.apply.apply
+    again = saved.load(patcher, saved.save(merged, "direct"))
+    ours, theirs = (weights(apply(patcher, None, z, 1.0)[0]) for z in (merged, again))
+    assert largest_difference(ours, theirs) == 0.0 and largest_difference(ours, weights(patcher)) > 0.01
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["subject.safetensors", "style.safetensors"])
+def test_a_changed_or_missing_lora_is_refused_by_name(pack, folders, pair, name):
+    patcher, zipped = pair
+    saved = pack.nodes.bridge.saved
+    file = saved.save(zipped, "mine")
+    flip_a_byte(folders / "loras" / name)
+    for refused in (lambda: saved.load(patcher, file), lambda: saved.save(zipped, "mine")):
+        with pytest.raises(ValueError, match=f"'{name}'.*has changed since"):
+            refused()
+    assert name in saved.check(file)
+    rename(folders, name, "../gone.safetensors")
+    with pytest.raises(ValueError, match=f"'{name}'.*is missing: it is in no loras folder"):
+        saved.load(patcher, file)
+
+
+def test_another_models_file_is_refused(pack, folders, pair):
+    patcher, zipped = pair
+    saved = pack.nodes.bridge.saved
+    layers = list(zipped.coefficients.style)
+    short = {k: m[:-1] if k == layers[3] else m for k, m in zipped.coefficients.style.items()}
+    for broken, says in (
+        (replace(zipped.coefficients, style=short), f"has .* style coefficients for layer '{layers[3]}'"),
+        (replace(zipped.coefficients, content={"nowhere": torch.ones(3)}), "has 0 content coefficients for layer"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            saved.load(patcher, saved.save(replace(zipped, coefficients=broken), "mine"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cut off"),
+        (lambda path: path.write_bytes(b"no safetensors at all"), "not a safetensors file"),
+        (lambda path: save_file(load_file(path), path), "is no zipped pair"),
+        (lambda path: save_file(load_file(path), path, {"ziplora": "{"}), "broken metadata"),
+        (lambda path: save_file(load_file(path), path, {"ziplora": '{"format": "ziplora 2"}'}), "update the pack"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+)
+def test_broken_files_are_refused_before_a_model_is_loaded(pack, folders, pair, spoil, says):
+    saved = pack.nodes.bridge.saved
+    name = saved.save(pair[1], "mine")
+    spoil(folders / "output" / "ziplora" / name)
+    assert says in saved.check(name) and name in saved.check(name)
+    with pytest.raises(ValueError, match=says):
+        saved.load(pair[0], name)
+
+
+def test_nan_in_the_file_is_refused(pack, folders, pair):
+    saved = pack.nodes.bridge.saved
+    name = saved.save(pair[1], "mine")
+    path = folders / "output" / "ziplora" / name
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    first = next(iter(tensors))
+    tensors[first][0] = float("nan")
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="no usable coefficients at"):
+        saved.load(pair[0], name)
+
+
+def test_a_failed_write_leaves_nothing(pack, folders, pair, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        pack.nodes.bridge.saved.save(pair[1], "mine")
+    assert list((folders / "output" / "ziplora").iterdir()) == []
+
+
+def test_the_file_says_how_it_was_made(pack, folders, pair):
+    name = pack.nodes.bridge.saved.save(pair[1], "mine")
+    with safe_open(str(folders / "output" / "ziplora" / name), framework="pt") as file:
+        about = json.loads(file.metadata()["ziplora"])
+    assert about["content"]["name"] == "subject.safetensors" and len(about["style"]["sha256"]) == 64
+    assert about["settings"] == {"steps": 3, "solver": "gradient"} and about["versions"]["ziplora"]
+    assert about["content"]["strength"] == 0.7 and about["dials"] == [0.5, 1.5]
+
+
+def test_full_size_pair_is_saved_in_six_megabytes(pack, folders):
+    model = tiny.full_size.sdxl_model(torch.float16, device="meta")
+    for seed, name in enumerate(("subject", "style")):
+        save_file(
+            {k: t.clone() for k, t in tiny.full_size.attention_lora(model, 1, seed).items()},
+            folders / "loras" / f"{name}.safetensors",
+        )
+    loras = pack.nodes.bridge.loras
+    sources = loras.load_pair("subject.safetensors", "style.safetensors", 1.0, 1.0)
+    fitted = loras.fit(sources, model)
+    ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
+    name = pack.nodes.bridge.saved.save(loras.ZippedLoRA(sources, fitted, ones), "big")
+    size = (folders / "output" / "ziplora" / name).stat().st_size
+    assert 4 * 1_571_840 <= size <= 4 * 1_571_840 + 300_000

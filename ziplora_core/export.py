@@ -1,0 +1,80 @@
+"""A merge as one ordinary LoRA: exact, or cut to a smaller rank without ever forming ΔW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportLayer:
+    """One layer of a LoRA file: ΔW = up · down. up (out, rank), down (rank, in, *kernel); a file's alpha is its rank.
+
+    kept: share of ‖ΔW‖² that is left of the whole merge; 1 where nothing was cut.
+    """
+
+    up: Tensor
+    down: Tensor
+    kept: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+def cut(up: Tensor, down: Tensor, rank: int) -> ExportLayer:
+    """The best approximation of up · down of a smaller rank, by an SVD of the factors' triangles.
+
+    QR of both factors, then an SVD of an (R, R) matrix, in float64; the singular values' roots go to both sides.
+    rank 0, or one that is not smaller than R, leaves the factors as they are. Returns them in the dtype of `up`.
+    """
+    if not 0 < rank < down.shape[0]:
+        return ExportLayer(up, down)
+    left, upper = torch.linalg.qr(up.double())
+    right, lower = torch.linalg.qr(down.double().flatten(1).T)
+    u, values, vh = torch.linalg.svd(upper @ lower.T)
+    roots = values[:rank].sqrt()
+    energy = values.square()
+    whole = energy.sum().item()
+    return ExportLayer(
+        ((left @ u[:, :rank]) * roots).to(up.dtype),
+        (roots[:, None] * (vh[:rank] @ right.T)).reshape(-1, *down.shape[1:]).to(up.dtype),
+        energy[:rank].sum().item() / whole if whole else 1.0,
+    )
+
+
+def kohya_tensors(layers: Mapping[str, ExportLayer], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors in kohya's form, alpha = rank. layers: kohya's layer name -> layer."""
+    tensors = {}
+    for name, layer in layers.items():
+        up, down = _finite(name, layer, dtype)
+        tensors[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *[1] * (down.ndim - 2))
+        tensors[f"{name}.lora_down.weight"] = down
+        tensors[f"{name}.alpha"] = torch.tensor(float(layer.rank))
+    return tensors
+
+
+def peft_tensors(layers: Mapping[str, ExportLayer], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors in peft's form, which diffusers reads; no alpha stands for alpha = rank. layers: module name -> layer."""
+    tensors = {}
+    for name, layer in layers.items():
+        up, down = _finite(name, layer, dtype)
+        tensors[f"{name}.lora_A.weight"] = down
+        tensors[f"{name}.lora_B.weight"] = up.reshape(*up.shape, *[1] * (down.ndim - 2))
+    return tensors
+
+
+def _finite(name: str, layer: ExportLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both factors in a file's dtype. Raises ValueError where they do not fit into it."""
+    found = tuple(t.to(dtype).contiguous() for t in (layer.up, layer.down))
+    if not all(bool(torch.isfinite(t).all()) for t in found):
+        largest = max(t.abs().max().item() for t in (layer.up, layer.down))
+        raise ValueError(
+            f"layer '{name}' holds numbers up to {largest:.3g}, too large for {dtype}; export as bf16 or fp32"
+        )
+    return found[0], found[1]

@@ -1,0 +1,107 @@
+"""Coefficients in a file of their own, bound to the two LoRA files by hash."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .coefficients import Coefficients
+from .files import LoRAFileError, check_safetensors, write_tensors
+from .pair import LoRAPair
+
+FORMAT = "ziplora 1"
+_KEY = "ziplora"  # in the file's metadata: everything but the numbers, as JSON
+
+
+@dataclass(frozen=True)
+class SavedLoRA:
+    """Which file a concept's coefficients belong to. sha256, size: of the whole file. strength: it is used at."""
+
+    name: str
+    sha256: str
+    size: int
+    strength: float
+
+
+@dataclass(frozen=True)
+class SavedZip:
+    """Everything that makes a zipped pair again from its two LoRA files.
+
+    dials: content and style strength already in the coefficients. versions: of the pack and the host.
+    """
+
+    content: SavedLoRA
+    style: SavedLoRA
+    dials: tuple[float, float]
+    method: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    report: str = ""
+    format: str = field(default=FORMAT)
+
+
+def write(path: str | os.PathLike[str], coefficients: Coefficients, about: SavedZip) -> None:
+    """Write a file atomically: float32 vectors `content.<layer>` and `style.<layer>`. Raises OSError."""
+    sides = {"content": coefficients.content, "style": coefficients.style}
+    tensors = {f"{concept}.{name}": m.float() for concept, side in sides.items() for name, m in side.items()}
+    write_tensors(path, tensors, {_KEY: json.dumps(asdict(about))})
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Coefficients, SavedZip]:
+    """Raises LoRAFileError for a file that is cut off, no file of this pack, or of a format that it does not know."""
+    path = Path(path)
+    check_safetensors(path)
+    sides: dict[str, dict[str, torch.Tensor]] = {"content": {}, "style": {}}
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            about = _about(path, file.metadata() or {})
+            for key in file.keys():  # safe_open is not a mapping
+                concept, _, name = key.partition(".")
+                m = file.get_tensor(key)
+                if concept not in sides or m.ndim != 1 or m.dtype != torch.float32 or not bool(torch.isfinite(m).all()):
+                    raise LoRAFileError(
+                        f"'{path.name}' holds no usable coefficients at '{key}'; zip the pair again and save it anew"
+                    )
+                sides[concept][name] = m
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise LoRAFileError(f"'{path.name}' cannot be read ({error}); zip the pair again and save it anew") from error
+    return Coefficients(sides["content"], sides["style"]), about
+
+
+def _about(path: Path, metadata: Mapping[str, str]) -> SavedZip:
+    if _KEY not in metadata:
+        raise LoRAFileError(f"'{path.name}' is no zipped pair: choose a file that Save Zipped LoRA wrote")
+    try:
+        found = json.loads(metadata[_KEY])
+        if found["format"] != FORMAT:
+            raise LoRAFileError(
+                f"'{path.name}' has format '{found['format']}', this version reads '{FORMAT}'; update the pack"
+            )
+        content, style = (SavedLoRA(**found.pop(c)) for c in ("content", "style"))
+        dials = found.pop("dials")
+        return SavedZip(content, style, (float(dials[0]), float(dials[1])), **found)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        if isinstance(error, LoRAFileError):
+            raise
+        raise LoRAFileError(f"'{path.name}' has broken metadata; zip the pair again and save it anew") from error
+
+
+def check_fits(name: str, coefficients: Coefficients, pair: LoRAPair) -> None:
+    """Raises LoRAFileError where coefficients are not those of a pair, naming the first layer that differs."""
+    expected = Coefficients.ones(pair)
+    sides = (("content", coefficients.content, expected.content), ("style", coefficients.style, expected.style))
+    for concept, found, wanted in sides:
+        for layer in [*wanted, *found]:
+            here, there = (side[layer].numel() if layer in side else 0 for side in (found, wanted))
+            if here != there:
+                raise LoRAFileError(
+                    f"'{name}' was zipped for another model: it has {here} {concept} coefficients for layer '{layer}', "
+                    f"the LoRA has {there} columns there on this model; connect the model that it was zipped on"
+                )
