@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
 
 from ..ziplora_core.objective import OBJECTIVES
 from ..ziplora_core.solver import SOLVERS, Settings
 from .bridge.optimise import check_inputs, optimise
+from .bridge.references import Asked
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
+
+_NOT_CONNECTED = object()  # None stands for latents that are connected and not made yet
 
 
 def _choice(name: str, options: Iterable[str], tooltip: str) -> io.Combo.Input:
@@ -46,12 +49,16 @@ class ZipLoRAOptimize(io.ComfyNode):
                 io.Latent.Input(
                     "content_latents",
                     lazy=True,
-                    tooltip="Reference pictures of the subject, VAE-encoded: one is enough, a batch is welcome.",
+                    optional=True,
+                    tooltip="Reference pictures of the subject, VAE-encoded: one is enough, a batch is welcome. Not "
+                    "connected: the content LoRA draws some from its prompt.",
                 ),
                 io.Latent.Input(
                     "style_latents",
                     lazy=True,
-                    tooltip="Reference pictures of the style, VAE-encoded: one is enough, a batch is welcome.",
+                    optional=True,
+                    tooltip="Reference pictures of the style, VAE-encoded: one is enough, a batch is welcome. Not "
+                    "connected: the style LoRA draws some from its prompt.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -119,6 +126,23 @@ class ZipLoRAOptimize(io.ComfyNode):
                     optional=True,
                     tooltip="How strongly the layer-wise solve holds on to the direct merge: 0.1 less, 3 more.",
                 ),
+                io.Int.Input(
+                    "drawn_references",
+                    default=Asked.count,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="How many references to draw for a concept without latents.",
+                ),
+                io.Int.Input(
+                    "drawn_size",
+                    default=Asked.side,
+                    min=64,
+                    max=8192,
+                    step=8,
+                    optional=True,
+                    tooltip="Side in pixels of references that are drawn: what the model draws best, 1024 for SDXL.",
+                ),
             ],
             outputs=[
                 ZippedLoRASocket.Output(
@@ -145,22 +169,16 @@ class ZipLoRAOptimize(io.ComfyNode):
         lora_pair,
         content_positive,
         style_positive,
-        content_latents,
-        style_latents,
-        steps: int,
-        learning_rate: float,
-        similarity_lambda: float,
-        batch_size: int,
-        seed: int,
-        objective: str = Settings.objective.name,
-        solver: str = Settings.solver,
-        ridge: float = Settings.ridge,
+        content_latents=_NOT_CONNECTED,
+        style_latents=_NOT_CONNECTED,
+        **settings,
     ) -> list[str]:
         """Which inputs to make next: what can be refused is refused before a VAE or a text encoder is loaded."""
-        read_settings(steps, learning_rate, similarity_lambda, batch_size, seed, objective, solver, ridge)
+        read_settings(**settings)
         latents = {"content": content_latents, "style": style_latents}
-        check_inputs(model, lora_pair, latents)
-        missing = [f"{concept}_latents" for concept, made in latents.items() if made is None]
+        connected = {concept: made for concept, made in latents.items() if made is not _NOT_CONNECTED}
+        check_inputs(model, lora_pair, connected)
+        missing = [f"{concept}_latents" for concept, made in connected.items() if made is None]
         return missing or ["content_positive", "style_positive"]
 
     @classmethod
@@ -170,21 +188,14 @@ class ZipLoRAOptimize(io.ComfyNode):
         lora_pair,
         content_positive,
         style_positive,
-        content_latents,
-        style_latents,
-        steps: int,
-        learning_rate: float,
-        similarity_lambda: float,
-        batch_size: int,
-        seed: int,
-        objective: str = Settings.objective.name,
-        solver: str = Settings.solver,
-        ridge: float = Settings.ridge,
+        content_latents=None,
+        style_latents=None,
+        **settings,
     ) -> io.NodeOutput:
-        settings = read_settings(steps, learning_rate, similarity_lambda, batch_size, seed, objective, solver, ridge)
         conditioning = {"content": content_positive, "style": style_positive}
         latents = {"content": content_latents, "style": style_latents}
-        return io.NodeOutput(*optimise(model, lora_pair, conditioning, latents, settings))
+        *outputs, drawn = optimise(model, lora_pair, conditioning, latents, *read_settings(**settings))
+        return io.NodeOutput(*outputs, ui=None if drawn is None else ui.PreviewImage(drawn, cls=cls))
 
 
 def read_settings(
@@ -193,11 +204,15 @@ def read_settings(
     similarity_lambda: float,
     batch_size: int,
     seed: int,
-    objective: str,
-    solver: str,
-    ridge: float,
-) -> Settings:
+    objective: str = Settings.objective.name,
+    solver: str = Settings.solver,
+    ridge: float = Settings.ridge,
+    drawn_references: int = Asked.count,
+    drawn_size: int = Asked.side,
+) -> tuple[Settings, Asked]:
     """The core's settings from the node's inputs. Raises ValueError for a value that the API let through."""
     if objective not in OBJECTIVES:
         raise ValueError(f"objective is '{objective}'; expected one of: {', '.join(OBJECTIVES)}")
-    return Settings(steps, learning_rate, similarity_lambda, batch_size, seed, OBJECTIVES[objective], solver, ridge)
+    rule = OBJECTIVES[objective]
+    settings = Settings(steps, learning_rate, similarity_lambda, batch_size, seed, rule, solver, ridge)
+    return settings, Asked(drawn_references, drawn_size)

@@ -6,11 +6,13 @@ import time
 from dataclasses import asdict
 
 import torch
+from torch import Tensor
 
 from ...ziplora_core import analysis, solver, zipper
 from ...ziplora_core.branch import JoinedPair
 from ...ziplora_core.coefficients import Coefficients
 from . import loras, predictor
+from . import references as drawing
 from .progress import Progress
 from .report import Outcome, write
 
@@ -30,17 +32,21 @@ def optimise(
     model,
     sources: loras.LoRASources,
     conditioning: dict[str, list],
-    latents: dict[str, dict],
+    latents: dict[str, dict | None],
     settings: solver.Settings,
-) -> tuple[loras.ZippedLoRA, dict[str, list[float]], str]:
-    """Zip a pair on a model: (zipped pair, LOSS_MAP, report).
+    asked: drawing.Asked = drawing.DEFAULT,
+) -> tuple[loras.ZippedLoRA, dict[str, list[float]], str, Tensor | None]:
+    """Zip a pair on a model: (zipped pair, LOSS_MAP, report, rough pictures of what was drawn as a reference).
 
-    model: ModelPatcher, unchanged. conditioning, latents: host values by concept ("content", "style").
-    Every check comes before anything is loaded. steps = 0 loads nothing: the direct merge.
+    model: ModelPatcher, unchanged. conditioning, latents: host values by concept ("content", "style"); where there
+    are no latents, the concept's LoRA alone draws them. Every check comes before anything is loaded. steps = 0 loads
+    nothing: the direct merge.
     Raises ValueError (LoRAFileError for a file) or FloatingPointError; interrupts pass through.
     """
     for concept in ("content", "style"):
-        predictor.check_latents(f"{concept}_latents", latents[concept]["samples"], model)
+        given = latents[concept]
+        if given is not None:
+            predictor.check_latents(f"{concept}_latents", given["samples"], model)
         predictor.check_conditioning(f"{concept}_positive", conditioning[concept])
     fitted = loras.fit(sources, model.model)
     ones = Coefficients.ones(fitted.pair)
@@ -58,7 +64,12 @@ def optimise(
     if settings.steps == 0:
         outcome.result = solver.direct_merge(fitted.pair)
     else:
-        samples = {c: latents[c]["samples"] for c in ("content", "style")}
+        samples = {}
+        for concept, given in latents.items():
+            if given is None:
+                drawn = drawing.draw(model, sources, fitted, concept, conditioning[concept], asked, settings.seed)
+                outcome.drawn[concept] = drawn
+            samples[concept] = drawn.latents if given is None else given["samples"]
         predictor.with_predictor(
             model,
             fitted.pair,
@@ -73,4 +84,9 @@ def optimise(
     report = write(outcome)
     made = {**asdict(settings), "objective": settings.objective.name}
     zipped = loras.ZippedLoRA(sources, fitted, outcome.result.coefficients, report=report, settings=made)
-    return zipped, {"loss": outcome.losses}, report
+    return zipped, {"loss": outcome.losses}, report, _shown(model, outcome)
+
+
+def _shown(model, outcome: Outcome) -> Tensor | None:
+    shown = [drawing.thumbnails(model, drawn.latents) for drawn in outcome.drawn.values()]
+    return torch.cat([t for t in shown if t is not None]) if any(t is not None for t in shown) else None

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.solver import Result, Settings
 from .loras import FittedPair, LoRASources
+from .references import Drawn
 
 
 @dataclass
 class Outcome:
-    """Everything a report tells. retention and alignment: [direct merge, zipped]."""
+    """Everything a report tells. retention and alignment: [direct merge, zipped]. drawn: references, by concept."""
 
     sources: LoRASources
     fitted: FittedPair
@@ -21,6 +22,7 @@ class Outcome:
     seconds: float = 0.0
     retention: list[dict[str, float]] = field(default_factory=list)
     alignment: list[dict[str, float]] = field(default_factory=list)
+    drawn: dict[str, Drawn] = field(default_factory=dict)
 
     @property
     def losses(self) -> list[float]:
@@ -46,6 +48,7 @@ def write(outcome: Outcome) -> str:
         f"layers: {layers}; {pair.coefficient_count:,} coefficients",
         f"solver: {settings.solver}, seed {settings.seed}; {result.stopped}",
     ]
+    lines.extend(drawn.line(concept) for concept, drawn in outcome.drawn.items())
     if result.left:
         lines.append(
             f"layer by layer: {_mean(result.left):.0%} of the direct merge's error is left on the mean, "

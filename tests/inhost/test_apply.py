@@ -54,7 +54,7 @@ def test_no_steps_equals_two_stock_loaders(pack):
     sources = tiny.sources(pack, patcher.model, strengths=(0.9, -0.4))
     settings = pack.ziplora_core.solver.Settings(steps=0)
     with torch.inference_mode():
-        zipped, losses, _ = pack.nodes.bridge.optimise.optimise(
+        zipped, losses, *_ = pack.nodes.bridge.optimise.optimise(
             patcher, sources, tiny.prompts(), tiny.latents(), settings
         )
     assert losses == {"loss": []}

@@ -133,7 +133,7 @@ def test_convolutions_with_and_without_tucker_core_equal_the_stock_loader(pack):
     assert largest_difference(weights(ours), weights(theirs)) < 2e-6
     settings = pack.ziplora_core.solver.Settings(steps=2, solver="layerwise, then gradient")
     with torch.inference_mode():
-        zipped, losses, _ = pack.nodes.bridge.optimise.optimise(
+        zipped, losses, *_ = pack.nodes.bridge.optimise.optimise(
             patcher, zipped.sources, tiny.prompts(), tiny.latents(), settings
         )
     moved = [k for k, m in zipped.coefficients.content.items() if not torch.equal(m, torch.ones_like(m))]

@@ -36,7 +36,7 @@ def test_same_samples_after_success(pack, patcher):
     kept = {c: (prompts[c][0][0].clone(), latents[c]["samples"].clone()) for c in prompts}
     flags = [p.requires_grad for p in patcher.model.parameters()]
     before = tiny.sample(patcher)
-    zipped, losses, _ = optimise(pack, patcher, prompts, latents)
+    zipped, losses, *_ = optimise(pack, patcher, prompts, latents)
     assert len(losses["loss"]) == STEPS and zipped.coefficients.overlap() < 1.0
     assert left_behind(patcher) == [] and patcher.patches == {} and patcher.injections == {}
     assert all(p.grad is None for p in patcher.model.parameters())
@@ -88,7 +88,7 @@ def test_same_samples_after_trouble(pack, patcher, how, call):
     handle.remove()
     assert left_behind(patcher) == [] and patcher.injections == {}
     assert torch.equal(tiny.sample(patcher), before)
-    _, losses, _ = optimise(pack, patcher)
+    _, losses, *_ = optimise(pack, patcher)
     assert len(losses["loss"]) == STEPS, "the next run works"
 
 
@@ -143,7 +143,7 @@ def test_prompts_of_different_length_and_references_of_different_size(pack, patc
             "style": tiny.full_size.random_latents(16, 1),
         }
     for given in ((prompts, None), (None, latents), (prompts, latents)):
-        _, losses, _ = optimise(pack, patcher, *given, steps=1)
+        _, losses, *_ = optimise(pack, patcher, *given, steps=1)
         assert len(losses["loss"]) == 1
 
 

@@ -1,0 +1,118 @@
+"""Reference latents where a user has no pictures: drawn by each LoRA alone, with the host's sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.sample
+import latent_preview
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...ziplora_core.coefficients import Coefficients
+from . import loras
+from .apply import apply
+from .predictor import attention_with_gradient
+
+STEPS, GUIDANCE, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
+_OTHER_SEED = {"content": 0, "style": 1}  # two concepts, two noises
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How many references to draw where none are connected, and their side in pixels."""
+
+    count: int = 4
+    side: int = 1024
+
+
+DEFAULT = Asked()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn for one concept: latents as a LATENT's samples, and the seed that draws them again."""
+
+    latents: Tensor
+    seed: int
+
+    def line(self, concept: str) -> str:
+        count, _, height, width = self.latents.shape
+        return (
+            f"{concept} references: {count} drawn with its LoRA alone, latents of {width} x {height}, "
+            f"seed {self.seed}, {SAMPLER}, {SCHEDULER}, {STEPS} steps, cfg {GUIDANCE:g}"
+        )
+
+
+def draw(
+    model,
+    sources: loras.LoRASources,
+    fitted: loras.FittedPair,
+    concept: str,
+    conditioning: list,
+    asked: Asked,
+    seed: int,
+) -> Drawn:
+    """Latents that one LoRA draws at its strength from its own prompt.
+
+    model: ModelPatcher, unchanged. Progress shows as any sampler's; an interrupt passes through. The negative prompt
+    is zeros, as Conditioning Zero Out makes them.
+    """
+    ones = Coefficients.ones(fitted.pair)
+    alone = ones.scaled(style=0.0) if concept == "content" else ones.scaled(content=0.0)
+    dials = (1.0, 0.0) if concept == "content" else (0.0, 1.0)
+    patched, _ = apply(model, None, loras.ZippedLoRA(sources, fitted, alone, *dials), 1.0)
+    if model.load_device.type == "cpu":  # the host's choice there cuts attention into pieces
+        patched.model_options["transformer_options"]["optimized_attention_override"] = attention_with_gradient
+    shape = (asked.count, 4, asked.side // 8, asked.side // 8)
+    latents = comfy.sample.fix_empty_latent_channels(patched, torch.zeros(shape))
+    seed = (seed + _OTHER_SEED[concept]) % 2**64
+    samples = comfy.sample.sample(
+        patched,
+        comfy.sample.prepare_noise(latents, seed),
+        STEPS,
+        GUIDANCE,
+        SAMPLER,
+        SCHEDULER,
+        conditioning,
+        _zeros(conditioning),
+        latents,
+        callback=latent_preview.prepare_callback(patched, STEPS),
+        disable_pbar=True,
+        seed=seed,
+    )
+    if not bool(torch.isfinite(samples).all()):
+        raise FloatingPointError(
+            f"the {concept} LoRA alone draws no picture (its latents are not finite): look at the file, load "
+            f"the model in bf16 or fp32, or connect {concept}_latents"
+        )
+    return Drawn(samples, seed)
+
+
+def _zeros(conditioning: list) -> list:
+    pairs = []
+    for context, options in conditioning:
+        pooled = options.get("pooled_output")
+        zeroed = {**options, "pooled_output": torch.zeros_like(pooled)} if pooled is not None else dict(options)
+        pairs.append([torch.zeros_like(context), zeroed])
+    return pairs
+
+
+def thumbnails(model, latents: Tensor) -> Tensor | None:
+    """Rough small pictures of latents, an IMAGE (N, H, W, 3), from the host's colour factors; None without these."""
+    form = model.get_model_object("latent_format")
+    factors = getattr(form, "latent_rgb_factors", None)
+    if factors is None:
+        return None
+    previewer = latent_preview.Latent2RGBPreviewer(factors, getattr(form, "latent_rgb_factors_bias", None))
+    ready = form.process_in(latents.float())
+    pictures = [previewer.decode_latent_to_preview(x[None]) for x in ready]
+    side = max(256, pictures[0].width)
+    enlarged = [p.resize((side, side * p.height // p.width), Image.Resampling.BICUBIC) for p in pictures]
+    return torch.stack([_pixels(p) for p in enlarged])
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    raw = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+    return raw.reshape(picture.height, picture.width, 3) / 255
