@@ -16,7 +16,7 @@ _DIFFUSERS_PREFIXES = ("", "unet.", "unet.unet.", "base_model.model.", "unet.bas
 _SUFFIX = re.compile(
     r"(?:[._]lora\.(?:up|down)\.weight|\.lora_(?:up|down|mid)\.weight|\.lora_[AB](?:\.default)?(?:\.weight)?"
     r"|\.lora_linear_layer\.(?:up|down)\.weight|\.alpha|\.dora_scale|\.reshape_weight|\.diff|\.diff_b|\.[wb]_norm"
-    r"|\.set_weight|\.hada_[wt]\d(?:_[ab])?|\.lokr_[wt]\d(?:_[ab])?|\.oft_\w+|\.[ab][12]\.weight)$"
+    r"|\.set_weight|\.hada_[wt]\d(?:_[ab])?|\.lokr_[wt]\d(?:_[ab])?|\.oft_\w+|\.rescale|\.[ab][12]\.weight)$"
 )
 _TEXT_ENCODER = re.compile(r"^(?:lora_te|lora_prior_te|text_encoder|text_encoders|te\d?[._]|base_model\.model\.text)")
 

@@ -176,8 +176,12 @@ def spoiled(model, spoil):
         (lambda lora, n: {k.replace("lora_unet", "lora_unot"): v for k, v in lora.items()}, "no layer that fits"),
         (lambda lora, n: {**lora, f"{n}.lora_down.weight": torch.ones(2, 7)}, "made for another model"),
         (lambda lora, n: {**lora, f"{n}.lora_up.weight": torch.ones(7, 2)}, "made for another model"),
-        (lambda lora, n: {**lora, f"{n}.dora_scale": torch.ones(64, 1)}, "DoRA scale"),
-        (lambda lora, n: {**lora, "lora_unet_out_2.diff": torch.ones(4, 32, 3, 3)}, "weight difference"),
+        (lambda lora, n: {**lora, f"{n}.reshape_weight": torch.tensor([64, 96])}, "changes the shape of layer"),
+        (
+            lambda lora, n: {**lora, "lora_unet_out_2.diff": torch.ones(4, 31, 3, 3)},
+            "made for another model.*differences",
+        ),
+        (lambda lora, n: {**lora, f"{n}.dora_scale": torch.ones(7, 3)}, "made for another model.*DoRA"),
     ],
 )
 def test_what_cannot_be_zipped_is_named(pack, spoil, says):
