@@ -54,10 +54,14 @@ def _fill(parameter: torch.Tensor, fill: Callable[..., object], *args: float) ->
 
 def sdxl_patcher(dtype: torch.dtype, compute: torch.dtype | None = None, **changes):
     """A ModelPatcher over SDXL with random weights that keep activations of order one."""
+    return random_patcher(sdxl_model(dtype, compute, **changes))
+
+
+def random_patcher(model):
+    """A ModelPatcher over any of the host's models, filled with random weights that keep activations of order one."""
     import comfy.model_management
     import comfy.model_patcher
 
-    model = sdxl_model(dtype, compute, **changes)
     for module in model.diffusion_model.modules():
         weight = getattr(module, "weight", None)
         if weight is None:
@@ -67,7 +71,7 @@ def sdxl_patcher(dtype: torch.dtype, compute: torch.dtype | None = None, **chang
             _fill(weight, lambda t, bound=bound: t.uniform_(-bound, bound))
         else:
             _fill(weight, torch.Tensor.fill_, 1.0)  # norms
-        if module.bias is not None:
+        if getattr(module, "bias", None) is not None:
             _fill(module.bias, torch.Tensor.zero_)
     load = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(model, load, torch.device("cpu"))

@@ -106,6 +106,11 @@ def _convolution_form(layer: JoinedLayer, x: Tensor, **convolution: Any) -> tupl
     return rows.T @ rows, len(chosen)
 
 
+def _version(x: Tensor) -> int:
+    """Changes when a tensor is changed in place, where torch counts that."""
+    return 0 if x.is_inference() else int(x._version)
+
+
 class RecordingBranch(Branch):
     """A teacher that adds up second moments of what its layers see."""
 
@@ -113,7 +118,7 @@ class RecordingBranch(Branch):
         super().__init__(joined.layers, is_style=is_style)
         self._rows = is_style
         self._moments = moments
-        self._recent: list[tuple[Tensor, str]] = []  # kept alive, so that `is` means the same input
+        self._recent: list[tuple[Tensor, int, str]] = []  # kept alive, so that `is` means the same input
 
     def delta(self, name: str, x: Tensor, **convolution: Any) -> Tensor:
         if name in self._moments.names:
@@ -123,13 +128,13 @@ class RecordingBranch(Branch):
     def _record(self, name: str, x: Tensor, convolution: dict[str, Any]) -> None:
         layer = self._layers[name]
         linear = layer.down.ndim == 2
-        for seen, source in self._recent:
-            if seen is x and linear:
+        for seen, version, source in self._recent:
+            if seen is x and version == _version(x) and linear:
                 self._moments.source[name] = source
                 return
         self._moments.source[name] = name
         if linear:
-            self._recent = [*self._recent[-7:], (x, name)]
+            self._recent = [*self._recent[-7:], (x, _version(x), name)]
         if not self._moments.keep:
             return
         is_style = style_rows(self._rows, x)

@@ -15,6 +15,7 @@ import comfy.ops
 import comfy.rmsnorm
 import torch
 import torch.nn.functional as F
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import PatcherInjection
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +29,14 @@ _CONV_INPUT = {
 }
 _QUANTIZED = getattr(comfy.ops, "QuantizedTensor", ())  # absent from older hosts
 _CONV = torch.nn.modules.conv._ConvNd
+_BLOCKS = (  # transformer blocks of the host's networks
+    "BasicTransformerBlock",
+    "DoubleStreamBlock",
+    "SingleStreamBlock",
+    "JointBlock",
+    "JointTransformerBlock",
+    "QwenImageTransformerBlock",
+)
 _NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm, comfy.ops.disable_weight_init.RMSNorm)
 
 
@@ -84,11 +93,13 @@ class _FrozenConv(torch.autograd.Function):
             )
 
 
-def _norm(module: torch.nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+def _norm(module: torch.nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor], changes_inputs: bool) -> Tensor:
     """The module's own forward; where x needs a gradient, with copies of its few weights that autograd may keep."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         with torch.no_grad():
             return forward(x)
+    if changes_inputs:  # autograd keeps x, which the block will add to in place
+        x = x.clone()
     # The host's parameters ask for gradients: copied under grad they would collect one each, step after step.
     with torch.no_grad(), _cast(module, x) as (weight, bias):
         weight = None if weight is None else weight.clone()
@@ -98,6 +109,27 @@ def _norm(module: torch.nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor
     if isinstance(module, torch.nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
     return comfy.rmsnorm.rms_norm(x, weight, module.eps)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _with_copies(module: torch.nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A leaf of a kind that is not known here, as a model's own RMSNorm: autograd may keep copies of its numbers."""
+
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        own = module._parameters
+        with torch.no_grad():
+            module._parameters = {name: None if p is None else p.clone() for name, p in own.items()}
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            module._parameters = own
+
+    return run
 
 
 def _convolution_options(module: torch.nn.Module) -> dict[str, Any]:
@@ -116,6 +148,7 @@ class Injection:
         self.branch: Branch | None = None
         self._layers = set(layers)
         self._checkpoint_blocks = checkpoint_blocks
+        self._changes_inputs = True
         self._undo: list[tuple[torch.nn.Module, Any]] = []
 
     def as_patcher_injection(self) -> PatcherInjection:
@@ -124,6 +157,8 @@ class Injection:
     def inject(self, patcher) -> None:
         """Raises ValueError where a layer of the pair is not one that can be injected; undoes itself then."""
         found = set()
+        # The U-Net adds to nothing that autograd keeps; the host's transformers add to a block's input in place.
+        self._changes_inputs = not isinstance(patcher.model.diffusion_model, UNetModel)
         try:
             for path, module in patcher.model.named_modules():
                 forward = self._replacement(f"{path}.weight", module)
@@ -160,9 +195,12 @@ class Injection:
         ):
             return self._frozen(name, module, forward, _FrozenLinear, {})
         if isinstance(module, _NORMS):
-            return lambda x: _norm(module, x, forward)
-        if self._checkpoint_blocks and type(module).__name__ == "BasicTransformerBlock":
+            return lambda x: _norm(module, x, forward, self._changes_inputs)
+        if self._checkpoint_blocks and type(module).__name__ in _BLOCKS:
             return _checkpointed(forward)
+        leaf = next(module.children(), None) is None
+        if leaf and any(p is not None for p in module._parameters.values()):
+            return _with_copies(module, forward)
         return None
 
     def _frozen(self, name, module, forward, function, convolution) -> Callable[[Tensor], Tensor]:
@@ -178,11 +216,15 @@ class Injection:
 
 
 def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def again(*args, **kwargs):
+        """On copies: what is kept to run the block again must not be what the block adds to in place."""
+        return forward(*map(_copied, args), **{name: _copied(value) for name, value in kwargs.items()})
+
     def run(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if "transformer_options" in kwargs:  # the host rewrites this dict from block to block
             kwargs["transformer_options"] = dict(kwargs["transformer_options"])
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return run

@@ -1,0 +1,138 @@
+"""Every family through the code that the nodes run: the stock loader's update, the true gradient, untouched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES, Family
+from safetensors.torch import load_file
+from test_apply import largest_difference, random_coefficients, stock, weights
+from test_formats import as_sources
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> Family:
+    return FAMILIES[request.param]
+
+
+def pair_of(pack, family, model):
+    return as_sources(pack, family.lora(model, 4, 1), family.lora(model, 2, 2))
+
+
+def test_update_is_the_stock_loaders_and_export_is_too(pack, family, tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    patcher, loras = family.patcher(), pack.nodes.bridge.loras
+    sources = pair_of(pack, family, patcher.model)
+    fitted = loras.fit(sources, patcher.model)
+    assert fitted.notes == [] and len(fitted.pair.layers) == len(family.weights(patcher.model))
+    zipped = loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair))
+    ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 0.8)[0])
+    theirs = stock(stock(patcher, sources.content.tensors, 0.8), sources.style.tensors, 0.8)
+    assert largest_difference(weights(patcher), ours) > 0.01
+    assert largest_difference(weights(theirs), ours) < 1e-5
+    wild = replace(zipped, coefficients=random_coefficients(pack, fitted.pair))
+    _, report = pack.nodes.bridge.export.export_file(wild, "mine", 0, "fp32", "kohya")
+    exported = load_file(tmp_path / report.splitlines()[0].split("written: ")[1].strip())
+    ours = weights(pack.nodes.bridge.apply.apply(patcher, None, wild, 1.0)[0])
+    assert largest_difference(weights(stock(patcher, exported)), ours) < 1e-5
+
+
+def test_optimising_lowers_the_losses_and_leaves_the_model(pack, family):
+    patcher = family.patcher()
+    before = family.sample(patcher)
+    settings = pack.ziplora_core.solver.Settings(steps=5, learning_rate=0.03)
+    with torch.inference_mode():
+        _, losses, report, _ = pack.nodes.bridge.optimise.optimise(
+            patcher, pair_of(pack, family, patcher.model), family.prompts(), family.latents(), settings
+        )
+    shares = [int(line.split("(")[1].split("%")[0]) for line in report.splitlines() if "retention loss" in line]
+    assert len(shares) == 2 and max(shares) < 95, report
+    assert len(losses["loss"]) == 5
+    assert torch.equal(family.sample(patcher), before)
+
+
+class Apply(torch.nn.Module):
+    """The host's model as a module of a few tensors, for functional_call."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, sigma, conditioning, options):
+        return self.model.apply_model(x, sigma, **conditioning, transformer_options=options)
+
+
+def dense_retention(family, patcher, fitted, m, batch, conditioning, options):
+    """Both retentions of Eq. 3 by ordinary autograd over copied weights with dense updates, one row at a time.
+
+    Every family here gives x0 = x − σ · raw.
+    """
+    with torch.inference_mode(False):
+        copied = family.model()
+        copied.load_state_dict({k: v.clone() for k, v in patcher.model.state_dict().items()}, strict=False)
+        copied.requires_grad_(False)
+        for module in copied.modules():  # Flux adds in place to what a norm has saved
+            if isinstance(module, torch.nn.LayerNorm):
+                module.register_forward_pre_hook(lambda _, given: (given[0].clone(), *given[1:]))
+        sampling = copied.model_sampling
+        sampling.sigmas = sampling.sigmas.clone()
+        sigma = sampling.sigmas[batch.timesteps]
+        x = sampling.noise_scaling(sigma, batch.noise, batch.latents, False)
+    own, merged = {"content": {}, "style": {}}, {}
+    for name, layer in fitted.pair.layers.items():
+        for concept, f in layer.halves():
+            own[concept][name] = f.scale * f.up.clone() @ f.down.clone()
+            merged[name] = merged.get(name, 0) + own[concept][name] * m[concept][name]
+
+    def raw(row, updates):
+        names = {f"model.{k}": copied.get_parameter(k) + u for k, u in updates.items()}
+        concept = "style" if batch.is_style[row] else "content"
+        conds = {k: v.process_cond(batch_size=1, area=None).cond for k, v in conditioning[concept].items()}
+        conds = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in conds.items()}
+        one = slice(row, row + 1)
+        x0 = torch.func.functional_call(Apply(copied), names, (x[one].clone(), sigma[one], conds, dict(options)))
+        return (x[one] - x0) / sigma[one].reshape(-1, *[1] * (x.ndim - 1))
+
+    losses = []
+    for row, is_style in enumerate(batch.is_style.tolist()):
+        with torch.no_grad():
+            teacher = raw(row, own["style" if is_style else "content"])
+        losses.append((raw(row, merged) - teacher).flatten().norm())
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradient_is_that_of_autograd_over_copied_weights(pack, family, checkpointed):
+    bridge, core = pack.nodes.bridge, pack.ziplora_core
+    patcher = family.patcher()
+    fitted = bridge.loras.fit(pair_of(pack, family, patcher.model), patcher.model)
+    settings = core.solver.Settings(similarity_lambda=0.0, objective=core.objective.PAPER)
+    found = {}
+
+    def work(predict, joined, references):
+        torch.manual_seed(0)
+        flat = (torch.rand(fitted.pair.coefficient_count) + 0.5).requires_grad_()
+        batches = next(core.solver.training_batches(references, predict, settings))
+        with torch.enable_grad():
+            plain = {"content": 1.0, "style": 1.0}
+            losses = core.solver.accumulate_gradient(joined, predict, flat, batches, settings, plain, 1.0)
+            other = flat.detach().clone().requires_grad_()
+            options = {"optimized_attention_override": bridge.predictor.attention_with_gradient}
+            reference = sum(
+                dense_retention(family, patcher, fitted, joined.split(other), b, predict._conds, options)
+                for b in batches
+            )
+            reference.backward()
+        found.update(loss=(losses.total, reference.item()), gradient=(flat.grad, other.grad))
+
+    with torch.inference_mode():
+        samples = {c: v["samples"] for c, v in family.latents().items()}
+        bridge.predictor.with_predictor(patcher, fitted.pair, family.prompts(), samples, 2, checkpointed, work)
+    assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-4)
+    got, expected = found["gradient"]
+    difference = (got - expected).norm() / expected.norm()
+    assert expected.norm() > 0 and difference < 1e-3, f"relative difference {difference:.2e}"
