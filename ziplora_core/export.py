@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .files import all_finite
+from .pair import LayerPair, column_view
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -25,6 +28,31 @@ class ExportLayer:
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+
+def whole(layer: LayerPair, coefficients: Mapping[str, Tensor | None], dtype: torch.dtype) -> ExportLayer:
+    """The merge of a layer at the sum of both ranks, in a file's dtype: `merge.merged_factors`, rounded once.
+
+    coefficients: "content" and "style" -> (columns,), None for all ones. One pass over each number, nothing in between.
+    """
+    halves = list(layer.halves())
+    out, *columns = halves[0][1].shape
+    rank = sum(f.rank for _, f in halves)
+    up, down = torch.empty(out, rank, dtype=dtype), torch.empty(rank, *columns, dtype=dtype)
+    start = 0
+    for concept, f in halves:
+        part = slice(start, start + f.rank)
+        m = coefficients.get(concept)
+        m = torch.ones(f.columns) if m is None else m.float()
+        torch.mul(_arithmetic(f.up), torch.full((1, 1), f.scale), out=up[:, part])
+        torch.mul(_arithmetic(f.down), column_view(m, f.down), out=down[part])
+        start += f.rank
+    return ExportLayer(up, down)
+
+
+def _arithmetic(factor: Tensor) -> Tensor:
+    """float8 has no arithmetic of its own."""
+    return factor if factor.element_size() > 1 else factor.float()
 
 
 def cut(up: Tensor, down: Tensor, rank: int) -> ExportLayer:
@@ -71,10 +99,7 @@ def peft_tensors(layers: Mapping[str, ExportLayer], dtype: torch.dtype) -> dict[
 
 def _finite(name: str, layer: ExportLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Both factors in a file's dtype. Raises ValueError where they do not fit into it."""
-    found = tuple(t.to(dtype).contiguous() for t in (layer.up, layer.down))
-    if not all(bool(torch.isfinite(t).all()) for t in found):
-        largest = max(t.abs().max().item() for t in (layer.up, layer.down))
-        raise ValueError(
-            f"layer '{name}' holds numbers up to {largest:.3g}, too large for {dtype}; export as bf16 or fp32"
-        )
-    return found[0], found[1]
+    up, down = (t.to(dtype).contiguous() for t in (layer.up, layer.down))
+    if not (all_finite(up) and all_finite(down)):
+        raise ValueError(f"layer '{name}' holds numbers too large for {dtype}; export as bf16 or fp32")
+    return up, down

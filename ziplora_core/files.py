@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -80,9 +81,13 @@ def check_lora_file(path: str | os.PathLike[str]) -> None:
         )
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
-    return bool(torch.isfinite(wide).all())
+def all_finite(tensor: Tensor) -> bool:
+    """In one pass over a tensor of any floating type: its least and greatest number say it, and NaN is both."""
+    if tensor.numel() == 0:
+        return True
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no order
+    low, high = torch.aminmax(wide)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def read_lora_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -100,7 +105,7 @@ def read_lora_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError) as error:
         raise LoRAFileError(f"'{path.name}' cannot be read as safetensors ({error}); download it again") from error
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _all_finite(tensor):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise LoRAFileError(
                 f"'{path.name}' holds NaN or infinite numbers (tensor '{name}'): its training diverged; "
                 "use another epoch or file"

@@ -23,7 +23,7 @@ def merged_factors(layer: LayerPair, content: Tensor | None, style: Tensor | Non
     chosen = {"content": content, "style": style}
     ups, downs = [], []
     for concept, factors in layer.halves():
-        dtype = torch.promote_types(factors.down.dtype, torch.float32)
+        dtype = torch.float64 if factors.down.dtype == torch.float64 else torch.float32
         down = factors.down.to(dtype)
         coefficients = chosen[concept]
         if coefficients is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...ziplora_core import export
 from ...ziplora_core.export import ExportLayer
 from ...ziplora_core.files import write_tensors
-from ...ziplora_core.merge import merged_factors, merged_layers
+from ...ziplora_core.merge import merged_factors
 from ...ziplora_core.pair import Factors, LayerPair
 from . import keys, loras
 
@@ -47,8 +47,12 @@ def export_tensors(zipped: loras.ZippedLoRA, rank: int, dtype: str, form: str) -
     report: list[str] = []
     bar = comfy.utils.ProgressBar(len(zipped.fitted.pair.layers))
     layers: dict[str, ExportLayer] = {}
-    for done, (key, up, down) in enumerate(merged_layers(zipped.fitted.pair, zipped.coefficients)):
-        layers[key] = export.cut(up, down, rank)
+    for done, (key, layer) in enumerate(zipped.fitted.pair.layers.items()):
+        chosen = {"content": zipped.coefficients.content.get(key), "style": zipped.coefficients.style.get(key)}
+        if 0 < rank < sum(f.rank for _, f in layer.halves()):
+            layers[key] = export.cut(*merged_factors(layer, chosen["content"], chosen["style"]), rank)
+        else:
+            layers[key] = export.whole(layer, chosen, export.DTYPES[dtype])
         bar.update_absolute(done + 1)
     text, left_out = text_encoder_layers(zipped, rank)
     report += left_out

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import comfy.lora
 import comfy.utils
+from torch import Tensor
 
 # Prefixes that diffusers and peft put before a module's diffusers name. On SDXL the host maps the
 # `processor` names only, so files of the diffusers DreamBooth scripts and of B-LoRA load as nothing.
@@ -80,3 +81,26 @@ def kohya_text_encoder(layer: str) -> str:
         if pattern.match(layer):
             return prefix + pattern.sub("", layer).replace(".", "_")
     return layer
+
+
+_FAMILIES = (  # what only one family's names hold, in this order
+    ("Wan", r"blocks[._]\d+[._](?:cross_attn|self_attn)[._]"),
+    ("HunyuanVideo", r"individual_token_refiner"),
+    ("Qwen-Image", r"transformer_blocks[._]\d+[._](?:img_mlp|txt_mlp|img_mod)"),
+    ("Flux", r"(?:double_blocks|single_blocks|single_transformer_blocks)[._]\d"),
+    ("SD 3", r"joint_blocks[._]\d|transformer_blocks[._]\d+[._]ff_context"),
+    ("SD 3 or Qwen-Image", r"transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj"),
+    ("Lumina 2 or Z-Image", r"(?:noise_refiner|context_refiner)[._]\d|layers[._]\d+[._](?:attention|adaLN_modulation)"),
+)
+_CONTEXT_WIDTHS = {768: "SD 1.5", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}
+
+
+def looks_like(tensors: Mapping[str, Tensor]) -> str | None:
+    """Which model family a LoRA file was made for, from its names and the width of its prompts; None where unclear."""
+    for family, pattern in _FAMILIES:
+        if any(re.search(pattern, name) for name in tensors if not is_text_encoder(name)):
+            return family
+    for name, tensor in tensors.items():
+        if re.search(r"attn2[._](?:processor[._])?to_k.*(?:down|lora_A)", name) and tensor.ndim >= 2:
+            return _CONTEXT_WIDTHS.get(tensor.shape[1])
+    return None

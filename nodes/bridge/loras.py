@@ -231,9 +231,14 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.fl
 
 def _other_model(source: LoRASource, key: str, kind: str, shape: torch.Size) -> LoRAFileError:
     return LoRAFileError(
-        f"'{source.name}' was made for another model: its {kind} at layer '{key}' does not fit a weight of shape "
-        f"{tuple(shape)}; choose a LoRA of the same model family"
+        f"'{source.name}' was made for another model{_guess(source)}: its {kind} at layer '{key}' does not fit a "
+        f"weight of shape {tuple(shape)}; choose a LoRA of the same model family"
     )
+
+
+def _guess(source: LoRASource) -> str:
+    family = keys.looks_like(source.tensors)
+    return f" (it looks like a LoRA for {family})" if family else ""
 
 
 def _low_rank(source: LoRASource, key: str, adapter: Any, shape: torch.Size) -> Factors:
@@ -244,7 +249,7 @@ def _low_rank(source: LoRASource, key: str, adapter: Any, shape: torch.Size) -> 
     up, rank = up.flatten(1), down.shape[0]
     if up.shape != (shape[0], rank) or down.numel() != rank * math.prod(shape[1:]):
         raise LoRAFileError(
-            f"'{source.name}' was made for another model: its layer '{key}' changes a weight of shape "
+            f"'{source.name}' was made for another model{_guess(source)}: its layer '{key}' changes a weight of shape "
             f"({up.shape[0]}, {down.numel() // rank}), this model's is {tuple(shape)}; "
             "choose a LoRA of the same model family"
         )
@@ -282,7 +287,8 @@ def _unused(source: LoRASource, model, names: dict, fitting: _Fitting) -> list[s
     if not fitting.factors:
         example = unused[0] if unused else next(iter(source.tensors), "no tensor at all")
         raise LoRAFileError(
-            f"'{source.name}' has no layer that fits this model ({type(model).__name__}): found e.g. '{example}'; "
+            f"'{source.name}' has no layer that fits this model ({type(model).__name__}){_guess(source)}: "
+            f"found e.g. '{example}'; "
             "choose a LoRA of the same model family"
         )
     if not unused:

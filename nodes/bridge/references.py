@@ -36,12 +36,13 @@ class Drawn:
 
     latents: Tensor
     seed: int
+    guidance: float
 
     def line(self, concept: str) -> str:
-        count, _, height, width = self.latents.shape
+        count, height, width = len(self.latents), *self.latents.shape[-2:]
         return (
             f"{concept} references: {count} drawn with its LoRA alone, latents of {width} x {height}, "
-            f"seed {self.seed}, {SAMPLER}, {SCHEDULER}, {STEPS} steps, cfg {GUIDANCE:g}"
+            f"seed {self.seed}, {SAMPLER}, {SCHEDULER}, {STEPS} steps, cfg {self.guidance:g}"
         )
 
 
@@ -65,14 +66,17 @@ def draw(
     patched, _ = apply(model, None, loras.ZippedLoRA(sources, fitted, alone, *dials), 1.0)
     if model.load_device.type == "cpu":  # the host's choice there cuts attention into pieces
         patched.model_options["transformer_options"]["optimized_attention_override"] = attention_with_gradient
-    shape = (asked.count, 4, asked.side // 8, asked.side // 8)
+    side = asked.side // getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
+    shape = (asked.count, 4, side, side)
+    distilled = model.model.model_config.unet_config.get("guidance_embed", False)  # guided in one pass, as Flux dev
+    guidance = 1.0 if distilled else GUIDANCE
     latents = comfy.sample.fix_empty_latent_channels(patched, torch.zeros(shape))
     seed = (seed + _OTHER_SEED[concept]) % 2**64
     samples = comfy.sample.sample(
         patched,
         comfy.sample.prepare_noise(latents, seed),
         STEPS,
-        GUIDANCE,
+        guidance,
         SAMPLER,
         SCHEDULER,
         conditioning,
@@ -87,7 +91,7 @@ def draw(
             f"the {concept} LoRA alone draws no picture (its latents are not finite): look at the file, load "
             f"the model in bf16 or fp32, or connect {concept}_latents"
         )
-    return Drawn(samples, seed)
+    return Drawn(samples, seed, guidance)
 
 
 def _zeros(conditioning: list) -> list:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toys import toy_pair
 
 from ziplora_core import export
 from ziplora_core.coefficients import Coefficients
-from ziplora_core.merge import merged_layers
+from ziplora_core.merge import merged_factors, merged_layers
+from ziplora_core.pair import LayerPair
 
 
 @pytest.fixture
@@ -29,6 +32,20 @@ def test_whole_rank_is_left_alone(layers):
         for rank in (0, down.shape[0], 1000):
             layer = export.cut(up, down, rank)
             assert layer.up is up and layer.down is down and layer.kept == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_whole_is_the_merge_rounded_once(dtype, stored):
+    for name, layer in toy_pair().layers.items():
+        stored_halves = {
+            c: replace(f, up=f.up.to(stored), down=f.down.to(stored), scale=1 / 3) for c, f in layer.halves()
+        }
+        layer = LayerPair(**stored_halves)
+        m = {c: torch.randn(f.columns) for c, f in layer.halves()}
+        found = export.whole(layer, m, dtype)
+        up, down = merged_factors(layer, m.get("content"), m.get("style"))
+        assert torch.equal(found.up, up.to(dtype)) and torch.equal(found.down, down.to(dtype)), name
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -54,6 +71,6 @@ def test_a_merge_of_zeros_is_cut_without_complaint():
 
 def test_numbers_that_do_not_fit_are_refused_by_layer():
     layer = export.ExportLayer(torch.full((2, 1), 1e6), torch.ones(1, 2))
-    with pytest.raises(ValueError, match="'here'.*1e.06.*bf16 or fp32"):
+    with pytest.raises(ValueError, match="'here'.*too large for torch.float16.*bf16 or fp32"):
         export.kohya_tensors({"here": layer}, torch.float16)
     assert export.peft_tensors({"here": layer}, torch.bfloat16)["here.lora_B.weight"].dtype is torch.bfloat16

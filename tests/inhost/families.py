@@ -15,7 +15,7 @@ TEXT, POOLED = 48, 32  # widths
 
 @dataclass(frozen=True)
 class Family:
-    """config: the host's class. unet: its numbers. latent: one latent's shape. layers: in names of what LoRAs change."""
+    """config: the host's class. unet: its numbers. latent: shape of one. layers: in names of what LoRAs change."""
 
     config: str
     unet: dict[str, Any]

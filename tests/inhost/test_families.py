@@ -55,6 +55,73 @@ def test_optimising_lowers_the_losses_and_leaves_the_model(pack, family):
     assert torch.equal(family.sample(patcher), before)
 
 
+@pytest.mark.parametrize("other", FAMILIES)
+def test_a_lora_of_another_family_is_told_by_its_own(pack, family, other):
+    """Its names say which family it is for; SD 1.5's and SDXL's differ by the width of the prompts alone."""
+    if FAMILIES[other] is family:
+        pytest.skip("the same family")
+    stranger = FAMILIES[other]
+    patcher = family.patcher()
+    file = stranger.lora(stranger.model(), 2, 3)
+    if other == "SD 1.5":
+        file = {k: torch.zeros(2, 768) if "attn2_to_k.lora_down" in k else v for k, v in file.items()}
+    with pytest.raises(
+        ValueError, match=f"(no layer that fits|made for another model).*looks like a LoRA for .*{other}"
+    ):
+        pack.nodes.bridge.loras.fit(as_sources(pack, file, file), patcher.model)
+
+
+def diffusers_flux(model) -> dict[str, torch.Tensor]:
+    """diffusers' form of a Flux LoRA: q, k, v and the MLP of a fused layer are layers of their own, of rank 3."""
+    import comfy.utils
+
+    g, file = torch.Generator().manual_seed(5), {}
+    for name, target in comfy.utils.flux_to_diffusers(model.model_config.unet_config, "diffusion_model.").items():
+        key, part = (target, None) if isinstance(target, str) else (target[0], target[1])
+        weight = FAMILIES["Flux"].weights(model).get(key)
+        if weight is not None:
+            out = weight.shape[0] if part is None else part[2]
+            file[f"transformer.{name.removesuffix('.weight')}.lora_A.weight"] = torch.randn(
+                3, weight.shape[1], generator=g
+            )
+            file[f"transformer.{name.removesuffix('.weight')}.lora_B.weight"] = torch.randn(out, 3, generator=g) * 0.1
+    return file
+
+
+def test_split_layers_on_one_side_and_fused_ones_on_the_other(pack):
+    """Flux: a diffusers file with q, k and v apart, and a kohya file with them in one."""
+    family = FAMILIES["Flux"]
+    patcher, loras = family.patcher(), pack.nodes.bridge.loras
+    fused = family.lora(patcher.model, 2, 2)
+    split = diffusers_flux(patcher.model)
+    sources = as_sources(pack, split, fused)
+    fitted = loras.fit(sources, patcher.model)
+    assert fitted.notes == [] and fitted.pair.layer_counts()["both"] == len(family.weights(patcher.model))
+    ranks = {layer.content.rank for layer in fitted.pair.layers.values()}
+    assert ranks == {3, 9, 12}, "one layer, q + k + v, and these with the MLP"
+    zipped = loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair))
+    ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 0.8)[0])
+    theirs = weights(stock(stock(patcher, split, 0.8), fused, 0.8))
+    assert largest_difference(weights(patcher), theirs) > 0.01
+    assert largest_difference(ours, theirs) < 1e-5
+
+
+def test_references_are_drawn_in_its_own_latents(pack, family):
+    patcher = family.patcher()
+    bridge, settings = pack.nodes.bridge, pack.ziplora_core.solver.Settings(solver="layerwise")
+    with torch.inference_mode():
+        _, _, report, drawn = bridge.optimise.optimise(
+            patcher,
+            pair_of(pack, family, patcher.model),
+            family.prompts(),
+            {"content": None, "style": None},
+            settings,
+            bridge.references.Asked(2, 64),
+        )
+    assert "style references: 2 drawn with its LoRA alone, latents of 8 x 8, seed 1" in report
+    assert drawn is not None and drawn.shape[0] == 4 and drawn.shape[-1] == 3
+
+
 class Apply(torch.nn.Module):
     """The host's model as a module of a few tensors, for functional_call."""
 

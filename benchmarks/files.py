@@ -1,0 +1,101 @@
+"""Reading, saving and exporting a full-size SDXL pair, against what safetensors needs for the same bytes.
+
+    python3 dev.py run benchmarks/files.py [--rank 64] [--repeats 5]
+
+Two random attention LoRAs on the host's SDXL class; every time is the least of the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
+
+from devhost import full_size
+from devhost.inprocess import load_pack
+
+PACK = load_pack()
+
+import comfy.utils  # noqa: E402
+import folder_paths  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+
+def least(work: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest run."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args()
+    comfy.utils.set_progress_bar_enabled(False)
+    bridge, core = PACK.nodes.bridge, PACK.ziplora_core
+    model = full_size.sdxl_model(torch.float16, device="meta")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("loras", "output/ziplora"):
+            os.makedirs(os.path.join(folder, kind))
+        folder_paths.folder_names_and_paths["loras"] = ([os.path.join(folder, "loras")], {".safetensors"})
+        folder_paths.output_directory = os.path.join(folder, "output")
+        files = [os.path.join(folder, "loras", f"{name}.safetensors") for name in ("subject", "style")]
+        for seed, file in enumerate(files):
+            save_file(full_size.attention_lora(model, given.rank, seed), file)
+
+        def read():
+            return bridge.loras.load_pair("subject.safetensors", "style.safetensors", 1.0, 1.0)
+
+        def plain_read():
+            # as the stock loader: every tensor, in memory of its own
+            return [{k: t.clone() for k, t in load_file(file).items()} for file in files]
+
+        sources = read()
+        fitted = bridge.loras.fit(sources, model)
+        zipped = bridge.loras.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.pair))
+        exported = bridge.export.export_tensors(zipped, 0, "fp16", "kohya")
+        target = os.path.join(folder, "plain.safetensors")
+        megabytes = sum(t.numel() * t.element_size() for t in exported.tensors.values()) / 1e6
+
+        def plain_write():
+            save_file(exported.tensors, target, exported.metadata)
+            with open(target, "rb+") as file:
+                os.fsync(file.fileno())
+
+        rows = {
+            "read both files, every number checked": (least(read, given.repeats), least(plain_read, given.repeats)),
+            f"export at exact rank, {megabytes:.0f} MB": (
+                least(lambda: bridge.export.export_file(zipped, "loras/mine", 0, "fp16", "kohya"), given.repeats),
+                least(plain_write, given.repeats),
+            ),
+        }
+        print(f"rank {given.rank} each, {torch.get_num_threads()} threads; least of {given.repeats}")
+        for name, (ours, plain) in rows.items():
+            print(f"{name}: {ours:.2f} s; safetensors {plain:.2f} s; ratio {ours / plain:.2f}")
+        began = time.perf_counter()
+        bridge.loras.fit(read(), model)
+        print(f"fit to the model, with one read: {time.perf_counter() - began:.2f} s")
+        began = time.perf_counter()
+        name = bridge.saved.save(zipped, "mine")
+        size = os.path.getsize(os.path.join(folder, "output", "ziplora", name)) / 1e6
+        print(f"save {size:.2f} MB, with both files' hashes: {time.perf_counter() - began:.2f} s")
+        began = time.perf_counter()
+        bridge.export.export_tensors(zipped, given.rank, "fp16", "kohya")
+        print(f"cut to rank {given.rank} by SVD: {time.perf_counter() - began:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
