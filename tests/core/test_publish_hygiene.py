@@ -18,7 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SHIPPED_FOLDERS = {"nodes", "ziplora_core", "workflows", "web", "locales"}
 SHIPPED_FILES = {"__init__.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
 CORE_MAY_IMPORT = {"torch", "numpy", "safetensors"}
-HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "node_helpers", "nodes"}
+HOST_MODULES = {
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfyui_version",
+    "folder_paths",
+    "latent_preview",
+    "node_helpers",
+    "nodes",
+}
 COMES_WITH_THE_HOST = CORE_MAY_IMPORT | HOST_MODULES | {"PIL"}
 BANNED_MODULES = {"ctypes", "http", "pip", "pickle", "requests", "shelve", "socket", "subprocess", "urllib", "venv"}
 BANNED_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "torch.load"}
@@ -151,3 +160,10 @@ def test_every_graph_has_a_thumbnail() -> None:
     graphs = sorted((ROOT / "workflows").glob("*.json"))
     bare = [path.name for path in graphs if not path.with_suffix(".jpg").is_file()]
     assert not bare
+
+
+def test_version_is_the_projects() -> None:
+    import ziplora_core
+
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{ziplora_core.__version__}"' in project
