@@ -30,6 +30,7 @@ COLUMNS = {
     "moved": "moved",
     "seconds": "seconds",
 }
+LAST = ("default", CEILING)  # of the rows; the others as they were measured
 SPREAD = ("subject", "style", "both", "distance")
 AGAINST = (
     "direct 1/1",
@@ -80,11 +81,13 @@ def report(path: Path) -> str:
 def table(records: Sequence[Record], columns: dict[str, str]) -> list[str]:
     """Rows of Markdown: mean over the pairs for each seed, then mean over seeds ± their standard deviation."""
     lines = ["| method | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-    for method in dict.fromkeys(r["method"] for r in records):
-        found = [_by_seed(records, method, lambda r, c=c: r.get(c)) for c in columns]
-        if any(found):
-            spread = [c in SPREAD or len(columns) < 4 for c in columns]
-            lines.append(f"| {method} | " + " | ".join(map(_cell, found, spread)) + " |")
+    methods = list(dict.fromkeys(r["method"] for r in records))
+    for method in sorted(methods, key=lambda m: LAST.index(m) if m in LAST else -1):
+        found = {c: _by_seed(records, method, lambda r, c=c: r.get(c)) for c in columns}
+        if any(found.values()):
+            few = len(columns) < 4
+            cells = [_cell(seeds, few or c in SPREAD, 3 if c == "moved" else 2) for c, seeds in found.items()]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -96,10 +99,11 @@ def _by_seed(records: Sequence[Record], method: str, value: Callable[[Record], f
     return [statistics.mean(values) for _, values in sorted(groups.items())]
 
 
-def _cell(seeds: list[float], spread: bool = True) -> str:
+def _cell(seeds: list[float], spread: bool = True, digits: int = 2) -> str:
     if not seeds:
         return ""
-    return f"{statistics.mean(seeds):.2f}" + (f" ± {statistics.stdev(seeds):.2f}" if spread and len(seeds) > 1 else "")
+    around = f" ± {statistics.stdev(seeds):.{digits}f}" if spread and len(seeds) > 1 else ""
+    return f"{statistics.mean(seeds):.{digits}f}{around}"
 
 
 def pair_means(records: Sequence[Record], method: str, column: str) -> dict[str, float]:
@@ -125,7 +129,7 @@ def comparison(records: Sequence[Record], other: str) -> list[str]:
         line += f"better in {better}, equal in {len(pairs) - better - worse}, worse in {worse} of {len(pairs)} pairs"
         if column == "both":
             full = sum(theirs[p] == 1 for p in pairs)
-            line += f"; {other} has nothing wrong in {full} of them"
+            line += f"; {other} has nothing wrong in {full}, so better in {better} of {len(pairs) - full}"
         lines.append(line)
     return lines
 
