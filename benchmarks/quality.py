@@ -48,7 +48,7 @@ SEEDS = (0, 1, 2)
 PICTURES = 12  # of the pair, per method and seed: 36 over the seeds; fewer of the other prompts
 KEPT = 3  # pictures of each for the contact sheet
 ORACLE_PICTURES = 6
-QUICK_PAIRS = (("mushroom", "ember"), ("icecream", "poster"))  # the direct merge spoils both
+QUICK_PAIRS = (("mushroom", "ember"), ("icecream", "dusk"))  # the direct merge spoils both
 QUICK_METHODS = ("content LoRA", "style LoRA", "direct 1/1", "default")
 
 
