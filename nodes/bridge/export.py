@@ -24,8 +24,11 @@ FORMATS = ("kohya", "diffusers")
 _ARCHITECTURES = {  # modelspec's names, by the host's
     "SDXL": "stable-diffusion-xl-v1-base",
     "SD15": "stable-diffusion-v1",
+    "SD3": "stable-diffusion-3-medium",
+    "Flux": "flux-1-dev",
+    "FluxSchnell": "flux-1-schnell",
 }
-_KOHYA_BASES = {"SDXL": "sdxl_base_v1-0", "SD15": "sd_v1"}
+_KOHYA_BASES = {"SDXL": "sdxl_base_v1-0", "SD15": "sd_v1", "SD3": "sd3", "Flux": "flux1", "FluxSchnell": "flux1"}
 
 
 @dataclass

@@ -6,7 +6,8 @@ import pytest
 import torch
 from toys import toy_pair
 
-from ziplora_core.direct import np_lora, row_space
+from ziplora_core.direct import METHODS, np_lora, prepared, row_space
+from ziplora_core.pair import LoRAPair
 
 
 def dense(factors):
@@ -33,3 +34,46 @@ def test_row_space_of_a_deficient_update():
     layer = toy_pair().layers["first"].style
     repeated = type(layer)(torch.cat([layer.up, layer.up], 1), torch.cat([layer.down, 2 * layer.down]), layer.scale)
     assert row_space(repeated).shape == row_space(layer).shape
+
+
+def sdxl_pair() -> LoRAPair:
+    """One layer in each of SDXL's blocks that hold attention."""
+    layer = toy_pair().layers["first"]
+    blocks = ["input_blocks.4.1", "middle_block.1", *(f"output_blocks.{i}.1" for i in range(6))]
+    return LoRAPair({f"diffusion_model.{block}.transformer_blocks.0.attn1.to_q.weight": layer for block in blocks})
+
+
+@pytest.mark.parametrize(
+    ("method", "content", "style", "rest"),
+    [
+        ("B-LoRA blocks", {"output_blocks.0"}, {"output_blocks.1"}, 0.0),
+        (
+            "UnZipLoRA blocks",
+            {"output_blocks.0", "output_blocks.2"},
+            {"output_blocks.1", "output_blocks.3", "output_blocks.4", "output_blocks.5"},
+            1.0,
+        ),
+    ],
+)
+def test_blocks_go_to_one_concept(method, content, style, rest):
+    pair, found = METHODS[method](sdxl_pair())
+    for name in pair.layers:
+        block = ".".join(name.split(".")[1:3])
+        weights = (found.content[name].unique().item(), found.style[name].unique().item())
+        assert weights == ((1.0, 0.0) if block in content else (0.0, 1.0) if block in style else (rest, rest)), name
+    assert prepared(pair, method) is pair
+
+
+def test_block_presets_need_sdxl():
+    with pytest.raises(ValueError, match="output_blocks.0.1.*block presets are for SDXL"):
+        METHODS["B-LoRA blocks"](toy_pair())
+
+
+def test_prepared_is_the_pair_that_a_methods_coefficients_belong_to():
+    for method in ("sum", "NP-LoRA"):
+        pair, found = METHODS[method](toy_pair())
+        again = prepared(toy_pair(), method)
+        for name, layer in pair.layers.items():
+            for (_, mine), (_, theirs) in zip(layer.halves(), again.layers[name].halves(), strict=True):
+                assert torch.equal(mine.down, theirs.down) and mine.rank == theirs.rank
+        assert found.overlap() == 1.0

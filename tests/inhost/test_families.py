@@ -9,6 +9,7 @@ import torch
 from families import FAMILIES, Family
 from safetensors.torch import load_file
 from test_apply import largest_difference, random_coefficients, stock, weights
+from test_dense_formats import LINEAR
 from test_formats import as_sources
 
 
@@ -39,6 +40,32 @@ def test_update_is_the_stock_loaders_and_export_is_too(pack, family, tmp_path, m
     exported = load_file(tmp_path / report.splitlines()[0].split("written: ")[1].strip())
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, wild, 1.0)[0])
     assert largest_difference(weights(stock(patcher, exported)), ours) < 1e-5
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_every_format_on_every_family(pack, family, tmp_path, monkeypatch, name):
+    """(a) ΔW is what the stock loader changes, (b) nothing is dropped, (c) nor is it by the exported file."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    patcher, loras = family.patcher(), pack.nodes.bridge.loras
+    g, file = torch.Generator().manual_seed(9), {}
+    for key, weight in list(family.weights(patcher.model).items())[::3]:
+        layer = "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
+        file |= LINEAR[name](g, layer, *weight.shape)
+    silent = {k: v * 0 for k, v in family.lora(patcher.model, 2, 2).items()}
+    sources = as_sources(pack, file, silent)
+    sources = replace(sources, content=replace(sources.content, strength=0.8))
+    fitted = loras.fit(sources, patcher.model)
+    assert all("not of low rank" in note for note in fitted.notes)
+    zipped = loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair))
+    theirs = weights(stock(patcher, file, 0.8))
+    assert largest_difference(weights(patcher), theirs) > 0.01
+    ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 1.0)[0])
+    assert largest_difference(theirs, ours) < 1e-4
+    _, report = pack.nodes.bridge.export.export_file(zipped, "mine", 0, "fp32", "kohya")
+    exported = load_file(tmp_path / report.splitlines()[0].split("written: ")[1].strip())
+    assert largest_difference(weights(stock(patcher, exported)), ours) < 1e-4
 
 
 def test_optimising_lowers_the_losses_and_leaves_the_model(pack, family):
