@@ -63,7 +63,7 @@ def main() -> int:
             return [{k: t.clone() for k, t in load_file(file).items()} for file in files]
 
         sources = read()
-        fitted = bridge.loras.fit(sources, model)
+        fitted = bridge.fitting.fit(sources, model)
         zipped = bridge.loras.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.pair))
         exported = bridge.export.export_tensors(zipped, 0, "fp16", "kohya")
         target = os.path.join(folder, "plain.safetensors")
@@ -85,7 +85,7 @@ def main() -> int:
         for name, (ours, plain) in rows.items():
             print(f"{name}: {ours:.2f} s; safetensors {plain:.2f} s; ratio {ours / plain:.2f}")
         began = time.perf_counter()
-        bridge.loras.fit(read(), model)
+        bridge.fitting.fit(read(), model)
         print(f"fit to the model, with one read: {time.perf_counter() - began:.2f} s")
         began = time.perf_counter()
         name = bridge.saved.save(zipped, "mine")

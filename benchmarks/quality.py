@@ -76,12 +76,12 @@ class Job:
 def run_job(job: Job) -> list[Record]:
     """Find every merge of a pair, draw from each and judge the pictures."""
     from benchmarks.methods import ABLATION, METHODS, Case
-    from benchmarks.studio import core, loras
+    from benchmarks.studio import core, fitting, loras
 
     studio = _studio()
     content, style = studio.concepts[job.content], studio.concepts[job.style]
     sources = studio.sources(content, style)
-    fitted = loras.fit(sources, studio.model.model)
+    fitted = fitting.fit(sources, studio.model.model)
     merges: dict[str, Any] = {}
     losses: list[list[dict[str, float]]] = []
 

@@ -31,7 +31,9 @@ from demo.judge import load_judge  # noqa: E402
 from demo.manifest import Trained, read_manifest  # noqa: E402
 from nodes import common_ksampler  # noqa: E402
 
-loras, predictor, bridge_apply = (getattr(PACK.nodes.bridge, n) for n in ("loras", "predictor", "apply"))
+loras, fitting, predictor, bridge_apply = (
+    getattr(PACK.nodes.bridge, n) for n in ("loras", "fitting", "predictor", "apply")
+)
 core = PACK.ziplora_core
 for _name in ("direct", "zipper"):
     importlib.import_module(f"{core.__name__}.{_name}")

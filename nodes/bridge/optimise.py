@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ziplora_core import analysis, solver, zipper
 from ...ziplora_core.branch import JoinedPair
 from ...ziplora_core.coefficients import Coefficients
-from . import loras, predictor
+from . import fitting, loras, predictor
 from . import references as drawing
 from .progress import Progress
 from .report import Outcome, write
@@ -22,7 +22,7 @@ def check_inputs(model, sources: loras.LoRASources, latents: dict[str, dict | No
 
     model: ModelPatcher; nothing of it is loaded. Raises ValueError (LoRAFileError for a file).
     """
-    loras.fit(sources, model.model)
+    fitting.fit(sources, model.model)
     for concept, made in latents.items():
         if made is not None:
             predictor.check_latents(f"{concept}_latents", made["samples"], model)
@@ -48,7 +48,7 @@ def optimise(
         if given is not None:
             predictor.check_latents(f"{concept}_latents", given["samples"], model)
         predictor.check_conditioning(f"{concept}_positive", conditioning[concept])
-    fitted = loras.fit(sources, model.model)
+    fitted = fitting.fit(sources, model.model)
     ones = Coefficients.ones(fitted.pair)
     outcome = Outcome(sources, fitted, settings, before=ones)
 

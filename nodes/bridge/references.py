@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...ziplora_core.coefficients import Coefficients
-from . import loras
+from . import fitting, loras
 from .apply import apply
 from .predictor import attention_with_gradient
 
@@ -49,7 +49,7 @@ class Drawn:
 def draw(
     model,
     sources: loras.LoRASources,
-    fitted: loras.FittedPair,
+    fitted: fitting.FittedPair,
     concept: str,
     conditioning: list,
     asked: Asked,

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.solver import Result, Settings
-from .loras import FittedPair, LoRASources
+from .fitting import FittedPair
+from .loras import LoRASources
 from .references import Drawn
 
 

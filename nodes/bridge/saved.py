@@ -11,7 +11,7 @@ import torch
 
 from ...ziplora_core import __version__, direct, saved
 from ...ziplora_core.files import LoRAFileError, sha256
-from . import export, loras
+from . import export, fitting, loras
 
 FOLDER = "ziplora"
 
@@ -115,7 +115,7 @@ def load(model, name: str) -> loras.ZippedLoRA:
     coefficients, about = saved.read(zipped_path(name))
     found = {c: _find(w, name) for c, w in (("content", about.content), ("style", about.style))}
     sources = loras.load_pair(found["content"], found["style"], about.content.strength, about.style.strength)
-    fitted = loras.fit(sources, model.model)
+    fitted = fitting.fit(sources, model.model)
     fitted = replace(fitted, pair=direct.prepared(fitted.pair, about.method))
     saved.check_fits(name, coefficients, fitted.pair)
     return loras.ZippedLoRA(

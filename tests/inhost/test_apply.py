@@ -30,7 +30,7 @@ def stock(patcher, lora, strength: float = 1.0):
 def zip_pair(pack, patcher, sources, coefficients=None):
     """A ZIPPED_LORA of a pair: all ones, which is what steps = 0 gives, or given coefficients."""
     loras, Coefficients = pack.nodes.bridge.loras, pack.ziplora_core.coefficients.Coefficients
-    fitted = loras.fit(sources, patcher.model)
+    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
     return loras.ZippedLoRA(sources, fitted, coefficients or Coefficients.ones(fitted.pair))
 
 
@@ -126,6 +126,8 @@ def test_full_size_sdxl_has_1571840_coefficients(pack):
     model = tiny.full_size.sdxl_model(torch.float16, device="meta")
     loras = pack.nodes.bridge.loras
     lora = tiny.full_size.attention_lora(model, 64, 0)
-    fitted = loras.fit(loras.LoRASources(*(loras.LoRASource(n, lora, 1.0) for n in ("content", "style"))), model)
+    fitted = pack.nodes.bridge.fitting.fit(
+        loras.LoRASources(*(loras.LoRASource(n, lora, 1.0) for n in ("content", "style"))), model
+    )
     assert fitted.pair.coefficient_count == 1_571_840
     assert fitted.pair.layer_counts()["both"] == 560

@@ -133,7 +133,7 @@ def test_update_and_export_are_the_stock_loaders(pack, tmp_path, monkeypatch, ki
     file = written(patcher.model, kind, name)
     other = {k: v * 0 for k, v in tiny.full_size.attention_lora(patcher.model, 2, 1, torch.float32).items()}
     sources = loras.LoRASources(loras.LoRASource("mine", file, strength), loras.LoRASource("other", other, 1.0))
-    fitted = loras.fit(sources, patcher.model)
+    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
     dense = [note for note in fitted.notes if "not of low rank" in note]
     assert len(fitted.notes) == len(dense) == (name not in ("LoRA", "LoCon"))
     assert all(word in note for note in dense for word in ("DoRA" if "DoRA" in name else name.split(",")[0], " MB"))
@@ -175,10 +175,10 @@ def test_base_weights_are_read_without_what_the_host_has_patched_in(pack):
     patcher = tiny.tiny_patcher()
     file = written(patcher.model, "linear", "DoRA")
     other = tiny.full_size.attention_lora(patcher.model, 2, 1, torch.float32)
-    clean = pack.nodes.bridge.loras.fit(as_sources(pack, file, other), patcher.model)
+    clean = pack.nodes.bridge.fitting.fit(as_sources(pack, file, other), patcher.model)
     with torch.inference_mode():
         management.load_models_gpu([stock(patcher, other, 3.0)])
-        patched = pack.nodes.bridge.loras.fit(as_sources(pack, file, other), patcher.model)
+        patched = pack.nodes.bridge.fitting.fit(as_sources(pack, file, other), patcher.model)
     for key, layer in clean.pair.layers.items():
         if layer.content is not None:
             assert torch.equal(layer.content.down, patched.pair.layers[key].content.down)

@@ -86,7 +86,7 @@ def test_every_format_reads_as_the_same_factors(pack, name):
     layers = canonical(model, 5)
     file = written(model, layers, FORMATS[name])
     other = tiny.full_size.attention_lora(model, 2, 1, torch.float32)
-    fitted = pack.nodes.bridge.loras.fit(as_sources(pack, file, other), model)
+    fitted = pack.nodes.bridge.fitting.fit(as_sources(pack, file, other), model)
     assert fitted.notes == []
     assert fitted.pair.layers.keys() == layers.keys()
     for key, (up, down, alpha) in layers.items():
@@ -99,7 +99,7 @@ def test_every_format_reads_as_the_same_factors(pack, name):
 def test_no_alpha_means_scale_one(pack):
     model = tiny.tiny_patcher().model
     file = {k: v for k, v in written(model, canonical(model, 5), diffusers).items() if not k.endswith(".alpha")}
-    fitted = pack.nodes.bridge.loras.fit(as_sources(pack, file, file), model)
+    fitted = pack.nodes.bridge.fitting.fit(as_sources(pack, file, file), model)
     assert {f.scale for layer in fitted.pair.layers.values() for _, f in layer.halves()} == {1.0}
 
 
@@ -160,7 +160,7 @@ def test_unused_keys_are_counted_not_dropped_in_silence(pack):
     content["lora_unet_no_such_layer.lora_down.weight"] = torch.ones(1, 2)
     content["lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
     style = tiny.full_size.attention_lora(model, 2, 2, torch.float32)
-    (note,) = pack.nodes.bridge.loras.fit(as_sources(pack, content, style), model).notes
+    (note,) = pack.nodes.bridge.fitting.fit(as_sources(pack, content, style), model).notes
     assert note.startswith("2 tensors of 'content'") and "no_such_layer" in note
 
 
@@ -189,5 +189,5 @@ def test_what_cannot_be_zipped_is_named(pack, spoil, says):
     good = tiny.full_size.attention_lora(model, 2, 2, torch.float32)
     LoRAFileError = pack.ziplora_core.files.LoRAFileError
     with pytest.raises(LoRAFileError, match=says) as caught:
-        pack.nodes.bridge.loras.fit(as_sources(pack, good, spoiled(model, spoil)), model)
+        pack.nodes.bridge.fitting.fit(as_sources(pack, good, spoiled(model, spoil)), model)
     assert "'style'" in str(caught.value) and "\n" not in str(caught.value)

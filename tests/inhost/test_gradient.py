@@ -85,7 +85,7 @@ def test_equals_autograd_over_copied_weights(pack, monkeypatch, name, extras):
     storage, compute, tolerance = DTYPES[name]
     bridge, solver = pack.nodes.bridge, pack.ziplora_core.solver
     patcher = tiny.tiny_patcher(storage, compute)
-    fitted = bridge.loras.fit(tiny.sources(pack, patcher.model), patcher.model)
+    fitted = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model)
     expected_weights = patcher
     if extras == "another LoRA":
         names = comfy.lora.model_lora_keys_unet(patcher.model, {})

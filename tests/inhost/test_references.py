@@ -11,7 +11,7 @@ PAIRS = (("mushroom", "ember"), ("icecream", "dusk"))
 @pytest.mark.parametrize(("content", "style"), PAIRS)
 def test_retention_is_as_with_the_true_pictures(pack, content, style):
     """Of both merges on the true references, on noise that neither saw: within 15 per cent."""
-    from benchmarks.studio import Studio, core, loras, predictor
+    from benchmarks.studio import Studio, core, predictor
 
     studio = Studio()
     concepts = {"content": studio.concepts[content], "style": studio.concepts[style]}
@@ -31,7 +31,7 @@ def test_retention_is_as_with_the_true_pictures(pack, content, style):
             line = f"{concept} references: 4 drawn with its LoRA alone, latents of 16 x 16, seed {seed}"
             assert (line in report) == (latents[concept] is None), report
     assert shown == [None, (8, 256, 256, 3), (4, 256, 256, 3)]
-    fitted = loras.fit(sources, studio.model.model)
+    fitted = pack.nodes.bridge.fitting.fit(sources, studio.model.model)
     found = []
 
     def measure(predict, joined, references):

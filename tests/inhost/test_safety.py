@@ -113,7 +113,7 @@ def test_same_seed_gives_the_same_bits(pack, patcher):
 
 def test_checkpointed_blocks_give_the_same_coefficients(pack, patcher):
     bridge, solver = pack.nodes.bridge, pack.ziplora_core.solver
-    fitted = bridge.loras.fit(tiny.sources(pack, patcher.model), patcher.model)
+    fitted = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model)
     found = []
     for checkpoint in (False, True):
         with torch.inference_mode():

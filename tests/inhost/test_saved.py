@@ -39,7 +39,7 @@ def pair(pack, folders):
         save_file({k: t.clone() for k, t in lora.items()}, folders / "loras" / f"{name}.safetensors")
     loras = pack.nodes.bridge.loras
     sources = loras.load_pair("subject.safetensors", "style.safetensors", 0.7, 1.1)
-    fitted = loras.fit(sources, patcher.model)
+    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
     coefficients = random_coefficients(pack, fitted.pair).scaled(0.5, 1.5)
     settings = {"steps": 3, "solver": "gradient"}
     return patcher, loras.ZippedLoRA(sources, fitted, coefficients, 0.5, 1.5, "what it did", settings=settings)
@@ -176,7 +176,7 @@ def test_full_size_pair_is_saved_in_six_megabytes(pack, folders):
         )
     loras = pack.nodes.bridge.loras
     sources = loras.load_pair("subject.safetensors", "style.safetensors", 1.0, 1.0)
-    fitted = loras.fit(sources, model)
+    fitted = pack.nodes.bridge.fitting.fit(sources, model)
     ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
     name = pack.nodes.bridge.saved.save(loras.ZippedLoRA(sources, fitted, ones), "big")
     size = (folders / "output" / "ziplora" / name).stat().st_size

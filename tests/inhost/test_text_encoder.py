@@ -28,7 +28,7 @@ def test_applied_to_clip_as_the_stock_loader_does(pack, miniature):
     files = [with_text_encoder(patcher, clip, seed) for seed in (1, 2)]
     assert any(k.startswith("lora_te2_") for k in files[0])
     sources = loras.LoRASources(loras.LoRASource("content", files[0], 0.7), loras.LoRASource("style", files[1], 1.2))
-    fitted = loras.fit(sources, patcher.model)
+    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
     assert fitted.notes == [], "text-encoder tensors are used, not reported as unused"
     zipped = loras.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
 

@@ -1,0 +1,228 @@
+"""LoRA files of any format to a pair that fits a model."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.weight_adapter import LoRAAdapter
+from torch import Tensor
+
+from ...ziplora_core.files import LoRAFileError
+from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
+from . import keys
+from .loras import LoRASource, LoRASources
+
+
+@dataclass(frozen=True)
+class FittedPair:
+    """A pair on the layers of one model.
+
+    riders: concept -> host patches that are no matrix (bias and norm differences): they are not zipped,
+    they follow their LoRA's strength. notes: what a user should know about the files. names: how LoRA files call
+    this model's weights.
+    """
+
+    pair: LoRAPair
+    riders: dict[str, dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    names: keys.FileNames = field(default_factory=lambda: keys.FileNames("", {}))
+
+
+@dataclass
+class _Fitting:
+    """One file on its way onto the layers of a model."""
+
+    source: LoRASource
+    model: Any
+    factors: dict[str, Factors] = field(default_factory=dict)
+    riders: dict[str, Any] = field(default_factory=dict)
+    dense: dict[str, list[str]] = field(default_factory=dict)  # kind of update -> layers kept as ΔW itself
+    eyes: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def add(self, target: str | tuple, patch: Any) -> None:
+        """A patch of the host on a weight, or on a slice (axis, start, length) of a fused one."""
+        key, place = (target, None) if isinstance(target, str) else (target[0], target[1])
+        weight = comfy.utils.get_attr(self.model, key)
+        if isinstance(patch, tuple) and weight.ndim < 2:
+            self.riders[key] = patch
+            return
+        part = weight if place is None else weight.narrow(*place)
+        if _is_plain(patch):
+            found = _low_rank(self.source, key, patch, part.shape)
+        else:
+            found = self._dense(key, patch, place, part)
+        if place is not None:
+            found = _widened(found, weight.shape, *place)
+        self.factors[key] = found if key not in self.factors else _side_by_side(self.factors[key], found)
+
+    def _dense(self, key: str, patch: Any, place: tuple[int, int, int] | None, part: Tensor) -> Factors:
+        """What the host makes of the base weight with any other kind of update, minus the weight.
+
+        ΔW itself stands for `down`, with a unit matrix as `up`: columns scale as in any LoRA.
+        """
+        kind = _kind(patch)
+        if isinstance(patch, LoRAAdapter) and patch.weights[5] is not None:
+            raise LoRAFileError(
+                f"'{self.source.name}' changes the shape of layer '{key}'; a zipped pair cannot: use another file"
+            )
+        before = _base_weight(self.model, key)
+        before = (before if place is None else before.narrow(*place)).float().clone()
+        try:
+            after = comfy.lora.calculate_weight([(self.source.strength, patch, 1.0, None, None)], before.clone(), key)
+        except RuntimeError as error:
+            raise _other_model(self.source, key, kind, part.shape) from error
+        delta = after - before if after.shape == before.shape else None
+        if delta is None or (self.source.strength and not delta.any() and _all_used(patch)):
+            raise _other_model(self.source, key, kind, part.shape)  # the host only logs that it does not fit
+        dtype = part.dtype if part.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        self.dense.setdefault(kind, []).append(key)
+        size = (delta.shape[0], dtype)
+        if size not in self.eyes:
+            self.eyes[size] = torch.eye(*size[:1], dtype=dtype)
+        return Factors(self.eyes[size], delta.to("cpu", dtype))
+
+    def notes(self) -> list[str]:
+        lines = []
+        for kind, layers in self.dense.items():
+            size = sum(self.factors[k].down.numel() * self.factors[k].down.element_size() for k in set(layers))
+            lines.append(
+                f"{len(layers)} layers of '{self.source.name}' are {kind}, not of low rank: their updates are kept "
+                f"whole, {size / 1e6:.0f} MB, and more while optimising"
+            )
+        return lines
+
+
+def _is_plain(patch: Any) -> bool:
+    return isinstance(patch, LoRAAdapter) and patch.weights[4] is None and patch.weights[5] is None
+
+
+def _kind(patch: Any) -> str:
+    if isinstance(patch, tuple):
+        return "weight differences"
+    scales = {"LoRAAdapter": 4, "LoHaAdapter": 7, "LoKrAdapter": 8}  # where an adapter keeps its DoRA scale
+    at = scales.get(type(patch).__name__)
+    if at is not None and patch.weights[at] is not None:
+        return "DoRA"
+    return {"loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"}.get(patch.name, patch.name)
+
+
+def _all_used(patch: Any) -> bool:
+    """Whether no matrix of an update is all zeros, as one is that was never trained."""
+    weights = patch[1] if isinstance(patch, tuple) else patch.weights
+    return all(bool(w.any()) for w in weights if isinstance(w, Tensor))
+
+
+def _base_weight(model, key: str) -> Tensor:
+    """A weight without the patches that the host may have written into it, in its stored dtype or float32."""
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models if entry.model is not None]
+    backups = [patcher.backup for patcher in loaded if patcher.model is model and key in patcher.backup]
+    weight = backups[0][key].weight if backups else comfy.utils.get_attr(model, key)
+    if hasattr(weight, "dequantize") and weight.dtype not in _FLOATS:
+        weight = weight.dequantize()
+    scale = comfy.utils.get_attr(model, key.rpartition(".")[0]).__dict__.get("_parameters", {}).get("scale_weight")
+    return weight if scale is None else weight.float() * scale.float()
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _other_model(source: LoRASource, key: str, kind: str, shape: torch.Size) -> LoRAFileError:
+    return LoRAFileError(
+        f"'{source.name}' was made for another model{_guess(source)}: its {kind} at layer '{key}' does not fit a "
+        f"weight of shape {tuple(shape)}; choose a LoRA of the same model family"
+    )
+
+
+def _guess(source: LoRASource) -> str:
+    family = keys.looks_like(source.tensors)
+    return f" (it looks like a LoRA for {family})" if family else ""
+
+
+def _low_rank(source: LoRASource, key: str, adapter: Any, shape: torch.Size) -> Factors:
+    """The host's adapter of one layer as up (out, r) and down (r, in, *kernel)."""
+    up, down, alpha, mid, *_ = adapter.weights
+    if mid is not None:  # Tucker convolution: down'[p, in, kernel] = Σ_q mid[p, q, kernel] · down[q, in]
+        down = torch.einsum("pq...,qi->pi...", mid.float(), down.flatten(1).float())
+    up, rank = up.flatten(1), down.shape[0]
+    if up.shape != (shape[0], rank) or down.numel() != rank * math.prod(shape[1:]):
+        raise LoRAFileError(
+            f"'{source.name}' was made for another model{_guess(source)}: its layer '{key}' changes a weight of shape "
+            f"({up.shape[0]}, {down.numel() // rank}), this model's is {tuple(shape)}; "
+            "choose a LoRA of the same model family"
+        )
+    scale = source.strength * (1.0 if alpha is None else alpha / rank)
+    return Factors(up, down.reshape(rank, *shape[1:]), scale)
+
+
+def _widened(factors: Factors, shape: torch.Size, axis: int, start: int, length: int) -> Factors:
+    """An update of a slice as one of the whole fused weight: zeros in the other rows (axis 0) or columns (1)."""
+    side = factors.up if axis == 0 else factors.down
+    size = list(side.shape)
+    size[axis] = shape[axis]
+    whole = side.new_zeros(size)
+    whole.narrow(axis, start, length).copy_(side)
+    return replace(factors, up=whole) if axis == 0 else replace(factors, down=whole)
+
+
+def _side_by_side(a: Factors, b: Factors) -> Factors:
+    """The sum of two updates of one weight, exactly: ranks add up."""
+    return Factors(
+        torch.cat([f.up.float() * f.scale for f in (a, b)], dim=1), torch.cat([f.down.float() for f in (a, b)])
+    )
+
+
+def _fit_one(source: LoRASource, model, names: dict) -> _Fitting:
+    fitting = _Fitting(source, model)
+    with torch.no_grad():
+        for target, patch in comfy.lora.load_lora(source.tensors, names, log_missing=False).items():
+            fitting.add(target, patch)
+    return fitting
+
+
+def _unused(source: LoRASource, model, names: dict, fitting: _Fitting) -> list[str]:
+    unused = [k for k in source.tensors if not keys.is_text_encoder(k) and keys.layer_name(k) not in names]
+    if not fitting.factors:
+        example = unused[0] if unused else next(iter(source.tensors), "no tensor at all")
+        raise LoRAFileError(
+            f"'{source.name}' has no layer that fits this model ({type(model).__name__}){_guess(source)}: "
+            f"found e.g. '{example}'; "
+            "choose a LoRA of the same model family"
+        )
+    if not unused:
+        return []
+    return [f"{len(unused)} tensors of '{source.name}' fit no layer and are not used, e.g. '{unused[0]}'"]
+
+
+_fitted: weakref.WeakKeyDictionary[LoRASources, tuple[weakref.ref, FittedPair]] = weakref.WeakKeyDictionary()
+
+
+def fit(sources: LoRASources, model) -> FittedPair:
+    """Put both files on the layers of a model. Moves and loads nothing; the same pair and model are fitted once.
+
+    model: the host's BaseModel. Raises LoRAFileError where a file fits no layer, or another model's layers.
+    """
+    known = _fitted.get(sources)
+    if known is None or known[0]() is not model:
+        known = _fitted[sources] = (weakref.ref(model), _fit(sources, model))
+    return known[1]
+
+
+def _fit(sources: LoRASources, model) -> FittedPair:
+    names = keys.unet_keys(model)
+    notes = list(sources.warnings)
+    fitted = {}
+    for concept, source in sources.by_concept().items():
+        fitted[concept] = _fit_one(source, model, names)
+        notes += [*_unused(source, model, names, fitted[concept]), *fitted[concept].notes()]
+    content, style = fitted["content"].factors, fitted["style"].factors
+    order = [*content, *(k for k in style if k not in content)]
+    pair = LoRAPair({k: LayerPair(content.get(k), style.get(k)) for k in order})
+    riders = {concept: fitting.riders for concept, fitting in fitted.items()}
+    return FittedPair(pair, riders, notes, keys.file_names(model))
