@@ -172,7 +172,7 @@ def pace(records: Sequence[Record]) -> list[str]:
 
 # --- the contact sheet ---------------------------------------------------------------------------------------
 
-_SIZE, _GAP, _LABEL, _HEAD = 96, 4, 190, 30
+_SIZE, _GAP, _LABEL, _HEAD = 64, 4, 170, 30
 _SHOWN = (CEILING, "content LoRA", "style LoRA", "direct 1/1", "NP-LoRA", "100 steps from ones", "default")
 
 
@@ -185,12 +185,14 @@ def picture_file(folder: Path, pair: str, seed: int, method: str) -> Path:
     return folder / f"{pair}.{seed}.{method.replace('/', ' ')}.png"
 
 
-def sheet(results: Path, to: Path, seed: int = 0) -> None:
-    """Write one row for each pair whose pictures were kept, one column for each method that matters most."""
+def sheet(results: Path, to: Path) -> None:
+    """Write one row for each pair, of the first seed whose pictures were kept; one column for each method of note."""
     folder = kept_folder(results)
-    pairs = sorted({r["pair"] for r in read_records(results)})
-    files = {p: [picture_file(folder, p, seed, m) for m in _SHOWN] for p in pairs}
-    files = {p: found for p, found in files.items() if all(f.exists() for f in found)}
+    files = {}
+    for pair, seed in sorted({(r["pair"], r["seed"]) for r in read_records(results)}):
+        found = [picture_file(folder, pair, seed, m) for m in _SHOWN]
+        if pair not in files and all(f.exists() for f in found):
+            files[pair] = found
     if not files:
         raise FileNotFoundError(f"{folder} holds no pair with pictures of: {', '.join(_SHOWN)}")
     with Image.open(next(iter(files.values()))[0]) as first:
@@ -207,4 +209,4 @@ def sheet(results: Path, to: Path, seed: int = 0) -> None:
             strip = Image.open(file).convert("RGB")
             strip = strip.resize((across * _SIZE, _SIZE), Image.Resampling.LANCZOS)
             image.paste(Image.fromarray(np.asarray(strip)), (_LABEL + column * step, top))
-    image.save(to, quality=85)
+    image.save(to, quality=75)
