@@ -186,6 +186,7 @@ METHODS: dict[str, Method] = {
 
 # What was tried on the way to the default (docs/ablation.md).
 ABLATION: dict[str, Method] = {
+    "base model": METHODS["base model"],
     "direct 1/1": METHODS["direct 1/1"],
     "100 steps from ones": METHODS["100 steps from ones"],
     "  lambda 0": node(**PAPER_STEPS, similarity_lambda=0.0),
