@@ -255,6 +255,26 @@ def work_through(jobs: Sequence[Job], results: Path) -> None:
 def chosen_jobs(given: argparse.Namespace) -> list[Job]:
     """What is asked for and not in the results file yet."""
     from benchmarks.methods import ABLATION, METHODS
+
+    pairs = chosen_pairs(given)
+    every = ABLATION if given.ablation else [*METHODS, CEILING]
+    methods = given.methods or (QUICK_METHODS if given.quick else every)
+    seeds = given.seeds or (SEEDS[:1] if given.quick else SEEDS)
+    done: set[tuple] = set()
+    if given.results.exists():
+        done = {(r["pair"], r["seed"], r["method"]) for r in read_records(given.results)}
+    kept = kept_folder(given.results)
+    details = not (given.quick or given.ablation)
+    jobs = []
+    for seed in seeds:
+        for content, style in pairs:
+            missing = tuple(m for m in methods if (f"{content}+{style}", seed, m) not in done)
+            if missing:
+                jobs.append(Job(content, style, seed, missing, given.pictures, details, kept))
+    return jobs
+
+
+def chosen_pairs(given: argparse.Namespace) -> list[tuple[str, str]]:
     from demo.manifest import read_manifest
 
     trained = read_manifest()
@@ -267,29 +287,7 @@ def chosen_jobs(given: argparse.Namespace) -> list[Job]:
         at = {name: i for group in (trained.subjects, trained.styles) for i, name in enumerate(c.name for c in group)}
         odd = given.half == "confirm"
         pairs = [(c, s) for c, s in pairs if (at[c] + at[s]) % 2 == odd]
-    every = ABLATION if given.ablation else [*METHODS, CEILING]
-    methods = given.methods or (QUICK_METHODS if given.quick else every)
-    seeds = given.seeds or (SEEDS[:1] if given.quick else SEEDS)
-    done: set[tuple] = set()
-    if given.results.exists():
-        done = {(r["pair"], r["seed"], r["method"]) for r in read_records(given.results)}
-    jobs = []
-    for seed in seeds:
-        for content, style in pairs:
-            missing = tuple(m for m in methods if (f"{content}+{style}", seed, m) not in done)
-            if missing:
-                jobs.append(
-                    Job(
-                        content,
-                        style,
-                        seed,
-                        missing,
-                        given.pictures,
-                        not (given.quick or given.ablation),
-                        kept_folder(given.results),
-                    )
-                )
-    return jobs
+    return pairs
 
 
 def parse() -> argparse.Namespace:
@@ -327,7 +325,8 @@ def main() -> int:
             if any(worker.exitcode for worker in workers):
                 return 1
         print(f"{len(jobs)} jobs in {(time.monotonic() - started) / 60:.1f} minutes")
-    print(report(given.results))
+    named = given.half or given.pairs
+    print(report(given.results, {f"{c}+{s}" for c, s in chosen_pairs(given)} if named else None))
     if given.sheet:
         sheet(given.results, given.sheet)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,14 @@ def read_records(path: Path) -> list[Record]:
     return list(records.values())
 
 
-def report(path: Path) -> str:
-    """Every table, as Markdown with a line above each."""
-    records = read_records(path)
-    pairs = {r["pair"] for r in records}
+def report(path: Path, pairs: Collection[str] | None = None) -> str:
+    """Every table, as Markdown with a line above each; of some pairs alone where they are named."""
+    records = [r for r in read_records(path) if pairs is None or r["pair"] in pairs]
+    if not records:
+        return f"{path} holds nothing of these pairs"
     seeds = sorted({r["seed"] for r in records})
     parts = [
-        [f"{len(pairs)} pairs, seeds {seeds}, {records[0]['pictures']} pictures each"],
+        [f"{len({r['pair'] for r in records})} pairs, seeds {seeds}, {records[0]['pictures']} pictures each"],
         table(records, COLUMNS),
         *(comparison(records, other) for other in AGAINST),
         ["each concept alone:"],
@@ -74,6 +75,8 @@ def report(path: Path) -> str:
         table(records, {"text_subject": "subject", "text_style": "style", "text": "place"}),
         dial(records),
         pace(records),
+        ["both right, by pair:"],
+        by_pair(records),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
@@ -131,6 +134,18 @@ def comparison(records: Sequence[Record], other: str) -> list[str]:
             full = sum(theirs[p] == 1 for p in pairs)
             line += f"; {other} has nothing wrong in {full}, so better in {better} of {len(pairs) - full}"
         lines.append(line)
+    return lines
+
+
+def by_pair(records: Sequence[Record]) -> list[str]:
+    """Each pair's share of pictures right in both, mean over the seeds."""
+    methods = [m for m in dict.fromkeys(r["method"] for r in records) if m not in (CEILING, "base model")]
+    found = {m: pair_means(records, m, "both") for m in methods}
+    lines = ["| pair | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for pair in sorted({r["pair"] for r in records}):
+        lines.append(
+            f"| {pair} | " + " | ".join(f"{found[m][pair]:.2f}" if pair in found[m] else "" for m in methods) + " |"
+        )
     return lines
 
 
