@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Record = dict[str, Any]
@@ -223,5 +222,5 @@ def sheet(results: Path, to: Path) -> None:
         for column, file in enumerate(found):
             strip = Image.open(file).convert("RGB")
             strip = strip.resize((across * _SIZE, _SIZE), Image.Resampling.LANCZOS)
-            image.paste(Image.fromarray(np.asarray(strip)), (_LABEL + column * step, top))
+            image.paste(strip, (_LABEL + column * step, top))
     image.save(to, quality=75)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class SavedZip:
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     report: str = ""
-    format: str = field(default=FORMAT)
+    format: str = FORMAT
 
 
 def write(path: str | os.PathLike[str], coefficients: Coefficients, about: SavedZip) -> None:
@@ -52,6 +52,14 @@ def write(path: str | os.PathLike[str], coefficients: Coefficients, about: Saved
     sides = {"content": coefficients.content, "style": coefficients.style}
     tensors = {f"{concept}.{name}": m.float() for concept, side in sides.items() for name, m in side.items()}
     write_tensors(path, tensors, {_KEY: json.dumps(asdict(about))})
+
+
+def read_about(path: str | os.PathLike[str]) -> SavedZip:
+    """What a file says of itself, without its numbers. Raises LoRAFileError as `read` does."""
+    path = Path(path)
+    check_safetensors(path)
+    with safe_open(str(path), framework="pt", device="cpu") as file:
+        return _about(path, file.metadata() or {})
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Coefficients, SavedZip]:

@@ -153,7 +153,7 @@ def rider_tensors(zipped: loras.ZippedLoRA, dtype: torch.dtype, report: list[str
                 continue
             name = zipped.fitted.names.kohya(key) + (".diff_b" if key.endswith(".bias") else ".diff")
             scaled = zipped.strength(concept) * values.float()
-            tensors[name] = tensors.get(name, torch.zeros_like(scaled, dtype=dtype)).float() + scaled
+            tensors[name] = tensors[name] + scaled if name in tensors else scaled
     return {name: t.to(dtype) for name, t in tensors.items()}
 
 

@@ -31,8 +31,8 @@ class FittedPair:
 
     pair: LoRAPair
     riders: dict[str, dict[str, Any]]
-    notes: list[str] = field(default_factory=list)
-    names: keys.FileNames = field(default_factory=lambda: keys.FileNames("", {}))
+    notes: list[str]
+    names: keys.FileNames
 
 
 @dataclass

@@ -102,7 +102,7 @@ def fingerprint(name: str) -> list[tuple[str, int, int]]:
     """Changes when the file or one of its LoRA files does."""
     path = zipped_path(name)
     status = os.stat(path)
-    _, about = saved.read(path)
+    about = saved.read_about(path)
     bound = [loras.fingerprint(_find(wanted, name)) for wanted in (about.content, about.style)]
     return [(path, status.st_size, status.st_mtime_ns), *bound]
 
