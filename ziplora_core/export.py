@@ -76,30 +76,33 @@ def cut(up: Tensor, down: Tensor, rank: int) -> ExportLayer:
     )
 
 
-def kohya_tensors(layers: Mapping[str, ExportLayer], dtype: torch.dtype) -> dict[str, Tensor]:
+def rounded(name: str, layer: ExportLayer, dtype: torch.dtype) -> ExportLayer:
+    """A layer in a file's dtype, contiguous. Raises ValueError, with its name, where its numbers do not fit."""
+    up, down = (t.to(dtype).contiguous() for t in (layer.up, layer.down))
+    if not (all_finite(up) and all_finite(down)):
+        raise ValueError(f"layer '{name}' holds numbers too large for {dtype}; export as bf16 or fp32")
+    return ExportLayer(up, down, layer.kept)
+
+
+def kohya_tensors(layers: Mapping[str, ExportLayer]) -> dict[str, Tensor]:
     """Tensors in kohya's form, alpha = rank. layers: kohya's layer name -> layer."""
     tensors = {}
     for name, layer in layers.items():
-        up, down = _finite(name, layer, dtype)
-        tensors[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *[1] * (down.ndim - 2))
-        tensors[f"{name}.lora_down.weight"] = down
+        tensors[f"{name}.lora_up.weight"] = _like_down(layer)
+        tensors[f"{name}.lora_down.weight"] = layer.down
         tensors[f"{name}.alpha"] = torch.tensor(float(layer.rank))
     return tensors
 
 
-def peft_tensors(layers: Mapping[str, ExportLayer], dtype: torch.dtype) -> dict[str, Tensor]:
+def peft_tensors(layers: Mapping[str, ExportLayer]) -> dict[str, Tensor]:
     """Tensors in peft's form, which diffusers reads; no alpha stands for alpha = rank. layers: module name -> layer."""
     tensors = {}
     for name, layer in layers.items():
-        up, down = _finite(name, layer, dtype)
-        tensors[f"{name}.lora_A.weight"] = down
-        tensors[f"{name}.lora_B.weight"] = up.reshape(*up.shape, *[1] * (down.ndim - 2))
+        tensors[f"{name}.lora_A.weight"] = layer.down
+        tensors[f"{name}.lora_B.weight"] = _like_down(layer)
     return tensors
 
 
-def _finite(name: str, layer: ExportLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both factors in a file's dtype. Raises ValueError where they do not fit into it."""
-    up, down = (t.to(dtype).contiguous() for t in (layer.up, layer.down))
-    if not (all_finite(up) and all_finite(down)):
-        raise ValueError(f"layer '{name}' holds numbers too large for {dtype}; export as bf16 or fp32")
-    return up, down
+def _like_down(layer: ExportLayer) -> Tensor:
+    """`up` with as many axes as `down`: (out, rank, 1, 1) for a convolution."""
+    return layer.up.reshape(*layer.up.shape, *[1] * (layer.down.ndim - 2))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,30 +58,35 @@ def write(path: str | os.PathLike[str], coefficients: Coefficients, about: Saved
 def read_about(path: str | os.PathLike[str]) -> SavedZip:
     """What a file says of itself, without its numbers. Raises LoRAFileError as `read` does."""
     path = Path(path)
-    check_safetensors(path)
-    with safe_open(str(path), framework="pt", device="cpu") as file:
+    with _opened(path) as file:
         return _about(path, file.metadata() or {})
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Coefficients, SavedZip]:
     """Raises LoRAFileError for a file that is cut off, no file of this pack, or of a format that it does not know."""
     path = Path(path)
-    check_safetensors(path)
     sides: dict[str, dict[str, torch.Tensor]] = {"content": {}, "style": {}}
+    with _opened(path) as file:
+        about = _about(path, file.metadata() or {})
+        for key in file.keys():  # safe_open is not a mapping
+            concept, _, name = key.partition(".")
+            m = file.get_tensor(key)
+            if concept not in sides or m.ndim != 1 or m.dtype != torch.float32 or not bool(torch.isfinite(m).all()):
+                raise LoRAFileError(
+                    f"'{path.name}' holds no usable coefficients at '{key}'; zip the pair again and save it anew"
+                )
+            sides[concept][name] = m
+    return Coefficients(sides["content"], sides["style"]), about
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    check_safetensors(path)
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            about = _about(path, file.metadata() or {})
-            for key in file.keys():  # safe_open is not a mapping
-                concept, _, name = key.partition(".")
-                m = file.get_tensor(key)
-                if concept not in sides or m.ndim != 1 or m.dtype != torch.float32 or not bool(torch.isfinite(m).all()):
-                    raise LoRAFileError(
-                        f"'{path.name}' holds no usable coefficients at '{key}'; zip the pair again and save it anew"
-                    )
-                sides[concept][name] = m
+            yield file
     except (SafetensorError, OSError, RuntimeError) as error:
         raise LoRAFileError(f"'{path.name}' cannot be read ({error}); zip the pair again and save it anew") from error
-    return Coefficients(sides["content"], sides["style"]), about
 
 
 def _about(path: Path, metadata: Mapping[str, str]) -> SavedZip:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import comfy.lora
 import comfy.utils
 import folder_paths
 import torch
-from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ...ziplora_core import export
@@ -18,7 +17,7 @@ from ...ziplora_core.export import ExportLayer
 from ...ziplora_core.files import write_tensors
 from ...ziplora_core.merge import merged_factors
 from ...ziplora_core.pair import Factors, LayerPair
-from . import keys, loras
+from . import fitting, keys, loras
 
 FORMATS = ("kohya", "diffusers")
 _ARCHITECTURES = {  # modelspec's names, by the host's
@@ -33,8 +32,9 @@ _KOHYA_BASES = {"SDXL": "sdxl_base_v1-0", "SD15": "sd_v1", "SD3": "sd3", "Flux":
 
 @dataclass
 class Exported:
-    """tensors: in kohya's form, for the host's LORA_MODEL socket. metadata, report: of the file."""
+    """lora_model: in kohya's form, for the host's LORA_MODEL socket. tensors, metadata, report: of the file."""
 
+    lora_model: dict[str, Tensor]
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     report: list[str] = field(default_factory=list)
@@ -47,37 +47,43 @@ def export_tensors(zipped: loras.ZippedLoRA, rank: int, dtype: str, form: str) -
     form: "kohya" or "diffusers" (peft's names). Raises ValueError for a model without diffusers names, and where
     numbers do not fit into the dtype.
     """
+    names, precision = zipped.fitted.names, export.DTYPES[dtype]
+    if form == "diffusers":
+        _check_diffusers_names(zipped)
     report: list[str] = []
     bar = comfy.utils.ProgressBar(len(zipped.fitted.pair.layers))
     layers: dict[str, ExportLayer] = {}
     for done, (key, layer) in enumerate(zipped.fitted.pair.layers.items()):
         chosen = {"content": zipped.coefficients.content.get(key), "style": zipped.coefficients.style.get(key)}
         if 0 < rank < sum(f.rank for _, f in layer.halves()):
-            layers[key] = export.cut(*merged_factors(layer, chosen["content"], chosen["style"]), rank)
+            made = export.cut(*merged_factors(layer, chosen["content"], chosen["style"]), rank)
         else:
-            layers[key] = export.whole(layer, chosen, export.DTYPES[dtype])
+            made = export.whole(layer, chosen, precision)
+        layers[key] = export.rounded(key, made, precision)
         bar.update_absolute(done + 1)
     text, left_out = text_encoder_layers(zipped, rank)
+    text = {name: export.rounded(name, layer, precision) for name, layer in text.items()}
     report += left_out
-    names = zipped.fitted.names
-    if form == "kohya":
-        named = {names.kohya(key): layer for key, layer in layers.items()}
-        tensors = export.kohya_tensors({**named, **text}, export.DTYPES[dtype])
-        tensors |= rider_tensors(zipped, export.DTYPES[dtype], report)
-    else:
-        nameless = [key for key in layers if key not in names.diffusers]
-        if nameless:
-            raise ValueError(
-                f"diffusers has no name for {len(nameless)} of the {len(layers)} layers of this model "
-                f"({names.family}), e.g. '{nameless[0]}'; export in kohya's format"
-            )
+    lora_model = export.kohya_tensors({**{names.kohya(key): layer for key, layer in layers.items()}, **text})
+    lora_model |= rider_tensors(zipped, precision, report)
+    tensors = lora_model
+    if form == "diffusers":
         named = {f"unet.{names.diffusers[key]}": layer for key, layer in layers.items()}
-        named |= {diffusers_text_encoder(name): layer for name, layer in text.items()}
-        tensors = export.peft_tensors(named, export.DTYPES[dtype])
+        tensors = export.peft_tensors({**named, **{diffusers_text_encoder(k): layer for k, layer in text.items()}})
         if any(zipped.fitted.riders.values()):
             report.append("bias and norm differences are left out: diffusers' form has no place for them")
     report[:0] = _summary(layers, text, tensors, rank, dtype, form)
-    return Exported(tensors, _metadata(zipped, layers, report), report)
+    return Exported(lora_model, tensors, _metadata(zipped, layers, report), report)
+
+
+def _check_diffusers_names(zipped: loras.ZippedLoRA) -> None:
+    names, layers = zipped.fitted.names, zipped.fitted.pair.layers
+    nameless = [key for key in layers if key not in names.diffusers]
+    if nameless:
+        raise ValueError(
+            f"diffusers has no name for {len(nameless)} of the {len(layers)} layers of this model "
+            f"({names.family}), e.g. '{nameless[0]}'; export in kohya's format"
+        )
 
 
 def _summary(layers, text, tensors, rank: int, dtype: str, form: str) -> list[str]:
@@ -108,13 +114,11 @@ def text_encoder_layers(zipped: loras.ZippedLoRA, rank: int) -> tuple[dict[str, 
     for concept, source in zipped.sources.by_concept().items():
         names = {k: keys.kohya_text_encoder(k) for k in map(keys.layer_name, source.tensors) if keys.is_text_encoder(k)}
         for name, adapter in comfy.lora.load_lora(source.tensors, names, log_missing=False).items():
-            plain = isinstance(adapter, LoRAAdapter) and all(w is None for w in adapter.weights[3:])
-            if not plain:
+            if not fitting.is_low_rank(adapter):
                 left_out.append(f"'{source.name}': text-encoder layer '{name}' is no plain LoRA and is left out")
                 continue
-            up, down, alpha = adapter.weights[:3]
-            scale = zipped.strength(concept) * (1.0 if alpha is None else alpha / down.shape[0])
-            parts.setdefault(name, {})[concept] = Factors(up.flatten(1), down, scale)
+            dialled = replace(source, strength=zipped.strength(concept))
+            parts.setdefault(name, {})[concept] = fitting.low_rank(dialled, name, adapter)
     layers = {}
     for name, found in parts.items():
         layers[name] = export.cut(*merged_factors(LayerPair(**found), None, None), rank)
@@ -200,5 +204,4 @@ def export_file(
     path = next_path(prefix, folder_paths.get_output_directory())
     write_tensors(path, exported.tensors, exported.metadata)
     name = os.path.relpath(path, folder_paths.get_output_directory())
-    model = exported if form == "kohya" else export_tensors(zipped, rank, dtype, "kohya")
-    return model.tensors, "  \n".join([f"written: {name}", *exported.report])
+    return exported.lora_model, "  \n".join([f"written: {name}", *exported.report])

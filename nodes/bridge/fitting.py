@@ -54,8 +54,8 @@ class _Fitting:
             self.riders[key] = patch
             return
         part = weight if place is None else weight.narrow(*place)
-        if _is_plain(patch):
-            found = _low_rank(self.source, key, patch, part.shape)
+        if is_low_rank(patch):
+            found = _reshaped(self.source, key, low_rank(self.source, key, patch), part.shape)
         else:
             found = self._dense(key, patch, place, part)
         if place is not None:
@@ -99,7 +99,8 @@ class _Fitting:
         return lines
 
 
-def _is_plain(patch: Any) -> bool:
+def is_low_rank(patch: Any) -> bool:
+    """Whether a patch of the host is up · down and nothing else: no DoRA scale, no change of shape."""
     return isinstance(patch, LoRAAdapter) and patch.weights[4] is None and patch.weights[5] is None
 
 
@@ -145,20 +146,30 @@ def _guess(source: LoRASource) -> str:
     return f" (it looks like a LoRA for {family})" if family else ""
 
 
-def _low_rank(source: LoRASource, key: str, adapter: Any, shape: torch.Size) -> Factors:
-    """The host's adapter of one layer as up (out, r) and down (r, in, *kernel)."""
+def low_rank(source: LoRASource, layer: str, adapter: LoRAAdapter) -> Factors:
+    """The host's adapter of one layer as up (out, r) and down (r, in, *kernel), at its file's strength.
+
+    Tucker convolutions are written out. Raises LoRAFileError where the two matrices do not multiply.
+    """
     up, down, alpha, mid, *_ = adapter.weights
-    if mid is not None:  # Tucker convolution: down'[p, in, kernel] = Σ_q mid[p, q, kernel] · down[q, in]
+    if mid is not None:  # down'[p, in, kernel] = Σ_q mid[p, q, kernel] · down[q, in]
         down = torch.einsum("pq...,qi->pi...", mid.float(), down.flatten(1).float())
-    up, rank = up.flatten(1), down.shape[0]
-    if up.shape != (shape[0], rank) or down.numel() != rank * math.prod(shape[1:]):
+    try:
+        return Factors(up.flatten(1), down, source.strength * (1.0 if alpha is None else alpha / down.shape[0]))
+    except ValueError as error:
+        raise LoRAFileError(f"'{source.name}' is broken at layer '{layer}': {error}; download it again") from error
+
+
+def _reshaped(source: LoRASource, key: str, found: Factors, shape: torch.Size) -> Factors:
+    """Factors for a weight of this shape: some files store a 1 x 1 convolution as a linear layer, or the reverse."""
+    columns = found.down.numel() // found.rank
+    if found.up.shape[0] != shape[0] or columns != math.prod(shape[1:]):
         raise LoRAFileError(
             f"'{source.name}' was made for another model{_guess(source)}: its layer '{key}' changes a weight of shape "
-            f"({up.shape[0]}, {down.numel() // rank}), this model's is {tuple(shape)}; "
+            f"({found.up.shape[0]}, {columns}), this model's is {tuple(shape)}; "
             "choose a LoRA of the same model family"
         )
-    scale = source.strength * (1.0 if alpha is None else alpha / rank)
-    return Factors(up, down.reshape(rank, *shape[1:]), scale)
+    return replace(found, down=found.down.reshape(found.rank, *shape[1:]))
 
 
 def _widened(factors: Factors, shape: torch.Size, axis: int, start: int, length: int) -> Factors:

@@ -72,5 +72,6 @@ def test_a_merge_of_zeros_is_cut_without_complaint():
 def test_numbers_that_do_not_fit_are_refused_by_layer():
     layer = export.ExportLayer(torch.full((2, 1), 1e6), torch.ones(1, 2))
     with pytest.raises(ValueError, match="'here'.*too large for torch.float16.*bf16 or fp32"):
-        export.kohya_tensors({"here": layer}, torch.float16)
-    assert export.peft_tensors({"here": layer}, torch.bfloat16)["here.lora_B.weight"].dtype is torch.bfloat16
+        export.rounded("here", layer, torch.float16)
+    rounded = export.rounded("here", layer, torch.bfloat16)
+    assert rounded.up.dtype is rounded.down.dtype is torch.bfloat16 and rounded.kept == layer.kept

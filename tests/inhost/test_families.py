@@ -83,7 +83,7 @@ def test_optimising_lowers_the_losses_and_leaves_the_model(pack, family):
     assert torch.equal(family.sample(patcher), before)
 
 
-@pytest.mark.parametrize(("mine", "other"), permutations(FAMILIES, 2))
+@pytest.mark.parametrize(("mine", "other"), list(permutations(FAMILIES, 2)))
 def test_a_lora_of_another_family_is_told_by_its_own(pack, mine, other):
     """Its names say which family it is for; SD 1.5's and SDXL's differ by the width of the prompts alone."""
     stranger = FAMILIES[other]

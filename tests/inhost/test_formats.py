@@ -176,6 +176,7 @@ def spoiled(model, spoil):
         (lambda lora, n: {k.replace("lora_unet", "lora_unot"): v for k, v in lora.items()}, "no layer that fits"),
         (lambda lora, n: {**lora, f"{n}.lora_down.weight": torch.ones(2, 7)}, "made for another model"),
         (lambda lora, n: {**lora, f"{n}.lora_up.weight": torch.ones(7, 2)}, "made for another model"),
+        (lambda lora, n: {**lora, f"{n}.lora_up.weight": torch.ones(64, 3)}, "is broken at layer.*do not multiply"),
         (lambda lora, n: {**lora, f"{n}.reshape_weight": torch.tensor([64, 96])}, "changes the shape of layer"),
         (
             lambda lora, n: {**lora, "lora_unet_out_2.diff": torch.ones(4, 31, 3, 3)},

@@ -134,6 +134,17 @@ def test_broken_files_are_refused_before_a_model_is_loaded(pack, folders, pair, 
         saved.load(pair[0], name)
 
 
+def test_a_header_that_lies_is_refused_by_name(pack, folders, pair):
+    """A dtype that does not fit its bytes passes the look at the header and fails in safetensors itself."""
+    saved = pack.nodes.bridge.saved
+    name = saved.save(pair[1], "mine")
+    path = folders / "output" / "ziplora" / name
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F64"', 1))
+    for refused in (lambda: saved.load(pair[0], name), lambda: pack.ziplora_core.saved.read_about(path)):
+        with pytest.raises(pack.ziplora_core.files.LoRAFileError, match=f"'{name}' cannot be read"):
+            refused()
+
+
 def test_nan_in_the_file_is_refused(pack, folders, pair):
     saved = pack.nodes.bridge.saved
     name = saved.save(pair[1], "mine")
