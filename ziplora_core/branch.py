@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .coefficients import Coefficients
+from .frozen import Base, JoinedLayer, Update, frozen_with
 from .merge import merged_factors
-from .pair import LayerPair, LoRAPair, column_view
-
-_CONVOLUTION: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
-
-
-@dataclass(frozen=True)
-class JoinedLayer:
-    """Both LoRAs of one layer on one rank axis, content first.
-
-    up: (out, R) with the scales in it. down: (R, in, *kernel). R = content_rank + style_rank.
-    """
-
-    up: Tensor
-    down: Tensor
-    content_rank: int
-
-    @property
-    def columns(self) -> int:
-        return self.down.shape[1]
-
-    @property
-    def style_rank(self) -> int:
-        return self.down.shape[0] - self.content_rank
+from .pair import LayerPair, LoRAPair
 
 
 def _join(layer: LayerPair, device: torch.device | str, dtype: torch.dtype) -> JoinedLayer:
@@ -106,19 +83,10 @@ class JoinedPair:
         return Branch(self.layers, is_style=is_style)
 
 
-def style_rows(is_style: Tensor, x: Tensor) -> Tensor:
-    """is_style (rows,) for each row of a layer's input or output, on its device: (x.shape[0],) bool."""
-    rows = is_style.to(x.device)
-    if x.shape[0] != rows.shape[0]:  # a model that folds frames or windows into the batch, row-major
-        rows = rows.repeat_interleave(x.shape[0] // rows.shape[0])
-    return rows
-
-
 class Branch:
-    """Adds up·(down·x) to the layers of one forward pass, as student or as teacher.
+    """What the two LoRAs do in one forward pass, as student (with coefficients) or as teacher (with is_style).
 
-    A predictor calls `delta` with the input of each layer that the pair changes and adds the result to
-    that layer's own output.
+    A predictor hands `layer` the input of each layer that the pair changes.
     """
 
     def __init__(
@@ -127,46 +95,34 @@ class Branch:
         coefficients: Mapping[str, Mapping[str, Tensor]] | None = None,
         is_style: Tensor | None = None,
     ):
+        if (coefficients is None) == (is_style is None):
+            raise ValueError(
+                "a branch is a student, with coefficients, or a teacher, with is_style; found both or none"
+            )
         self._layers = layers
         self._coefficients = coefficients
-        self._is_style = is_style
+        self._content_rows, self._rows = (0, 1) if is_style is None else (int((~is_style).sum()), len(is_style))
 
-    def _down(self, name: str, dtype: torch.dtype) -> Tensor:
-        layer = self._layers[name]
-        if self._coefficients is None:
-            return layer.down.to(dtype)
-        parts: Sequence[Tensor] = [
-            half * column_view(self._coefficients[concept][name], half)
-            for concept, half in (
-                ("content", layer.down[: layer.content_rank]),
-                ("style", layer.down[layer.content_rank :]),
-            )
-            if half.shape[0]
-        ]
-        return (torch.cat(list(parts)) if len(parts) > 1 else parts[0]).to(dtype)
-
-    def _own_half(self, hidden: Tensor, layer: JoinedLayer, axis: int) -> Tensor:
-        """Zero the half of the rank axis that does not belong to a row's concept."""
-        if self._is_style is None:
-            return hidden
-        rows = style_rows(self._is_style, hidden)
-        rank = torch.arange(layer.down.shape[0], device=hidden.device)
-        mask = (rank >= layer.content_rank) == rows[:, None]
-        shape = [1] * hidden.ndim
-        shape[0], shape[axis] = mask.shape[0], mask.shape[1]
-        return hidden * mask.to(hidden.dtype).reshape(shape)
-
-    def delta(self, name: str, x: Tensor, **convolution: Any) -> Tensor:
-        """What the pair adds to the output of layer `name` for input x.
+    def layer(self, name: str, x: Tensor, base: Base, **convolution: Any) -> Tensor:
+        """Output of layer `name` with the pair on it.
 
         x: (rows, ..., in) for a linear layer; (rows, in, *space) for a convolution, whose stride, padding
-        and dilation come as keywords. Computed in the dtype of x; keeps nothing for backward but x.
+        and dilation come as keywords. Computed in the dtype of x. A student is differentiable in x and in the
+        coefficients and keeps nothing for backward but x; a teacher has no gradient.
         """
-        layer = self._layers[name]
-        down = self._down(name, x.dtype)
-        up = layer.up.to(x.dtype)
-        if down.ndim == 2:
-            return F.linear(self._own_half(F.linear(x, down), layer, -1), up)
-        conv = _CONVOLUTION[x.ndim]
-        hidden = self._own_half(conv(x, down, **convolution), layer, 1)
-        return conv(hidden, up.reshape(*up.shape, *([1] * (x.ndim - 2))))
+        update = Update(self._layers[name], convolution)
+        if self._coefficients is not None:
+            content, style = (self._coefficients[concept].get(name) for concept in ("content", "style"))
+            return frozen_with(x, base, update, content, style)
+        with torch.no_grad():
+            y = base.forward(x)
+            for rows, part in zip(self.own_rows(x), update.layer.parts, strict=True):
+                down = update.layer.down[part].to(x.dtype)
+                if len(x[rows]) and len(down):
+                    update.add(y[rows], x[rows], down, part)
+            return y
+
+    def own_rows(self, x: Tensor) -> tuple[slice, slice]:
+        """A teacher's content rows and style rows of a layer's input, also where a model folds frames into rows."""
+        first = len(x) * self._content_rows // self._rows
+        return slice(0, first), slice(first, None)

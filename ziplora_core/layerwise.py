@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .branch import Branch, JoinedLayer, JoinedPair, style_rows
+from .branch import Branch, JoinedPair
 from .coefficients import Coefficients
+from .frozen import Base, JoinedLayer
 from .solver import Predictor, References, Settings, spread_batches
 
 CONCEPTS = ("content", "style")
@@ -116,14 +117,13 @@ class RecordingBranch(Branch):
 
     def __init__(self, joined: JoinedPair, is_style: Tensor, moments: Moments):
         super().__init__(joined.layers, is_style=is_style)
-        self._rows = is_style
         self._moments = moments
         self._recent: list[tuple[Tensor, int, str]] = []  # kept alive, so that `is` means the same input
 
-    def delta(self, name: str, x: Tensor, **convolution: Any) -> Tensor:
+    def layer(self, name: str, x: Tensor, base: Base, **convolution: Any) -> Tensor:
         if name in self._moments.names:
             self._record(name, x, convolution)
-        return super().delta(name, x, **convolution)
+        return super().layer(name, x, base, **convolution)
 
     def _record(self, name: str, x: Tensor, convolution: dict[str, Any]) -> None:
         layer = self._layers[name]
@@ -137,14 +137,14 @@ class RecordingBranch(Branch):
             self._recent = [*self._recent[-7:], (x, _version(x), name)]
         if not self._moments.keep:
             return
-        is_style = style_rows(self._rows, x)
-        for concept, mine in zip(CONCEPTS, (~is_style, is_style), strict=True):
-            if not mine.any():
+        for concept, rows in zip(CONCEPTS, self.own_rows(x), strict=True):
+            mine = x[rows]
+            if not len(mine):
                 continue
             if linear:
-                self._moments.add(name, concept, x[mine].flatten(0, -2).float())
+                self._moments.add(name, concept, mine.flatten(0, -2).float())
             else:
-                self._moments.add_form(name, concept, *_convolution_form(layer, x[mine], **convolution))
+                self._moments.add_form(name, concept, *_convolution_form(layer, mine, **convolution))
 
 
 @dataclass(frozen=True)

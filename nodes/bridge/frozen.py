@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...ziplora_core.branch import Branch
+from ...ziplora_core.frozen import Base, frozen
 
 _CONV_INPUT = {
     1: torch.nn.grad.conv1d_input,
@@ -60,37 +61,29 @@ def _cast(module: torch.nn.Module, like: Tensor) -> Iterator[tuple[Tensor | None
         yield module.weight.to(like), None if module.bias is None else module.bias.to(like)
 
 
-class _FrozenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, module: torch.nn.Module, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.module = module
-        return forward(x)
+class _Linear:
+    """`Base` of the core: a linear layer of the host by its own forward; backward casts the weight again."""
 
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        (grad,) = grads
+    def __init__(self, module: torch.nn.Module, forward: Callable[[Tensor], Tensor]):
+        self._module, self.forward = module, forward
+
+    def backward(self, grad: Tensor, shape: torch.Size) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        with _cast(ctx.module, grad) as (weight, _):
-            return grad @ weight, None, None
+        with _cast(self._module, grad) as (weight, _):
+            return grad @ weight
 
 
-class _FrozenConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, module: torch.nn.Module, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.module, ctx.shape = module, x.shape
-        return forward(x)
+class _Convolution:
+    """`Base` of the core: the same for a convolution."""
 
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        (grad,), m = grads, ctx.module
+    def __init__(self, module: torch.nn.Module, forward: Callable[[Tensor], Tensor]):
+        self._module, self.forward = module, forward
+
+    def backward(self, grad: Tensor, shape: torch.Size) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
+        m = self._module
         with _cast(m, grad) as (weight, _):
-            input_gradient = _CONV_INPUT[grad.ndim - 2]
-            return (
-                input_gradient(ctx.shape, weight, grad, m.stride, m.padding, m.dilation, m.groups),
-                None,
-                None,
-            )
+            return _CONV_INPUT[grad.ndim - 2](shape, weight, grad, m.stride, m.padding, m.dilation, m.groups)
 
 
 def _norm(module: torch.nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor], changes_inputs: bool) -> Tensor:
@@ -189,11 +182,11 @@ class Injection:
     def _replacement(self, name: str, module: torch.nn.Module) -> Callable[..., Tensor] | None:
         forward = module.forward
         if isinstance(module, _CONV) and not isinstance(module, torch.nn.modules.conv._ConvTransposeNd):
-            return self._frozen(name, module, forward, _FrozenConv, _convolution_options(module))
+            return self._frozen(name, _Convolution(module, forward), _convolution_options(module))
         if isinstance(module, torch.nn.Linear) or (
             isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
         ):
-            return self._frozen(name, module, forward, _FrozenLinear, {})
+            return self._frozen(name, _Linear(module, forward), {})
         if isinstance(module, _NORMS):
             return lambda x: _norm(module, x, forward, self._changes_inputs)
         if self._checkpoint_blocks and type(module).__name__ in _BLOCKS:
@@ -203,16 +196,10 @@ class Injection:
             return _with_copies(module, forward)
         return None
 
-    def _frozen(self, name, module, forward, function, convolution) -> Callable[[Tensor], Tensor]:
-        zipped = name in self._layers
-
-        def run(x: Tensor) -> Tensor:
-            y = function.apply(x, module, forward)
-            if zipped and self.branch is not None:
-                y = y + self.branch.delta(name, x, **convolution)
-            return y
-
-        return run
+    def _frozen(self, name: str, base: Base, convolution: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        if name not in self._layers:
+            return lambda x: frozen(x, base)
+        return lambda x: frozen(x, base) if self.branch is None else self.branch.layer(name, x, base, **convolution)
 
 
 def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import SHAPES, ToyPredictor, toy_pair, toy_references
+from toys import SHAPES, Dense, ToyPredictor, toy_pair, toy_references
 
 from ziplora_core import layerwise
 from ziplora_core.branch import JoinedPair
@@ -25,9 +25,9 @@ class Watched(ToyPredictor):
         watched = self
 
         class Spy:
-            def delta(self, name, x, **options):
+            def layer(self, name, x, base, **options):
                 watched.seen.append((name, batch.is_style, x))
-                return branch.delta(name, x, **options)
+                return branch.layer(name, x, base, **options)
 
         return super().__call__(batch, Spy())
 
@@ -140,11 +140,12 @@ def test_layers_with_one_input_share_its_moments():
     moments = layerwise.Moments(frozenset({"first", "second"}))
     branch = layerwise.RecordingBranch(joined, torch.tensor([False, True]), moments)
     x = torch.randn(2, 5, dtype=torch.float64)
-    branch.delta("first", x)
-    branch.delta("second", torch.randn(2, 7, dtype=torch.float64))
+    weights = ToyPredictor().weights
+    branch.layer("first", x, Dense(weights["first"]))
+    branch.layer("second", torch.randn(2, 7, dtype=torch.float64), Dense(weights["second"]))
     joined.layers["again"] = joined.layers["first"]
     moments.names |= {"again"}
-    branch.delta("again", x)
+    branch.layer("again", x, Dense(weights["first"]))
     assert moments.source == {"first": "first", "second": "second", "again": "first"}
     assert set(moments.sums) == {(n, c) for n in ("first", "second") for c in CONCEPTS}
 

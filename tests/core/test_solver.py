@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from toys import SHAPES, ToyPredictor, factors, toy_pair, toy_references
+from toys import SHAPES, Dense, ToyPredictor, factors, toy_pair, toy_references
 
 from ziplora_core.branch import JoinedPair
 from ziplora_core.coefficients import Coefficients
@@ -140,7 +140,8 @@ def test_stops_when_the_zipper_is_closed():
 
     class Still(ToyPredictor):
         def __call__(self, batch, branch):
-            return branch.delta("only", batch.latents[:, :, 0, 0].double().expand(-1, 4))
+            x = batch.latents[:, :, 0, 0].double().expand(-1, 4)
+            return branch.layer("only", x, Dense(torch.zeros(3, 4, dtype=torch.float64)))
 
     references = References(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
     result = run(Settings(steps=50, learning_rate=1.0), Still(), pair, references)

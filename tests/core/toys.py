@@ -31,6 +31,21 @@ def toy_pair() -> LoRAPair:
     return LoRAPair(layers)
 
 
+class Dense:
+    """A frozen layer with an ordinary weight (out, in, *kernel)."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(x, self.weight, padding=1) if x.ndim == 4 else x @ self.weight.T
+
+    def backward(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        if grad.ndim == 4:
+            return torch.nn.grad.conv2d_input(shape, self.weight, grad, padding=1)
+        return grad @ self.weight
+
+
 class ToyPredictor:
     """A frozen five-layer network: conv -> mean over space -> four linear layers, tanh between."""
 
@@ -51,10 +66,10 @@ class ToyPredictor:
         self.calls += 1
 
         def layer(name: str, x: Tensor) -> Tensor:
+            base = Dense(self.weights[name])
             if x.ndim == 4:
-                y = torch.nn.functional.conv2d(x, self.weights[name], padding=1)
-                return torch.tanh(y + branch.delta(name, x, padding=1)).mean((2, 3))
-            return torch.tanh(x @ self.weights[name].T + branch.delta(name, x))
+                return torch.tanh(branch.layer(name, x, base, padding=1)).mean((2, 3))
+            return torch.tanh(branch.layer(name, x, base))
 
         x = self.noisy(batch)
         for name in SHAPES:
