@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from benchmarks.dense import WAYS, DenseLayer  # noqa: E402
-from ziplora_core.branch import Branch, JoinedPair  # noqa: E402
-from ziplora_core.frozen import Base  # noqa: E402
-from ziplora_core.pair import Factors, LayerPair, LoRAPair  # noqa: E402
+from benchmarks.dense import WAYS, DenseLayer
+from ziplora_core.branch import Branch, JoinedPair
+from ziplora_core.frozen import Base
+from ziplora_core.pair import Factors, LayerPair, LoRAPair
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -107,7 +107,7 @@ class Studio:
         """Run `work(predictor, joined, references)` on the loaded model, with each concept's first picture."""
         conditioning = {c: self.prompt(t.learned.prompt) for c, t in (("content", content), ("style", style))}
         latents = {c: self.latents(t) for c, t in (("content", content), ("style", style))}
-        predictor.with_predictor(self.model, pair, conditioning, latents, 4, False, work)
+        predictor.with_predictor(self.model, pair, conditioning, latents, work)
 
     @torch.inference_mode()
     def draw(self, zipped, prompts: Sequence[str], seed: int) -> torch.Tensor:

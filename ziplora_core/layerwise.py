@@ -27,7 +27,7 @@ from .solver import Predictor, References, Settings, spread_batches
 CONCEPTS = ("content", "style")
 _DRAWS = 8  # passes over both references, spread over the timesteps
 _SEED = 0x1A7E  # added to the seed: noise apart from training's and from measuring's
-_BUDGET = 2**30  # bytes of moments kept at once
+MOMENTS = 2**30  # bytes of moments kept at once
 _POSITIONS = 64  # of a convolution's output, per row and pass: enough of them, and of bounded cost
 
 
@@ -239,7 +239,7 @@ def merge(
     seed: int,
     on_layer: Callable[[SolvedLayer], None] | None = None,
     ridge: float = Settings.ridge,
-    budget: int = _BUDGET,
+    budget: int = MOMENTS,
 ) -> Coefficients:
     """The coefficients that change each layer's output least, layer by layer, in closed form.
 

@@ -16,11 +16,13 @@ def close(
     settings: solver.Settings,
     on_step: Callable[[solver.Step], None] | None = None,
     on_layer: Callable[[layerwise.SolvedLayer], None] | None = None,
+    moments: int = layerwise.MOMENTS,
 ) -> solver.Result:
     """Find m_c and m_s. No steps give the direct merge, whatever the solver.
 
     `on_step` hears of each gradient step, `on_layer` of each layer that is solved in closed form; what they or the
-    predictor raise ends the run. Raises FloatingPointError when a loss, or what the LoRAs do in a layer, is not finite.
+    predictor raise ends the run. moments: bytes that the layer-wise solve may keep at once; the more, the fewer
+    passes. Raises FloatingPointError when a loss, or what the LoRAs do in a layer, is not finite.
     """
     if settings.steps == 0:
         return solver.direct_merge(joined.pair)
@@ -33,7 +35,7 @@ def close(
         if on_layer is not None:
             on_layer(layer)
 
-    start = layerwise.merge(joined, predictor, references, settings.seed, solved, settings.ridge)
+    start = layerwise.merge(joined, predictor, references, settings.seed, solved, settings.ridge, moments)
     if settings.solver == "layerwise":
         return solver.Result(start, stopped="solved layer by layer, in closed form", left=left)
     return replace(solver.optimise(joined, predictor, references, settings, on_step, start), left=left)

@@ -129,18 +129,23 @@ def _convolution_options(module: torch.nn.Module) -> dict[str, Any]:
     return {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
 
 
+def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """A BaseModel's transformer blocks, in the order in which they run."""
+    return [module for module in model.diffusion_model.modules() if type(module).__name__ in _BLOCKS]
+
+
 class Injection:
     """Freezes every layer of a model's network and adds a Branch to the layers of a pair, while injected.
 
     Set `branch` before each forward pass; leave it until the backward pass is done, which may run blocks again.
-    layers: names as in LoRAPair (`diffusion_model.….weight`). checkpoint_blocks: keep one tensor per
-    transformer block for backward and run the block again, instead of keeping all it computed.
+    layers: names as in LoRAPair (`diffusion_model.….weight`). recomputed: of how many transformer blocks, from the
+    first, only the input is kept for backward, which runs them again.
     """
 
-    def __init__(self, layers: Iterable[str], checkpoint_blocks: bool = False):
+    def __init__(self, layers: Iterable[str], recomputed: int = 0):
         self.branch: Branch | None = None
+        self.recomputed = recomputed
         self._layers = set(layers)
-        self._checkpoint_blocks = checkpoint_blocks
         self._changes_inputs = True
         self._undo: list[tuple[torch.nn.Module, Any]] = []
 
@@ -152,9 +157,10 @@ class Injection:
         found = set()
         # The U-Net adds to nothing that autograd keeps; the host's transformers add to a block's input in place.
         self._changes_inputs = not isinstance(patcher.model.diffusion_model, UNetModel)
+        again = set(blocks(patcher.model)[: self.recomputed])
         try:
             for path, module in patcher.model.named_modules():
-                forward = self._replacement(f"{path}.weight", module)
+                forward = _checkpointed(module.forward) if module in again else self._replacement(path, module)
                 if forward is None or not path.startswith("diffusion_model"):
                     continue
                 self._undo.append((module, module.__dict__.get("forward")))
@@ -179,8 +185,8 @@ class Injection:
                 module.forward = previous
         self.branch = None
 
-    def _replacement(self, name: str, module: torch.nn.Module) -> Callable[..., Tensor] | None:
-        forward = module.forward
+    def _replacement(self, path: str, module: torch.nn.Module) -> Callable[..., Tensor] | None:
+        forward, name = module.forward, f"{path}.weight"
         if isinstance(module, _CONV) and not isinstance(module, torch.nn.modules.conv._ConvTransposeNd):
             return self._frozen(name, _Convolution(module, forward), _convolution_options(module))
         if isinstance(module, torch.nn.Linear) or (
@@ -189,8 +195,6 @@ class Injection:
             return self._frozen(name, _Linear(module, forward), {})
         if isinstance(module, _NORMS):
             return lambda x: _norm(module, x, forward, self._changes_inputs)
-        if self._checkpoint_blocks and type(module).__name__ in _BLOCKS:
-            return _checkpointed(forward)
         leaf = next(module.children(), None) is None
         if leaf and any(p is not None for p in module._parameters.values()):
             return _with_copies(module, forward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ...ziplora_core import analysis, solver, zipper
 from ...ziplora_core.branch import JoinedPair
 from ...ziplora_core.coefficients import Coefficients
-from . import fitting, loras, predictor
+from . import fitting, loras, plan, predictor
 from . import references as drawing
 from .progress import Progress
 from .report import Outcome, write
@@ -41,7 +42,8 @@ def optimise(
     model: ModelPatcher, unchanged. conditioning, latents: host values by concept ("content", "style"); where there
     are no latents, the concept's LoRA alone draws them. Every check comes before anything is loaded. steps = 0 loads
     nothing: the direct merge.
-    Raises ValueError (LoRAFileError for a file) or FloatingPointError; interrupts pass through.
+    Raises ValueError (LoRAFileError for a file) or FloatingPointError, and the host's own exception where memory runs
+    out twice; interrupts pass through.
     """
     for concept in ("content", "style"):
         given = latents[concept]
@@ -52,10 +54,14 @@ def optimise(
     ones = Coefficients.ones(fitted.pair)
     outcome = Outcome(sources, fitted, settings, before=ones)
 
-    def work(predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References) -> None:
+    def work(
+        planned: plan.Plan, predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References
+    ) -> None:
         began = time.monotonic()
         progress = Progress(settings.gradient_steps)
-        outcome.result = zipper.close(joined, predict, references, settings, progress.step, progress.layer)
+        outcome.result = zipper.close(
+            joined, predict, references, settings, progress.step, progress.layer, planned.moments
+        )
         outcome.seconds = time.monotonic() - began
         outcome.retention = solver.measure_retention(
             joined, predict, references, [ones, outcome.result.coefficients], settings.seed
@@ -70,15 +76,22 @@ def optimise(
                 drawn = drawing.draw(model, sources, fitted, concept, conditioning[concept], asked, settings.seed)
                 outcome.drawn[concept] = drawn
             samples[concept] = drawn.latents if given is None else given["samples"]
-        predictor.with_predictor(
-            model,
-            fitted.pair,
-            conditioning,
-            samples,
-            rows=4 * settings.batch_size if settings.gradient_steps else 2,  # as much again for what backward keeps
-            checkpoint_blocks=model.load_device.type != "cpu",
-            work=work,
-        )
+
+        def attempt(planned: plan.Plan) -> None:
+            predictor.with_predictor(
+                model,
+                fitted.pair,
+                conditioning,
+                samples,
+                partial(work, planned),
+                planned.together,
+                planned.recomputed,
+                planned.need,
+            )
+
+        room = plan.room_for(model)
+        planned = plan.make(model, fitted.pair, conditioning, samples, settings, room)
+        outcome.plan = plan.carry_out(planned, attempt)
     with torch.inference_mode(False):
         outcome.alignment = [analysis.column_alignment(fitted.pair, c) for c in (ones, outcome.result.coefficients)]
     report = write(outcome)

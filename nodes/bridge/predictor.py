@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -56,15 +57,15 @@ def attention_with_gradient(_, *args, **kwargs) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
-def _own(value: Any) -> Any:
-    """Copies of the tensors in a conditioning, made outside inference mode so that autograd may keep them."""
+def _own(value: Any, device: torch.device) -> Any:
+    """Copies of the tensors in a conditioning, moved once, made outside inference mode: autograd may keep them."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return value.to(device, copy=True)
     if isinstance(value, list):
-        return [_own(v) for v in value]
+        return [_own(v, device) for v in value]
     if hasattr(value, "cond"):
         owned = copy.copy(value)
-        owned.cond = _own(value.cond)
+        owned.cond = _own(value.cond, device)
         return owned
     return value
 
@@ -75,6 +76,8 @@ class HostPredictor:
     The raw prediction is recovered from the host's x0 through the model's own `calculate_denoised`, which is
     affine in it for every parameterisation (eps, v, flow).
     """
+
+    attention = staticmethod(attention_with_gradient)
 
     def __init__(self, guider, model_options: dict, injection: Injection, references: References):
         self._model = guider.inner_model
@@ -105,7 +108,7 @@ class HostPredictor:
             seed=0,
             latent_shapes=[noise.shape],
         )
-        return {k: _own(v) for k, v in encoded[0]["model_conds"].items()}
+        return {k: _own(v, self._device) for k, v in encoded[0]["model_conds"].items()}
 
     def _rows(self, concept: str, rows: int) -> dict[str, Any]:
         return {k: v.process_cond(batch_size=rows, area=None) for k, v in self._conds[concept].items()}
@@ -119,7 +122,7 @@ class HostPredictor:
     def _transformer_options(self, sigma: Tensor, rows: int) -> dict[str, Any]:
         options = self._model.current_patcher.apply_hooks(hooks=None)
         options = {**options, **self._model_options.get("transformer_options", {})}
-        options["optimized_attention_override"] = attention_with_gradient
+        options["optimized_attention_override"] = self.attention
         options["cond_or_uncond"] = [0] * rows
         options["uuids"] = [uuid.uuid4() for _ in range(rows)]
         options["sigmas"] = sigma
@@ -164,22 +167,29 @@ def _guider(patcher, content_positive: list, style_positive: list):
     return guider
 
 
+def _rows_that_take(need: int, model, latents: dict[str, Tensor]) -> int:
+    """For how many rows of content latents the host sets so many bytes aside: it reckons in rows."""
+    one = model.model.memory_required([1, *latents["content"].shape[1:]])
+    return max(2, math.ceil(need / one)) if one else 2
+
+
 def with_predictor(
     model,
     pair: LoRAPair,
     conditioning: dict[str, list],
     latents: dict[str, Tensor],
-    rows: int,
-    checkpoint_blocks: bool,
     work: Callable[[HostPredictor, JoinedPair, References], None],
+    together: bool = True,
+    recomputed: int = 0,
+    need: int = 0,
 ) -> None:
     """Load a clone of a model as the host loads it for sampling, frozen and injected, and do some work with it.
 
     model: ModelPatcher, not changed. conditioning, latents: by concept ("content", "style"); latents as a VAE
-    gives them. rows: rows of one pass, for the host's memory estimate. Whatever happens in `work` (return,
-    exception, interrupt), no injected layer is left behind.
+    gives them. together, recomputed, need: of a Plan; the host makes so much room beside the weights. Whatever
+    happens in `work` (return, exception, interrupt), no injected layer is left behind.
     """
-    injection = Injection(pair.layers, checkpoint_blocks)
+    injection = Injection(pair.layers, recomputed)
     patcher = model.clone()
     patcher.set_injections("ziplora", [injection.as_patcher_injection()])
 
@@ -191,10 +201,12 @@ def with_predictor(
             )
             references = References(content, style)
             joined = JoinedPair(pair, device, compute_dtype(base))
-            work(HostPredictor(guider, model_options, injection, references), joined, references)
+            predict = HostPredictor(guider, model_options, injection, references)
+            predict.joins = predict.joins and together
+            work(predict, joined, references)
 
     try:
-        empty = torch.zeros(rows, *latents["content"].shape[1:])
+        empty = torch.zeros(_rows_that_take(need, model, latents), *latents["content"].shape[1:])
         sigmas = torch.tensor([float(patcher.get_model_object("model_sampling").sigma_max), 0.0])
         guider = _guider(patcher, conditioning["content"], conditioning["style"])
         guider.sample(empty, empty, _Work(prepared), sigmas, seed=0, disable_pbar=True)

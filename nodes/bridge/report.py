@@ -8,6 +8,7 @@ from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.solver import Result, Settings
 from .fitting import FittedPair
 from .loras import LoRASources
+from .plan import Plan
 from .references import Drawn
 
 
@@ -24,6 +25,7 @@ class Outcome:
     retention: list[dict[str, float]] = field(default_factory=list)
     alignment: list[dict[str, float]] = field(default_factory=list)
     drawn: dict[str, Drawn] = field(default_factory=dict)
+    plan: Plan = field(default_factory=Plan)
 
     @property
     def losses(self) -> list[float]:
@@ -62,6 +64,7 @@ def write(outcome: Outcome) -> str:
         )
     if outcome.seconds:
         lines.append(f"time: {outcome.seconds:.1f} s")
+        lines.append(outcome.plan.line())
     if outcome.retention:
         before, after = outcome.retention
         for concept in ("content", "style"):

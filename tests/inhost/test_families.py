@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import permutations
 
 import pytest
+import tiny
 import torch
 from families import FAMILIES, Family
 from safetensors.torch import load_file
@@ -67,6 +68,21 @@ def test_every_format_on_every_family(pack, family, tmp_path, monkeypatch, name)
     _, report = pack.nodes.bridge.export.export_file(zipped, "mine", 0, "fp32", "kohya")
     exported = load_file(tmp_path / report.splitlines()[0].split("written: ")[1].strip())
     assert largest_difference(weights(stock(patcher, exported)), ours) < 1e-4
+
+
+def test_memory_is_estimated_as_it_is(pack, family):
+    """Where blocks are run again, torch keeps some of their inputs where only the estimate sees them."""
+    patcher, bridge = family.patcher(), pack.nodes.bridge
+    pair = bridge.fitting.fit(pair_of(pack, family, patcher.model), patcher.model).pair
+    latents = {c: v["samples"] for c, v in family.latents().items()}
+    rehearsed = bridge.plan.rehearse(patcher, pair, family.prompts(), latents)
+    assert len(rehearsed.inside) == len(bridge.frozen.blocks(patcher.model)) > 0
+    again = rehearsed.outside + sum(rehearsed.inputs)
+    kept, kept_again = (
+        tiny.kept_for_backward(pack, patcher, pair, family.prompts(), latents, recomputed) for recomputed in (0, 99)
+    )
+    assert 2 * (again + sum(rehearsed.inside)) == pytest.approx(kept, rel=0.15)
+    assert 0.85 * kept_again <= 2 * again < kept
 
 
 def test_optimising_lowers_the_losses_and_leaves_the_model(pack, family):
@@ -224,7 +240,9 @@ def test_gradient_is_that_of_autograd_over_copied_weights(pack, family, checkpoi
 
     with torch.inference_mode():
         samples = {c: v["samples"] for c, v in family.latents().items()}
-        bridge.predictor.with_predictor(patcher, fitted.pair, family.prompts(), samples, 2, checkpointed, work)
+        bridge.predictor.with_predictor(
+            patcher, fitted.pair, family.prompts(), samples, work, recomputed=99 * checkpointed
+        )
     assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-4)
     got, expected = found["gradient"]
     difference = (got - expected).norm() / expected.norm()

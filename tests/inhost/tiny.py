@@ -58,3 +58,24 @@ def sample(patcher, seed: int = 0, steps: int = 3) -> Tensor:
             patcher, noise, steps, 3.0, "euler", "normal", positive, negative, torch.zeros(1, 4, 8, 8), seed=seed,
             disable_pbar=True,
         )  # fmt: skip
+
+
+def kept_for_backward(pack, patcher, pair, prompts, latents, recomputed: int) -> int:
+    """Bytes that autograd keeps of a real student pass of both references, each storage once, coefficients apart."""
+    storages, vectors = {}, []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    def work(predict, joined, references):
+        flat = joined.flatten(pack.ziplora_core.coefficients.Coefficients.ones(pair)).requires_grad_()
+        vectors.append(flat.untyped_storage())
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            for batch in next(pack.ziplora_core.solver.spread_batches(references, predict, 0, 1)):
+                predict(batch, joined.student(flat))
+
+    with torch.inference_mode():
+        pack.nodes.bridge.predictor.with_predictor(patcher, pair, prompts, latents, work, recomputed=recomputed)
+    return sum(storage.nbytes() for key, storage in storages.items() if key != vectors[0]._cdata)

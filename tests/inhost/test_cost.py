@@ -1,0 +1,210 @@
+"""What a step costs, counted and not timed: passes, operations, what is kept for backward, what is never made."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+SIDE = 128  # latents of a picture of 1024 x 1024
+
+
+@pytest.fixture(scope="module")
+def sdxl(pack):
+    """(stage, patcher, zipped): full-size SDXL without memory, with two LoRAs of rank 64 that have theirs."""
+    from comfy.model_patcher import ModelPatcher
+
+    full_size, bridge = tiny.full_size, pack.nodes.bridge
+    cpu = torch.device("cpu")
+    patcher = ModelPatcher(full_size.sdxl_model(torch.bfloat16, device="meta"), cpu, cpu)
+    with torch.inference_mode():
+        loras = [full_size.attention_lora(patcher.model, 64, seed, torch.bfloat16) for seed in (0, 1)]
+        sources = bridge.loras.LoRASources(
+            *(bridge.loras.LoRASource(n, lora, 1.0) for n, lora in zip(("content", "style"), loras, strict=True))
+        )
+        prompts = {c: full_size.random_prompt(0) for c in ("content", "style")}
+        latents = {c: full_size.random_latents(SIDE, 0)["samples"] for c in ("content", "style")}
+    fitted = bridge.fitting.fit(sources, patcher.model)
+    zipped = bridge.loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair))
+    return bridge.plan.Stage(patcher, fitted.pair, prompts, latents), patcher, zipped
+
+
+def step(stage):
+    """Teacher, student and backward of both references."""
+    batch = stage.batch("content", "style")
+    with torch.no_grad():
+        teacher = stage.predict(batch, stage.joined.teacher(batch.is_style))
+    flat = stage.coefficients()
+    with torch.enable_grad():
+        student = stage.predict(batch, stage.joined.student(flat))
+        (student - teacher).flatten(1).norm(dim=1).mean().backward()
+    return flat.grad
+
+
+@pytest.mark.parametrize(("recomputed", "forwards"), [(0, 6), (70, 8)])
+def test_a_step_counts_no_more_operations_than_the_design_allows(pack, sdxl, recomputed, forwards):
+    """design.md, section 7: 2 teacher, 2 student, 2 backward, and 2 where blocks are run again, in forward passes."""
+    stage, *_ = sdxl
+    with stage.injected():
+        stage.injection.branch = None
+        x, context, vector = (torch.empty(1, *shape, device="meta") for shape in ((4, SIDE, SIDE), (77, 2048), (2816,)))
+        options = {"optimized_attention_override": pack.nodes.bridge.predictor.attention_with_gradient}
+        with torch.no_grad(), FlopCounterMode(display=False) as forward:
+            stage.base.apply_model(
+                x, torch.empty(1, device="meta"), c_crossattn=context, y=vector, transformer_options=options
+            )
+    with stage.injected(recomputed), FlopCounterMode(display=False) as counter:
+        assert step(stage).shape == (1_571_840,)
+    tflop = [c.get_total_flops() / 1e12 for c in (forward, counter)]
+    share = tflop[1] / tflop[0] / forwards
+    print(f"forward {tflop[0]:.2f} TFLOP a row, step {tflop[1]:.1f}: {share:.3f} of {forwards} forward passes")
+    assert 5 < tflop[0] < 7.5
+    assert share <= 1.25
+    assert tflop[1] <= 1.25 * {6: 36, 8: 48}[forwards]
+
+
+class Shapes(TorchDispatchMode):
+    """Shapes of everything that is made; views, and what is changed in place, left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made, returned in zip(out if isinstance(out, tuple) else (out,), func._schema.returns, strict=False):
+            if isinstance(made, torch.Tensor) and returned.alias_info is None:
+                self.made.add(tuple(made.shape))
+        return out
+
+
+def test_no_update_is_ever_formed(pack, sdxl):
+    """Neither while optimising, nor in applying, nor in exporting a plain pair: no tensor of any ΔW's shape."""
+    stage, patcher, zipped = sdxl
+    updates = {factors.shape for layer in zipped.fitted.pair.layers.values() for _, factors in layer.halves()}
+    assert updates == {(1280, 1280), (1280, 2048), (640, 640), (640, 2048)}
+    bridge = pack.nodes.bridge
+    for work in (
+        lambda: step(stage),
+        lambda: bridge.apply.apply(patcher, None, zipped, 1.0),
+        lambda: bridge.export.export_tensors(zipped, 0, "fp16", "kohya"),
+    ):
+        with stage.injected(), Shapes() as shapes:
+            work()
+        assert shapes.made
+        assert not shapes.made & updates, shapes.made & updates
+
+
+def test_two_passes_a_step_and_only_one_has_a_gradient(pack):
+    patcher, steps, passes = tiny.tiny_patcher(), 3, []
+    record = patcher.model.diffusion_model.register_forward_pre_hook(
+        lambda _, args: passes.append((len(args[0]), torch.is_grad_enabled()))
+    )
+    settings = pack.ziplora_core.solver.Settings(steps=steps, solver="gradient")
+    held_out = 4 * 3  # draws of a teacher, the direct merge and the zipped pair
+    direct = 4 * 2  # what the direct merge loses, which the balanced objective is relative to
+    with torch.inference_mode():
+        pack.nodes.bridge.optimise.optimise(
+            patcher, tiny.sources(pack, patcher.model), tiny.prompts(), tiny.latents(), settings
+        )
+    record.remove()
+    assert {rows for rows, _ in passes} == {2}
+    assert [grad for _, grad in passes] == [False] * direct + [False, True] * steps + [False] * held_out
+
+
+@pytest.mark.parametrize("recomputed", [0, 2, 99])
+def test_the_rehearsal_counts_what_a_real_pass_keeps(pack, recomputed):
+    patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
+    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    latents = {c: v["samples"] for c, v in tiny.latents(16).items()}
+    rehearsed = bridge.plan.rehearse(patcher, pair, tiny.prompts(), latents)
+    kept = tiny.kept_for_backward(pack, patcher, pair, tiny.prompts(), latents, recomputed)
+    count = len(rehearsed.inside)
+    assert count == len(bridge.frozen.blocks(patcher.model)) > 2
+    expected = rehearsed.outside + sum(rehearsed.inputs) + sum(rehearsed.inside[recomputed:])
+    assert 2 * expected == pytest.approx(kept, rel=0.05)
+
+
+def plans(pack, monkeypatch, rooms, **settings):
+    patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
+    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    rehearsed = bridge.plan.Rehearsal(outside=10**9, inputs=[10**8] * 10, inside=[10**9] * 10)
+    monkeypatch.setattr(bridge.plan, "rehearse", lambda *_: rehearsed)
+    latents = {c: v["samples"] for c, v in tiny.latents().items()}
+    settings = pack.ziplora_core.solver.Settings(**settings)
+    return [bridge.plan.make(patcher, pair, tiny.prompts(), latents, settings, int(room)) for room in rooms]
+
+
+def test_the_plan_is_the_fastest_that_fits(pack, monkeypatch):
+    rooms = (1e12, 2e10, 1e10, 7e9, 5e9, 1e9, 0)
+    found = plans(pack, monkeypatch, rooms)
+    assert (found[0].together, found[0].recomputed) == (True, 0)
+    for plan, room in zip(found, rooms, strict=True):
+        assert plan.need <= room or (plan.together, plan.recomputed) == (False, 10)
+    times = [(not p.together, p.recomputed) for p in found]
+    assert times == sorted(times) and len(set(times)) > 3
+    assert "both references in one pass, 0 of 10 transformer blocks" in found[0].line()
+
+
+def test_without_gradient_steps_nothing_is_rehearsed(pack, monkeypatch):
+    (plan,) = plans(pack, monkeypatch, [1e12], solver="layerwise")
+    assert plan.blocks == 0 and plan.need >= plan.moments > 0
+
+
+def test_a_model_that_cannot_be_rehearsed_is_run_sparingly(pack, monkeypatch, caplog):
+    def fails(*_):
+        raise NotImplementedError("no meta kernel")
+
+    patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
+    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    monkeypatch.setattr(bridge.plan, "rehearse", fails)
+    latents = {c: v["samples"] for c, v in tiny.latents().items()}
+    plan = bridge.plan.make(patcher, pair, tiny.prompts(), latents, pack.ziplora_core.solver.Settings(), 10**12)
+    assert plan.together and plan.recomputed == plan.blocks > 0 and plan.need > 0
+    assert "no meta kernel" in caplog.text
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_out_of_memory_steps_down_once_and_then_says_what_to_change(pack, monkeypatch, times):
+    import comfy.model_management as management
+
+    bridge, solver = pack.nodes.bridge, pack.ziplora_core.solver
+    patcher, settings = tiny.tiny_patcher(), solver.Settings(steps=2, solver="gradient")
+    before = tiny.sample(patcher)
+    real, calls, struck = bridge.predictor.HostPredictor.__call__, [], []
+
+    def call(self, batch, branch):
+        calls.append(len(batch.is_style))
+        if len(struck) < times and torch.is_grad_enabled() and not batch.latents.is_meta:
+            struck.append(1)
+            raise management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, batch, branch)
+
+    def zipped():
+        with torch.inference_mode():
+            return bridge.optimise.optimise(
+                patcher, tiny.sources(pack, patcher.model), tiny.prompts(), tiny.latents(), settings
+            )
+
+    expected = zipped()[0].coefficients
+    monkeypatch.setattr(bridge.predictor.HostPredictor, "__call__", call)
+    if times == 2:
+        with pytest.raises(management.OOM_EXCEPTION, match="not enough memory to zip: about .* GB .* lower batch_size"):
+            zipped()
+    else:
+        result, _, report, _ = zipped()
+        assert all(torch.equal(m, expected.style[k]) for k, m in result.coefficients.style.items())
+        count = len(bridge.frozen.blocks(patcher.model))
+        assert f"{count} of {count} transformer blocks run again" in report
+    assert torch.equal(tiny.sample(patcher), before) and patcher.injections == {}
+
+
+def test_each_step_down_needs_less(pack):
+    plan = pack.nodes.bridge.plan.Plan(blocks=10)
+    seen = []
+    while plan is not None:
+        seen.append((plan.together, plan.recomputed))
+        plan = plan.smaller()
+    assert seen == [(True, 0), (True, 10), (False, 10)]
