@@ -8,12 +8,17 @@ Gradients are autograd's. W0 asks for none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 WAYS = ("weight", "update")
+Cast = Callable[[torch.nn.Module, Tensor], AbstractContextManager[tuple[Tensor, Tensor | None]]]
 
 
 @dataclass
@@ -43,3 +48,43 @@ class DenseLayer:
         if way == "weight":
             return F.linear(x, self.base + update)
         return F.linear(x, self.base) + F.linear(x, update)
+
+
+class DenseBranch:
+    """A forward pass of the published algorithm, for a pack's predictor. updates: layer -> (ΔW_c, ΔW_s).
+
+    coefficients: of a student, concept -> layer -> (columns,); a teacher has a concept instead.
+    """
+
+    def __init__(self, updates: dict[str, tuple[Tensor, Tensor]], cast: Cast, coefficients=None, concept: str = ""):
+        self._updates, self._cast, self._coefficients, self._concept = updates, cast, coefficients, concept
+
+    def layer(self, name: str, x: Tensor, base: Any) -> Tensor:
+        content, style = self._updates[name]
+        with self._cast(base.module, x) as (weight, bias):
+            if self._coefficients is None:
+                return F.linear(x, weight + (content if self._concept == "content" else style), bias)
+            m_c, m_s = (self._coefficients[c][name].to(x.dtype) for c in ("content", "style"))
+            return F.linear(x, weight + m_c * content + m_s * style, bias)
+
+
+def dense_pair(joined: Any, cast: Cast) -> Any:
+    """A JoinedPair of two plain LoRAs as the published algorithm has it; the solver cannot tell them apart."""
+
+    class DensePair(type(joined)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.__dict__.update(joined.__dict__)
+            self.updates = {}
+            with torch.inference_mode(False), torch.no_grad():
+                for name, layer in joined.layers.items():
+                    self.updates[name] = tuple(layer.up[:, part] @ layer.down[part] for part in layer.parts)
+
+        def student(self, flat: Tensor) -> DenseBranch:
+            return DenseBranch(self.updates, cast, coefficients=self.split(flat))
+
+        def teacher(self, is_style: Tensor) -> DenseBranch:
+            if len({*is_style.tolist()}) > 1:
+                raise ValueError("the published algorithm runs content and style apart")
+            return DenseBranch(self.updates, cast, concept="style" if is_style[0] else "content")
+
+    return DensePair()

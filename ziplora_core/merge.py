@@ -17,24 +17,32 @@ def merged_factors(layer: LayerPair, content: Tensor | None, style: Tensor | Non
         up = [ s_c·B_c | s_s·B_s ]        down = [ A_c·diag(m_c) ; A_s·diag(m_s) ]
 
     content, style: (columns,); read only where the layer has that LoRA, None stands for all ones.
-    Returns up (out, r_c + r_s) and down (r_c + r_s, in, *kernel) in float32 (float64 where the factors are).
-    Differentiable in the coefficients. Raises ValueError where a vector's length is not the layer's columns.
+    Returns new up (out, r_c + r_s) and down (r_c + r_s, in, *kernel) in float32 (float64 where the factors are).
+    Raises ValueError where a vector's length is not the layer's columns.
     """
     chosen = {"content": content, "style": style}
-    ups, downs = [], []
-    for concept, factors in layer.halves():
-        dtype = torch.float64 if factors.down.dtype == torch.float64 else torch.float32
-        down = factors.down.to(dtype)
+    halves = list(layer.halves())
+    out, *columns = halves[0][1].shape
+    rank = sum(factors.rank for _, factors in halves)
+    like = halves[0][1].down
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    up, down = (torch.empty(s, dtype=dtype, device=like.device) for s in ((out, rank), (rank, *columns)))
+    start = 0
+    for concept, factors in halves:
+        part = slice(start, start + factors.rank)
+        start += factors.rank
+        up[:, part].copy_(factors.up)
+        if factors.scale != 1:
+            up[:, part].mul_(factors.scale)
+        down[part].copy_(factors.down)
         coefficients = chosen[concept]
         if coefficients is not None:
             if coefficients.numel() != factors.columns:
                 raise ValueError(
                     f"{concept} has {factors.columns} columns in this layer but {coefficients.numel()} coefficients"
                 )
-            down = down * column_view(coefficients.to(down), down)
-        ups.append(factors.scale * factors.up.to(dtype))
-        downs.append(down)
-    return torch.cat(ups, dim=1), torch.cat(downs, dim=0)
+            down[part].mul_(column_view(coefficients.to(down), down))
+    return up, down
 
 
 def merged_layers(pair: LoRAPair, coefficients: Coefficients) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -5,9 +5,24 @@ from __future__ import annotations
 import comfy.lora
 import torch
 from comfy.weight_adapter import LoRAAdapter
+from torch import Tensor
 
-from ...ziplora_core.merge import merged_layers
+from ...ziplora_core.merge import merged_factors
+from ...ziplora_core.pair import LayerPair
 from .loras import LoRASource, ZippedLoRA
+
+
+class ZippedAdapter(LoRAAdapter):
+    """One layer of a zipped pair as the host's LoRA of rank r_c + r_s, made whenever the host reads it and not kept."""
+
+    def __init__(self, layer: LayerPair, content: Tensor | None, style: Tensor | None):
+        self.loaded_keys = set()
+        self._merge = layer, content, style
+
+    @property
+    def weights(self) -> tuple:
+        with torch.no_grad():
+            return (*merged_factors(*self._merge), None, None, None, None)
 
 
 def _patch(patcher, patches: dict, strength: float, names: str):
@@ -38,8 +53,8 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     names = f"'{zipped.sources.content.name}' + '{zipped.sources.style.name}'"
     model = model.clone()
     patches = {
-        name: LoRAAdapter(set(), (up, down, None, None, None, None))
-        for name, up, down in merged_layers(zipped.fitted.pair, zipped.coefficients)
+        name: ZippedAdapter(layer, zipped.coefficients.content.get(name), zipped.coefficients.style.get(name))
+        for name, layer in zipped.fitted.pair.layers.items()
     }
     _patch(model, patches, strength, names)
     sources = zipped.sources.by_concept()

@@ -42,7 +42,7 @@ _NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm, comfy.ops.disable_weight_init.
 
 
 @contextlib.contextmanager
-def _cast(module: torch.nn.Module, like: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+def cast(module: torch.nn.Module, like: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     """The module's weight and bias as the host would use them for `like`; valid inside the block only."""
     if module.weight is None:
         yield None, None
@@ -65,11 +65,11 @@ class _Linear:
     """`Base` of the core: a linear layer of the host by its own forward; backward casts the weight again."""
 
     def __init__(self, module: torch.nn.Module, forward: Callable[[Tensor], Tensor]):
-        self._module, self.forward = module, forward
+        self.module, self.forward = module, forward
 
     def backward(self, grad: Tensor, shape: torch.Size) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        with _cast(self._module, grad) as (weight, _):
+        with cast(self.module, grad) as (weight, _):
             return grad @ weight
 
 
@@ -77,12 +77,12 @@ class _Convolution:
     """`Base` of the core: the same for a convolution."""
 
     def __init__(self, module: torch.nn.Module, forward: Callable[[Tensor], Tensor]):
-        self._module, self.forward = module, forward
+        self.module, self.forward = module, forward
 
     def backward(self, grad: Tensor, shape: torch.Size) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        m = self._module
-        with _cast(m, grad) as (weight, _):
+        m = self.module
+        with cast(m, grad) as (weight, _):
             return _CONV_INPUT[grad.ndim - 2](shape, weight, grad, m.stride, m.padding, m.dilation, m.groups)
 
 
@@ -94,7 +94,7 @@ def _norm(module: torch.nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor
     if changes_inputs:  # autograd keeps x, which the block will add to in place
         x = x.clone()
     # The host's parameters ask for gradients: copied under grad they would collect one each, step after step.
-    with torch.no_grad(), _cast(module, x) as (weight, bias):
+    with torch.no_grad(), cast(module, x) as (weight, bias):
         weight = None if weight is None else weight.clone()
         bias = None if bias is None else bias.clone()
     if isinstance(module, torch.nn.GroupNorm):

@@ -88,7 +88,7 @@ def test_no_update_is_ever_formed(pack, sdxl):
     bridge = pack.nodes.bridge
     for work in (
         lambda: step(stage),
-        lambda: bridge.apply.apply(patcher, None, zipped, 1.0),
+        lambda: [patch[0][1].weights for patch in bridge.apply.apply(patcher, None, zipped, 1.0)[0].patches.values()],
         lambda: bridge.export.export_tensors(zipped, 0, "fp16", "kohya"),
     ):
         with stage.injected(), Shapes() as shapes:

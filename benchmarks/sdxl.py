@@ -1,0 +1,332 @@
+"""Zipping two LoRAs on the full-size SDXL, through the real patcher: time, memory, and the published algorithm beside.
+
+    python3 dev.py run benchmarks/sdxl.py                                     # on the CPU, bf16, 256 x 256
+    COMFYUI_PATH=… python benchmarks/sdxl.py --device cuda                    # 1024 x 1024
+    COMFYUI_PATH=… python benchmarks/sdxl.py --device cuda --limit 8          # as if the card had 8 GB
+
+SDXL from ComfyUI's own class with random weights and two random attention LoRAs: figures of time and memory, never of
+quality. First the machine's own ceilings, a large matrix product and a large copy; then a step in each way of spending
+memory and by the published algorithm (whole ΔW, formed into the weights in each of four passes; see dense.py), whose
+losses must be the same; then whole runs of the node; then applying. Operations are counted, not estimated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
+
+from devhost import full_size
+from devhost.inprocess import load_pack
+
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--size", type=int, help="pixels of a side; 1024, on the CPU 256")
+    parser.add_argument("--steps", type=int, help="steps that are timed, after one to warm up; 10, on the CPU 2")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--limit", type=float, help="GB that this process may take on the card")
+    parser.add_argument("--skip", nargs="*", default=[], choices=("dense", "runs", "apply"))
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    given = parser.parse_args()
+    given.size = given.size or (256 if given.device == "cpu" else 1024)
+    given.steps = given.steps or (2 if given.device == "cpu" else 10)
+    return given
+
+
+GIVEN = parse()
+PACK = load_pack(cpu=GIVEN.device == "cpu")
+
+import comfy.lora  # noqa: E402
+import comfy.model_management as management  # noqa: E402
+import comfy.sd  # noqa: E402
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from benchmarks.dense import dense_pair  # noqa: E402
+
+BRIDGE, CORE = PACK.nodes.bridge, PACK.ziplora_core
+CUDA = GIVEN.device == "cuda"
+DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[GIVEN.dtype]
+CONCEPTS = ("content", "style")
+
+
+def now() -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Peak:
+    """The most memory taken inside the block, in bytes: the card's allocator's, or resident in this process."""
+
+    def __enter__(self) -> Peak:
+        self.bytes = 0
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._stop = threading.Event()
+            self._watch = threading.Thread(target=self._sample, daemon=True)
+            self._watch.start()
+        return self
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        while not self._stop.wait(0.01):
+            self.bytes = max(self.bytes, process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        if CUDA:
+            self.bytes = torch.cuda.max_memory_allocated()
+        else:
+            self._stop.set()
+            self._watch.join()
+
+
+def ceilings() -> dict[str, float]:
+    """TFLOP/s of a large matrix product, GB/s of a large copy (read and written): the best of several."""
+    device, side = ("cuda", 8192) if CUDA else ("cpu", 2048)
+    a, b = (torch.randn(side, side, device=device).to(DTYPE) for _ in range(2))
+    source = torch.empty(2**30 if CUDA else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def best(work: Callable[[], object], repeats: int = 10) -> float:
+        times = []
+        for _ in range(repeats):
+            began = now()
+            work()
+            times.append(now() - began)
+        return min(times)
+
+    return {
+        "tflops": 2 * side**3 / best(lambda: a @ b) / 1e12,
+        "copy_gb_s": 2 * source.numel() / best(lambda: target.copy_(source)) / 1e9,
+    }
+
+
+@dataclass
+class Clock:
+    """Seconds of the parts of a step, by asking the device to finish after each."""
+
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("teacher", "student", "backward"), 0.0))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        predictor, clock = BRIDGE.predictor.HostPredictor, self
+        forward, backward = predictor.__call__, torch.autograd.backward
+
+        def timed_forward(self, batch, branch):
+            began = now()
+            out = forward(self, batch, branch)
+            clock.parts["student" if torch.is_grad_enabled() else "teacher"] += now() - began
+            return out
+
+        def timed_backward(*args, **kwargs):
+            began = now()
+            backward(*args, **kwargs)
+            clock.parts["backward"] += now() - began
+
+        predictor.__call__, torch.autograd.backward = timed_forward, timed_backward
+        try:
+            yield
+        finally:
+            predictor.__call__, torch.autograd.backward = forward, backward
+
+
+class Bench:
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            self.model = full_size.sdxl_patcher(DTYPE)
+            loras = [full_size.attention_lora(self.model.model, GIVEN.rank, seed) for seed in (0, 1)]
+            self.sources = BRIDGE.loras.LoRASources(
+                *(BRIDGE.loras.LoRASource(n, lora, 1.0) for n, lora in zip(CONCEPTS, loras, strict=True))
+            )
+            self.conditioning = {c: full_size.random_prompt(i) for i, c in enumerate(CONCEPTS)}
+            self.latents = {c: full_size.random_latents(GIVEN.size // 8, i) for i, c in enumerate(CONCEPTS)}
+        self.samples = {c: latents["samples"] for c, latents in self.latents.items()}
+        self.fitted = BRIDGE.fitting.fit(self.sources, self.model.model)
+        self.weights = self.model.model_size()
+
+    def settings(self, **changes: Any):
+        return CORE.solver.Settings(solver="gradient", objective=CORE.objective.PAPER, **changes)
+
+    def plan(self, **settings: Any):
+        room = BRIDGE.plan.room_for(self.model)
+        return BRIDGE.plan.make(
+            self.model, self.fitted.pair, self.conditioning, self.samples, self.settings(**settings), room
+        )
+
+    def operations(self, recomputed: int, together: bool) -> float:
+        """TFLOP of a step, counted on the network without memory."""
+        stage = BRIDGE.plan.Stage(self.model, self.fitted.pair, self.conditioning, self.samples)
+        total = 0.0
+        for concepts in [CONCEPTS] if together else [[c] for c in CONCEPTS]:
+            batch = stage.batch(*concepts)
+            with stage.injected(recomputed), FlopCounterMode(display=False) as counter:
+                with torch.no_grad():
+                    teacher = stage.predict(batch, stage.joined.teacher(batch.is_style))
+                with torch.enable_grad():
+                    student = stage.predict(batch, stage.joined.student(stage.coefficients()))
+                    (student - teacher).norm().backward()
+            total += counter.get_total_flops() / 1e12
+        return total
+
+    def steps(self, plan, dense: bool = False) -> dict[str, Any]:
+        """A few steps: seconds of one and of its parts, peak memory, and the losses."""
+        found: dict[str, Any] = {}
+        solver, settings = CORE.solver, self.settings(steps=GIVEN.steps + 1)
+
+        def work(predict, joined, references) -> None:
+            chosen = dense_pair(joined, BRIDGE.frozen.cast) if dense else joined
+            clock, began, losses = Clock(), [], []
+
+            def on_step(step) -> None:
+                began.append(now())
+                losses.append((step.losses.content, step.losses.style))
+                if len(began) == 1:
+                    clock.parts = dict.fromkeys(clock.parts, 0.0)
+
+            with clock.running():
+                solver.optimise(chosen, predict, references, settings, on_step)
+            seconds = (began[-1] - began[0]) / GIVEN.steps
+            found.update(seconds=seconds, losses=losses)
+            found["parts"] = {part: taken / GIVEN.steps for part, taken in clock.parts.items()}
+            found["parts"]["rest"] = seconds - sum(found["parts"].values())
+
+        with Peak() as peak, torch.inference_mode():
+            BRIDGE.predictor.with_predictor(
+                self.model,
+                self.fitted.pair,
+                self.conditioning,
+                self.samples,
+                work,
+                together=plan.together and not dense,
+                recomputed=plan.recomputed,
+                need=plan.need,
+            )
+        return {**found, "peak": peak.bytes}
+
+    def run(self, **settings: Any) -> dict[str, Any]:
+        """The node, from sockets to the zipped pair."""
+        began = now()
+        with Peak() as peak, torch.inference_mode():
+            *_, report, _ = BRIDGE.optimise.optimise(
+                self.model, self.sources, self.conditioning, self.latents, CORE.solver.Settings(**settings)
+            )
+        lines = [line for line in report.splitlines() if line.startswith(("time:", "memory:"))]
+        return {"seconds": now() - began, "peak": peak.bytes, "report": lines}
+
+    def applying(self) -> dict[str, float]:
+        """Seconds of making patches and of the host writing them into the weights: ours, and a LoRA file's."""
+        ones = CORE.coefficients.Coefficients.ones(self.fitted.pair)
+        zipped = BRIDGE.loras.ZippedLoRA(self.sources, self.fitted, ones)
+        with torch.inference_mode():
+            file = BRIDGE.export.export_tensors(zipped, 0, "fp16", "kohya").tensors
+            ways = {
+                "zipped": lambda: BRIDGE.apply.apply(self.model, None, zipped, 1.0)[0],
+                "stock": lambda: comfy.sd.load_lora_for_models(self.model, None, file, 1.0, 0.0)[0],
+            }
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(7):
+                for name, way in ways.items():
+                    began = now()
+                    management.load_models_gpu([way()])
+                    times[name].append(now() - began)
+                    management.unload_all_models()
+        ratios = [a / b for a, b in zip(*times.values(), strict=True)]
+        return {**{name: statistics.median(taken) for name, taken in times.items()}, "ratio": statistics.median(ratios)}
+
+
+def row(name: str, found: dict[str, Any], tflop: float, ceiling: float, weights: int) -> str:
+    rate = tflop / found["seconds"]
+    parts = " / ".join(f"{found['parts'][part]:.2f}" for part in ("teacher", "student", "backward", "rest"))
+    return (
+        f"| {name} | {found['seconds']:.2f} | {100 * found['seconds']:.0f} | {tflop:.1f} | {rate:.2f} | "
+        f"{rate / ceiling:.0%} | {found['peak'] / 1e9:.2f} | {(found['peak'] - weights) / 1e9:.2f} | {parts} |"
+    )
+
+
+def limit_memory() -> None:
+    """As a smaller card: the host is told to leave the rest alone, and torch may not have it."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(GIVEN.limit * 1e9 / total)
+    management.EXTRA_RESERVED_VRAM += int(total - GIVEN.limit * 1e9)
+
+
+def main() -> int:
+    if GIVEN.limit and CUDA:
+        limit_memory()
+    figures: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads, {platform.machine()}",
+        "torch": torch.__version__,
+        **{key: getattr(GIVEN, key) for key in ("dtype", "size", "rank", "steps", "limit")},
+    }
+    top = figures["ceilings"] = ceilings()
+    print(
+        f"{figures['device']}, torch {figures['torch']}, {GIVEN.dtype}, {GIVEN.size} x {GIVEN.size}, rank {GIVEN.rank}"
+    )
+    print(f"ceilings: {top['tflops']:.2f} TFLOP/s in a matrix product, {top['copy_gb_s']:.0f} GB/s in a copy")
+    bench = Bench()
+    weights = bench.weights if CUDA else psutil.Process().memory_info().rss
+    chosen = bench.plan()
+    print(f"plan: {chosen.line()}\n")
+    print(
+        "| way | s a step | s in 100 | TFLOP a step | TFLOP/s | of the ceiling | peak GB | beside the weights | parts |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    every = replace(chosen, together=True, recomputed=chosen.blocks)
+    ways = {"as planned": chosen, "every block run again": every, "one at a time": replace(every, together=False)}
+    for name, plan in ways.items():
+        found = figures[name] = bench.steps(plan)
+        found["tflop"] = bench.operations(plan.recomputed, plan.together)
+        print(row(name, found, found["tflop"], top["tflops"], weights), flush=True)
+    if "dense" not in GIVEN.skip:
+        dense = figures["published"] = bench.steps(every if GIVEN.limit else chosen, dense=True)
+        print(row("published algorithm", dense, figures["as planned"]["tflop"], top["tflops"], weights), flush=True)
+        ours = figures["as planned"]
+        for mine, theirs in zip(ours["losses"][:1], dense["losses"][:1], strict=True):
+            assert all(abs(a - b) < 0.05 * abs(b) for a, b in zip(mine, theirs, strict=True)), (mine, theirs)
+        extra = [(found["peak"] - weights) / 1e9 for found in (dense, ours)]
+        print(
+            f"\npublished / ours: {dense['seconds'] / ours['seconds']:.2f} of the time, "
+            f"{extra[0] / extra[1]:.2f} of the memory beside the weights; losses of the first step "
+            f"{dense['losses'][0]} and {ours['losses'][0]}"
+        )
+    if "runs" not in GIVEN.skip:
+        for name, settings in (("default", {}), ("start and 20 steps", {"steps": 20}), ("paper's", PAPERS)):
+            if name != "default" and not CUDA:
+                continue
+            found = figures[name] = bench.run(**settings)
+            print(f"{name}: {found['seconds']:.1f} s, peak {found['peak'] / 1e9:.2f} GB; {'; '.join(found['report'])}")
+    if "apply" not in GIVEN.skip:
+        taken = figures["apply"] = bench.applying()
+        print(
+            f"applying and writing into the weights: {taken['zipped']:.2f} s; a LoRA file of that rank by the stock "
+            f"loader {taken['stock']:.2f} s; ratio {taken['ratio']:.2f} (medians of 7 in turn)"
+        )
+    if GIVEN.json:
+        GIVEN.json.write_text(json.dumps(figures, indent=1))
+    return 0
+
+
+PAPERS = {"steps": 100, "solver": "gradient", "objective": CORE.objective.PAPER}
+
+if __name__ == "__main__":
+    sys.exit(main())
