@@ -13,6 +13,9 @@ losses must be the same; then whole runs of the node; then applying. Operations 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import platform
 import statistics
@@ -78,9 +81,12 @@ class Peak:
 
     def __enter__(self) -> Peak:
         self.bytes = 0
+        gc.collect()
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         else:
+            with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed
+                ctypes.CDLL(None).malloc_trim(0)
             self._stop = threading.Event()
             self._watch = threading.Thread(target=self._sample, daemon=True)
             self._watch.start()

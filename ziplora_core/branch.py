@@ -40,6 +40,7 @@ class JoinedPair:
         self.dtype = dtype
         self.layers = {name: _join(layer, device, dtype) for name, layer in pair.layers.items()}
         self._slots = [(name, concept) for name, layer in pair.layers.items() for concept, _ in layer.halves()]
+        self._halves = {name: len(list(layer.halves())) for name, layer in pair.layers.items()}
         self._sizes = [self.layers[name].columns for name, _ in self._slots]
         starts = dict(zip(self._slots, accumulate(self._sizes, initial=0), strict=False))
         both = [name for name, layer in pair.layers.items() if layer.content is not None and layer.style is not None]
@@ -64,7 +65,7 @@ class JoinedPair:
         return Coefficients(content, style)
 
     def split(self, flat: Tensor) -> dict[str, dict[str, Tensor]]:
-        """Views of `flat`: concept -> layer -> (columns,). One node of the autograd graph for all layers."""
+        """Views of `flat`: concept -> layer -> (columns,)."""
         parts: dict[str, dict[str, Tensor]] = {"content": {}, "style": {}}
         for (name, concept), part in zip(self._slots, torch.split(flat, self._sizes), strict=True):
             parts[concept][name] = part
@@ -76,7 +77,8 @@ class JoinedPair:
 
     def student(self, flat: Tensor) -> Branch:
         """Every row sees ΔW_m = ΔW_c·diag(m_c) + ΔW_s·diag(m_s); differentiable in `flat`."""
-        return Branch(self.layers, coefficients=self.split(flat))
+        parts = torch.split(flat, [layer.columns * self._halves[name] for name, layer in self.layers.items()])
+        return Branch(self.layers, coefficients=dict(zip(self.layers, parts, strict=True)))
 
     def teacher(self, is_style: Tensor) -> Branch:
         """Row i sees its own LoRA alone: style where is_style[i], else content. is_style: (rows,) bool."""
@@ -92,7 +94,7 @@ class Branch:
     def __init__(
         self,
         layers: Mapping[str, JoinedLayer],
-        coefficients: Mapping[str, Mapping[str, Tensor]] | None = None,
+        coefficients: Mapping[str, Tensor] | None = None,
         is_style: Tensor | None = None,
     ):
         if (coefficients is None) == (is_style is None):
@@ -112,17 +114,16 @@ class Branch:
         """
         update = Update(self._layers[name], convolution)
         if self._coefficients is not None:
-            content, style = (self._coefficients[concept].get(name) for concept in ("content", "style"))
-            return frozen_with(x, base, update, content, style)
+            return frozen_with(x, base, update, self._coefficients[name])
         with torch.no_grad():
             y = base.forward(x)
-            for rows, part in zip(self.own_rows(x), update.layer.parts, strict=True):
-                down = update.layer.down[part].to(x.dtype)
-                if len(x[rows]) and len(down):
-                    update.add(y[rows], x[rows], down, part)
+            for x_own, y_own, (up, down) in zip(self.own(x), self.own(y), update.layer.halves, strict=True):
+                if len(x_own) and len(down):
+                    update.add(y_own, x_own, up, down)
             return y
 
-    def own_rows(self, x: Tensor) -> tuple[slice, slice]:
+    def own(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A teacher's content rows and style rows of a layer's input, also where a model folds frames into rows."""
         first = len(x) * self._content_rows // self._rows
-        return slice(0, first), slice(first, None)
+        content, style = torch.split(x, [first, len(x) - first])
+        return content, style

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .pair import column_view
 
 _CONVOLUTION: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -57,6 +56,43 @@ class JoinedLayer:
         """The content's and the style's part of the rank axis; either may be empty."""
         return slice(0, self.content_rank), slice(self.content_rank, None)
 
+    @cached_property
+    def halves(self) -> list[tuple[Tensor, Tensor]]:
+        """(up, down) of the content's and of the style's part."""
+        return [(self.up[:, part], self.down[part]) for part in self.parts]
+
+    @cached_property
+    def _grid(self) -> tuple[Tensor, Tensor | None]:
+        """`down` as (groups, ranks, in, *kernel), and which of the layer's coefficient rows belongs to each group.
+
+        A group for each LoRA, in order (None), where both have the same rank; else one for each rank.
+        """
+        ranks = [rank for rank in (self.content_rank, self.style_rank) if rank]
+        if len(set(ranks)) == 1:
+            return self.down.reshape(len(ranks), ranks[0], *self.down.shape[1:]), None
+        owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+        return self.down.unsqueeze(1), owner.to(self.down.device)
+
+    def scaled_down(self, m: Tensor, dtype: torch.dtype) -> Tensor:
+        """`down` with its columns times their coefficients, rounded to `dtype` once.
+
+        m: (LoRAs of the layer * columns,), content before style.
+        """
+        grid, owner = self._grid
+        rows = m.view(-1, self.columns)
+        rows = rows if owner is None else rows[owner]
+        scaled = torch.empty(grid.shape, dtype=dtype, device=grid.device)
+        torch.mul(grid, rows.view(len(rows), 1, self.columns, *[1] * (grid.ndim - 3)), out=scaled)
+        return scaled.flatten(0, 1)
+
+    def coefficient_gradient(self, d_down: Tensor, m: Tensor) -> Tensor:
+        """Gradient of m from that of `scaled_down`: Σ over rank and kernel of A ⊙ ∂A."""
+        grid, owner = self._grid
+        products = d_down.view(grid.shape).to(m.dtype).mul_(grid).sum([1, *range(3, grid.ndim)])
+        if owner is not None:
+            products = products.new_zeros(len(m) // self.columns, self.columns).index_add_(0, owner, products)
+        return products.flatten()
+
 
 @dataclass(frozen=True)
 class Update:
@@ -65,33 +101,22 @@ class Update:
     layer: JoinedLayer
     convolution: Mapping[str, Any]
 
-    def down(self, coefficients: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tensor:
-        """A with its columns scaled, (R, in, *kernel); rounded to `dtype` once. None: the layer has no such LoRA."""
-        down = self.layer.down
-        scaled = torch.empty_like(down, dtype=dtype)
-        for part, m in zip(self.layer.parts, coefficients, strict=True):
-            if m is not None:
-                torch.mul(down[part], column_view(m, down), out=scaled[part])
-        return scaled
-
-    def add(self, y: Tensor, x: Tensor, down: Tensor, part: slice = slice(None)) -> None:
-        """y += up · down · x. part: of the rank axis, where `down` has only that."""
+    def add(self, y: Tensor, x: Tensor, up: Tensor, down: Tensor) -> None:
+        """y += up · down · x."""
         if down.ndim == 2:
-            _add_product(y, F.linear(x, down), self.layer.up[:, part].to(x.dtype))
+            _add_product(y, F.linear(x, down.to(x.dtype)), up.to(x.dtype))
         else:
-            y.add_(self._convolve(x, down, part))
+            y.add_(self._convolve(x, up.to(x.dtype), down.to(x.dtype)))
 
-    def _convolve(self, x: Tensor, down: Tensor, part: slice = slice(None)) -> Tensor:
-        convolve, up = _CONVOLUTION[x.ndim], self.layer.up[:, part].to(x.dtype)
+    def _convolve(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        convolve = _CONVOLUTION[x.ndim]
         return convolve(convolve(x, down, **self.convolution), up.reshape(*up.shape, *[1] * (x.ndim - 2)))
 
-    def backward(
-        self, grad: Tensor, x: Tensor, coefficients: tuple[Tensor | None, ...], dx: Tensor | None
-    ) -> list[Tensor | None]:
-        """Gradients of the coefficients; that of x is added to `dx` where there is one."""
-        down = self.down(coefficients, x.dtype)
+    def backward(self, grad: Tensor, x: Tensor, m: Tensor, dx: Tensor | None) -> Tensor:
+        """Gradient of the coefficients; that of x is added to `dx` where there is one."""
+        down, up = self.layer.scaled_down(m, x.dtype), self.layer.up.to(x.dtype)
         if down.ndim == 2:
-            hidden = grad.to(x.dtype) @ self.layer.up.to(x.dtype)
+            hidden = grad.to(x.dtype) @ up
             if dx is not None:
                 _add_product(dx, hidden, down.T)
             d_down = hidden.flatten(0, -2).T @ x.flatten(0, -2)
@@ -99,14 +124,10 @@ class Update:
             with torch.enable_grad():
                 x, down = x.detach().requires_grad_(dx is not None), down.requires_grad_(True)
                 wanted = [down] if dx is None else [down, x]
-                d_down, *d_input = torch.autograd.grad(self._convolve(x, down), wanted, grad.to(x.dtype))
+                d_down, *d_input = torch.autograd.grad(self._convolve(x, up, down), wanted, grad.to(x.dtype))
             if dx is not None:
                 dx.add_(d_input[0])
-        axes = [0, *range(2, down.ndim)]
-        return [
-            None if m is None else (d_down[part].to(m.dtype) * self.layer.down[part].to(m.dtype)).sum(axes)
-            for part, m in zip(self.layer.parts, coefficients, strict=True)
-        ]
+        return self.layer.coefficient_gradient(d_down, m)
 
 
 def _add_product(y: Tensor, h: Tensor, matrix: Tensor) -> None:
@@ -118,15 +139,15 @@ def _add_product(y: Tensor, h: Tensor, matrix: Tensor) -> None:
 
 
 class _Frozen(torch.autograd.Function):
-    """coefficients: (m_c, m_s) of the layer, None for a LoRA that leaves it alone; nothing where there is no update."""
+    """update, m: None for a layer that the pair leaves alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: Base, update: Update | None, *coefficients: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: Base, update: Update | None, m: Tensor | None) -> Tensor:
         ctx.base, ctx.update, ctx.shape = base, update, x.shape
         y = base.forward(x)
-        if update is not None:
-            ctx.save_for_backward(x, *coefficients)
-            update.add(y, x, update.down(coefficients, x.dtype))
+        if update is not None and m is not None:
+            ctx.save_for_backward(x, m)
+            update.add(y, x, update.layer.up, update.layer.scaled_down(m, x.dtype))
         return y
 
     @staticmethod
@@ -134,18 +155,18 @@ class _Frozen(torch.autograd.Function):
         (grad,) = grads
         dx = ctx.base.backward(grad, ctx.shape) if ctx.needs_input_grad[0] else None
         if ctx.update is None:
-            return dx, None, None
-        x, *coefficients = ctx.saved_tensors
-        return dx, None, None, *ctx.update.backward(grad, x, tuple(coefficients), dx)
+            return dx, None, None, None
+        x, m = ctx.saved_tensors
+        return dx, None, None, ctx.update.backward(grad, x, m, dx)
 
 
 def frozen(x: Tensor, base: Base) -> Tensor:
     """A layer that the pair leaves alone; differentiable in x."""
-    y: Tensor = _Frozen.apply(x, base, None)
+    y: Tensor = _Frozen.apply(x, base, None, None)
     return y
 
 
-def frozen_with(x: Tensor, base: Base, update: Update, content: Tensor | None, style: Tensor | None) -> Tensor:
-    """A layer with the pair on it; differentiable in x and in the coefficients (columns,)."""
-    y: Tensor = _Frozen.apply(x, base, update, content, style)
+def frozen_with(x: Tensor, base: Base, update: Update, m: Tensor) -> Tensor:
+    """A layer with the pair on it; differentiable in x and in the coefficients m, as `scaled_down` takes them."""
+    y: Tensor = _Frozen.apply(x, base, update, m)
     return y

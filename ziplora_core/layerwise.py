@@ -137,8 +137,7 @@ class RecordingBranch(Branch):
             self._recent = [*self._recent[-7:], (x, _version(x), name)]
         if not self._moments.keep:
             return
-        for concept, rows in zip(CONCEPTS, self.own_rows(x), strict=True):
-            mine = x[rows]
+        for concept, mine in zip(CONCEPTS, self.own(x), strict=True):
             if not len(mine):
                 continue
             if linear:

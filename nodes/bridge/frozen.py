@@ -46,7 +46,7 @@ def cast(module: torch.nn.Module, like: Tensor) -> Iterator[tuple[Tensor | None,
     """The module's weight and bias as the host would use them for `like`; valid inside the block only."""
     if module.weight is None:
         yield None, None
-    elif isinstance(module, comfy.ops.CastWeightBiasOp):
+    elif isinstance(module, comfy.ops.CastWeightBiasOp) and _is_cast(module):
         weight, bias, stream = comfy.ops.cast_bias_weight(
             module, dtype=like.dtype, bias_dtype=like.dtype, device=like.device, offloadable=True
         )
@@ -59,6 +59,15 @@ def cast(module: torch.nn.Module, like: Tensor) -> Iterator[tuple[Tensor | None,
             comfy.ops.uncast_bias_weight(module, weight, bias, stream)
     else:
         yield module.weight.to(like), None if module.bias is None else module.bias.to(like)
+
+
+def _is_cast(module: comfy.ops.CastWeightBiasOp) -> bool:
+    """Whether the host itself would cast or change this layer's weight in its forward, or use it as it is."""
+    return bool(module.comfy_cast_weights or module.weight_function or module.bias_function or _is_quantized(module))
+
+
+def _is_quantized(module: torch.nn.Module) -> bool:
+    return isinstance(module.weight, _QUANTIZED) or getattr(module, "scale_weight", None) is not None
 
 
 class _Linear:

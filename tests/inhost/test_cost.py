@@ -208,3 +208,32 @@ def test_each_step_down_needs_less(pack):
         seen.append((plan.together, plan.recomputed))
         plan = plan.smaller()
     assert seen == [(True, 0), (True, 10), (False, 10)]
+
+
+def test_the_published_algorithm_of_the_benchmark_has_the_same_losses_and_gradient(pack):
+    """Whole updates formed into the weights, each reference apart: what benchmarks/sdxl.py compares with."""
+    from benchmarks.dense import dense_pair
+
+    patcher, bridge, core = tiny.tiny_patcher(), pack.nodes.bridge, pack.ziplora_core
+    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    latents = {c: v["samples"] for c, v in tiny.latents().items()}
+    settings = core.solver.Settings(objective=core.objective.PAPER)
+    found = []
+
+    def work(predict, joined, references):
+        for chosen, joins in ((joined, True), (dense_pair(joined, bridge.frozen.cast), False)):
+            predict.joins = joins
+            batches = next(core.solver.training_batches(references, predict, settings))
+            assert len(batches) == (1 if joins else 2)
+            flat = joined.flatten(core.coefficients.Coefficients.ones(pair)).requires_grad_()
+            with torch.enable_grad():
+                losses = core.solver.accumulate_gradient(
+                    chosen, predict, flat, batches, settings, {"content": 1.0, "style": 1.0}
+                )
+            found.append((losses, flat.grad))
+
+    with torch.inference_mode():
+        bridge.predictor.with_predictor(patcher, pair, tiny.prompts(), latents, work)
+    (ours, gradient), (published, expected) = found
+    assert (ours.content, ours.style) == pytest.approx((published.content, published.style), rel=1e-4)
+    assert (gradient - expected).norm() < 1e-3 * expected.norm()
