@@ -29,7 +29,8 @@ from .frozen import Injection, blocks
 
 _GB = 1e9
 _VECTORS = 8  # float32 vectors of all coefficients: the start, the step, its gradient, Adam's two, the mean, two more
-_MOST_MOMENTS = 8 * 2**30
+_USED = 0.9  # of the room: allocators waste some
+_MOST_MOMENTS = 6 * 2**30  # all of SDXL's at once
 
 
 @dataclass(frozen=True)
@@ -203,17 +204,23 @@ def rehearse(model, pair: LoRAPair, conditioning: dict[str, list], latents: dict
     return Rehearsal(kept.outside, kept.inputs, kept.inside)
 
 
+def _workspace(base, dtype: torch.dtype, positions: int) -> int:
+    """Bytes that a pass takes and gives back, by the host's own rule for attention that keeps no scores, as ours is."""
+    return int(positions * dtype.itemsize * 0.01 * base.memory_usage_factor * 2**20)
+
+
 def make(
     model, pair: LoRAPair, conditioning: dict[str, list], latents: dict[str, Tensor], settings: Settings, room: int
 ) -> Plan:
     """The fastest way that fits into `room` bytes, or the smallest where none does."""
     rows = settings.batch_size
     largest = max(latents.values(), key=lambda samples: samples[0].numel())
-    workspace = int(model.model.memory_required([rows, *largest.shape[1:]]))
     dtype = predictor.compute_dtype(model.model)
+    workspace = _workspace(model.model, dtype, rows * largest[0, 0].numel())
     factors = sum(f.up.numel() + f.down.numel() for layer in pair.layers.values() for _, f in layer.halves())
     fixed = factors * dtype.itemsize + _VECTORS * 4 * pair.coefficient_count
-    moments = min(max(room - fixed - 2 * workspace, MOMENTS // 4), _MOST_MOMENTS) if room else MOMENTS
+    spend = int(_USED * room)
+    moments = min(max(spend - fixed - 2 * workspace, MOMENTS // 4), _MOST_MOMENTS)
     before = fixed + 2 * workspace + (0 if settings.solver == "gradient" else moments)
     if not settings.gradient_steps:
         return Plan(moments=moments, need=before, room=room)
@@ -231,7 +238,7 @@ def make(
         return Plan(together, recomputed, count, moments, max(before, step), room)
 
     ways = (plan(together, recomputed) for together in (True, False) for recomputed in range(count + 1))
-    return next((way for way in ways if way.need <= room), plan(False, count))
+    return next((way for way in ways if way.need <= spend), plan(False, count))
 
 
 def room_for(model) -> int:
