@@ -24,9 +24,11 @@ NODES = (
     "DirectMergeLoRA",
     "StyleStrength",
     "ApplyZippedLoRA",
+    "ZippedLoRAReport",
     "SaveZippedLoRA",
     "LoadZippedLoRA",
     "ExportMergedLoRA",
+    "SparsifyLoRA",
 )
 FOLDERS = ("models/checkpoints", "models/loras", "input", "output", "temp", "user/default", "custom_nodes")
 # The frontend greets a new user with a window over the graph; nobody is there to close it.

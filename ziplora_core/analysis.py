@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,55 @@ def column_alignment(pair: LoRAPair, coefficients: Coefficients) -> dict[str, fl
         for name, layer in pair.layers.items()
         if layer.content is not None and layer.style is not None
     }
+
+
+def column_interference(pair: LoRAPair, coefficients: Coefficients) -> dict[str, float]:
+    """Mean of |cos · m_c · m_s| over the columns of each layer that both LoRAs change.
+
+    The paper's Fig. 3b, weighted: scaling a column does not turn it, so that its cosine alone only changes at zero.
+    For the direct merge this is the mean |cosine|; 0 where no column is left to both.
+    """
+    ones = Coefficients.ones(pair)
+    found = {}
+    for name, layer in pair.layers.items():
+        if layer.content is not None and layer.style is not None:
+            weights = (coefficients.content[name] * coefficients.style[name]).double()
+            cosines = column_cosines(layer, ones.content[name], ones.style[name])
+            found[name] = (cosines * weights).abs().mean().item()
+    return found
+
+
+def sampled_elements(pair: LoRAPair, concept: str, rows: int = 16, seed: int = 0) -> Tensor:
+    """Elements of one LoRA's ΔW (arXiv 2311.13600, Fig. 3a): some rows of each layer, whole; float32, 1-D.
+
+    concept: "content" or "style". Repeatable for a seed; empty where the LoRA changes nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = [torch.empty(0)]
+    for layer in pair.layers.values():
+        factors = dict(layer.halves()).get(concept)
+        if factors is not None:
+            chosen = torch.randperm(factors.up.shape[0], generator=generator)[:rows]
+            up = factors.up.float()[chosen] * factors.scale
+            found.append((up @ factors.down.float().flatten(1)).flatten())
+    return torch.cat(found)
+
+
+def energy_share(elements: Tensor, top: float) -> float:
+    """Share of Σ x² that the largest `top` of the elements hold, 0 to 1; 0 for zeros."""
+    squares = elements.double().square()
+    whole = squares.sum().item()
+    count = max(1, round(top * squares.numel())) if squares.numel() else 0
+    return squares.topk(count).values.sum().item() / whole if whole else 0.0
+
+
+_BLOCK = re.compile(r"^(?:diffusion_model\.)?(?P<kind>[a-z_]+?)(?:_?blocks?)?\.(?P<number>\d+)\.")
+
+
+def block_name(layer: str) -> str:
+    """A short name of the network's block that a layer belongs to: "input 4", "middle", "double 0"."""
+    found = _BLOCK.match(layer)
+    if found is None:
+        return ""
+    kind = found["kind"].replace("_", " ")
+    return kind if kind == "middle" else f"{kind} {found['number']}"

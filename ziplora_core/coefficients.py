@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .pair import LoRAPair
 
+OWNERS = ("content", "style", "both", "neither")
+
 
 @dataclass(frozen=True)
 class Coefficients:
@@ -54,14 +56,20 @@ class Coefficients:
 
         A concept owns a column where its |coefficient| is at least `threshold`.
         """
-        counts = dict.fromkeys(("content", "style", "both", "neither"), 0)
-        columns = 0
-        for name in self.content.keys() & self.style.keys():
-            content = self.content[name].abs() >= threshold
-            style = self.style[name].abs() >= threshold
-            counts["content"] += int((content & ~style).sum())
-            counts["style"] += int((style & ~content).sum())
-            counts["both"] += int((content & style).sum())
-            counts["neither"] += int((~content & ~style).sum())
-            columns += content.numel()
-        return {k: n / columns if columns else 0.0 for k, n in counts.items()}
+        layers = self.ownership_by_layer(threshold)
+        columns = sum(self.content[name].numel() for name in layers)
+        return {
+            owner: sum(shares[owner] * self.content[name].numel() for name, shares in layers.items()) / max(columns, 1)
+            for owner in OWNERS
+        }
+
+    def ownership_by_layer(self, threshold: float = 0.5) -> dict[str, dict[str, float]]:
+        """The same for each layer that both LoRAs change, in the pair's order."""
+        found = {}
+        for name in self.content:
+            if name in self.style:
+                content, style = (side[name].abs() >= threshold for side in (self.content, self.style))
+                masks = (content & ~style, style & ~content, content & style, ~content & ~style)
+                shares = (mask.float().mean().item() for mask in masks)
+                found[name] = dict(zip(OWNERS, shares, strict=True))
+        return found

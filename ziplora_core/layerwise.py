@@ -22,6 +22,7 @@ from torch import Tensor
 from .branch import Branch, JoinedPair
 from .coefficients import Coefficients
 from .frozen import Base, JoinedLayer
+from .pair import LoRAPair
 from .solver import Predictor, References, Settings, spread_batches
 
 CONCEPTS = ("content", "style")
@@ -212,6 +213,21 @@ def solve(problem: Quadratic, ridge: float) -> Tensor:
     return (scale * torch.cholesky_solve((scale * b)[:, None], factor)[:, 0]).to(problem.b)
 
 
+def _moments_size(columns: int, convolution: bool, halves: int) -> int:
+    """Bytes of one layer's: n x n of a linear layer, of a convolution's joined columns, for each concept."""
+    side = columns * (halves if convolution else 1)
+    return len(CONCEPTS) * 4 * side * side
+
+
+def moments_at_most(pair: LoRAPair) -> int:
+    """Bytes of all layers' moments at once, were no two to share an input."""
+    total = 0
+    for layer in pair.layers.values():
+        factors = [f for _, f in layer.halves()]
+        total += _moments_size(layer.columns, factors[0].down.ndim > 2, len(factors))
+    return total
+
+
 def _chunks(joined: JoinedPair, source: Mapping[str, str], budget: int) -> Iterator[list[str]]:
     """Layers in groups whose moments fit into `budget` bytes; layers with one input stay together."""
     groups: dict[str, list[str]] = {}
@@ -221,8 +237,7 @@ def _chunks(joined: JoinedPair, source: Mapping[str, str], budget: int) -> Itera
     used = 0
     for first, names in groups.items():
         layer = joined.layers[first]
-        side = layer.columns * (1 if layer.down.ndim == 2 else len(_halves(layer)))
-        size = len(CONCEPTS) * 4 * side * side
+        size = _moments_size(layer.columns, layer.down.ndim > 2, len(_halves(layer)))
         if chunk and used + size > budget:
             yield chunk
             chunk, used = [], 0

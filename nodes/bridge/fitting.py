@@ -36,13 +36,14 @@ class FittedPair:
 
 
 @dataclass
-class _Fitting:
+class Fitting:
     """One file on its way onto the layers of a model."""
 
     source: LoRASource
     model: Any
     factors: dict[str, Factors] = field(default_factory=dict)
     riders: dict[str, Any] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)  # a note on tensors that fit no layer
     dense: dict[str, list[str]] = field(default_factory=dict)  # kind of update -> layers kept as ΔW itself
     eyes: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
@@ -189,15 +190,18 @@ def _side_by_side(a: Factors, b: Factors) -> Factors:
     )
 
 
-def _fit_one(source: LoRASource, model, names: dict) -> _Fitting:
-    fitting = _Fitting(source, model)
+def fit_one(source: LoRASource, model) -> Fitting:
+    """One file on the layers of a model. Raises LoRAFileError where it fits no layer, or another model's layers."""
+    names = keys.unet_keys(model)
+    fitting = Fitting(source, model)
     with torch.no_grad():
         for target, patch in comfy.lora.load_lora(source.tensors, names, log_missing=False).items():
             fitting.add(target, patch)
+    fitting.unused = _unused(source, model, names, fitting)
     return fitting
 
 
-def _unused(source: LoRASource, model, names: dict, fitting: _Fitting) -> list[str]:
+def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[str]:
     unused = [k for k in source.tensors if not keys.is_text_encoder(k) and keys.layer_name(k) not in names]
     if not fitting.factors:
         example = unused[0] if unused else next(iter(source.tensors), "no tensor at all")
@@ -226,12 +230,11 @@ def fit(sources: LoRASources, model) -> FittedPair:
 
 
 def _fit(sources: LoRASources, model) -> FittedPair:
-    names = keys.unet_keys(model)
     notes = list(sources.warnings)
     fitted = {}
     for concept, source in sources.by_concept().items():
-        fitted[concept] = _fit_one(source, model, names)
-        notes += [*_unused(source, model, names, fitted[concept]), *fitted[concept].notes()]
+        fitted[concept] = fit_one(source, model)
+        notes += [*fitted[concept].unused, *fitted[concept].notes()]
     content, style = fitted["content"].factors, fitted["style"].factors
     order = [*content, *(k for k in style if k not in content)]
     pair = LoRAPair({k: LayerPair(content.get(k), style.get(k)) for k in order})

@@ -102,9 +102,10 @@ def load_pair(content: str, style: str, content_strength: float, style_strength:
     if lora_path(content) == lora_path(style):
         warnings.append(f"'{content}' is both the content and the style LoRA: there is nothing to zip apart")
         logging.warning("ZipLoRA: %s.", warnings[0])
-    return LoRASources(_read(content, content_strength), _read(style, style_strength), tuple(warnings))
+    return LoRASources(load(content, content_strength), load(style, style_strength), tuple(warnings))
 
 
-def _read(name: str, strength: float) -> LoRASource:
+def load(name: str, strength: float) -> LoRASource:
+    """Read one file. Raises LoRAFileError."""
     version = fingerprint(name)
     return LoRASource(name, read_lora_file(version[0]), strength, version)

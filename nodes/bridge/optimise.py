@@ -97,7 +97,7 @@ def optimise(
     report = write(outcome)
     made = {**asdict(settings), "objective": settings.objective.name}
     zipped = loras.ZippedLoRA(sources, fitted, outcome.result.coefficients, report=report, settings=made)
-    return zipped, {"loss": outcome.losses}, report, _shown(model, outcome)
+    return zipped, outcome.loss_map, report, _shown(model, outcome)
 
 
 def _shown(model, outcome: Outcome) -> Tensor | None:

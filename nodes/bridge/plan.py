@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...ziplora_core.branch import JoinedPair
-from ...ziplora_core.layerwise import MOMENTS
+from ...ziplora_core.layerwise import MOMENTS, moments_at_most
 from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
 from ...ziplora_core.solver import Batch, References, Settings
 from . import predictor
@@ -220,7 +220,7 @@ def make(
     factors = sum(f.up.numel() + f.down.numel() for layer in pair.layers.values() for _, f in layer.halves())
     fixed = factors * dtype.itemsize + _VECTORS * 4 * pair.coefficient_count
     spend = int(_USED * room)
-    moments = min(max(spend - fixed - 2 * workspace, MOMENTS // 4), _MOST_MOMENTS)
+    moments = min(max(spend - fixed - 2 * workspace, MOMENTS // 4), _MOST_MOMENTS, moments_at_most(pair))
     before = fixed + 2 * workspace + (0 if settings.solver == "gradient" else moments)
     if not settings.gradient_steps:
         return Plan(moments=moments, need=before, room=room)

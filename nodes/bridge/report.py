@@ -28,9 +28,18 @@ class Outcome:
     plan: Plan = field(default_factory=Plan)
 
     @property
-    def losses(self) -> list[float]:
-        """Of each step; without steps, what is left of each layer's error."""
-        return [step.losses.total for step in self.result.history] or list(self.result.left.values())
+    def loss_map(self) -> dict[str, list[float]]:
+        """ "loss" of each step, and of what it is the sum; without steps, what is left of each layer's error."""
+        steps = [step.losses for step in self.result.history]
+        if not steps:
+            return {"loss": list(self.result.left.values())}
+        weight = self.settings.similarity_lambda
+        return {
+            "loss": [losses.total for losses in steps],
+            "content": [losses.content for losses in steps],
+            "style": [losses.style for losses in steps],
+            "overlap": [weight * losses.overlap for losses in steps],
+        }
 
 
 def _mean(values: dict[str, float]) -> float:

@@ -6,7 +6,14 @@ import pytest
 import torch
 from toys import factors, toy_pair
 
-from ziplora_core.analysis import column_alignment, column_cosines
+from ziplora_core.analysis import (
+    block_name,
+    column_alignment,
+    column_cosines,
+    column_interference,
+    energy_share,
+    sampled_elements,
+)
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.pair import Factors, LayerPair
 
@@ -42,3 +49,60 @@ def test_overlap_and_ownership():
     assert c.overlap() == pytest.approx((1 + 0 + 0 + 0.01) / 4)
     assert c.ownership() == {"content": 0.25, "style": 0.25, "both": 0.25, "neither": 0.25}
     assert Coefficients({}, {}).overlap() == 0.0
+
+
+def test_interference_is_the_weighted_cosine():
+    pair = toy_pair()
+    ones = Coefficients.ones(pair)
+    g = torch.Generator().manual_seed(0)
+    random = Coefficients(
+        *({k: torch.randn(m.shape, generator=g) for k, m in s.items()} for s in (ones.content, ones.style))
+    )
+    found, direct = column_interference(pair, random), column_interference(pair, ones)
+    assert list(found) == ["conv", "first", "second"]
+    for name in found:
+        cosines = column_cosines(pair.layers[name], ones.content[name], ones.style[name])
+        assert direct[name] == pytest.approx(cosines.abs().mean().item())
+        weights = random.content[name].double() * random.style[name].double()
+        assert found[name] == pytest.approx((cosines * weights).abs().mean().item(), rel=1e-6)
+    closed = Coefficients({k: m * 0 for k, m in ones.content.items()}, ones.style)
+    assert set(column_interference(pair, closed).values()) == {0.0}
+
+
+def test_elements_are_those_of_whole_rows():
+    pair = toy_pair()
+    every = torch.cat(
+        [
+            (f.scale * torch.einsum("or,ri...->oi...", f.up, f.down)).flatten()
+            for layer in pair.layers.values()
+            for concept, f in layer.halves()
+            if concept == "style"
+        ]
+    )
+    found = sampled_elements(pair, "style", rows=100)
+    torch.testing.assert_close(found.sort().values, every.float().sort().values)
+    some = sampled_elements(pair, "style", rows=2, seed=3)
+    assert len(some) < len(every) and torch.isin(some, found).all()
+    assert torch.equal(some, sampled_elements(pair, "style", rows=2, seed=3))
+
+
+def test_share_of_energy():
+    assert energy_share(torch.tensor([3.0, -4.0, 0.0, 0.0]), 0.25) == pytest.approx(16 / 25)
+    assert energy_share(torch.tensor([1.0, 1.0]), 1.0) == 1.0
+    assert energy_share(torch.zeros(4), 0.5) == 0.0 == energy_share(torch.zeros(0), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        ("diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight", "input 4"),
+        ("diffusion_model.middle_block.1.transformer_blocks.3.attn2.to_k.weight", "middle"),
+        ("diffusion_model.output_blocks.0.1.proj_in.weight", "output 0"),
+        ("diffusion_model.double_blocks.3.img_attn.qkv.weight", "double 3"),
+        ("diffusion_model.layers.7.attention.qkv.weight", "layers 7"),
+        ("diffusion_model.transformer_blocks.1.attn.to_q.weight", "transformer 1"),
+        ("diffusion_model.x_embedder.weight", ""),
+    ],
+)
+def test_blocks_have_short_names(layer, name):
+    assert block_name(layer) == name

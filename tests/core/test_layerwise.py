@@ -150,6 +150,12 @@ def test_layers_with_one_input_share_its_moments():
     assert set(moments.sums) == {(n, c) for n in ("first", "second") for c in CONCEPTS}
 
 
+def test_all_moments_take_no_more_than_is_said(recorded):
+    joined, _, moments = recorded
+    taken = sum(seen.total.numel() * 4 for seen in moments.sums.values())
+    assert 0.5 * layerwise.moments_at_most(joined.pair) <= taken <= layerwise.moments_at_most(joined.pair)
+
+
 def test_in_groups_or_at_once_is_the_same_merge():
     joined = JoinedPair(toy_pair(), dtype=torch.float64)
     seen = []

@@ -39,6 +39,15 @@ def test_saved_and_loaded_draws_the_same(server: ComfyServer, content: Concept, 
     assert again.text("report") == first.text("report")
 
 
+def test_the_report_is_drawn_in_the_graph(server: ComfyServer, content: Concept, style: Concept) -> None:
+    graph = optimised(content, style, **SETTINGS)
+    graph["drawn"] = node(
+        "ZippedLoRAReport", zipped_lora=["optimise", 0], loss_map=["optimise", 1], layout="one picture"
+    )
+    (shown,) = server.run(graph).images("drawn")
+    assert min(shown.shape[:2]) > 1000 and shown.std() > 5
+
+
 def test_missing_saved_file_is_refused_when_queued(server: ComfyServer, content: Concept) -> None:
     with pytest.raises(PromptRefused) as caught:
         server.queue(loaded_picture("nowhere.safetensors", content))

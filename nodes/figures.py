@@ -1,0 +1,176 @@
+"""The panels of ZippedLoRAReport: matplotlib, imported when something is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ziplora_core import analysis
+from ..ziplora_core.coefficients import OWNERS, Coefficients
+from ..ziplora_core.pair import LoRAPair
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GROUND, INK, FAINT = "#1b1b1f", "#e8e8ea", "#55555f"
+CONTENT, STYLE, BOTH = "#56b4e9", "#e69f00", "#009e73"  # Okabe and Ito's: apart for colour-blind eyes
+_OWNER_COLOURS = dict(zip(OWNERS, (CONTENT, STYLE, BOTH, FAINT), strict=True))
+_PANEL = (10.0, 4.2)  # inches
+_DPI = 100
+
+
+class Subject:
+    """What is drawn: a pair, its coefficients, and the losses of the run where they are known."""
+
+    def __init__(self, pair: LoRAPair, coefficients: Coefficients, losses: Mapping[str, Sequence[float]] | None):
+        self.pair, self.coefficients, self.losses = pair, coefficients, losses or {}
+
+
+def draw(subject: Subject, apart: bool) -> Tensor:
+    """All panels in one picture, or each in one of its own: IMAGE (N, H, W, 3) in 0..1, float32.
+
+    Raises ImportError, with what to do, where matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Zipped LoRA Report draws with matplotlib, which this ComfyUI has not: run `pip install matplotlib` with "
+            "ComfyUI's own Python"
+        ) from error
+    groups: list[list[Callable[[Axes, Subject], None]]] = [[p] for p in PANELS] if apart else [PANELS]
+    pictures = []
+    for panels in groups:
+        rows = -(-len(panels) // 2) if len(panels) > 1 else 1
+        columns = min(2, len(panels))
+        size = (_PANEL[0] * columns, _PANEL[1] * rows)
+        figure = Figure(figsize=size, dpi=_DPI, facecolor=GROUND, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        for number, panel in enumerate(panels, 1):
+            wide = number == len(panels) and len(panels) % 2 and columns > 1
+            place = (number, number + 1) if wide else number
+            panel(_dark(figure.add_subplot(rows, columns, place)), subject)
+        canvas.draw()
+        pictures.append(torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].astype(np.float32) / 255))
+    return torch.stack(pictures)
+
+
+def _dark(axes: Axes) -> Axes:
+    axes.set_facecolor(GROUND)
+    axes.tick_params(colors=INK, labelsize=9)
+    for side, spine in axes.spines.items():
+        spine.set_color(FAINT)
+        spine.set_visible(side in ("left", "bottom"))
+    return axes
+
+
+def _label(axes: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
+    axes.set_title(title, color=INK, fontsize=12, loc="left")
+    axes.set_xlabel(x, color=INK, fontsize=10)
+    axes.set_ylabel(y, color=INK, fontsize=10)
+    if legend and axes.get_legend_handles_labels()[0]:
+        axes.legend(facecolor=GROUND, edgecolor=FAINT, labelcolor=INK, fontsize=9, loc="upper right")
+
+
+def _nothing(axes: Axes, title: str, why: str) -> None:
+    _label(axes, title, "", "")
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, why, color=INK, fontsize=11, ha="center", va="center", transform=axes.transAxes)
+
+
+def _name_blocks(axes: Axes, layers: Sequence[str]) -> None:
+    """The network's blocks on the axis instead of the layers' numbers, a line between two."""
+    start, ticks = 0, []
+    for name, members in groupby(layers, analysis.block_name):
+        count = len(list(members))
+        ticks.append((start + (count - 1) / 2, name))
+        if start:
+            axes.axvline(start - 0.5, color=FAINT, linewidth=0.6)
+        start += count
+    axes.set_xticks([x for x, _ in ticks], [name for _, name in ticks], rotation=35, ha="right", fontsize=8)
+    axes.set_xlim(-0.5, max(start, 1) - 0.5)
+
+
+def interference(axes: Axes, subject: Subject) -> None:
+    title = "Interference of the two LoRAs' columns, layer by layer (as the paper's Fig. 3b)"
+    before = analysis.column_interference(subject.pair, Coefficients.ones(subject.pair))
+    after = analysis.column_interference(subject.pair, subject.coefficients)
+    if not before:
+        return _nothing(axes, title, "no layer is changed by both LoRAs")
+    layers = range(len(before))
+    axes.plot(layers, list(before.values()), color=STYLE, linewidth=1.2, label="direct merge")
+    axes.plot(layers, list(after.values()), color=CONTENT, linewidth=1.2, label="this merge")
+    axes.set_ylim(bottom=0)
+    _name_blocks(axes, list(before))
+    _label(axes, title, "", "mean |cos · m_c · m_s|")
+
+
+def elements(axes: Axes, subject: Subject) -> None:
+    title = "Elements of the LoRAs' updates ΔW (the paper's Fig. 3a)"
+    found = {concept: analysis.sampled_elements(subject.pair, concept) for concept in ("content", "style")}
+    found = {concept: values for concept, values in found.items() if len(values)}
+    width = max((values.double().square().mean().sqrt().item() for values in found.values()), default=0.0) * 6
+    if not width:
+        return _nothing(axes, title, "the LoRAs change nothing")
+    for (concept, values), colour in zip(found.items(), (CONTENT, STYLE), strict=False):
+        counts = torch.histc(values, 121, -width, width) / len(values)
+        share = analysis.energy_share(values, 0.1)
+        label = f"{concept}: the largest 10 % hold {share:.0%} of the energy"
+        axes.plot(np.linspace(-width, width, 121), counts.numpy(), color=colour, linewidth=1.2, label=label)
+    axes.set_yscale("log")
+    _label(axes, title, "value", "share of elements")
+
+
+def losses(axes: Axes, subject: Subject) -> None:
+    title = "Losses over the steps"
+    known = subject.losses
+    if not known.get("loss"):
+        return _nothing(axes, title, "no losses: connect loss_map of ZipLoRA Optimize")
+    if "content" not in known:  # the layer-wise solve: one number for each layer
+        axes.plot(list(known["loss"]), color=CONTENT, linewidth=1.2)
+        axes.set_ylim(bottom=0)
+        return _label(axes, "What is left of each layer's error", "layer", "of the direct merge's", legend=False)
+    steps = range(1, len(known["content"]) + 1)
+    marker = "o" if len(steps) == 1 else None
+    axes.plot(steps, known["content"], color=CONTENT, linewidth=1.2, marker=marker, label="content")
+    axes.plot(steps, known["style"], color=STYLE, linewidth=1.2, marker=marker, label="style")
+    axes.plot(steps, known["overlap"], color=BOTH, linewidth=1.2, marker=marker, label="overlap x lambda")
+    axes.set_ylim(bottom=0)
+    _label(axes, title, "step", "loss")
+
+
+def histogram(axes: Axes, subject: Subject) -> None:
+    for (name, side), colour in zip(
+        (("content", subject.coefficients.content), ("style", subject.coefficients.style)),
+        (CONTENT, STYLE),
+        strict=True,
+    ):
+        values = torch.cat([torch.empty(0), *side.values()])
+        if len(values):
+            counts = torch.histc(values, 101, -0.5, 2.0) / len(values)
+            label = f"{name}: mean {values.mean():.2f}, {(values.abs() < 0.5).float().mean():.0%} below 0.5"
+            axes.plot(np.linspace(-0.5, 2.0, 101), counts.numpy(), color=colour, linewidth=1.2, label=label)
+    axes.set_ylim(bottom=0)
+    _label(axes, "Where the coefficients ended (1 is the direct merge)", "coefficient", "share of columns")
+
+
+def ownership(axes: Axes, subject: Subject) -> None:
+    title = "Who owns the columns of each layer (|coefficient| at least 0.5)"
+    shares = subject.coefficients.ownership_by_layer()
+    if not shares:
+        return _nothing(axes, title, "no layer is changed by both LoRAs")
+    stacks = [[layer[owner] for layer in shares.values()] for owner in OWNERS]
+    colours = [_OWNER_COLOURS[owner] for owner in OWNERS]
+    axes.stackplot(np.arange(len(shares)), np.array(stacks), colors=colours, labels=OWNERS, step="mid", linewidth=0)
+    axes.set_ylim(0, 1)
+    _name_blocks(axes, list(shares))
+    _label(axes, title, "", "share of columns")
+
+
+PANELS: list[Callable[[Any, Subject], None]] = [interference, elements, losses, histogram, ownership]

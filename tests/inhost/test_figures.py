@@ -1,0 +1,79 @@
+"""The report's picture: what is on it, read back from its pixels."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import tiny
+import torch
+
+
+def colour(name: str) -> torch.Tensor:
+    return torch.tensor([int(name[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+
+
+def shows(picture: torch.Tensor, name: str) -> bool:
+    return bool(((picture - colour(name)).abs().amax(-1) < 0.02).sum() > 50)
+
+
+@pytest.fixture(scope="module")
+def zipped(pack):
+    patcher = tiny.tiny_patcher()
+    settings = pack.ziplora_core.solver.Settings(steps=3)
+    with torch.inference_mode():
+        return pack.nodes.bridge.optimise.optimise(
+            patcher, tiny.sources(pack, patcher.model), tiny.prompts(), tiny.latents(), settings
+        )[:2]
+
+
+def draw(pack, zipped, losses, apart):
+    figures = pack.nodes.report.draw.__globals__
+    subject = figures["Subject"](zipped.fitted.pair, zipped.coefficients, losses)
+    with torch.inference_mode():
+        return figures["draw"](subject, apart)
+
+
+def test_one_picture_holds_every_panel(pack, zipped):
+    image = draw(pack, *zipped, apart=False)
+    assert image.shape[0] == 1 and image.shape[3] == 3 and image.dtype == torch.float32
+    assert 0 <= image.min() and image.max() <= 1 and min(image.shape[1:3]) > 1000
+    figures = pack.nodes.report.draw.__globals__
+    for name in ("CONTENT", "STYLE", "BOTH", "INK"):
+        assert shows(image[0], figures[name]), name
+    corner = image[0, :5, :5].reshape(-1, 3)
+    assert (corner - colour(figures["GROUND"])).abs().max() < 0.01
+
+
+def test_panels_apart_are_a_batch(pack, zipped):
+    figures = pack.nodes.report.draw.__globals__
+    images = draw(pack, *zipped, apart=True)
+    assert len(images) == len(figures["PANELS"]) == 5
+    assert len({tuple(image.flatten()[::997].tolist()) for image in images}) == 5
+    without = draw(pack, zipped[0], None, apart=True)
+    same = [torch.equal(a, b) for a, b in zip(images, without, strict=True)]
+    assert same == [True, True, False, True, True], "only the losses come from the loss map"
+
+
+def test_a_solver_without_steps_and_a_single_lora_are_drawn_too(pack, zipped):
+    pair = zipped[0].fitted.pair
+    left = draw(pack, zipped[0], {"loss": [0.5, 0.2]}, apart=True)
+    assert not torch.equal(left[2], draw(pack, zipped[0], {"loss": []}, apart=True)[2])
+    pairs, coefficients = pack.ziplora_core.pair, pack.ziplora_core.coefficients
+    alone = pairs.LoRAPair({k: pairs.LayerPair(v.content, None) for k, v in pair.layers.items()})
+    figures = pack.nodes.report.draw.__globals__
+    subject = figures["Subject"](alone, coefficients.Coefficients.ones(alone), None)
+    assert len(figures["draw"](subject, True)) == 5
+
+
+def test_the_loss_map_is_the_losses(pack, zipped):
+    losses = zipped[1]
+    assert set(losses) == {"loss", "content", "style", "overlap"} and len(losses["loss"]) == 3
+    for total, *terms in zip(*(losses[k] for k in ("loss", "content", "style", "overlap")), strict=True):
+        assert total == pytest.approx(sum(terms))
+
+
+def test_without_matplotlib_it_says_what_to_do(pack, zipped, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        draw(pack, *zipped, apart=False)
