@@ -77,6 +77,13 @@ def square(pictures: Sequence[np.ndarray], size: int = 200) -> Image.Image:
     return image
 
 
+def scaled(picture: np.ndarray, longest: int = 400) -> Image.Image:
+    """A picture of any shape with its longest side at so many pixels: a thumbnail of what a graph saves."""
+    image = Image.fromarray(picture)
+    factor = longest / max(image.size)
+    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+
+
 def write(image: Image.Image, path: Path) -> Path:
     """Write a picture whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

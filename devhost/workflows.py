@@ -1,4 +1,4 @@
-"""Write workflows/api/*.json from workflows/*.json, through the real frontend.
+"""Write workflows/*.json from their descriptions, and workflows/api/*.json from those through the real frontend.
 
 python3 dev.py workflows            write them
 python3 dev.py workflows --check    only say which differ
@@ -17,6 +17,7 @@ from .base import make_base
 from .frontend import Frontend, open_browser
 from .install import ROOT
 from .server import ComfyServer, Prompt
+from .templates import TEMPLATES, Graph, ObjectInfo
 
 FOLDER = ROOT / "workflows"
 
@@ -52,17 +53,30 @@ def main() -> int:
     differing = 0
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base:
         with ComfyServer(make_base(Path(base), miniature=False)) as server, open_browser() as browser:
+            info = server.object_info()
+            for template in TEMPLATES:
+                graph = template()
+                differing += renew(FOLDER / f"{graph.name}.json", ui_text(graph, info), check)
             for ui_file in ui_files():
                 frontend = Frontend(browser, server)
                 text = generate(frontend, ui_file)
                 frontend.close()
-                target = api_file(ui_file)
-                same = target.is_file() and target.read_text(encoding="utf-8") == text
-                differing += not same
-                print(f"{target.relative_to(ROOT).as_posix()}: {'up to date' if same else 'differs'}")
-                if not same and not check:
-                    write(target, text)
+                differing += renew(api_file(ui_file), text, check)
     return 1 if check and differing else 0
+
+
+def ui_text(graph: Graph, info: ObjectInfo) -> str:
+    """The UI file's text of a described graph."""
+    return json.dumps(graph.ui(info), indent=2, ensure_ascii=False) + "\n"
+
+
+def renew(target: Path, text: str, check: bool) -> bool:
+    """Write a file where it differs, unless only asked; says so, and whether it did."""
+    same = target.is_file() and target.read_text(encoding="utf-8") == text
+    print(f"{target.relative_to(ROOT).as_posix()}: {'up to date' if same else 'differs'}")
+    if not same and not check:
+        write(target, text)
+    return not same
 
 
 def write(target: Path, text: str) -> None:

@@ -1,0 +1,82 @@
+"""The shipped graphs on the miniature: what stands for the placeholders, and their thumbnails.
+
+    python3 dev.py run demo/templates.py [NAME ...]
+
+runs each graph in API form on a server with the miniature and writes workflows/NAME.jpg from the picture it saves.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from demo import picture
+from demo.gates import CFG
+from demo.manifest import Manifest, read_manifest
+from devhost import templates
+from devhost.base import make_base
+from devhost.server import ComfyServer, Prompt
+from devhost.workflows import FOLDER, api_file
+
+PAIRS = (("mushroom", "ember"), ("icecream", "dusk"))  # a subject and a style each
+PLACES = ("left", "top", "right")
+
+
+def replacements(world: Manifest) -> dict[str, str]:
+    """Placeholder -> the miniature's word, longest first: files, training prompts, prompts for a subject in a style."""
+    of_name = {trained.name: trained for trained in (*world.subjects, *world.styles)}
+    subjects, styles = (
+        dict(zip(placeholders, (of_name[name] for name in names), strict=True))
+        for placeholders, names in zip((templates.SUBJECTS, templates.STYLES), zip(*PAIRS, strict=True), strict=True)
+    )
+    found = {templates.MODEL: world.checkpoint}
+    for placeholder, trained in {**subjects, **styles}.items():
+        found[placeholder] = trained.learned.file
+        found[{**templates.SUBJECTS, **templates.STYLES}[placeholder]] = trained.learned.prompt
+    for subject, its in subjects.items():
+        for style, of in styles.items():
+            found[templates.drawn(subject, style)] = world.prompt(its, of)
+            for context, place in zip(templates.CONTEXTS, PLACES, strict=True):
+                there = world.prompt(its, of).replace(" in ", f" on the {place} in ")
+                found[templates.drawn(subject, style, context)] = there
+    return found
+
+
+def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt:
+    """A shipped graph in API form with the miniature's files, words and sizes. steps: of sampling."""
+    made, words = copy.deepcopy(prompt), replacements(world)
+    for node in made.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, str):
+                node["inputs"][name] = words.get(value, value)
+            elif value == templates.SIDE:
+                node["inputs"][name] = world.size
+        if node["class_type"] == "KSampler":
+            node["inputs"] |= {"steps": steps, "cfg": CFG}
+        if node["class_type"] == "ExportMergedLoRA":
+            node["inputs"]["rank"] = 16
+    return made
+
+
+def main() -> int:
+    wanted, world = sys.argv[1:], read_manifest()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base, ComfyServer(make_base(Path(base))) as server:
+        for make in templates.TEMPLATES:
+            name = make().name
+            if wanted and name not in wanted:
+                continue
+            file = FOLDER / f"{name}.json"
+            prompt = json.loads(api_file(file).read_text(encoding="utf-8"))
+            done = server.run(on_the_miniature(prompt, world))
+            (saver,) = (k for k, node in prompt.items() if node["class_type"] == "SaveImage")
+            print(picture.write(picture.scaled(done.images(saver)[0]), file.with_suffix(".jpg")), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

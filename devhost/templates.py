@@ -1,0 +1,385 @@
+"""The graphs that ship beside `ziplora_sdxl`, described here and laid out as UI files by `python3 dev.py workflows`.
+
+Each is a list of columns; nodes that do not fit below one another begin a new one. Values are placeholders that a user
+replaces: `my_subject.safetensors`, "a sks dog".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ObjectInfo = Mapping[str, Any]
+
+MODEL = "sd_xl_base_1.0.safetensors"
+SUBJECTS = {"my_subject.safetensors": "a sks dog", "my_other_subject.safetensors": "a ohwx teapot"}
+STYLES = {"my_style.safetensors": "a house in szn style", "my_other_style.safetensors": "a house in qrk style"}
+SIDE = 1024
+
+_WIDTH, _GAP, _LINE = 340, 60, 26
+_WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+_TALL = {"SaveImage": 460, "ZippedLoRAReport": 300, "PreviewAny": 260}
+
+
+def drawn(subject: str, style: str, where: str = "") -> str:
+    """The prompt for a subject in a style: "a sks dog in szn style"."""
+    return f"{SUBJECTS[subject]} in {STYLES[style].split(' in ')[1]}{where}"
+
+
+@dataclass(frozen=True)
+class Link:
+    """An output of a node."""
+
+    node: Node
+    slot: int
+
+
+@dataclass
+class Node:
+    number: int
+    kind: str
+    title: str | None
+    column: int
+    inputs: dict[str, Any]
+
+    def __getitem__(self, slot: int) -> Link:
+        return Link(self, slot)
+
+
+@dataclass
+class Graph:
+    """name: of the files. note: Markdown, shown at the left. what: of its columns, their headings."""
+
+    name: str
+    note: str
+    nodes: list[Node] = field(default_factory=list)
+    headings: list[str] = field(default_factory=list)
+
+    def column(self, heading: str) -> None:
+        self.headings.append(heading)
+
+    def add(self, kind: str, title: str | None = None, **inputs: Any) -> Node:
+        node = Node(len(self.nodes) + 2, kind, title, len(self.headings) - 1, inputs)
+        self.nodes.append(node)
+        return node
+
+    def ui(self, info: ObjectInfo) -> dict[str, Any]:
+        """The graph as the frontend saves one. info: the server's object_info, for the order of widgets."""
+        made = [self._note()]
+        links: list[list[Any]] = []
+        height: dict[int, int] = {}
+        targets: dict[tuple[int, int], list[int]] = {}
+        for node in self.nodes:
+            entry = self._node(node, info[node.kind], links, targets)
+            entry["pos"] = [node.column * (_WIDTH + _GAP), height.get(node.column, 0)]
+            height[node.column] = entry["pos"][1] + entry["size"][1] + 70
+            made.append(entry)
+        for entry in made:
+            for slot, output in enumerate(entry["outputs"]):
+                output["links"] = targets.get((entry["id"], slot), [])
+        return {
+            "id": "00000000-0000-0000-0000-000000000000",
+            "revision": 0,
+            "last_node_id": len(self.nodes) + 1,
+            "last_link_id": len(links),
+            "nodes": made,
+            "links": links,
+            "groups": [
+                {
+                    "id": number + 1,
+                    "title": heading,
+                    "bounding": [number * (_WIDTH + _GAP) - 20, -80, _WIDTH + 40, height.get(number, 0) + 60],
+                    "color": "#3f789e" if number % 2 else "#88A",
+                    "font_size": 24,
+                    "flags": {},
+                }
+                for number, heading in enumerate(self.headings)
+            ],
+            "config": {},
+            "extra": {},
+            "version": 0.4,
+        }
+
+    def _note(self) -> dict[str, Any]:
+        return {
+            "id": 1,
+            "type": "MarkdownNote",
+            "pos": [-500, -40],
+            "size": [440, 460],
+            "flags": {},
+            "order": 0,
+            "mode": 0,
+            "inputs": [],
+            "outputs": [],
+            "title": "Read me first",
+            "properties": {},
+            "widgets_values": [self.note],
+            "color": "#432",
+            "bgcolor": "#653",
+        }
+
+    def _node(
+        self, node: Node, info: Mapping[str, Any], links: list[list[Any]], targets: dict[tuple[int, int], list[int]]
+    ) -> dict[str, Any]:
+        inputs: list[dict[str, Any]] = []
+        widgets: list[Any] = []
+        tall = 0
+        described = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        unknown = set(node.inputs) - set(described)
+        if unknown:
+            raise ValueError(f"{self.name}: {node.kind} has no input {', '.join(sorted(unknown))}")
+        for name, spec in described.items():
+            kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+            given = node.inputs.get(name)
+            if isinstance(kind, list) or kind in _WIDGETS:
+                widgets.append(_default(kind, options) if given is None else given)
+                tall += 60 if options.get("multiline") else 0
+                if options.get("control_after_generate"):
+                    widgets.append("fixed")
+                continue
+            entry: dict[str, Any] = {"name": name, "type": kind, "link": None}
+            if name in info["input"].get("optional", {}):
+                entry["shape"] = 7
+            if given is not None:
+                entry["link"] = len(links) + 1
+                links.append([entry["link"], given.node.number, given.slot, node.number, len(inputs), kind])
+                targets.setdefault((given.node.number, given.slot), []).append(entry["link"])
+            elif name in info["input"].get("required", {}):
+                raise ValueError(f"{self.name}: {node.kind} needs {name}")
+            inputs.append(entry)
+        outputs = [
+            {"name": name, "type": kind, "links": []}
+            for name, kind in zip(info["output_name"], info["output"], strict=True)
+        ]
+        lines = max(len(inputs), len(outputs)) + len(widgets)
+        made = {
+            "id": node.number,
+            "type": node.kind,
+            "pos": [0, 0],
+            "size": [_WIDTH, max(_TALL.get(node.kind, 0), 20 + _LINE * lines + tall)],
+            "flags": {},
+            "order": node.number - 1,
+            "mode": 0,
+            "inputs": inputs,
+            "outputs": outputs,
+            "properties": {"Node name for S&R": node.kind},
+            "widgets_values": widgets,
+        }
+        return made | ({"title": node.title} if node.title else {})
+
+
+def _default(kind: Any, options: Mapping[str, Any]) -> Any:
+    if "default" in options:
+        return options["default"]
+    choices = kind if isinstance(kind, list) else options.get("options")
+    return choices[0] if choices else {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(kind, "")
+
+
+class _Parts:
+    """What the graphs have in common. The order of calls is the order on the canvas."""
+
+    def __init__(self, name: str, note: str):
+        self.graph = Graph(name, note)
+        self.graph.column("Base model")
+        self.checkpoint = self.graph.add("CheckpointLoaderSimple", ckpt_name=MODEL)
+        self.model, self.clip, self.vae = (self.checkpoint[slot] for slot in range(3))
+
+    def text(self, text: str, title: str | None = None) -> Link:
+        return self.graph.add("CLIPTextEncode", title, clip=self.clip, text=text)[0]
+
+    def pair(self, subject: str, style: str) -> Link:
+        return self.graph.add("LoadLoRAPair", content_lora=subject, style_lora=style)[0]
+
+    def zip(self, subject: str, style: str) -> Node:
+        """Without pictures: each LoRA draws its own references."""
+        return self.graph.add(
+            "ZipLoRAOptimize",
+            model=self.model,
+            lora_pair=self.pair(subject, style),
+            content_positive=self.text(SUBJECTS[subject], "Training prompt of the subject LoRA"),
+            style_positive=self.text(STYLES[style], "Training prompt of the style LoRA"),
+            drawn_size=SIDE,
+        )
+
+    def canvas(self) -> tuple[Link, Link]:
+        """(negative prompt, empty latent)"""
+        empty = self.graph.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1)
+        return self.text("", "What not to draw"), empty[0]
+
+    def apply(self, zipped: Link) -> Link:
+        return self.graph.add("ApplyZippedLoRA", model=self.model, zipped_lora=zipped)[0]
+
+    def picture(self, model: Link, prompt: Link, canvas: tuple[Link, Link], title: str | None = None) -> Link:
+        negative, empty = canvas
+        sampled = self.graph.add(
+            "KSampler",
+            title,
+            model=model,
+            positive=prompt,
+            negative=negative,
+            latent_image=empty,
+            steps=30,
+            cfg=5.0,
+            sampler_name="euler",
+            scheduler="normal",
+        )
+        return self.graph.add("VAEDecode", samples=sampled[0], vae=self.vae)[0]
+
+    def beside(self, pictures: list[Link], direction: str = "right") -> Link:
+        joined, *rest = pictures
+        for picture in rest:
+            joined = self.graph.add("ImageStitch", image1=joined, image2=picture, direction=direction, spacing_width=8)[
+                0
+            ]
+        return joined
+
+    def save(self, picture: Link) -> Graph:
+        self.graph.add(
+            "SaveImage", images=picture, filename_prefix=f"ziplora/{self.graph.name.removeprefix('ziplora_')}"
+        )
+        return self.graph
+
+
+_SUBJECT, _OTHER_SUBJECT = SUBJECTS
+_STYLE, _OTHER_STYLE = STYLES
+_REPLACE = (
+    "\n\n## What to choose\nThe checkpoint, the LoRA files and the words of their training prompts: what stands here "
+    "is made up. No pictures are needed: each LoRA draws its own references."
+)
+
+
+def no_pictures() -> Graph:
+    made = _Parts(
+        "ziplora_no_pictures",
+        "# Zip without reference pictures\n\nThe latents of **ZipLoRA Optimize** are not connected, so each LoRA draws "
+        "four pictures from its own training prompt first. They show on the node; their seeds are in the report."
+        + _REPLACE,
+    )
+    made.graph.column("Zip")
+    zipped = made.zip(_SUBJECT, _STYLE)
+    made.graph.column("What it did")
+    made.graph.add("PreviewAny", "Report", source=zipped[2])
+    made.graph.add("ZippedLoRAReport", zipped_lora=zipped[0], loss_map=zipped[1])
+    made.graph.column("Draw")
+    prompt, canvas = made.text(drawn(_SUBJECT, _STYLE), "What to draw"), made.canvas()
+    model = made.apply(zipped[0])
+    made.graph.column("Picture")
+    return made.save(made.picture(model, prompt, canvas))
+
+
+def style_strength() -> Graph:
+    made = _Parts(
+        "ziplora_style_strength",
+        "# How much style\n\nOne zipped pair, four style strengths: 0, 0.4, 0.7, 1 (the paper's Fig. 7a). Nothing is "
+        "learned again: the dial multiplies the style's coefficients." + _REPLACE,
+    )
+    made.graph.column("Zip")
+    zipped = made.zip(_SUBJECT, _STYLE)
+    made.graph.column("Draw")
+    prompt, canvas = made.text(drawn(_SUBJECT, _STYLE), "What to draw"), made.canvas()
+    pictures = []
+    for strength in (0.0, 0.4, 0.7, 1.0):
+        made.graph.column(f"Style {strength:g}")
+        dial = made.graph.add("StyleStrength", zipped_lora=zipped[0], style_strength=strength)
+        pictures.append(made.picture(made.apply(dial[0]), prompt, canvas, f"Style {strength:g}"))
+    made.graph.column("Side by side")
+    return made.save(made.beside(pictures))
+
+
+def each_alone() -> Graph:
+    made = _Parts(
+        "ziplora_each_alone",
+        "# Each concept alone\n\nA zipped model still draws the subject without the style and the style without the "
+        "subject, when the prompt asks for one of them (the paper's Fig. 7b)." + _REPLACE,
+    )
+    made.graph.column("Zip")
+    zipped = made.zip(_SUBJECT, _STYLE)
+    made.graph.column("Apply")
+    canvas, model = made.canvas(), made.apply(zipped[0])
+    pictures = []
+    for heading, words in (
+        ("Subject alone", SUBJECTS[_SUBJECT]),
+        ("Style alone", STYLES[_STYLE]),
+        ("Both", drawn(_SUBJECT, _STYLE)),
+    ):
+        made.graph.column(heading)
+        pictures.append(made.picture(model, made.text(words, heading), canvas, heading))
+    made.graph.column("Side by side")
+    return made.save(made.beside(pictures))
+
+
+def new_contexts() -> Graph:
+    made = _Parts(
+        "ziplora_new_contexts",
+        "# New contexts\n\nThe subject in the style, where neither LoRA has seen it: one zipped pair, three prompts "
+        "(the paper's Fig. 6)." + _REPLACE,
+    )
+    made.graph.column("Zip")
+    zipped = made.zip(_SUBJECT, _STYLE)
+    made.graph.column("Apply")
+    canvas, model = made.canvas(), made.apply(zipped[0])
+    pictures = []
+    for where in CONTEXTS:
+        made.graph.column(where.strip(" ,").capitalize())
+        prompt = made.text(drawn(_SUBJECT, _STYLE, where), "What to draw")
+        pictures.append(made.picture(model, prompt, canvas))
+    made.graph.column("Side by side")
+    return made.save(made.beside(pictures))
+
+
+CONTEXTS = (", riding a bicycle", ", in a boat", ", wearing a crown")
+
+
+def against_direct() -> Graph:
+    made = _Parts(
+        "ziplora_against_direct",
+        "# Subjects × styles, zipped and added\n\nTwo subjects in two styles: the upper row is zipped, the lower row "
+        "is the direct merge of the same LoRAs, with the same seeds (the paper's Fig. 1 and 5)." + _REPLACE,
+    )
+    made.graph.column("Draw")
+    canvas = made.canvas()
+    rows: tuple[list[Link], list[Link]] = ([], [])
+    for subject in SUBJECTS:
+        for style in STYLES:
+            made.graph.column(drawn(subject, style))
+            zipped = made.zip(subject, style)
+            pair = zipped.inputs["lora_pair"]
+            direct = made.graph.add("DirectMergeLoRA", model=made.model, lora_pair=pair)
+            prompt = made.text(drawn(subject, style), "What to draw")
+            for row, merge in zip(rows, (zipped[0], direct[0]), strict=True):
+                row.append(made.picture(made.apply(merge), prompt, canvas))
+    made.graph.column("Side by side")
+    return made.save(made.beside([made.beside(row) for row in rows], "down"))
+
+
+def export() -> Graph:
+    made = _Parts(
+        "ziplora_export",
+        "# Keep it, and take it elsewhere\n\n**Save Zipped LoRA** keeps the coefficients alone, a few megabytes, bound "
+        "to the two files. **Export Merged LoRA** writes one ordinary LoRA for any program, here at half the rank; the "
+        "picture is drawn with it through the stock *Load LoRA Model*." + _REPLACE,
+    )
+    made.graph.column("Zip")
+    zipped = made.zip(_SUBJECT, _STYLE)
+    made.graph.column("Files")
+    made.graph.add("SaveZippedLoRA", zipped_lora=zipped[0], filename_prefix="my_pair")
+    exported = made.graph.add(
+        "ExportMergedLoRA", zipped_lora=zipped[0], filename_prefix="loras/my_merge", rank=64, dtype="fp16"
+    )
+    made.graph.add("PreviewAny", "What was written", source=exported[1])
+    made.graph.column("Draw")
+    prompt, canvas = made.text(drawn(_SUBJECT, _STYLE), "What to draw"), made.canvas()
+    model = made.graph.add("LoraModelLoader", model=made.model, lora=exported[0], strength_model=1.0)
+    made.graph.column("Picture")
+    return made.save(made.picture(model[0], prompt, canvas))
+
+
+TEMPLATES: tuple[Callable[[], Graph], ...] = (
+    no_pictures,
+    style_strength,
+    each_alone,
+    new_contexts,
+    against_direct,
+    export,
+)
