@@ -1,5 +1,7 @@
 """Write workflows/*.json from their descriptions, and workflows/api/*.json from those through the real frontend.
 
+Also what a server says of the nodes: the contract that a test holds them to, and the English texts (snapshot.py).
+
 python3 dev.py workflows            write them
 python3 dev.py workflows --check    only say which differ
 """
@@ -13,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from . import snapshot
 from .base import make_base
 from .frontend import Frontend, open_browser
 from .install import ROOT
@@ -54,6 +57,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base:
         with ComfyServer(make_base(Path(base), miniature=False)) as server, open_browser() as browser:
             info = server.object_info()
+            for path, text in snapshot.files(info).items():
+                differing += renew(path, text, check)
             for template in TEMPLATES:
                 graph = template()
                 differing += renew(FOLDER / f"{graph.name}.json", ui_text(graph, info), check)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from demo.manifest import Manifest, read_manifest
-from devhost.base import NODES, PACK
+from devhost.base import PACK
 from devhost.workflows import FOLDER
 
 if TYPE_CHECKING:
@@ -89,13 +89,3 @@ def put_in(frontend: Frontend, which: str, **values: Any) -> None:
     for node in found:
         for name, value in values.items():
             frontend.set_widget(node, name, value)
-
-
-@pytest.mark.parametrize("node", NODES)
-def test_help_page_names_every_input(server: ComfyServer, node: str) -> None:
-    page = server.session.get(f"{server.url}/extensions/{PACK}/docs/{node}.md")
-    assert page.ok, f"{node} has no help page"
-    inputs = server.object_info(node)["input"]
-    shown = {**inputs.get("required", {}), **inputs.get("optional", {})}  # not what the host adds to output nodes
-    missing = [name for name in shown if f"`{name}`" not in page.text]
-    assert not missing, f"web/docs/{node}.md does not explain {', '.join(missing)}"

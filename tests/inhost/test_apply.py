@@ -67,6 +67,23 @@ def test_no_steps_equals_two_stock_loaders(pack):
     assert largest_difference(weights(patcher), bare) == 0.0
 
 
+def test_sampling_costs_what_it_costs_without(pack):
+    """The pair is in the weights: not one operation more in a step, nothing injected, no option set."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    patcher = tiny.tiny_patcher()
+    zipped = zip_pair(pack, patcher, tiny.sources(pack, patcher.model))
+    ours, _ = pack.nodes.bridge.apply.apply(patcher, None, zipped, 1.0)
+    assert ours.injections == {} == ours.object_patches and ours.model_options == patcher.model_options
+    counts = []
+    for model in (patcher, ours):
+        tiny.sample(model)  # in which the host writes the weights
+        with FlopCounterMode(display=False) as counter:
+            tiny.sample(model)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
 def test_coefficients_equal_a_written_file_in_the_stock_loader(pack, tmp_path):
     """Any LoRA loader in the world can apply a zipped pair: the identity, end to end, bit for bit."""
     patcher = tiny.tiny_patcher()
