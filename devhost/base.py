@@ -29,6 +29,8 @@ NODES = (
     "LoadZippedLoRA",
     "ExportMergedLoRA",
     "SparsifyLoRA",
+    "ZipLoRAScores",
+    "BlindABSheet",
 )
 FOLDERS = ("models/checkpoints", "models/loras", "input", "output", "temp", "user/default", "custom_nodes")
 # The frontend greets a new user with a window over the graph; nobody is there to close it.

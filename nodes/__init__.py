@@ -7,6 +7,7 @@ from .files import ExportMergedLoRA, LoadZippedLoRA, SaveZippedLoRA
 from .load import LoadLoRAPair
 from .optimize import ZipLoRAOptimize
 from .report import ZippedLoRAReport
+from .scores import BlindABSheet, ZipLoRAScores
 from .sparse import SparsifyLoRA
 from .style import StyleStrength
 
@@ -23,4 +24,6 @@ NODES = [
     LoadZippedLoRA,
     ExportMergedLoRA,
     SparsifyLoRA,
+    ZipLoRAScores,
+    BlindABSheet,
 ]

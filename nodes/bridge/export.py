@@ -17,7 +17,7 @@ from ...ziplora_core.export import ExportLayer
 from ...ziplora_core.files import write_tensors
 from ...ziplora_core.merge import merged_factors
 from ...ziplora_core.pair import Factors, LayerPair
-from . import fitting, keys, loras
+from . import fitting, keys, loras, paths
 
 FORMATS = ("kohya", "diffusers")
 _ARCHITECTURES = {  # modelspec's names, by the host's
@@ -182,26 +182,12 @@ def _metadata(zipped: loras.ZippedLoRA, layers, report: list[str]) -> dict[str, 
     }
 
 
-def next_path(prefix: str, folder: str) -> str:
-    """The next free numbered file of a prefix in a folder of the host's, as its own save nodes number them.
-
-    Raises ValueError for a prefix that leads out of the folder.
-    """
-    try:
-        directory, name, counter, *_ = folder_paths.get_save_image_path(prefix, folder)
-    except Exception as error:  # the host raises this bare
-        raise ValueError(f"filename_prefix '{prefix}' leads out of the folder '{os.path.basename(folder)}'") from error
-    if not name or name in (".", ".."):
-        raise ValueError(f"filename_prefix '{prefix}' names no file")
-    return os.path.join(directory, f"{name}_{counter:05}_.safetensors")
-
-
 def export_file(
     zipped: loras.ZippedLoRA, prefix: str, rank: int, dtype: str, form: str
 ) -> tuple[dict[str, Tensor], str]:
     """Write the file below the output folder; (LORA_MODEL, report)."""
     exported = export_tensors(zipped, rank, dtype, form)
-    path = next_path(prefix, folder_paths.get_output_directory())
+    path = paths.next_path(prefix, folder_paths.get_output_directory(), ".safetensors")
     write_tensors(path, exported.tensors, exported.metadata)
     name = os.path.relpath(path, folder_paths.get_output_directory())
     return exported.lora_model, "  \n".join([f"written: {name}", *exported.report])

@@ -11,7 +11,7 @@ import torch
 
 from ...ziplora_core import __version__, direct, saved
 from ...ziplora_core.files import LoRAFileError, sha256
-from . import export, fitting, loras
+from . import fitting, loras, paths
 
 FOLDER = "ziplora"
 
@@ -54,7 +54,7 @@ def save(zipped: loras.ZippedLoRA, prefix: str) -> str:
         report=zipped.report,
     )
     folder = os.path.join(folder_paths.get_output_directory(), FOLDER)
-    path = export.next_path(prefix, folder)
+    path = paths.next_path(prefix, folder, ".safetensors")
     saved.write(path, zipped.coefficients, about)
     return os.path.relpath(path, folder)
 

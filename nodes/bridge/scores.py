@@ -1,0 +1,61 @@
+"""Features of pictures and prompts from the host's own encoders."""
+
+from __future__ import annotations
+
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...ziplora_core.scores import alignment
+
+_AT_ONCE = 8  # pictures
+
+
+def picture_features(encoder, pictures: Tensor, bar: comfy.utils.ProgressBar) -> Tensor:
+    """(pictures, d): what a CLIP vision or DINOv2 model makes of an IMAGE, as its loader in the host gives it."""
+    found = []
+    for part in pictures.split(_AT_ONCE):
+        found.append(encoder.encode_image(part)["image_embeds"].float().cpu())
+        bar.update(len(part))
+    return torch.cat(found)
+
+
+def prompt_features(clip, prompt: str) -> Tensor:
+    """(1, d): a prompt in CLIP's space. Raises ValueError for a text encoder without CLIP's projection into it."""
+    pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)[1]
+    if pooled is None or not _is_projected(clip.cond_stage_model, pooled.shape[-1]):
+        raise ValueError(
+            "clip has no projection into CLIP's space, so its prompts cannot be compared with pictures; connect the "
+            "text encoder of the same CLIP as clip_vision (Load CLIP, e.g. clip_l.safetensors with CLIP-ViT-L vision)"
+        )
+    return pooled.float().cpu().reshape(1, -1)
+
+
+def _is_projected(text_encoder: torch.nn.Module, width: int) -> bool:
+    """Whether there is a projection to this width that is not the unit matrix, which stands for none in the host."""
+    for name, module in text_encoder.named_modules():
+        weight = getattr(module, "weight", None)
+        if name.endswith("text_projection") and weight is not None and weight.shape[0] == width:
+            square = weight.shape[0] == weight.shape[1]
+            return not (square and torch.equal(weight.float().cpu(), torch.eye(width)))
+    return False
+
+
+def score(images: Tensor, subject: Tensor, style: Tensor, clip_vision, dino, clip, prompt: str) -> dict[str, Tensor]:
+    """Scores of each picture by name: style (CLIP), subject (DINO) and, where clip is given, text (CLIP).
+
+    images, subject, style: IMAGE (N, H, W, 3). Raises ValueError where text and picture features do not match.
+    """
+    text = None if clip is None else prompt_features(clip, prompt)
+    bar = comfy.utils.ProgressBar(2 * len(images) + len(subject) + len(style))
+    seen = picture_features(clip_vision, images, bar)
+    if text is not None and text.shape[1] != seen.shape[1]:
+        raise ValueError(
+            f"clip gives {text.shape[1]} numbers for a prompt, clip_vision {seen.shape[1]} for a picture: they are not "
+            "of the same CLIP; connect the text encoder that belongs to clip_vision, or leave clip unconnected"
+        )
+    found = {
+        "style": alignment(seen, picture_features(clip_vision, style, bar)),
+        "subject": alignment(picture_features(dino, images, bar), picture_features(dino, subject, bar)),
+    }
+    return found if text is None else {**found, "text": alignment(seen, text)}
