@@ -41,6 +41,9 @@ class Family:
                     p.data.fill_(1.0)  # norms of other classes
                 elif p.ndim > 1 and not name.endswith("weight"):
                     p.data.uniform_(-0.5, 0.5)  # tables and pads
+            for table in patcher.model.diffusion_model.buffers():  # SD 3's is made without values
+                if table.is_floating_point():
+                    table.uniform_(-0.5, 0.5)
             return patcher
 
     def weights(self, model) -> dict[str, Tensor]:
