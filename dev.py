@@ -7,7 +7,8 @@
     python3 dev.py serve       a ComfyUI with the pack and the miniature model, to use by hand
     python3 dev.py lint        ruff and mypy
     python3 dev.py train       train the miniature model again from nothing (hours on a CPU)
-    python3 dev.py workflows   write workflows/api/ from workflows/, through the real frontend
+    python3 dev.py workflows   write workflows/ and workflows/api/ through the real frontend, and what nodes say
+    python3 dev.py validate    every graph through comfy-cli's validator
     python3 dev.py run FILE    run a Python file in the environment
     python3 dev.py lock        write the environment's versions into devhost/pins.txt
     python3 dev.py clean       remove what set-up made
@@ -44,6 +45,7 @@ def main(arguments: list[str]) -> int:
         "lint": lint,
         "train": train,
         "workflows": workflows,
+        "validate": validate,
         "run": run,
         "lock": lock,
         "clean": clean,
@@ -95,6 +97,10 @@ def train(rest: list[str]) -> int:
 def workflows(rest: list[str]) -> int:
     host = set_up()
     return python(host, "-m", "devhost.workflows", *rest, CHROMIUM_PATH=str(ensure_chromium(host)))
+
+
+def validate(rest: list[str]) -> int:
+    return python(set_up(), "-m", "devhost.validate", *rest)
 
 
 def run(rest: list[str]) -> int:

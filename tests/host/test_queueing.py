@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,10 @@ def test_losses_plot_and_report_shows(server: ComfyServer, content: Concept, sty
     result = server.run(graph)
     plot = result.images("plot")[0]
     assert len(np.unique(plot.reshape(-1, 3), axis=0)) > 2, "the plot shows axes only"
-    assert result.text("losses").count(",") == 3
+    losses = json.loads(result.text("losses"))
+    assert {name: len(values) for name, values in losses.items()} == dict.fromkeys(
+        ("loss", "content", "style", "overlap"), 4
+    )
     report = result.text("report")
     assert content.lora in report and style.lora in report
     assert "steps: 4 of 4" in report
