@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +22,40 @@ def browser() -> Iterator[Browser]:
 
     with open_browser() as opened:
         yield opened
+
+
+@pytest.fixture
+def kept() -> Callable[[Path, str], None]:
+    """Keep a screenshot: as a test artefact, and with ZIPLORA_PUBLISH set as the README's, docs/<name>.jpg."""
+    import os
+    import shutil
+
+    from PIL import Image
+
+    from devhost.install import DEV, ROOT
+
+    def keep(picture: Path, name: str) -> None:
+        folder = DEV / "reports" / "screens"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(picture, folder / f"{name}.png")
+        if os.environ.get("ZIPLORA_PUBLISH"):
+            image = Image.open(picture).convert("RGB")
+            image = image.crop(
+                tuple(
+                    round(at)
+                    for at in (  # what the view leaves free around a graph
+                        0.11 * image.width,
+                        0.06 * image.height,
+                        0.89 * image.width,
+                        0.94 * image.height,
+                    )
+                )
+            )
+            image.resize((1800, round(1800 * image.height / image.width)), Image.Resampling.LANCZOS).save(
+                ROOT / "docs" / f"{name}.jpg", quality=88
+            )
+
+    return keep
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,7 +30,9 @@ WATCH = """() => { window.seenProgress = []; window.app.api.addEventListener('pr
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_template_runs_to_the_end(frontend: Frontend, server: ComfyServer, name: str, tmp_path: Path) -> None:
+def test_template_runs_to_the_end(
+    frontend: Frontend, server: ComfyServer, name: str, tmp_path: Path, kept: Callable
+) -> None:
     frontend.load(FOLDER / f"{name}.json")
     assert frontend.missing_nodes() == []
     assert set(frontend.page.evaluate(LOOSE_INPUTS)) <= OPTIONAL
@@ -53,7 +56,9 @@ def test_template_runs_to_the_end(frontend: Frontend, server: ComfyServer, name:
     events = frontend.page.evaluate("() => window.seenProgress")
     seen = {(value, most) for node, value, most in events if node in optimise}
     assert len(seen) > 10, "the optimise node's progress did not move"
-    assert frontend.screenshot(tmp_path / f"{name}.png", (3000, 1200)).stat().st_size > 10_000
+    shown = frontend.screenshot(tmp_path / f"{name}.png", (3000, 1200))
+    assert shown.stat().st_size > 10_000
+    kept(shown, name)
 
 
 def test_the_reports_picture_appears_in_the_graph(frontend: Frontend, server: ComfyServer) -> None:

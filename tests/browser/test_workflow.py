@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -53,7 +54,9 @@ def test_graph_opens_whole(opened: Frontend) -> None:
     assert opened.page.evaluate("() => document.querySelectorAll('.comfy-missing-nodes, .p-dialog').length") == 0
 
 
-def test_graph_runs_to_the_end(opened: Frontend, server: ComfyServer, world: Manifest, tmp_path: Path) -> None:
+def test_graph_runs_to_the_end(
+    opened: Frontend, server: ComfyServer, world: Manifest, tmp_path: Path, kept: Callable
+) -> None:
     subject, style = world.subjects[0], world.styles[0]
     put_in(opened, "CheckpointLoaderSimple", ckpt_name=world.checkpoint)
     put_in(opened, "LoadLoRAPair", content_lora=subject.learned.file, style_lora=style.learned.file)
@@ -78,7 +81,10 @@ def test_graph_runs_to_the_end(opened: Frontend, server: ComfyServer, world: Man
     )
     opened.page.wait_for_function(shows_report, arg=report.splitlines()[0], timeout=10_000)
     assert opened.page.evaluate(RED_NODES) == []
-    assert opened.screenshot(tmp_path / "graph.png", (3500, 1000)).stat().st_size > 10_000
+    opened.page.wait_for_timeout(2000)  # the pictures come
+    shown = opened.screenshot(tmp_path / "graph.png", (3600, 1240))
+    assert shown.stat().st_size > 10_000
+    kept(shown, "graph")
 
 
 def put_in(frontend: Frontend, which: str, **values: Any) -> None:

@@ -73,6 +73,27 @@ def test_the_loss_map_is_the_losses(pack, zipped):
         assert total == pytest.approx(sum(terms))
 
 
+def test_interference_of_the_miniatures_loras_is_the_dense_one(pack, miniature, lora_files):
+    """The panel's numbers, before and after, against whole columns in float64."""
+    from safetensors.torch import load_file
+
+    loras, analysis = pack.nodes.bridge.loras, pack.ziplora_core.analysis
+    files = {concept: load_file(lora_files[name]) for concept, name in (("content", "mushroom"), ("style", "ember"))}
+    sources = loras.LoRASources(*(loras.LoRASource(c, file, 1.0) for c, file in files.items()))
+    pair = pack.nodes.bridge.fitting.fit(sources, miniature.model.model).pair
+    ones = pack.ziplora_core.coefficients.Coefficients.ones(pair)
+    g = torch.Generator().manual_seed(0)
+    wild = {c: {k: torch.randn(m.shape, generator=g) for k, m in getattr(ones, c).items()} for c in files}
+    for coefficients in (ones, type(ones)(**wild)):
+        found = analysis.column_interference(pair, coefficients)
+        assert len(found) == 72
+        for name, layer in pair.layers.items():
+            columns = [f.scale * f.up.double() @ f.down.double() for _, f in layer.halves()]
+            cosines = torch.nn.functional.cosine_similarity(*columns, dim=0, eps=0)
+            weights = coefficients.content[name].double() * coefficients.style[name].double()
+            assert found[name] == pytest.approx((cosines * weights).abs().mean().item(), rel=1e-6)
+
+
 def test_without_matplotlib_it_says_what_to_do(pack, zipped, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
