@@ -7,6 +7,7 @@ that a user replaces are put among the choices; everything else must be as the s
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -54,7 +55,9 @@ def main() -> int:
         known.write_text(json.dumps(object_info()), encoding="utf-8")
         for file in (path for ui_file in ui_files() for path in (ui_file, api_file(ui_file))):
             asked = [str(command), "--json", "workflow", "validate", "--workflow", str(file), "--input", str(known)]
-            answer = subprocess.run(asked, capture_output=True, text=True, env={"DO_NOT_TRACK": "1", "HOME": folder})
+            answer = subprocess.run(
+                asked, capture_output=True, text=True, env={**os.environ, "DO_NOT_TRACK": "1", "HOME": folder}
+            )
             said = json.loads(answer.stdout.strip().splitlines()[-1])
             problems = [error["message"] for error in (said["data"] or {}).get("errors", [])] if not said["ok"] else []
             failed += not said["ok"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,11 +72,10 @@ class Plan:
         again = f"{self.recomputed} of {self.blocks} transformer blocks run again in backward"
         return f"memory: about {self.need / _GB:.1f} of {self.room / _GB:.1f} GB beside the weights; {passes}, {again}"
 
-    def smaller(self) -> Plan | None:
-        """The next plan that needs less, or None where this is the least."""
-        least = Plan(False, self.blocks, self.blocks, min(self.moments, MOMENTS // 4), self.need, self.room)
-        if self.recomputed < self.blocks:
-            return Plan(self.together, self.blocks, self.blocks, self.moments, self.need, self.room)
+    def least(self) -> Plan | None:
+        """What needs least, for a second try; None where this is it."""
+        moments = min(self.moments, MOMENTS // 4)
+        least = replace(self, together=False, recomputed=self.blocks, moments=moments)
         return None if self == least else least
 
 
@@ -226,6 +225,8 @@ def make(
         return Plan(moments=moments, need=before, room=room)
     try:
         rehearsed = rehearse(model, pair, conditioning, latents)
+    except management.InterruptProcessingException:
+        raise
     except Exception as error:  # of any model's own code: a run does not fail because it could not be estimated
         logging.warning("ZipLoRA: memory could not be estimated (%s: %s).", type(error).__name__, error)
         count = len(blocks(model.model))
@@ -252,15 +253,15 @@ def room_for(model) -> int:
 
 
 def carry_out(plan: Plan, attempt: Callable[[Plan], None]) -> Plan:
-    """Run it; where memory runs out, once more with less. Returns the plan that worked.
+    """Run it; where memory runs out, once more with the least. Returns the plan that worked.
 
     Raises what `attempt` raised; out of memory for good, the same kind of exception with what to change.
     """
-    for planned in (plan, plan.smaller()):
+    for planned in (plan, plan.least()):
         if planned is None:
             break
         if planned is not plan:
-            logging.warning("ZipLoRA: out of memory; once more with less.")
+            logging.warning("ZipLoRA: out of memory; once more with the least.")
             management.soft_empty_cache()
         logging.info("ZipLoRA: %s.", planned.line())
         try:

@@ -166,6 +166,17 @@ def test_a_model_that_cannot_be_rehearsed_is_run_sparingly(pack, monkeypatch, ca
     assert "no meta kernel" in caplog.text
 
 
+def test_an_interrupt_while_rehearsing_interrupts(pack):
+    import comfy.model_management as management
+
+    patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
+    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    latents = {c: v["samples"] for c, v in tiny.latents().items()}
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        bridge.plan.make(patcher, pair, tiny.prompts(), latents, pack.ziplora_core.solver.Settings(), 10**12)
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_out_of_memory_steps_down_once_and_then_says_what_to_change(pack, monkeypatch, times):
     import comfy.model_management as management
@@ -188,7 +199,10 @@ def test_out_of_memory_steps_down_once_and_then_says_what_to_change(pack, monkey
                 patcher, tiny.sources(pack, patcher.model), tiny.prompts(), tiny.latents(), settings
             )
 
-    expected = zipped()[0].coefficients
+    count = len(bridge.frozen.blocks(patcher.model))
+    with monkeypatch.context() as patched:
+        patched.setattr(bridge.plan, "make", lambda *_: bridge.plan.Plan(False, count, count))
+        expected = zipped()[0].coefficients
     monkeypatch.setattr(bridge.predictor.HostPredictor, "__call__", call)
     if times == 2:
         with pytest.raises(management.OOM_EXCEPTION, match="not enough memory to zip: about .* GB .* lower batch_size"):
@@ -196,18 +210,16 @@ def test_out_of_memory_steps_down_once_and_then_says_what_to_change(pack, monkey
     else:
         result, _, report, _ = zipped()
         assert all(torch.equal(m, expected.style[k]) for k, m in result.coefficients.style.items())
-        count = len(bridge.frozen.blocks(patcher.model))
+        assert "one reference at a time" in report
         assert f"{count} of {count} transformer blocks run again" in report
     assert torch.equal(tiny.sample(patcher), before) and patcher.injections == {}
 
 
-def test_each_step_down_needs_less(pack):
+def test_a_second_try_is_the_least(pack):
     plan = pack.nodes.bridge.plan.Plan(blocks=10)
-    seen = []
-    while plan is not None:
-        seen.append((plan.together, plan.recomputed))
-        plan = plan.smaller()
-    assert seen == [(True, 0), (True, 10), (False, 10)]
+    least = plan.least()
+    assert (least.together, least.recomputed) == (False, 10) and least.moments < plan.moments
+    assert least.least() is None, "there is no third"
 
 
 def test_the_published_algorithm_of_the_benchmark_has_the_same_losses_and_gradient(pack):
