@@ -182,3 +182,27 @@ def test_numbers_that_overflow_are_refused_by_the_name_of_their_layer():
     joined.layers["second"].up[:] = float("inf")
     with pytest.raises(FloatingPointError, match="second.*not finite"):
         layerwise.merge(joined, predictor, references, seed=0)
+
+
+@pytest.mark.parametrize(("ridge", "spread"), [(1.0, 1.0), (0.1, 3.0), (1e-6, 12.0)])
+def test_the_solution_is_float64s_whatever_it_is_factored_in(ridge, spread):
+    """Down to a condition at which float32 alone has no digit left."""
+    g = torch.Generator().manual_seed(0)
+    n = 40
+    basis = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64)).Q
+    q = (basis * torch.logspace(-spread / 2, spread / 2, n, dtype=torch.float64)) @ basis.T
+    q, b = (q + q.T) / 2, torch.randn(n, generator=g, dtype=torch.float64)
+    shift = ridge * q.diagonal().mean()
+    exact = torch.linalg.solve(q + shift * torch.eye(n, dtype=torch.float64), b + shift)
+    found = layerwise.solve(layerwise.Quadratic(q, b, 0.0), ridge)
+    assert (found - exact).norm() < 1e-8 * exact.norm()
+
+
+def test_what_float32_cannot_factor_is_factored_in_float64():
+    q = torch.diag(torch.tensor([1.0, 1e-14], dtype=torch.float64))
+    mixed = torch.tensor([[1.0, 1.0 - 1e-10], [1.0 - 1e-10, 1.0]], dtype=torch.float64)
+    assert layerwise._refined(mixed, torch.ones(2, dtype=torch.float64)) is None
+    assert layerwise._refined(q / q, torch.ones(2, dtype=torch.float64)) is None
+    problem = layerwise.Quadratic(mixed, torch.tensor([1.0, 0.5], dtype=torch.float64), 0.0)
+    exact = torch.linalg.solve(mixed + 1e-9 * torch.eye(2, dtype=torch.float64), problem.b + 1e-9)
+    assert (layerwise.solve(problem, 1e-9) - exact).norm() < 1e-5 * exact.norm()
