@@ -30,6 +30,7 @@ from .frozen import Injection, blocks
 _GB = 1e9
 _VECTORS = 8  # float32 vectors of all coefficients: the start, the step, its gradient, Adam's two, the mean, two more
 _USED = 0.9  # of the room: allocators waste some
+_BACKWARD = 3  # what a step takes and gives back, in parts of what a plain pass does: measured, see README
 _MOST_MOMENTS = 6 * 2**30  # all of SDXL's at once
 
 
@@ -44,6 +45,11 @@ class Rehearsal:
     outside: int
     inputs: list[int]
     inside: list[int]
+
+    @property
+    def largest(self) -> int:
+        """Of a block; about what its gradients take while they are computed."""
+        return max(self.inside, default=0)
 
     def kept(self, recomputed: int) -> int:
         """Where the first so many blocks are run again; with the largest of them, as it is being run."""
@@ -235,7 +241,7 @@ def make(
 
     def plan(together: bool, recomputed: int) -> Plan:
         passes = 2 if together else 1
-        step = fixed + passes * (workspace + rows * rehearsed.kept(recomputed))
+        step = fixed + passes * (_BACKWARD * workspace + rows * (rehearsed.kept(recomputed) + rehearsed.largest))
         return Plan(together, recomputed, count, moments, max(before, step), room)
 
     ways = (plan(together, recomputed) for together in (True, False) for recomputed in range(count + 1))
