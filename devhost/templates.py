@@ -287,26 +287,32 @@ def style_strength() -> Graph:
     return made.save(made.beside(pictures))
 
 
+def _prompts_of_one_zip(made: _Parts, wanted: list[tuple[str, str, str, str | None]]) -> Graph:
+    """One zipped pair, a picture for each prompt. wanted: a column's heading, words, titles of prompt and sampler."""
+    made.graph.column("Zip")
+    zipped = made.zip(_SUBJECT, _STYLE)
+    made.graph.column("Apply")
+    canvas, model = made.canvas(), made.apply(zipped[0])
+    pictures = []
+    for heading, words, of_prompt, of_sampler in wanted:
+        made.graph.column(heading)
+        pictures.append(made.picture(model, made.text(words, of_prompt), canvas, of_sampler))
+    made.graph.column("Side by side")
+    return made.save(made.beside(pictures))
+
+
 def each_alone() -> Graph:
     made = _Parts(
         "ziplora_each_alone",
         "# Each concept alone\n\nA zipped model still draws the subject without the style and the style without the "
         "subject, when the prompt asks for one of them (the paper's Fig. 7b)." + _REPLACE,
     )
-    made.graph.column("Zip")
-    zipped = made.zip(_SUBJECT, _STYLE)
-    made.graph.column("Apply")
-    canvas, model = made.canvas(), made.apply(zipped[0])
-    pictures = []
-    for heading, words in (
-        ("Subject alone", SUBJECTS[_SUBJECT]),
-        ("Style alone", STYLES[_STYLE]),
-        ("Both", drawn(_SUBJECT, _STYLE)),
-    ):
-        made.graph.column(heading)
-        pictures.append(made.picture(model, made.text(words, heading), canvas, heading))
-    made.graph.column("Side by side")
-    return made.save(made.beside(pictures))
+    wanted = {
+        "Subject alone": SUBJECTS[_SUBJECT],
+        "Style alone": STYLES[_STYLE],
+        "Both": drawn(_SUBJECT, _STYLE),
+    }
+    return _prompts_of_one_zip(made, [(heading, words, heading, heading) for heading, words in wanted.items()])
 
 
 def new_contexts() -> Graph:
@@ -315,17 +321,8 @@ def new_contexts() -> Graph:
         "# New contexts\n\nThe subject in the style, where neither LoRA has seen it: one zipped pair, three prompts "
         "(the paper's Fig. 6)." + _REPLACE,
     )
-    made.graph.column("Zip")
-    zipped = made.zip(_SUBJECT, _STYLE)
-    made.graph.column("Apply")
-    canvas, model = made.canvas(), made.apply(zipped[0])
-    pictures = []
-    for where in CONTEXTS:
-        made.graph.column(where.strip(" ,").capitalize())
-        prompt = made.text(drawn(_SUBJECT, _STYLE, where), "What to draw")
-        pictures.append(made.picture(model, prompt, canvas))
-    made.graph.column("Side by side")
-    return made.save(made.beside(pictures))
+    wanted = {where.strip(" ,").capitalize(): drawn(_SUBJECT, _STYLE, where) for where in CONTEXTS}
+    return _prompts_of_one_zip(made, [(heading, words, "What to draw", None) for heading, words in wanted.items()])
 
 
 CONTEXTS = (", riding a bicycle", ", in a boat", ", wearing a crown")

@@ -40,7 +40,7 @@ class JoinedPair:
         self.dtype = dtype
         self.layers = {name: _join(layer, device, dtype) for name, layer in pair.layers.items()}
         self._slots = [(name, concept) for name, layer in pair.layers.items() for concept, _ in layer.halves()]
-        self._halves = {name: len(list(layer.halves())) for name, layer in pair.layers.items()}
+        self._layer_sizes = [layer.columns * len(list(layer.halves())) for layer in pair.layers.values()]
         self._sizes = [self.layers[name].columns for name, _ in self._slots]
         starts = dict(zip(self._slots, accumulate(self._sizes, initial=0), strict=False))
         both = [name for name, layer in pair.layers.items() if layer.content is not None and layer.style is not None]
@@ -77,7 +77,7 @@ class JoinedPair:
 
     def student(self, flat: Tensor) -> Branch:
         """Every row sees ΔW_m = ΔW_c·diag(m_c) + ΔW_s·diag(m_s); differentiable in `flat`."""
-        parts = torch.split(flat, [layer.columns * self._halves[name] for name, layer in self.layers.items()])
+        parts = torch.split(flat, self._layer_sizes)
         return Branch(self.layers, coefficients=dict(zip(self.layers, parts, strict=True)))
 
     def teacher(self, is_style: Tensor) -> Branch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -9,7 +10,7 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -127,17 +128,28 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
 
     Raises OSError where the folder is missing, read-only or full; nothing is left behind then.
     """
+    with whole_or_not_at_all(path) as temporary:
+        try:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, dict(metadata))
+        except SafetensorError as error:  # its writer's way to say that the disk is full
+            raise OSError(f"'{Path(path).name}' could not be written: {error}") from error
+
+
+@contextlib.contextmanager
+def whole_or_not_at_all(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A name in the same folder to write under; flushed and renamed to `path` after the block, unless it raised.
+
+    Raises OSError where the folder is missing, read-only or full; nothing is left behind then.
+    """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     try:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, dict(metadata))
+        yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except SafetensorError as error:  # its writer's way to say that the disk is full
-        raise OSError(f"'{path.name}' could not be written: {error}") from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

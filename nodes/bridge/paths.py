@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 
 import folder_paths
+
+from ...ziplora_core.files import whole_or_not_at_all
 
 
 def next_path(prefix: str, folder: str, suffix: str) -> str:
@@ -26,12 +27,6 @@ def write_output(prefix: str, suffix: str, text: str) -> str:
     """Write a numbered text file below the output folder, whole or not at all; its name. Raises ValueError, OSError."""
     folder = folder_paths.get_output_directory()
     path = next_path(prefix, folder, suffix)
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=os.path.dirname(path))
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    with whole_or_not_at_all(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
     return os.path.relpath(path, folder)

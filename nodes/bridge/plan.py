@@ -194,18 +194,15 @@ def rehearse(model, pair: LoRAPair, conditioning: dict[str, list], latents: dict
     """One row of the larger reference. Takes no memory and about a second for SDXL; raises whatever a model raises."""
     largest = max(latents, key=lambda c: latents[c][0].numel())
     stage, kept = Stage(model, pair, conditioning, latents), _Kept()
-    handles = []
     for block in blocks(stage.base):
-        handles.append(block.register_forward_pre_hook(kept.enter, with_kwargs=True))
-        handles.append(block.register_forward_hook(kept.leave))
+        block.register_forward_pre_hook(kept.enter, with_kwargs=True)
+        block.register_forward_hook(kept.leave)
     with (
         stage.injected(),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor),
     ):
         stage.predict(stage.batch(largest), stage.joined.student(stage.coefficients()))
-    for handle in handles:
-        handle.remove()
     return Rehearsal(kept.outside, kept.inputs, kept.inside)
 
 
@@ -251,10 +248,10 @@ def make(
 def room_for(model) -> int:
     """Bytes on a model's device beside its weights, once the host has moved everything else away."""
     device = model.load_device
-    mine = [entry for entry in management.current_loaded_models if entry.device == device]
-    free = management.get_free_memory(device) + sum(entry.model_loaded_memory() for entry in mine)
+    free = management.get_free_memory(device)
     if device.type == "cpu":  # where nothing is moved away, and the weights are there already
-        return int(management.get_free_memory(device))
+        return int(free)
+    free += sum(e.model_loaded_memory() for e in management.current_loaded_models if e.device == device)
     return max(0, int(free - model.model_size() - management.extra_reserved_memory()))
 
 

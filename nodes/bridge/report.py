@@ -29,7 +29,7 @@ class Outcome:
 
     @property
     def loss_map(self) -> dict[str, list[float]]:
-        """ "loss" of each step, and of what it is the sum; without steps, what is left of each layer's error."""
+        """The loss of each step and its terms; without steps, what is left of each layer's error, as "loss"."""
         steps = [step.losses for step in self.result.history]
         if not steps:
             return {"loss": list(self.result.left.values())}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from devhost.frontend import Frontend
-    from devhost.server import ComfyServer
+    from devhost.server import ComfyServer, Prompt
 
 OPTIONAL = {"content_latents", "style_latents", "loss_map", "clip"}  # may stay unconnected
 NAMES = [template().name for template in TEMPLATES]
@@ -29,6 +29,14 @@ WATCH = """() => { window.seenProgress = []; window.app.api.addEventListener('pr
         window.seenProgress.push([state.display_node_id ?? state.node_id, state.value, state.max]) }) }"""
 
 
+def fill_in(frontend: Frontend, shipped: Prompt) -> None:
+    """Put the miniature's files, words and sizes where the graph has placeholders."""
+    for node, filled in on_the_miniature(shipped, read_manifest(), steps=2).items():
+        for widget, value in filled["inputs"].items():
+            if value != shipped[node]["inputs"][widget]:
+                frontend.set_widget(node, widget, value)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_template_runs_to_the_end(
     frontend: Frontend, server: ComfyServer, name: str, tmp_path: Path, kept: Callable
@@ -37,11 +45,9 @@ def test_template_runs_to_the_end(
     assert frontend.missing_nodes() == []
     assert set(frontend.page.evaluate(LOOSE_INPUTS)) <= OPTIONAL
     shipped = frontend.api()
-    for node, filled in on_the_miniature(shipped, read_manifest(), steps=2).items():
-        for widget, value in filled["inputs"].items():
-            if value != shipped[node]["inputs"][widget]:
-                frontend.set_widget(node, widget, value)
-        if filled["class_type"] == "ZipLoRAOptimize":
+    fill_in(frontend, shipped)
+    for node, made in shipped.items():
+        if made["class_type"] == "ZipLoRAOptimize":
             frontend.set_widget(node, "steps", 2)
             frontend.set_widget(node, "drawn_references", 1)
             frontend.set_widget(node, "seed", NAMES.index(name) + 1)  # or the server answers from its cache
@@ -65,10 +71,7 @@ def test_the_reports_picture_appears_in_the_graph(frontend: Frontend, server: Co
     """On the node itself, drawn by the page."""
     frontend.load(FOLDER / "ziplora_no_pictures.json")
     shipped = frontend.api()
-    for node, filled in on_the_miniature(shipped, read_manifest(), steps=2).items():
-        for widget, value in filled["inputs"].items():
-            if value != shipped[node]["inputs"][widget]:
-                frontend.set_widget(node, widget, value)
+    fill_in(frontend, shipped)
     server.wait(frontend.queue())
     script = """() => window.app.graph.nodes.some(node => node.type === 'ZippedLoRAReport'
         && node.imgs?.some(image => image.naturalWidth > 1000))"""
