@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from demo import picture
+from demo import encoders, picture
 from demo.gates import CFG
 from demo.manifest import Manifest, read_manifest
 from devhost import templates
@@ -35,6 +35,8 @@ def replacements(world: Manifest) -> dict[str, str]:
         for placeholders, names in zip((templates.SUBJECTS, templates.STYLES), zip(*PAIRS, strict=True), strict=True)
     )
     found = {templates.MODEL: world.checkpoint}
+    for picture_of, placeholder in templates.PICTURES.items():
+        found[picture_of] = {**subjects, **styles}[placeholder].learned.picture
     for placeholder, trained in {**subjects, **styles}.items():
         found[placeholder] = trained.learned.file
         found[{**templates.SUBJECTS, **templates.STYLES}[placeholder]] = trained.learned.prompt
@@ -71,6 +73,8 @@ def main() -> int:
             if wanted and name not in wanted:
                 continue
             file = FOLDER / f"{name}.json"
+            if name == templates.scores().name:
+                encoders.provide(Path(base))
             prompt = json.loads(api_file(file).read_text(encoding="utf-8"))
             done = server.run(on_the_miniature(prompt, world))
             (saver,) = (k for k, node in prompt.items() if node["class_type"] == "SaveImage")

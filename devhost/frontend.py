@@ -26,6 +26,15 @@ SWITCHES = (
 # The graph can be replaced only once the start-up has put its own there.
 READY = "() => window.app?.extensionManager?.workflow?.activeWorkflow && window.app.graph && window.LiteGraph"
 
+CLOSE_UP = """([kind, width, height]) => {
+    const graph = window.app.graph, view = window.app.canvas.ds
+    const node = graph.nodes.find(node => node.type === kind)
+    const top = Math.min(...graph.nodes.map(node => node.pos[1])) - 110
+    view.scale = Math.min(1, 0.8 * height / (node.size[1] + 40))
+    view.offset[0] = width / 2 / view.scale - node.pos[0] - node.size[0] / 2
+    view.offset[1] = Math.min(height / 2 / view.scale - node.pos[1] - node.size[1] / 2, -top)
+    window.app.canvas.setDirty(true, true) }"""
+
 
 @contextlib.contextmanager
 def open_browser() -> Iterator[Browser]:
@@ -117,10 +126,28 @@ class Frontend:
 
     def screenshot(self, path: Path, size: tuple[int, int] = (1600, 1000)) -> Path:
         """Save a picture of the graph, all of it in view, without the menus around it."""
-        self.page.set_viewport_size({"width": size[0], "height": size[1]})
-        self.page.evaluate("() => window.app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
-        self.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-        self.page.wait_for_timeout(1000)  # the view glides into place
-        self.page.screenshot(path=str(path))
-        self.page.evaluate("() => window.app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
+        with self.bare(size):
+            self.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+            self.page.wait_for_timeout(1000)  # the view glides into place
+            self.page.screenshot(path=str(path))
         return path
+
+    def close_up(self, kind: str, path: Path, size: tuple[int, int] = (1200, 700)) -> Path:
+        """Save a picture of the first node of a type amid its neighbours, the graph's top edge no lower than theirs."""
+        with self.bare(size):
+            self.page.evaluate(CLOSE_UP, [kind, *size])
+            self.page.wait_for_timeout(700)
+            self.page.screenshot(path=str(path))
+        return path
+
+    @contextlib.contextmanager
+    def bare(self, size: tuple[int, int]) -> Iterator[None]:
+        """The canvas alone, at a size."""
+        self.page.set_viewport_size({"width": size[0], "height": size[1]})
+        for name in ("CanvasInfo", "CanvasMenu"):
+            self.page.evaluate(f"() => window.app.extensionManager.setting.set('Comfy.Graph.{name}', false)")
+        self.page.evaluate("() => window.app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
+        button = self.page.add_style_tag(content=".pi-bars { visibility: hidden }")  # the way out of focus mode
+        yield
+        button.evaluate("style => style.remove()")
+        self.page.evaluate("() => window.app.extensionManager.command.execute('Workspace.ToggleFocusMode')")

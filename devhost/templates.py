@@ -15,11 +15,20 @@ ObjectInfo = Mapping[str, Any]
 MODEL = "sd_xl_base_1.0.safetensors"
 SUBJECTS = {"my_subject.safetensors": "a sks dog", "my_other_subject.safetensors": "a ohwx teapot"}
 STYLES = {"my_style.safetensors": "a house in szn style", "my_other_style.safetensors": "a house in qrk style"}
+CLIP, DINO = "clip-vit-large-patch14.safetensors", "dinov2_large.safetensors"
+PICTURES = {"subject.png": "my_subject.safetensors", "style.png": "my_style.safetensors"}  # and the LoRA of each
 SIDE = 1024
 
 _WIDTH, _GAP, _LINE = 340, 60, 26
 _WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-_TALL = {"SaveImage": 460, "ZippedLoRAReport": 300, "PreviewAny": 260}
+_TALL = {  # of nodes that show something when they have run, or a picture
+    "SaveImage": 460,
+    "ZippedLoRAReport": 300,
+    "PreviewAny": 260,
+    "BlindABSheet": 560,
+    "LoadImage": 340,
+    "ZipLoRAOptimize": 660,
+}
 
 
 def drawn(subject: str, style: str, where: str = "") -> str:
@@ -202,9 +211,9 @@ class _Parts:
             drawn_size=SIDE,
         )
 
-    def canvas(self) -> tuple[Link, Link]:
+    def canvas(self, pictures: int = 1) -> tuple[Link, Link]:
         """(negative prompt, empty latent)"""
-        empty = self.graph.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1)
+        empty = self.graph.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=pictures)
         return self.text("", "What not to draw"), empty[0]
 
     def apply(self, zipped: Link) -> Link:
@@ -225,6 +234,14 @@ class _Parts:
             scheduler="normal",
         )
         return self.graph.add("VAEDecode", samples=sampled[0], vae=self.vae)[0]
+
+    def references(self) -> tuple[Link, Link]:
+        """Pictures of the subject and of the style."""
+        found = [
+            self.graph.add("LoadImage", f"Picture of the {which}", image=name)[0]
+            for which, name in zip(("subject", "style"), PICTURES, strict=True)
+        ]
+        return found[0], found[1]
 
     def beside(self, pictures: list[Link], direction: str = "right") -> Link:
         joined, *rest = pictures
@@ -372,6 +389,88 @@ def export() -> Graph:
     return made.save(made.picture(model[0], prompt, canvas))
 
 
+def scores() -> Graph:
+    made = _Parts(
+        "ziplora_scores",
+        "# Measure it\n\nFour pictures of a zipped pair against four of the direct merge with the same seeds: **ZipLoRA "
+        "Scores** gives the numbers of the paper's Table 2, **Blind A/B Sheet** the sheet of its user study. Vote "
+        "before you open the key in the output folder.\n\n## What to choose\nThe checkpoint, the LoRA files, the words "
+        "of their training prompts and a picture of each concept.\n\n`clip-vit-large-patch14` is OpenAI's whole CLIP "
+        "in one file: put it into *models/clip_vision* and into *models/text_encoders*. `dinov2_large` goes into "
+        "*models/clip_vision*.",
+    )
+    made.graph.column("Zip")
+    zipped = made.zip(_SUBJECT, _STYLE)
+    direct = made.graph.add("DirectMergeLoRA", model=made.model, lora_pair=zipped.inputs["lora_pair"])
+    made.graph.column("Draw")
+    words = drawn(_SUBJECT, _STYLE)
+    prompt, canvas = made.text(words, "What to draw"), made.canvas(4)
+    models = [made.apply(merge[0]) for merge in (zipped, direct)]
+    made.graph.column("Pictures")
+    methods = ("Zipped", "Direct merge")
+    pictures = [made.picture(model, prompt, canvas, method) for model, method in zip(models, methods, strict=True)]
+    made.graph.column("Compare with")
+    subject, style = made.references()
+    vision = made.graph.add("CLIPVisionLoader", clip_name=CLIP)
+    dino = made.graph.add("CLIPVisionLoader", "DINOv2", clip_name=DINO)
+    text = made.graph.add("CLIPLoader", clip_name=CLIP, type="stable_diffusion")
+    made.graph.column("Scores")
+    for method, images in zip(methods, pictures, strict=True):
+        found = made.graph.add(
+            "ZipLoRAScores",
+            f"Scores: {method}",
+            images=images,
+            subject_references=subject,
+            style_references=style,
+            clip_vision=vision[0],
+            dino=dino[0],
+            clip=text[0],
+            prompt=words,
+        )
+        made.graph.add("PreviewAny", method, source=found[0])
+    made.graph.column("Blind sheet")
+    sheet = made.graph.add(
+        "BlindABSheet",
+        images_a=pictures[0],
+        images_b=pictures[1],
+        subject_reference=subject,
+        style_reference=style,
+    )
+    return made.save(sheet[0])
+
+
+def load_zipped() -> Graph:
+    """Not shipped: for a picture on a help page."""
+    made = _Parts("load_zipped", "")
+    made.graph.column("Zipped before")
+    loaded = made.graph.add("LoadZippedLoRA", model=made.model, zipped="my_pair_00001_.safetensors")
+    made.graph.column("Draw")
+    made.apply(loaded[0])
+    return made.graph
+
+
+def sparsify() -> Graph:
+    """Not shipped: for a picture on a help page."""
+    made = _Parts("sparsify", "")
+    made.graph.column("Sparsify")
+    sparse = made.graph.add("SparsifyLoRA", model=made.model, lora=_STYLE)
+    made.graph.column("Use")
+    made.graph.add("LoraModelLoader", model=made.model, lora=sparse[0], strength_model=1.0)
+    made.graph.add("PreviewAny", "What is left", source=sparse[1])
+    return made.graph
+
+
+def direct_merge() -> Graph:
+    """Not shipped: for a picture on a help page."""
+    made = _Parts("direct_merge", "")
+    made.graph.column("Merge")
+    merged = made.graph.add("DirectMergeLoRA", model=made.model, lora_pair=made.pair(_SUBJECT, _STYLE))
+    made.graph.column("Draw")
+    made.apply(merged[0])
+    return made.graph
+
+
+SKETCHES: tuple[Callable[[], Graph], ...] = (load_zipped, sparsify, direct_merge)
 TEMPLATES: tuple[Callable[[], Graph], ...] = (
     no_pictures,
     style_strength,
@@ -379,4 +478,5 @@ TEMPLATES: tuple[Callable[[], Graph], ...] = (
     new_contexts,
     against_direct,
     export,
+    scores,
 )

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-_CELL, _GAP, _HEAD, _NUMBER = 256, 8, 28, 36
+_CELL, _GAP, _HEAD, _NUMBER, _FONT = 384, 8, 40, 48, 22
 _HEADINGS = ("subject", "style", "left", "right")
 _GROUND, _INK = "#ffffff", "#202024"
 
@@ -29,12 +29,12 @@ def draw(a: Tensor, b: Tensor, subject: Tensor, style: Tensor, a_is_left: Sequen
     rows = len(a_is_left)
     size = (_NUMBER + 4 * (_CELL + _GAP), _HEAD + rows * (_CELL + _GAP))
     page = Image.new("RGB", size, _GROUND)
-    pen = ImageDraw.Draw(page)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(_FONT)
     for column, heading in enumerate(_HEADINGS):
-        pen.text((_NUMBER + column * (_CELL + _GAP), 8), heading, fill=_INK)
+        pen.text((_NUMBER + column * (_CELL + _GAP), 8), heading, fill=_INK, font=font)
     for row, left in enumerate(a_is_left):
         top = _HEAD + row * (_CELL + _GAP)
-        pen.text((10, top + _CELL // 2), str(row + 1), fill=_INK)
+        pen.text((10, top + _CELL // 2), str(row + 1), fill=_INK, font=font)
         pair = (a[row], b[row]) if left else (b[row], a[row])
         for column, picture in enumerate((subject[0], style[0], *pair)):
             page.paste(_cell(picture), (_NUMBER + column * (_CELL + _GAP), top))

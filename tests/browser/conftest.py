@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,36 +26,30 @@ def browser() -> Iterator[Browser]:
         yield opened
 
 
-@pytest.fixture
-def kept() -> Callable[[Path, str], None]:
-    """Keep a screenshot: as a test artefact, and with ZIPLORA_PUBLISH set as the README's, docs/<name>.jpg."""
-    import os
-    import shutil
+PUBLISH = bool(os.environ.get("ZIPLORA_PUBLISH"))  # write the README's and the help pages' pictures
 
+
+@pytest.fixture
+def kept() -> Callable[..., None]:
+    """Keep a screenshot as a test artefact, and when publishing as a JPG of that width in the checkout.
+
+    edges: the part of width and of height that is cut off on each side.
+    """
     from PIL import Image
 
     from devhost.install import DEV, ROOT
 
-    def keep(picture: Path, name: str) -> None:
+    def keep(picture: Path, name: str, publish: str, width: int, edges: tuple[float, float] = (0, 0)) -> None:
         folder = DEV / "reports" / "screens"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy2(picture, folder / f"{name}.png")
-        if os.environ.get("ZIPLORA_PUBLISH"):
+        if PUBLISH:
             image = Image.open(picture).convert("RGB")
-            image = image.crop(
-                tuple(
-                    round(at)
-                    for at in (  # what the view leaves free around a graph
-                        0.11 * image.width,
-                        0.06 * image.height,
-                        0.89 * image.width,
-                        0.94 * image.height,
-                    )
-                )
-            )
-            image.resize((1800, round(1800 * image.height / image.width)), Image.Resampling.LANCZOS).save(
-                ROOT / "docs" / f"{name}.jpg", quality=88
-            )
+            left, top = (round(edge * side) for edge, side in zip(edges, image.size, strict=True))
+            image = image.crop((left, top, image.width - left, image.height - top))
+            size = (width, round(width * image.height / image.width))
+            (ROOT / publish).parent.mkdir(parents=True, exist_ok=True)
+            image.resize(size, Image.Resampling.LANCZOS).save(ROOT / publish, quality=85)
 
     return keep
 
