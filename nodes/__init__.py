@@ -10,6 +10,7 @@ from .report import ZippedLoRAReport
 from .scores import BlindABSheet, ZipLoRAScores
 from .sparse import SparsifyLoRA
 from .style import StyleStrength
+from .train import PairLoRAs, TrainConceptLoRA
 
 register_folder()
 
@@ -26,4 +27,6 @@ NODES = [
     SparsifyLoRA,
     ZipLoRAScores,
     BlindABSheet,
+    TrainConceptLoRA,
+    PairLoRAs,
 ]

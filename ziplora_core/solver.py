@@ -18,12 +18,12 @@ from .pair import LoRAPair
 
 _HELD_OUT = 0x5EED  # added to the seed: noise for measuring is never noise that was trained on
 _ZERO_OVERLAP = 1e-4  # mean |m_c ⊙ m_s|; Adam reaches zero only nearly
-_MAX_SKIPPED = 12  # updates in a row that may be lost to an overflow in half precision
+MAX_SKIPPED = 12  # updates in a row that may be lost to an overflow in half precision
 
 
 SOLVERS = ("layerwise, then gradient", "gradient", "layerwise")
 _BETAS_FROM_START = (0.8, 0.999)  # few steps: less memory of the first ones
-_GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, however many are taken
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, however many are taken
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Settings:
     ridge: float = 1.0
 
     def __post_init__(self) -> None:
-        _in_range("steps", self.steps, 0, 10_000)
-        _in_range("learning_rate", self.learning_rate, 1e-8, 10.0)
-        _in_range("similarity_lambda", self.similarity_lambda, 0.0, 1000.0)
-        _in_range("batch_size", self.batch_size, 1, 64)
-        _in_range("ridge", self.ridge, 1e-6, 1e6)
-        _in_range("seed", self.seed, 0, 2**64 - 1)
+        in_range("steps", self.steps, 0, 10_000)
+        in_range("learning_rate", self.learning_rate, 1e-8, 10.0)
+        in_range("similarity_lambda", self.similarity_lambda, 0.0, 1000.0)
+        in_range("batch_size", self.batch_size, 1, 64)
+        in_range("ridge", self.ridge, 1e-6, 1e6)
+        in_range("seed", self.seed, 0, 2**64 - 1)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver is '{self.solver}'; expected one of: {', '.join(SOLVERS)}")
 
@@ -60,7 +60,7 @@ class Settings:
         return 0 if self.solver == "layerwise" else self.steps
 
 
-def _in_range(name: str, value: float, low: float, high: float) -> None:
+def in_range(name: str, value: float, low: float, high: float) -> None:
     if not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"{name} is {value}; expected a number from {low:g} to {high:g}")
 
@@ -167,7 +167,7 @@ def training_batches(references: References, predictor: Predictor, settings: Set
     generator = torch.Generator().manual_seed(settings.seed % 2**63)
     offsets = torch.rand(2, generator=generator, dtype=torch.float64)
     for first in itertools.count(step=settings.batch_size):
-        places = (torch.arange(first, first + settings.batch_size) * _GOLDEN + offsets[:, None]) % 1
+        places = (torch.arange(first, first + settings.batch_size) * GOLDEN + offsets[:, None]) % 1
         content, style = (
             _draw(latents, (place * predictor.timesteps).long(), is_style, generator)
             for latents, is_style, place in zip(
@@ -240,7 +240,7 @@ def optimise(
             if not bool(torch.isfinite(gradient).all()):
                 skipped, scale = skipped + 1, scale / 4
                 adam.zero_grad()
-                if skipped > _MAX_SKIPPED:
+                if skipped > MAX_SKIPPED:
                     raise FloatingPointError(
                         f"step {step.index}: the gradient is not finite although the loss ({losses.total:g}) is, "
                         f"after {skipped} tries at smaller loss scales; load the model in bf16 or fp32"

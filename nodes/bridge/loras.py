@@ -105,6 +105,17 @@ def load_pair(content: str, style: str, content_strength: float, style_strength:
     return LoRASources(load(content, content_strength), load(style, style_strength), tuple(warnings))
 
 
+def pair(content: dict, style: dict, content_strength: float, style_strength: float) -> LoRASources:
+    """Two LORA_MODELs of other nodes. Raises LoRAFileError for what is no LoRA."""
+    sources = []
+    for concept, tensors, strength in (("content", content, content_strength), ("style", style, style_strength)):
+        name = f"{concept}_lora"
+        if not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+            raise LoRAFileError(f"{name} holds no LoRA; connect Train Concept LoRA, or a node like it")
+        sources.append(LoRASource(name, dict(tensors), strength))
+    return LoRASources(*sources)
+
+
 def load(name: str, strength: float) -> LoRASource:
     """Read one file. Raises LoRAFileError."""
     version = fingerprint(name)

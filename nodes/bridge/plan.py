@@ -29,6 +29,7 @@ from .frozen import Injection, blocks
 
 _GB = 1e9
 _VECTORS = 8  # float32 vectors of all coefficients: the start, the step, its gradient, Adam's two, the mean, two more
+_TRAINED = 16  # bytes for a number that is trained: float32 of itself, its gradient, Adam's two
 _USED = 0.9  # of the room: allocators waste some
 _BACKWARD = 3  # what a step takes and gives back, in parts of what a plain pass does: measured, see README
 _MOST_MOMENTS = 6 * 2**30  # all of SDXL's at once
@@ -61,12 +62,12 @@ class Rehearsal:
 class Plan:
     """How a run spends memory.
 
-    together: both references in one pass. recomputed: of the transformer blocks, how many (from the first) are run
+    together: both references in one pass; None where there is no pair of them, in training. recomputed: of the transformer blocks, how many (from the first) are run
     again in backward instead of being kept. moments: bytes for the layer-wise start. need, room: bytes beside the
     model's weights, estimated and there; 0 where unknown.
     """
 
-    together: bool = True
+    together: bool | None = True
     recomputed: int = 0
     blocks: int = 0
     moments: int = MOMENTS
@@ -74,14 +75,14 @@ class Plan:
     room: int = 0
 
     def line(self) -> str:
-        passes = "both references in one pass" if self.together else "one reference at a time"
+        passes = {True: "both references in one pass, ", False: "one reference at a time, ", None: ""}[self.together]
         again = f"{self.recomputed} of {self.blocks} transformer blocks run again in backward"
-        return f"memory: about {self.need / _GB:.1f} of {self.room / _GB:.1f} GB beside the weights; {passes}, {again}"
+        return f"memory: about {self.need / _GB:.1f} of {self.room / _GB:.1f} GB beside the weights; {passes}{again}"
 
     def least(self) -> Plan | None:
         """What needs least, for a second try; None where this is it."""
         moments = min(self.moments, MOMENTS // 4)
-        least = replace(self, together=False, recomputed=self.blocks, moments=moments)
+        least = replace(self, together=self.together and False, recomputed=self.blocks, moments=moments)
         return None if self == least else least
 
 
@@ -226,12 +227,8 @@ def make(
     before = fixed + 2 * workspace + (0 if settings.solver == "gradient" else moments)
     if not settings.gradient_steps:
         return Plan(moments=moments, need=before, room=room)
-    try:
-        rehearsed = rehearse(model, pair, conditioning, latents)
-    except management.InterruptProcessingException:
-        raise
-    except Exception as error:  # of any model's own code: a run does not fail because it could not be estimated
-        logging.warning("ZipLoRA: memory could not be estimated (%s: %s).", type(error).__name__, error)
+    rehearsed = _rehearse_or_none(model, pair, conditioning, latents)
+    if rehearsed is None:
         count = len(blocks(model.model))
         return Plan(True, count, count, MOMENTS, max(before, fixed + 4 * workspace), room)
     count = len(rehearsed.inside)
@@ -245,6 +242,47 @@ def make(
     return next((way for way in ways if way.need <= spend), plan(False, count))
 
 
+def make_for_training(
+    model, shapes: dict[str, tuple[int, int]], conditioning: list, latents: Tensor, rank: int, rows: int, room: int
+) -> Plan:
+    """The same for training a LoRA of these layers, layer -> (out, in). latents: the largest picture's (1, C, *space)."""
+    dtype = predictor.compute_dtype(model.model)
+    numbers = sum(rank * (out + columns) for out, columns in shapes.values())
+    fixed = (_TRAINED + dtype.itemsize) * numbers  # and a rounded copy of each factor, for backward
+    workspace = _workspace(model.model, dtype, rows * latents[0, 0].numel())
+    on_meta = {
+        name: LayerPair(content=Factors(torch.empty(out, rank, device="meta"), torch.empty(rank, columns, device="meta")))
+        for name, (out, columns) in shapes.items()
+    }
+    same = dict.fromkeys(("content", "style"))
+    rehearsed = _rehearse_or_none(
+        model, LoRAPair(on_meta), {c: conditioning for c in same}, {c: latents for c in same}
+    )
+    if rehearsed is None:
+        count = len(blocks(model.model))
+        return Plan(None, count, count, 0, fixed + 4 * workspace, room)
+    count = len(rehearsed.inside)
+
+    def plan(recomputed: int) -> Plan:
+        need = fixed + _BACKWARD * workspace + rows * (rehearsed.kept(recomputed) + rehearsed.largest)
+        return Plan(None, recomputed, count, 0, need, room)
+
+    ways = (plan(recomputed) for recomputed in range(count + 1))
+    return next((way for way in ways if way.need <= int(_USED * room)), plan(count))
+
+
+def _rehearse_or_none(
+    model, pair: LoRAPair, conditioning: dict[str, list], latents: dict[str, Tensor]
+) -> Rehearsal | None:
+    try:
+        return rehearse(model, pair, conditioning, latents)
+    except management.InterruptProcessingException:
+        raise
+    except Exception as error:  # of any model's own code: a run does not fail because it could not be estimated
+        logging.warning("ZipLoRA: memory could not be estimated (%s: %s).", type(error).__name__, error)
+        return None
+
+
 def room_for(model) -> int:
     """Bytes on a model's device beside its weights, once the host has moved everything else away."""
     device = model.load_device
@@ -255,10 +293,16 @@ def room_for(model) -> int:
     return max(0, int(free - model.model_size() - management.extra_reserved_memory()))
 
 
-def carry_out(plan: Plan, attempt: Callable[[Plan], None]) -> Plan:
+_LESS = (
+    "connect smaller latents (drawn_size where none are connected), lower batch_size, or choose solver 'layerwise', "
+    "which needs no backward pass"
+)
+
+
+def carry_out(plan: Plan, attempt: Callable[[Plan], None], what: str = "zip", less: str = _LESS) -> Plan:
     """Run it; where memory runs out, once more with the least. Returns the plan that worked.
 
-    Raises what `attempt` raised; out of memory for good, the same kind of exception with what to change.
+    what, less: for the message when that is not enough either: what was tried, and what would need less. Raises what `attempt` raised; out of memory for good, the same kind of exception with what to change.
     """
     for planned in (plan, plan.least()):
         if planned is None:
@@ -276,9 +320,8 @@ def carry_out(plan: Plan, attempt: Callable[[Plan], None]) -> Plan:
         else:
             return planned
     raise kind(
-        f"not enough memory to zip: about {plan.need / _GB:.1f} GB are needed beside the model, "
-        f"{plan.room / _GB:.1f} GB were there; connect smaller latents (drawn_size where none are connected), "
-        "lower batch_size, or choose solver 'layerwise', which needs no backward pass"
+        f"not enough memory to {what}: about {plan.need / _GB:.1f} GB are needed beside the model, "
+        f"{plan.room / _GB:.1f} GB were there; {less}"
     )
 
 

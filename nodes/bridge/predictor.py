@@ -70,8 +70,8 @@ def _own(value: Any, device: torch.device) -> Any:
     return value
 
 
-class HostPredictor:
-    """Predictor over a loaded, injected BaseModel; lives inside one `CFGGuider.sample` call.
+class Network:
+    """A loaded, injected BaseModel and its prompts; lives inside one `CFGGuider.sample` call.
 
     The raw prediction is recovered from the host's x0 through the model's own `calculate_denoised`, which is
     affine in it for every parameterisation (eps, v, flow).
@@ -79,27 +79,22 @@ class HostPredictor:
 
     attention = staticmethod(attention_with_gradient)
 
-    def __init__(self, guider, model_options: dict, injection: Injection, references: References):
+    def __init__(self, guider, model_options: dict, injection: Injection):
+        self._guider = guider
         self._model = guider.inner_model
         self._injection = injection
         self._model_options = model_options
         self._device = guider.model_patcher.load_device
         self._sigmas = self._model.model_sampling.sigmas.to(self._device).clone()
-        self._conds = {
-            "content": self._encode(guider, "content", references.content),
-            "style": self._encode(guider, "style", references.style),
-        }
         self.timesteps = len(self._sigmas)
         self.loss_scale = _HALF_PRECISION_LOSS_SCALE if compute_dtype(self._model) == torch.float16 else 1.0
-        one_row = [self._rows(concept, 1) for concept in ("content", "style")]
-        self.joins = comfy.samplers.cond_equal_size(*one_row)
 
-    def _encode(self, guider, concept: str, latents: Tensor) -> dict[str, Any]:
-        """What the model makes of a prompt at this latent size: context, pooled vector with sizes, ..."""
+    def encode(self, prompt: str, latents: Tensor) -> dict[str, Any]:
+        """What the model makes of one of the guider's prompts at this latent size: context, vector with sizes, ..."""
         noise = torch.zeros_like(latents[:1])
         encoded = comfy.samplers.encode_model_conds(
             self._model.extra_conds,
-            [guider.conds[concept][0].copy()],
+            [self._guider.conds[prompt][0].copy()],
             noise,
             self._device,
             "positive",
@@ -110,15 +105,6 @@ class HostPredictor:
         )
         return {k: _own(v, self._device) for k, v in encoded[0]["model_conds"].items()}
 
-    def _rows(self, concept: str, rows: int) -> dict[str, Any]:
-        return {k: v.process_cond(batch_size=rows, area=None) for k, v in self._conds[concept].items()}
-
-    def _conditioning(self, is_style: Tensor) -> dict[str, Any]:
-        """Conditioning of a batch whose content rows come before its style rows, joined as the host joins."""
-        style_rows = int(is_style.sum())
-        counts = {"content": len(is_style) - style_rows, "style": style_rows}
-        return comfy.samplers.cond_cat([self._rows(c, n) for c, n in counts.items() if n])
-
     def _transformer_options(self, sigma: Tensor, rows: int) -> dict[str, Any]:
         options = self._model.current_patcher.apply_hooks(hooks=None)
         options = {**options, **self._model_options.get("transformer_options", {})}
@@ -128,26 +114,58 @@ class HostPredictor:
         options["sigmas"] = sigma
         return options
 
-    def __call__(self, batch: Batch, branch: Branch) -> Tensor:
+    def denoised(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Any], branch: Any) -> Tensor:
+        """The host's x0 of noisy latents x (rows, C, *space) at sigma (rows,), with a branch added to the layers."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._injection.branch = branch
-        sampling = self._model.model_sampling
-        latents, noise = batch.latents.to(self._device), batch.noise.to(self._device)
-        sigma = self._sigmas[batch.timesteps.to(self._device)]
-        x = sampling.noise_scaling(sigma, noise, latents, False)
         self._model.current_patcher.prepare_state(sigma)
-        conditioning = self._conditioning(batch.is_style)
         conditioning["transformer_options"] = self._transformer_options(sigma, len(x))
         wrapper = self._model_options.get("model_function_wrapper")
         if wrapper is None:
-            x0 = self._model.apply_model(x, sigma, **conditioning)
-        else:
-            call = {"input": x, "timestep": sigma, "c": conditioning, "cond_or_uncond": [0] * len(x)}
-            x0 = wrapper(self._model.apply_model, call)
+            return self._model.apply_model(x, sigma, **conditioning)
+        call = {"input": x, "timestep": sigma, "c": conditioning, "cond_or_uncond": [0] * len(x)}
+        return wrapper(self._model.apply_model, call)
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """(noisy latents, sigma) on the model's device, by its own schedule."""
+        sigma = self._sigmas[timesteps.to(self._device)]
+        latents, noise = latents.to(self._device), noise.to(self._device)
+        return self._model.model_sampling.noise_scaling(sigma, noise, latents, False), sigma
+
+    def raw(self, x: Tensor, sigma: Tensor, *denoised: Tensor) -> list[Tensor]:
+        """The raw predictions with which the model would denoise x to each of these."""
+        sampling = self._model.model_sampling
         zeros = torch.zeros_like(x)
         offset = sampling.calculate_denoised(sigma, zeros, x)
         slope = sampling.calculate_denoised(sigma, torch.ones_like(x), zeros)
-        return (x0 - offset) / slope
+        return [(x0 - offset) / slope for x0 in denoised]
+
+
+class HostPredictor(Network):
+    """The core's Predictor: two references and their prompts."""
+
+    def __init__(self, guider, model_options: dict, injection: Injection, references: References):
+        super().__init__(guider, model_options, injection)
+        self._conds = {
+            "content": self.encode("content", references.content),
+            "style": self.encode("style", references.style),
+        }
+        one_row = [self._rows(concept, 1) for concept in ("content", "style")]
+        self.joins = comfy.samplers.cond_equal_size(*one_row)
+
+    def _rows(self, concept: str, rows: int) -> dict[str, Any]:
+        return {k: v.process_cond(batch_size=rows, area=None) for k, v in self._conds[concept].items()}
+
+    def _conditioning(self, is_style: Tensor) -> dict[str, Any]:
+        """Conditioning of a batch whose content rows come before its style rows, joined as the host joins."""
+        style_rows = int(is_style.sum())
+        counts = {"content": len(is_style) - style_rows, "style": style_rows}
+        return comfy.samplers.cond_cat([self._rows(c, n) for c, n in counts.items() if n])
+
+    def __call__(self, batch: Batch, branch: Branch) -> Tensor:
+        x, sigma = self.noised(batch.latents, batch.noise, batch.timesteps)
+        (raw,) = self.raw(x, sigma, self.denoised(x, sigma, self._conditioning(batch.is_style), branch))
+        return raw
 
 
 class _Work(comfy.samplers.Sampler):
@@ -161,16 +179,43 @@ class _Work(comfy.samplers.Sampler):
         return latent_image
 
 
-def _guider(patcher, content_positive: list, style_positive: list):
-    guider = comfy.samplers.CFGGuider(patcher)
-    guider.inner_set_conds({"content": content_positive, "style": style_positive})
-    return guider
-
-
-def _rows_that_take(need: int, model, latents: dict[str, Tensor]) -> int:
-    """For how many rows of content latents the host sets so many bytes aside: it reckons in rows."""
-    one = model.model.memory_required([1, *latents["content"].shape[1:]])
+def _rows_that_take(need: int, model, shape: torch.Size) -> int:
+    """For how many rows of such latents the host sets so many bytes aside: it reckons in rows."""
+    one = model.model.memory_required([1, *shape])
     return max(2, math.ceil(need / one)) if one else 2
+
+
+def with_network(
+    model,
+    injection: Injection,
+    prompts: dict[str, list],
+    shape: torch.Size,
+    need: int,
+    work: Callable[[Any, Any, dict], None],
+) -> None:
+    """Load a clone of a model as the host loads it for sampling, injected, and do some work with it.
+
+    model: ModelPatcher, not changed. prompts: conditionings by name. shape: of one latent (C, *space). need: bytes
+    for which the host makes room beside the weights. work: called with (guider, clone, model_options), without gradient
+    and outside inference mode. Whatever happens in it (return, exception, interrupt), no injected layer is left behind.
+    """
+    patcher = model.clone()
+    patcher.set_injections("ziplora", [injection.as_patcher_injection()])
+
+    def prepared(guider, model_options: dict) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            work(guider, patcher, model_options)
+
+    try:
+        empty = torch.zeros(_rows_that_take(need, model, shape), *shape)
+        sigmas = torch.tensor([float(patcher.get_model_object("model_sampling").sigma_max), 0.0])
+        guider = comfy.samplers.CFGGuider(patcher)
+        guider.inner_set_conds(prompts)
+        guider.sample(empty, empty, _Work(prepared), sigmas, seed=0, disable_pbar=True)
+    finally:
+        patcher.eject_model()
+        injection.eject(patcher)
+        patcher.remove_injections("ziplora")
 
 
 def with_predictor(
@@ -183,34 +228,23 @@ def with_predictor(
     recomputed: int = 0,
     need: int = 0,
 ) -> None:
-    """Load a clone of a model as the host loads it for sampling, frozen and injected, and do some work with it.
+    """`with_network` for two references: load, freeze, inject a pair, and do some work with it.
 
-    model: ModelPatcher, not changed. conditioning, latents: by concept ("content", "style"); latents as a VAE
-    gives them. together, recomputed, need: of a Plan; the host makes so much room beside the weights. Whatever
-    happens in `work` (return, exception, interrupt), no injected layer is left behind.
+    conditioning, latents: by concept ("content", "style"); latents as a VAE gives them. together, recomputed, need: of
+    a Plan.
     """
     injection = Injection(pair.layers, recomputed)
-    patcher = model.clone()
-    patcher.set_injections("ziplora", [injection.as_patcher_injection()])
 
-    def prepared(guider, model_options: dict) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            base, device = guider.inner_model, patcher.load_device
-            content, style = (
-                base.process_latent_in(latents[c].to(device, torch.float32).clone()) for c in ("content", "style")
-            )
-            references = References(content, style)
-            joined = JoinedPair(pair, device, compute_dtype(base))
-            predict = HostPredictor(guider, model_options, injection, references)
-            predict.joins = predict.joins and together
-            work(predict, joined, references)
+    def prepared(guider, patcher, model_options: dict) -> None:
+        base, device = guider.inner_model, patcher.load_device
+        content, style = (
+            base.process_latent_in(latents[c].to(device, torch.float32).clone()) for c in ("content", "style")
+        )
+        references = References(content, style)
+        joined = JoinedPair(pair, device, compute_dtype(base))
+        predict = HostPredictor(guider, model_options, injection, references)
+        predict.joins = predict.joins and together
+        work(predict, joined, references)
 
-    try:
-        empty = torch.zeros(_rows_that_take(need, model, latents), *latents["content"].shape[1:])
-        sigmas = torch.tensor([float(patcher.get_model_object("model_sampling").sigma_max), 0.0])
-        guider = _guider(patcher, conditioning["content"], conditioning["style"])
-        guider.sample(empty, empty, _Work(prepared), sigmas, seed=0, disable_pbar=True)
-    finally:
-        patcher.eject_model()
-        injection.eject(patcher)
-        patcher.remove_injections("ziplora")
+    prompts = {concept: conditioning[concept] for concept in ("content", "style")}
+    with_network(model, injection, prompts, latents["content"].shape[1:], need, prepared)

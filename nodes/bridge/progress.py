@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 
 import comfy.utils
 from PIL import Image, ImageDraw
 
+from ...ziplora_core import training
 from ...ziplora_core.layerwise import SolvedLayer
 from ...ziplora_core.solver import Step
 
@@ -93,3 +95,39 @@ class Progress:
 
     def _move(self, done: int, total: int, preview: Image.Image | None) -> None:
         self._bar.update_absolute(done, total, ("JPEG", preview, max(_SIZE)) if preview else None)
+
+
+class TrainingProgress:
+    """Moves the node's bar and shows the loss so far, or the newest sample beside it."""
+
+    def __init__(self, first: int, steps: int):
+        self._bar = comfy.utils.ProgressBar(steps)
+        self._first = first
+        self._losses: list[float] = []
+        self._last = 0.0
+        self.sample: Image.Image | None = None
+
+    def step(self, step: training.Step) -> None:
+        self._losses.append(step.loss)
+        now = time.monotonic()
+        preview = None
+        if step.index == step.steps or now - self._last >= _SECONDS_BETWEEN_PREVIEWS:
+            self._last, preview = now, ("JPEG", self._picture(step), _SIZE[0] + _SIZE[1])
+        self._bar.update_absolute(step.index, step.steps, preview)
+
+    def _picture(self, step: training.Step) -> Image.Image:
+        losses = _smooth(self._losses)
+        words = {12: (f"step {step.index}/{step.steps}", "white"), 122: (f"loss {losses[-1]:.4f}", _CONTENT)}
+        plot = _plot({_CONTENT: losses}, step.steps - self._first, max(losses), words)
+        if self.sample is None:
+            return plot
+        both = Image.new("RGB", (plot.width + plot.height, plot.height), _GROUND)
+        both.paste(plot)
+        both.paste(self.sample.resize((plot.height, plot.height)), (plot.width, 0))
+        return both
+
+
+def _smooth(values: Sequence[float], over: int = 25) -> list[float]:
+    """Running mean over the last so many."""
+    sums = list(itertools.accumulate(values, initial=0.0))
+    return [(sums[i] - sums[max(0, i - over)]) / min(i, over) for i in range(1, len(sums))]

@@ -64,37 +64,46 @@ def draw(
     alone = ones.scaled(style=0.0) if concept == "content" else ones.scaled(content=0.0)
     dials = (1.0, 0.0) if concept == "content" else (0.0, 1.0)
     patched, _ = apply(model, None, loras.ZippedLoRA(sources, fitted, alone, *dials), 1.0)
+    drawn = draw_plain(patched, conditioning, asked, seed + _OTHER_SEED[concept])
+    if drawn is None:
+        raise FloatingPointError(
+            f"the {concept} LoRA alone draws no picture (its latents are not finite): look at the file, load "
+            f"the model in bf16 or fp32, or connect {concept}_latents"
+        )
+    return drawn
+
+
+def draw_plain(model, conditioning: list, asked: Asked, seed: int) -> Drawn | None:
+    """Latents that a model draws from a prompt; None where they are not finite. model: ModelPatcher, unchanged."""
+    model = model.clone()
     if model.load_device.type == "cpu":  # the host's choice there cuts attention into pieces
-        patched.model_options["transformer_options"]["optimized_attention_override"] = attention_with_gradient
+        options = model.model_options.setdefault("transformer_options", {})
+        options["optimized_attention_override"] = attention_with_gradient
     side = asked.side // getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
     shape = (asked.count, 4, side, side)
     distilled = model.model.model_config.unet_config.get("guidance_embed", False)  # guided in one pass, as Flux dev
     guidance = 1.0 if distilled else GUIDANCE
-    latents = comfy.sample.fix_empty_latent_channels(patched, torch.zeros(shape))
-    seed = (seed + _OTHER_SEED[concept]) % 2**64
+    latents = comfy.sample.fix_empty_latent_channels(model, torch.zeros(shape))
+    seed %= 2**64
     samples = comfy.sample.sample(
-        patched,
+        model,
         comfy.sample.prepare_noise(latents, seed),
         STEPS,
         guidance,
         SAMPLER,
         SCHEDULER,
         conditioning,
-        _zeros(conditioning),
+        zeros(conditioning),
         latents,
-        callback=latent_preview.prepare_callback(patched, STEPS),
+        callback=latent_preview.prepare_callback(model, STEPS),
         disable_pbar=True,
         seed=seed,
     )
-    if not bool(torch.isfinite(samples).all()):
-        raise FloatingPointError(
-            f"the {concept} LoRA alone draws no picture (its latents are not finite): look at the file, load "
-            f"the model in bf16 or fp32, or connect {concept}_latents"
-        )
-    return Drawn(samples, seed, guidance)
+    return Drawn(samples, seed, guidance) if bool(torch.isfinite(samples).all()) else None
 
 
-def _zeros(conditioning: list) -> list:
+def zeros(conditioning: list) -> list:
+    """The same prompt emptied, as Conditioning Zero Out does it."""
     pairs = []
     for context, options in conditioning:
         pooled = options.get("pooled_output")

@@ -34,7 +34,12 @@ def file_hash(version: tuple[str, int, int]) -> str:
 
 
 def _bound(source: loras.LoRASource) -> saved.SavedLoRA:
-    if source.version is None or loras.fingerprint(source.name) != source.version:
+    if source.version is None:
+        raise LoRAFileError(
+            f"{source.name} comes from another node, not from a file that the coefficients could be bound to; load its "
+            "file with Load LoRA Pair and zip again, or use Export Merged LoRA"
+        )
+    if loras.fingerprint(source.name) != source.version:
         raise LoRAFileError(f"'{source.name}' has changed since it was loaded; queue again, then save")
     return saved.SavedLoRA(source.name, file_hash(source.version), source.version[1], source.strength)
 

@@ -1,0 +1,422 @@
+"""From pictures and prompts to LoRAs: check, encode, load, train, save, report."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management as management
+import comfy.samplers
+import comfy.utils
+import folder_paths
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from PIL import Image
+from torch import Tensor
+
+from ...ziplora_core import export, training
+from ...ziplora_core.files import write_tensors
+from ...ziplora_core.pair import Factors
+from . import fitting, keys, loras, paths, plan, predictor, references
+from .frozen import Injection, blocks
+from .progress import TrainingProgress
+
+_ATTENTION = re.compile(r"\.(?:attn\d?|attention|self_attn|cross_attn|img_attn|txt_attn)\.")
+_B_LORA = {"content": "output_blocks.0.1.", "style": "output_blocks.1.1."}
+LAYERS = ("attention", "all linear", "B-LoRA", "B-LoRA content block", "B-LoRA style block")
+_EVERY, _MULTIPLE = 8, 64  # pixels of a latent, and what sides of buckets are multiples of
+_SAMPLE_STEPS = 20
+
+
+def trained_layers(model, which: str) -> dict[str, tuple[int, int]]:
+    """Layer (`diffusion_model.….weight`) -> (out, in) of the linear layers to train.
+
+    model: the host's BaseModel. which: one of LAYERS. Raises ValueError where this model has none of them.
+    """
+    if which not in LAYERS:
+        raise ValueError(f"layers is '{which}'; expected one of: {', '.join(LAYERS)}")
+    inside = {id(part) for block in blocks(model) for part in block.modules()}
+    found = {}
+    for path, module in model.named_modules():
+        if not path.startswith("diffusion_model.") or not hasattr(module, "in_features"):
+            continue
+        if which == "all linear" and id(module) not in inside:
+            continue
+        if which != "all linear" and not _ATTENTION.search(f".{path}."):
+            continue
+        if which.startswith("B-LoRA") and not _in_b_lora(path, which):
+            continue
+        found[f"{path}.weight"] = (module.out_features, module.in_features)
+    if not found or (which.startswith("B-LoRA") and not isinstance(model.diffusion_model, UNetModel)):
+        raise ValueError(
+            f"this model ({type(model.model_config).__name__}) has no layers for '{which}'; choose "
+            + ("'attention': B-LoRA's blocks are SDXL's" if which.startswith("B-LoRA") else "'all linear'")
+        )
+    return found
+
+
+def _in_b_lora(path: str, which: str) -> bool:
+    wanted = [block for concept, block in _B_LORA.items() if which == "B-LoRA" or concept in which]
+    return any(path.startswith(f"diffusion_model.{block}") for block in wanted)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a concept is learned from. pictures: IMAGEs (N, H, W, 3), of any sizes. prompts: a conditioning of one
+    prompt for all of them, or one for each picture, in order."""
+
+    pictures: Sequence[Tensor]
+    prompts: Sequence[list]
+
+    @property
+    def frames(self) -> list[Tensor]:
+        return [frame[None] for batch in self.pictures for frame in batch]
+
+
+@dataclass
+class Task:
+    """What a training node asks for.
+
+    sets: one concept, or two for joint training. class_pictures, class_prompt: for prior preservation; where there is
+    a prompt and no pictures, the base model draws `class_count`. sample_every, save_every: steps; 0 for never.
+    """
+
+    sets: list[Shown]
+    settings: training.Settings
+    prefix: str
+    resolution: int = 1024
+    layers: str = LAYERS[0]
+    class_prompt: list | None = None
+    class_pictures: Sequence[Tensor] = ()
+    class_count: int = 32
+    sample_every: int = 0
+    save_every: int = 0
+    go_on_from: str | None = None
+
+
+@dataclass
+class _Prepared:
+    """Everything but the network: prompts by number, and pictures that name them."""
+
+    prompts: list[list] = field(default_factory=list)
+    pictures: training.Pictures = field(default_factory=lambda: training.Pictures([]))
+
+    def prompt(self, conditioning: list) -> int:
+        self.prompts.append(conditioning)
+        return len(self.prompts) - 1
+
+    @property
+    def largest(self) -> Tensor:
+        every = [e.latents for examples in (*self.pictures.sets, self.pictures.priors) for e in examples]
+        return max(every, key=Tensor.numel)
+
+
+def check(task: Task) -> None:
+    """What can be refused before anything is loaded. Raises ValueError."""
+    for number, shown in enumerate(task.sets):
+        name = "images" if number == 0 else "second_images"
+        frames = shown.frames
+        _check_pictures(name, shown.pictures)
+        if len(shown.prompts) not in (1, len(frames)):
+            raise ValueError(
+                f"{name} holds {len(frames)} pictures and there are {len(shown.prompts)} prompts for them; "
+                "connect one prompt for all of them, or one for each, in order"
+            )
+        for prompt in shown.prompts:
+            predictor.check_conditioning("positive" if number == 0 else "second_positive", prompt)
+    if task.class_pictures:
+        _check_pictures("class_images", task.class_pictures)
+        if task.class_prompt is None:
+            raise ValueError("class_images needs class_positive: connect the class's prompt, e.g. 'a dog'")
+    if task.class_prompt is not None:
+        predictor.check_conditioning("class_positive", task.class_prompt)
+
+
+def _check_pictures(name: str, pictures: Sequence[Tensor]) -> None:
+    if not any(len(batch) for batch in pictures):
+        raise ValueError(f"{name} holds no picture; connect at least one")
+    for batch in pictures:
+        if batch.ndim != 4 or min(batch.shape[1:3]) < _EVERY or batch.shape[-1] < 3:
+            raise ValueError(f"{name} has shape {tuple(batch.shape)}; expected pictures of at least 8 x 8 pixels")
+        if not bool(torch.isfinite(batch).all()):
+            raise ValueError(f"{name} holds NaN or infinite numbers; check the node that made the picture")
+
+
+def bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
+    """(width, height) of the bucket for a picture: its aspect, about resolution² pixels, sides multiples of 64 (of 8
+    below 256)."""
+    multiple = _MULTIPLE if resolution >= 4 * _MULTIPLE else _EVERY
+    scale = resolution / (width * height) ** 0.5
+    sides = (max(multiple, round(side * scale / multiple) * multiple) for side in (width, height))
+    wide, high = sides
+    return wide, high
+
+
+def _encode(vae, frame: Tensor, resolution: int) -> Tensor:
+    """A picture (1, H, W, 3), scaled to its bucket and cut to it around the middle, as latents on the CPU."""
+    width, height = bucket(frame.shape[2], frame.shape[1], resolution)
+    pixels = comfy.utils.common_upscale(frame[..., :3].movedim(-1, 1), width, height, "lanczos", "center")
+    return vae.encode(pixels.movedim(1, -1))
+
+
+def _draw_class(model, task: Task) -> list[Tensor]:
+    """Latents of class pictures that the base model itself draws."""
+    asked = references.Asked(task.class_count, task.resolution)
+    drawn = references.draw_plain(model, task.class_prompt, asked, task.settings.seed)
+    if drawn is None:
+        raise FloatingPointError(
+            "the base model draws no class pictures (its latents are not finite): load it in bf16 or fp32, or connect "
+            "class_images"
+        )
+    return list(drawn.latents.split(1))
+
+
+class Denoiser(predictor.Network):
+    """The core's Denoiser on a loaded network: any number of prompts."""
+
+    def __init__(self, guider, model_options: dict, injection: Injection, prompts: int):
+        super().__init__(guider, model_options, injection)
+        self._prompts = prompts
+        self._encoded: dict[tuple[str, torch.Size], dict[str, Any]] = {}
+
+    def _conditioning(self, prompt: int | str, latents: Tensor) -> dict[str, Any]:
+        key = (str(prompt), latents.shape[1:])
+        if key not in self._encoded:
+            self._encoded[key] = self.encode(str(prompt), latents)
+        return {k: v.process_cond(batch_size=1, area=None) for k, v in self._encoded[key].items()}
+
+    def kind(self, prompt: int) -> Hashable:
+        context = self._guider.conds[str(prompt)][0].get("cross_attn")
+        return None if context is None else tuple(context.shape)
+
+    def conditioning(self, rows: training.Rows) -> dict[str, Any]:
+        found = [self._conditioning(p, rows.latents[i : i + 1]) for i, p in enumerate(rows.prompts)]
+        return comfy.samplers.cond_cat(found)
+
+    def __call__(self, rows: training.Rows, branch: training.Adapted) -> tuple[Tensor, Tensor]:
+        x, sigma = self.noised(rows.latents, rows.noise, rows.timesteps)
+        denoised = self.denoised(x, sigma, self.conditioning(rows), branch)
+        prediction, target = self.raw(x, sigma, denoised, rows.latents.to(x))
+        return prediction, target
+
+    @torch.no_grad()
+    def sample(self, prompt: int, latents: Tensor, branch: training.Adapted, seed: int) -> Tensor:
+        """A picture's latents, as large as these (1, C, *space): Euler, guided away from an empty prompt."""
+        sampling = self._model.model_sampling
+        sigmas = comfy.samplers.calculate_sigmas(sampling, references.SCHEDULER, _SAMPLE_STEPS).to(self._device)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed % 2**63)).to(self._device)
+        x = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), True)
+        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+            level = sigma.expand(1)
+            wanted, plain = (
+                self.denoised(x, level, comfy.samplers.cond_cat([self._conditioning(p, latents)]), branch)
+                for p in (prompt, "empty")
+            )
+            x0 = plain + references.GUIDANCE * (wanted - plain)
+            x = x + (x - x0) / sigma * (following - sigma)
+        return x
+
+
+@dataclass
+class Trained:
+    """lora_model: for the host's LORA_MODEL socket. file: below the output folder."""
+
+    lora_model: dict[str, Tensor]
+    loss_map: dict[str, list[float]]
+    report: str
+    file: str
+
+
+def prepare(model, vae, task: Task) -> _Prepared:
+    """Latents and prompts of a task; the VAE's and, for class pictures, the base model's work."""
+    made = _Prepared()
+    sets = []
+    for shown in task.sets:
+        numbers = [made.prompt(conditioning) for conditioning in shown.prompts]
+        examples = []
+        for index, frame in enumerate(shown.frames):
+            latents = _encode(vae, frame, task.resolution)
+            predictor.check_latents("images", latents, model)
+            examples.append(training.Example(latents, numbers[index % len(numbers)]))
+        sets.append(examples)
+    priors = []
+    if task.class_prompt is not None:
+        number = made.prompt(task.class_prompt)
+        if task.class_pictures:
+            drawn = [_encode(vae, f[None], task.resolution) for batch in task.class_pictures for f in batch]
+        else:
+            drawn = _draw_class(model, task)
+        priors = [training.Example(latents, number) for latents in drawn]
+    made.pictures = training.Pictures(sets, priors)
+    return made
+
+
+def run(
+    model,
+    made: _Prepared,
+    shapes: dict[str, tuple[int, int]],
+    settings: training.Settings,
+    work: Callable[[Denoiser, training.Pictures, Any], None],
+) -> plan.Plan:
+    """Plan memory, load the model frozen, and hand a denoiser, the pictures in its own space, and the device to `work`.
+
+    Where memory runs out, once more with the least.
+    """
+    rows = settings.batch_size * (2 if made.pictures.priors else 1)
+    room = plan.room_for(model)
+    planned = plan.make_for_training(model, shapes, made.prompts[0], made.largest, settings.rank, rows, room)
+    prompts = {str(number): conditioning for number, conditioning in enumerate(made.prompts)}
+    prompts["empty"] = references.zeros(made.prompts[0])
+
+    def attempt(planned: plan.Plan) -> None:
+        injection = Injection(shapes, planned.recomputed)
+
+        def prepared(guider, patcher, model_options: dict) -> None:
+            def own(examples: Sequence[training.Example]) -> list[training.Example]:
+                into = guider.inner_model.process_latent_in
+                return [training.Example(into(e.latents.float().clone()), e.prompt) for e in examples]
+
+            pictures = training.Pictures([own(part) for part in made.pictures.sets], own(made.pictures.priors))
+            denoiser = Denoiser(guider, model_options, injection, len(made.prompts))
+            work(denoiser, pictures, patcher.load_device)
+
+        predictor.with_network(model, injection, prompts, made.largest.shape[1:], planned.need, prepared)
+
+    less = "lower resolution, batch_size or rank, or train fewer layers"
+    return plan.carry_out(planned, attempt, "train", less)
+
+
+def lora_tensors(model, factors: dict[str, Factors], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+    """In kohya's names, with alpha = rank."""
+    names = keys.file_names(model.model)
+    layers = {
+        names.kohya(name): export.rounded(name, export.ExportLayer(f.up * f.scale, f.down), dtype)
+        for name, f in factors.items()
+    }
+    return export.kohya_tensors(layers)
+
+
+class File:
+    """One LoRA file of a run, written again and again, whole or not at all. Its name is chosen once."""
+
+    def __init__(self, model, prefix: str, about: dict[str, str]):
+        self.model, self.about = model, about
+        self.path = paths.next_path(prefix, folder_paths.get_output_directory(), ".safetensors")
+
+    @property
+    def name(self) -> str:
+        return os.path.relpath(self.path, folder_paths.get_output_directory())
+
+    def write(self, factors: dict[str, Factors], steps: int) -> dict[str, Tensor]:
+        tensors = lora_tensors(self.model, factors)
+        rank = str(next(iter(factors.values())).rank)
+        metadata = {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": rank,
+            "ss_network_alpha": rank,
+            "ss_steps": str(steps),
+            **self.about,
+        }
+        write_tensors(self.path, tensors, metadata)
+        return tensors
+
+
+def steps_done(name: str) -> int:
+    """Of a file that was trained here; 0 for any other."""
+    with suppress(ValueError, KeyError):
+        _, metadata = comfy.utils.load_torch_file(loras.lora_path(name), safe_load=True, return_metadata=True)
+        return int((metadata or {})["ss_steps"])
+    return 0
+
+
+def train_concept(model, vae, task: Task) -> Trained:
+    """One LoRA from one concept's pictures, or two concepts' (joint training).
+
+    model: ModelPatcher, unchanged. Every check comes before anything is loaded. What is trained so far is in the file
+    whenever the run ends, also by an interrupt or an error. Raises ValueError (LoRAFileError for a file) or
+    FloatingPointError, and the host's own exception where memory runs out twice.
+    """
+    check(task)
+    shapes = trained_layers(model.model, task.layers)
+    settings, first, start = task.settings, 0, None
+    if task.go_on_from is not None:
+        fitted = fitting.fit_one(loras.load(task.go_on_from, 1.0), model.model)
+        start, first = fitted.factors, steps_done(task.go_on_from)
+        try:
+            training.TrainedLoRA(shapes, settings.rank, 0).load(start)
+        except ValueError as error:
+            raise ValueError(f"'{task.go_on_from}' {error}") from error
+        if first >= settings.steps:
+            raise ValueError(f"'{task.go_on_from}' has {first} steps already; expected steps above that")
+    file = File(model, task.prefix, {"ziplora_settings": repr(settings), "ziplora_layers": task.layers})
+    made = prepare(model, vae, task)
+    history: list[training.Step] = []
+    saved: dict[str, Tensor] = {}
+    began = time.monotonic()
+
+    def work(denoiser: Denoiser, pictures: training.Pictures, device: torch.device) -> None:
+        trained = training.TrainedLoRA(shapes, settings.rank, settings.seed, device)
+        if start is not None:
+            trained.load(start)
+        progress = TrainingProgress(first, settings.steps)
+        history.clear()
+
+        def on_step(step: training.Step) -> None:
+            history.append(step)
+            if task.sample_every and step.index % task.sample_every == 0:
+                progress.sample = _picture(model, denoiser, made, trained, settings.seed)
+            if task.save_every and step.index % task.save_every == 0 and step.index < settings.steps:
+                file.write(trained.factors(), step.index)
+            progress.step(step)
+
+        try:
+            training.train(trained, denoiser, pictures, settings, on_step, first)
+        except BaseException:
+            if history:
+                file.write(trained.factors(), history[-1].index)
+            raise
+        saved.update(file.write(trained.factors(), settings.steps))
+
+    planned = run(model, made, shapes, settings, work)
+    seconds = time.monotonic() - began
+    report = [f"written: {file.name}", *_lines(task, made, shapes, history, seconds), planned.line()]
+    losses = {"loss": [step.loss for step in history]}
+    return Trained(saved, losses, "  \n".join(report), file.name)
+
+
+def _lines(
+    task: Task, made: _Prepared, shapes: dict, history: Sequence[training.Step], seconds: float
+) -> list[str]:
+    settings = task.settings
+    counts = " and ".join(str(len(part)) for part in made.pictures.sets)
+    sizes = sorted({tuple(e.latents.shape[-2:]) for part in made.pictures.sets for e in part})
+    lines = [
+        f"{counts} pictures, latents of " + ", ".join(f"{width} x {height}" for height, width in sizes),
+        f"{len(shapes)} layers ({task.layers}), rank {settings.rank}, "
+        f"{settings.rank * sum(map(sum, shapes.values())):,} numbers",
+        f"steps: {history[0].index} to {history[-1].index} at rate {settings.learning_rate:g}, batch "
+        f"{settings.batch_size}, seed {settings.seed}",
+    ]
+    if made.pictures.priors:
+        source = "connected" if task.class_pictures else "drawn by the base model"
+        lines.append(f"class pictures: {len(made.pictures.priors)} {source}, weight {settings.prior_weight:g}")
+    tenth = max(1, len(history) // 10)
+    at_first, at_last = (sum(s.loss for s in part) / tenth for part in (history[:tenth], history[-tenth:]))
+    lines += [f"loss: {at_first:.4f} over the first tenth, {at_last:.4f} over the last", f"time: {seconds:.1f} s"]
+    return lines
+
+
+def _picture(model, denoiser: Denoiser, made: _Prepared, trained: training.TrainedLoRA, seed: int) -> Image.Image | None:
+    """A rough picture of the first prompt, as the LoRA draws it now."""
+    example = made.pictures.sets[0][0]
+    latents = denoiser.sample(example.prompt, example.latents, trained.branch(), seed)
+    shown = references.thumbnails(model, model.model.process_latent_out(latents.cpu()))
+    if shown is None:
+        return None
+    pixels = (255 * shown[0]).round().to(torch.uint8).numpy()
+    return Image.fromarray(pixels)

@@ -1,0 +1,250 @@
+"""TrainConceptLoRA, PairLoRAs: from pictures to a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import folder_paths
+from comfy_api.v0_0_2 import io
+
+from ..ziplora_core.training import Settings
+from .bridge import loras, training
+from .sockets import LoRAModelSocket, LoRAPairSocket, LossMapSocket
+
+_NEW = "[None]"  # as the host's own Train LoRA calls it
+
+
+class TrainConceptLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrainConceptLoRA",
+            display_name="Train Concept LoRA",
+            category="ZipLoRA",
+            description="Trains a LoRA of a subject or of a style from one to five pictures and a prompt, as the "
+            "ZipLoRA paper does (DreamBooth), in little memory. The model stays as it is.",
+            is_output_node=True,
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The base model. Other LoRAs may be on it already."),
+                io.Vae.Input("vae", tooltip="The base model's VAE."),
+                io.Image.Input(
+                    "images",
+                    tooltip="One to five pictures of the subject or in the style, of any sizes: a batch, or a list. "
+                    "Each is scaled to a bucket of its own shape.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The prompt that stands for them, with a rare word in it: 'a sks dog', 'a house in szn "
+                    "style'. One for all pictures, or a list of as many.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=Settings.steps,
+                    min=1,
+                    max=100_000,
+                    tooltip="Updates, the paper's 1000. Too many, and the LoRA draws its pictures whatever it is asked.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=Settings.learning_rate,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-5,
+                    round=False,
+                    tooltip="Adam's rate, the paper's 5e-5.",
+                ),
+                io.Int.Input(
+                    "rank", default=Settings.rank, min=1, max=1024, tooltip="Of the LoRA, the paper's 64; alpha is the rank."
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=Settings.batch_size,
+                    min=1,
+                    max=64,
+                    tooltip="Pictures per step. More is steadier, slower, and takes more memory.",
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=1024,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Side of a square bucket in pixels: what the model draws best, 1024 for SDXL.",
+                ),
+                io.Combo.Input(
+                    "layers",
+                    options=list(training.LAYERS),
+                    default=training.LAYERS[0],
+                    tooltip="attention: queries, keys, values and outputs, as the paper. all linear: feed-forward "
+                    "layers too. B-LoRA: SDXL's content block and style block alone, to be used apart.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Seed of the first factors, the noise and the timesteps.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="loras/concept",
+                    tooltip="Name of the file in the output folder, which is numbered; output/loras is a folder that "
+                    "ComfyUI loads LoRAs from.",
+                ),
+                io.Int.Input(
+                    "sample_every",
+                    default=100,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Draw a rough sample on the node every so many steps (40 passes each); 0 for never.",
+                ),
+                io.Int.Input(
+                    "save_every",
+                    default=250,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Write the file every so many steps too; 0 for only at the end. An interrupt writes it "
+                    "as well.",
+                ),
+                io.Combo.Input(
+                    "continue_from",
+                    options=[_NEW, *folder_paths.get_filename_list("loras")],
+                    default=_NEW,
+                    optional=True,
+                    tooltip="A LoRA that was trained here with the same layers and rank: goes on after its steps.",
+                ),
+                io.Conditioning.Input(
+                    "class_positive",
+                    optional=True,
+                    tooltip="For prior preservation: the prompt without the rare word, 'a dog'. The class then stays "
+                    "as it was.",
+                ),
+                io.Image.Input(
+                    "class_images",
+                    optional=True,
+                    tooltip="Pictures of the class. Not connected: the base model draws them, once per run.",
+                ),
+                io.Int.Input(
+                    "class_count",
+                    default=32,
+                    min=1,
+                    max=1000,
+                    optional=True,
+                    tooltip="How many class pictures the base model draws.",
+                ),
+                io.Float.Input(
+                    "prior_weight",
+                    default=Settings.prior_weight,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Weight of the class pictures' loss.",
+                ),
+                io.Image.Input(
+                    "second_images",
+                    optional=True,
+                    tooltip="Joint training, a baseline of the paper: a second concept's pictures, into the same LoRA.",
+                ),
+                io.Conditioning.Input(
+                    "second_positive", optional=True, tooltip="The second concept's prompt, or one for each picture."
+                ),
+            ],
+            outputs=[
+                LoRAModelSocket.Output(
+                    display_name="lora", tooltip="The LoRA, for Load LoRA Model, Pair LoRAs or Save LoRA Weights."
+                ),
+                LossMapSocket.Output(display_name="loss_map", tooltip="The loss of each step, for Plot Loss Graph."),
+                io.String.Output(display_name="report", tooltip="What was trained on what, for how long, and the memory."),
+                io.String.Output(display_name="file", tooltip="The file's name below the output folder."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images, positive, second_images=None, second_positive=None, **lists) -> io.NodeOutput:
+        given = {name: values[0] if name not in _LISTS else values for name, values in lists.items()}
+        sets = [training.Shown(images, _prompts(positive))]
+        if (second_images is None) != (second_positive is None):
+            raise ValueError("second_images and second_positive go together; connect both, or neither")
+        if second_images is not None:
+            sets.append(training.Shown(second_images, _prompts(second_positive)))
+        done = training.train_concept(given["model"], given["vae"], read_task(sets, **given))
+        return io.NodeOutput(done.lora_model, done.loss_map, done.report, done.file)
+
+
+_LISTS = ("class_images", "class_positive")
+
+
+def _prompts(conditionings: Sequence[list]) -> list[list]:
+    """One conditioning of one prompt each, from a list of them or from one that holds several."""
+    return [[prompt] for conditioning in conditionings for prompt in conditioning]
+
+
+def read_task(
+    sets: list[training.Shown],
+    steps: int,
+    learning_rate: float,
+    rank: int,
+    batch_size: int,
+    resolution: int,
+    layers: str,
+    seed: int,
+    filename_prefix: str,
+    sample_every: int = 100,
+    save_every: int = 250,
+    continue_from: str = _NEW,
+    class_positive: Sequence[list] | None = None,
+    class_images: Sequence[Any] = (),
+    class_count: int = 32,
+    prior_weight: float = Settings.prior_weight,
+    **_: Any,
+) -> training.Task:
+    """Raises ValueError for a value that the API let through."""
+    class_prompts = _prompts(class_positive) if class_positive is not None else []
+    if len(class_prompts) > 1:
+        raise ValueError(f"class_positive holds {len(class_prompts)} prompts; expected one: connect one text encode")
+    return training.Task(
+        sets,
+        Settings(steps, learning_rate, rank, batch_size, seed, prior_weight),
+        filename_prefix,
+        resolution,
+        layers,
+        class_prompts[0] if class_prompts else None,
+        class_images or (),
+        class_count,
+        sample_every,
+        save_every,
+        None if continue_from == _NEW else continue_from,
+    )
+
+
+class PairLoRAs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
+        return io.Schema(
+            node_id="PairLoRAs",
+            display_name="Pair LoRAs",
+            category="ZipLoRA",
+            description="Makes a pair of two LoRAs that come from other nodes, such as Train Concept LoRA, to be zipped.",
+            inputs=[
+                LoRAModelSocket.Input("content_lora", tooltip="LoRA of the subject."),
+                LoRAModelSocket.Input("style_lora", tooltip="LoRA of the style."),
+                io.Float.Input(
+                    "content_strength", **strength, tooltip="Strength at which the content LoRA alone draws well."
+                ),
+                io.Float.Input(
+                    "style_strength", **strength, tooltip="Strength at which the style LoRA alone draws well."
+                ),
+            ],
+            outputs=[LoRAPairSocket.Output(display_name="lora_pair", tooltip="Both LoRAs, for ZipLoRA Optimize.")],
+        )
+
+    @classmethod
+    def execute(cls, content_lora, style_lora, content_strength: float, style_strength: float) -> io.NodeOutput:
+        return io.NodeOutput(loras.pair(content_lora, style_lora, content_strength, style_strength))

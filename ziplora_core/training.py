@@ -1,0 +1,306 @@
+"""Training LoRAs from pictures: DreamBooth's objective (arXiv 2208.12242) on low-rank factors, as ZipLoRA's LoRAs are.
+
+The network is frozen (`frozen.py`); what is trained are a LoRA's `down` and `up` and nothing else. One step is one
+forward and one backward pass over the rows that fit into one batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .frozen import Base, frozen
+from .pair import Factors
+from .solver import GOLDEN, MAX_SKIPPED, in_range
+
+_LARGEST_NORM = 1.0  # of the gradient, above which it is scaled down, as the diffusers DreamBooth scripts do
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Raises ValueError for a value out of range, naming it. The defaults are the paper's (ZipLoRA, Sec. 4).
+
+    batch_size: rows a step, of pictures; with class pictures as many again. prior_weight: of their loss.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 5e-5
+    rank: int = 64
+    batch_size: int = 1
+    seed: int = 0
+    prior_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        in_range("steps", self.steps, 1, 100_000)
+        in_range("learning_rate", self.learning_rate, 1e-8, 1.0)
+        in_range("rank", self.rank, 1, 1024)
+        in_range("batch_size", self.batch_size, 1, 64)
+        in_range("seed", self.seed, 0, 2**64 - 1)
+        in_range("prior_weight", self.prior_weight, 0.0, 100.0)
+
+
+@dataclass(frozen=True)
+class Example:
+    """latents: one picture (1, C, *space) in the model's own space. prompt: which of the denoiser's."""
+
+    latents: Tensor
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is learned from. sets: one for each concept (two for joint training), drawn from in turn.
+
+    priors: class pictures, for prior preservation; empty for none.
+    """
+
+    sets: Sequence[Sequence[Example]]
+    priors: Sequence[Example] = ()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One forward pass. latents, noise: (rows, C, *space) float32. timesteps: (rows,). prompts: one for each row.
+
+    weights: (rows,), of each row's mean squared error in the loss.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    prompts: tuple[int, ...]
+    weights: Tensor
+
+
+class Adapted(Protocol):
+    """What is added to a layer: the output of layer `name` for x, by its frozen base and what is trained."""
+
+    def layer(self, name: str, x: Tensor, base: Base, **convolution: Any) -> Tensor: ...
+
+
+class Denoiser(Protocol):
+    """A frozen network. timesteps, loss_scale: as a Predictor's.
+
+    Calling it returns (prediction, target), both (rows, C, *space): the raw prediction, differentiable in what the
+    adapted branch trains, and what it should have been. kind: rows of one kind may share a pass.
+    """
+
+    timesteps: int
+    loss_scale: float
+
+    def __call__(self, rows: Rows, branch: Adapted) -> tuple[Tensor, Tensor]: ...
+
+    def kind(self, prompt: int) -> Hashable: ...
+
+
+class Trainable(Protocol):
+    """What `train` trains."""
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Adam's parameter groups."""
+
+    def branch(self, rows: Rows) -> Adapted: ...
+
+    def penalty(self) -> Tensor | None:
+        """Added to the loss."""
+
+    def before(self, step: int, probe: Callable[[], None]) -> None:
+        """Called before a step (from 0). probe: adds the gradient of one batch's loss, without the penalty."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """After an update: its number (from 1), how many there will be, and its loss without and with the penalty."""
+
+    index: int
+    steps: int
+    loss: float
+    penalty: float = 0.0
+
+
+class TrainedLoRA:
+    """The factors of one LoRA, float32: down from a uniform distribution, up zero, alpha = rank, as trainers do.
+
+    shapes: layer -> (out, in). The LoRA's seed decides `down`, so two LoRAs take two.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, device: torch.device | str = "cpu"):
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        self.down: dict[str, Tensor] = {}
+        self.up: dict[str, Tensor] = {}
+        for name, (out, columns) in shapes.items():
+            down = (2 * torch.rand(rank, columns, generator=generator) - 1) / math.sqrt(columns)
+            self.down[name] = down.to(device).requires_grad_()
+            self.up[name] = torch.zeros(out, rank, device=device, requires_grad=True)
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.down.values(), *self.up.values()]
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        return [{"params": self.parameters(), "lr": learning_rate}]
+
+    def branch(self, rows: Rows | None = None) -> Adapted:
+        return _Branch(self)
+
+    def penalty(self) -> None:
+        return None
+
+    def before(self, step: int, probe: Callable[[], None]) -> None:
+        pass
+
+    def added(self, name: str, x: Tensor) -> Tensor:
+        """up · down · x in the dtype of x; differentiable in all three."""
+        hidden = F.linear(x, self.down[name].to(x.dtype))
+        return F.linear(hidden, self.up[name].to(x.dtype))
+
+    @torch.no_grad()
+    def factors(self) -> dict[str, Factors]:
+        """Copies on the CPU."""
+        copied = {name: (self.up[name].cpu().clone(), self.down[name].cpu().clone()) for name in self.down}
+        return {name: Factors(up.detach(), down.detach()) for name, (up, down) in copied.items()}
+
+    @torch.no_grad()
+    def load(self, factors: Mapping[str, Factors]) -> None:
+        """Go on from a LoRA. Raises ValueError where it has other layers or another rank."""
+        rank = next(iter(self.down.values())).shape[0]
+        ranks = {f.rank for f in factors.values()}
+        if set(factors) != set(self.down) or ranks != {rank}:
+            found = "/".join(map(str, sorted(ranks)))
+            raise ValueError(
+                f"has {len(factors)} layers of rank {found}; expected the {len(self.down)} layers that are trained "
+                f"here, of rank {rank}: choose the layers and the rank that it was trained with"
+            )
+        for name, f in factors.items():
+            self.up[name].copy_(f.up.float() * f.scale)
+            self.down[name].copy_(f.down.float())
+
+
+class _Branch:
+    def __init__(self, trained: TrainedLoRA):
+        self._trained = trained
+
+    def layer(self, name: str, x: Tensor, base: Base, **_: Any) -> Tensor:
+        return frozen(x, base) + self._trained.added(name, x)
+
+
+def step_rows(pictures: Pictures, denoiser: Denoiser, settings: Settings, step: int) -> list[Rows]:
+    """The passes of one step, from its number alone, so that a run can go on where another stopped.
+
+    Pictures are drawn at random, sets in turn, timesteps evenly spread over the schedule. Rows of one size and kind
+    share a pass. Class pictures get noise and timesteps of their own; each loss is a mean over its rows.
+    """
+    generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) % 2**63)
+    start = float(torch.rand((), generator=torch.Generator().manual_seed(settings.seed % 2**63), dtype=torch.float64))
+    drawn: list[tuple[Example, float]] = []
+    for row in range(settings.batch_size):
+        number = step * settings.batch_size + row
+        drawn.append((_any(pictures.sets[number % len(pictures.sets)], generator), 1.0))
+    for _ in range(settings.batch_size if pictures.priors else 0):
+        drawn.append((_any(pictures.priors, generator), settings.prior_weight))
+    groups: dict[Hashable, list[tuple[Tensor, Tensor, int, int, float]]] = {}
+    for row, (example, weight) in enumerate(drawn):
+        place = ((step * len(drawn) + row) * GOLDEN + start) % 1
+        noise = torch.randn(example.latents.shape, generator=generator)
+        timestep = int(place * denoiser.timesteps)
+        key = (example.latents.shape, denoiser.kind(example.prompt))
+        part = (example.latents, noise, timestep, example.prompt, weight / settings.batch_size)
+        groups.setdefault(key, []).append(part)
+    return [_rows(parts) for parts in groups.values()]
+
+
+def _any(examples: Sequence[Example], generator: torch.Generator) -> Example:
+    return examples[int(torch.randint(len(examples), (), generator=generator))]
+
+
+def _rows(parts: Sequence[tuple[Tensor, Tensor, int, int, float]]) -> Rows:
+    latents, noise, timesteps, prompts, weights = zip(*parts, strict=True)
+    return Rows(
+        torch.cat([part.cpu() for part in latents]),
+        torch.cat(noise),
+        torch.tensor(timesteps),
+        tuple(prompts),
+        torch.tensor(weights),
+    )
+
+
+def train(
+    trained: Trainable,
+    denoiser: Denoiser,
+    pictures: Pictures,
+    settings: Settings,
+    on_step: Callable[[Step], None] | None = None,
+    first: int = 0,
+) -> list[Step]:
+    """Adam on the mean squared error of the raw prediction (DreamBooth, Eq. 2), from step `first` on.
+
+    Deterministic for a seed on one machine. What `on_step` or the denoiser raises ends the run, with `trained` as the
+    last step left it. Raises FloatingPointError where a loss is not finite.
+    """
+    history: list[Step] = []
+    with torch.inference_mode(False), torch.enable_grad():
+        groups = trained.groups(settings.learning_rate)
+        parameters = [p for group in groups for p in group["params"]]
+        adam = torch.optim.Adam(groups)
+        scale, skipped, step = float(denoiser.loss_scale), 0, first
+        while step < settings.steps:
+
+            def gradient(penalised: bool, step: int = step, scale: float = scale) -> tuple[float, float]:
+                return _gradient(trained, denoiser, step_rows(pictures, denoiser, settings, step), scale, penalised)
+
+            trained.before(step, lambda: gradient(penalised=False) and None)
+            adam.zero_grad()
+            loss, penalty = gradient(penalised=True)
+            if not math.isfinite(loss + penalty):
+                raise FloatingPointError(
+                    f"step {step + 1}: the loss is not finite; lower learning_rate or load the model in bf16 or fp32"
+                )
+            if not _descend(adam, parameters, scale):
+                skipped, scale = skipped + 1, scale / 4
+                if skipped > MAX_SKIPPED:
+                    raise FloatingPointError(
+                        f"step {step + 1}: the gradient is not finite although the loss ({loss:g}) is, after "
+                        f"{skipped} tries at smaller loss scales; load the model in bf16 or fp32"
+                    )
+                continue
+            skipped, step = 0, step + 1
+            history.append(Step(step, settings.steps, loss, penalty))
+            if on_step is not None:
+                on_step(history[-1])
+    return history
+
+
+def _gradient(
+    trained: Trainable, denoiser: Denoiser, passes: Sequence[Rows], scale: float, penalised: bool
+) -> tuple[float, float]:
+    """Adds the gradient of scale · (loss + penalty); returns both without the scale."""
+    total = 0.0
+    for rows in passes:
+        prediction, target = denoiser(rows, trained.branch(rows))
+        errors = (prediction - target).square().flatten(1).mean(1)
+        loss = (errors * rows.weights.to(errors)).sum()
+        torch.autograd.backward(loss * scale)
+        total += loss.item()
+    penalty = trained.penalty() if penalised else None
+    if penalty is None:
+        return total, 0.0
+    torch.autograd.backward(penalty * scale)
+    return total, penalty.item()
+
+
+def _descend(adam: torch.optim.Adam, parameters: Sequence[Tensor], scale: float) -> bool:
+    """One update; False, and none, where the gradient is not finite."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        raise ValueError("no layer that is trained took part in the forward pass, so there is nothing to learn")
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / scale
+    if not bool(torch.isfinite(norm)):
+        return False
+    torch._foreach_div_(gradients, scale * max(1.0, float(norm) / _LARGEST_NORM))
+    adam.step()
+    return True
