@@ -31,6 +31,9 @@ NODES = (
     "SparsifyLoRA",
     "ZipLoRAScores",
     "BlindABSheet",
+    "TrainConceptLoRA",
+    "PairLoRAs",
+    "UnZipLoRA",
 )
 FOLDERS = ("models/checkpoints", "models/loras", "input", "output", "temp", "user/default", "custom_nodes")
 # The frontend greets a new user with a window over the graph; nobody is there to close it.

@@ -11,6 +11,7 @@ from .scores import BlindABSheet, ZipLoRAScores
 from .sparse import SparsifyLoRA
 from .style import StyleStrength
 from .train import PairLoRAs, TrainConceptLoRA
+from .unzip import UnZipLoRA
 
 register_folder()
 
@@ -29,4 +30,5 @@ NODES = [
     BlindABSheet,
     TrainConceptLoRA,
     PairLoRAs,
+    UnZipLoRA,
 ]

@@ -28,16 +28,19 @@ class TrainConceptLoRA(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 io.Model.Input("model", tooltip="The base model. Other LoRAs may be on it already."),
+                io.Clip.Input("clip", tooltip="The base model's text encoder. It is not trained."),
                 io.Vae.Input("vae", tooltip="The base model's VAE."),
                 io.Image.Input(
                     "images",
                     tooltip="One to five pictures of the subject or in the style, of any sizes: a batch, or a list. "
                     "Each is scaled to a bucket of its own shape.",
                 ),
-                io.Conditioning.Input(
-                    "positive",
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
                     tooltip="The prompt that stands for them, with a rare word in it: 'a sks dog', 'a house in szn "
-                    "style'. One for all pictures, or a list of as many.",
+                    "style'. One line for all pictures, or a line for each.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -118,11 +121,12 @@ class TrainConceptLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="A LoRA that was trained here with the same layers and rank: goes on after its steps.",
                 ),
-                io.Conditioning.Input(
-                    "class_positive",
+                io.String.Input(
+                    "class_prompt",
+                    default="",
                     optional=True,
                     tooltip="For prior preservation: the prompt without the rare word, 'a dog'. The class then stays "
-                    "as it was.",
+                    "as it was. Empty: none.",
                 ),
                 io.Image.Input(
                     "class_images",
@@ -151,8 +155,12 @@ class TrainConceptLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="Joint training, a baseline of the paper: a second concept's pictures, into the same LoRA.",
                 ),
-                io.Conditioning.Input(
-                    "second_positive", optional=True, tooltip="The second concept's prompt, or one for each picture."
+                io.String.Input(
+                    "second_prompt",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="The second concept's prompt, or a line for each picture.",
                 ),
             ],
             outputs=[
@@ -166,27 +174,21 @@ class TrainConceptLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, positive, second_images=None, second_positive=None, **lists) -> io.NodeOutput:
-        given = {name: values[0] if name not in _LISTS else values for name, values in lists.items()}
-        sets = [training.Shown(images, _prompts(positive))]
-        if (second_images is None) != (second_positive is None):
-            raise ValueError("second_images and second_positive go together; connect both, or neither")
-        if second_images is not None:
-            sets.append(training.Shown(second_images, _prompts(second_positive)))
-        done = training.train_concept(given["model"], given["vae"], read_task(sets, **given))
+    def execute(cls, images, second_images=None, class_images=None, **lists) -> io.NodeOutput:
+        given = {name: "\n".join(values) if name in _TEXTS else values[0] for name, values in lists.items()}
+        task = read_task(images, second_images, class_images, **given)
+        done = training.train_concept(given["model"], given["clip"], given["vae"], task)
         return io.NodeOutput(done.lora_model, done.loss_map, done.report, done.file)
 
 
-_LISTS = ("class_images", "class_positive")
-
-
-def _prompts(conditionings: Sequence[list]) -> list[list]:
-    """One conditioning of one prompt each, from a list of them or from one that holds several."""
-    return [[prompt] for conditioning in conditionings for prompt in conditioning]
+_TEXTS = ("prompt", "second_prompt")  # a list of them is as many lines
 
 
 def read_task(
-    sets: list[training.Shown],
+    images: Sequence[Any],
+    second_images: Sequence[Any] | None,
+    class_images: Sequence[Any] | None,
+    prompt: str,
     steps: int,
     learning_rate: float,
     rank: int,
@@ -198,29 +200,35 @@ def read_task(
     sample_every: int = 100,
     save_every: int = 250,
     continue_from: str = _NEW,
-    class_positive: Sequence[list] | None = None,
-    class_images: Sequence[Any] = (),
+    class_prompt: str = "",
     class_count: int = 32,
     prior_weight: float = Settings.prior_weight,
+    second_prompt: str = "",
     **_: Any,
 ) -> training.Task:
     """Raises ValueError for a value that the API let through."""
-    class_prompts = _prompts(class_positive) if class_positive is not None else []
-    if len(class_prompts) > 1:
-        raise ValueError(f"class_positive holds {len(class_prompts)} prompts; expected one: connect one text encode")
+    sets = [training.Shown(images, _lines(prompt))]
+    if second_images is not None:
+        sets.append(training.Shown(second_images, _lines(second_prompt)))
+    elif second_prompt.strip():
+        raise ValueError("second_prompt has no pictures; connect second_images, or empty it")
     return training.Task(
         sets,
         Settings(steps, learning_rate, rank, batch_size, seed, prior_weight),
         filename_prefix,
         resolution,
         layers,
-        class_prompts[0] if class_prompts else None,
+        class_prompt,
         class_images or (),
         class_count,
         sample_every,
         save_every,
         None if continue_from == _NEW else continue_from,
     )
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 class PairLoRAs(io.ComfyNode):

@@ -67,11 +67,11 @@ def _in_b_lora(path: str, which: str) -> bool:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a concept is learned from. pictures: IMAGEs (N, H, W, 3), of any sizes. prompts: a conditioning of one
-    prompt for all of them, or one for each picture, in order."""
+    """What a concept is learned from. pictures: IMAGEs (N, H, W, 3), of any sizes. prompts: one for all of them, or one
+    for each picture, in order."""
 
     pictures: Sequence[Tensor]
-    prompts: Sequence[list]
+    prompts: Sequence[str]
 
     @property
     def frames(self) -> list[Tensor]:
@@ -91,7 +91,7 @@ class Task:
     prefix: str
     resolution: int = 1024
     layers: str = LAYERS[0]
-    class_prompt: list | None = None
+    class_prompt: str = ""
     class_pictures: Sequence[Tensor] = ()
     class_count: int = 32
     sample_every: int = 0
@@ -106,8 +106,8 @@ class _Prepared:
     prompts: list[list] = field(default_factory=list)
     pictures: training.Pictures = field(default_factory=lambda: training.Pictures([]))
 
-    def prompt(self, conditioning: list) -> int:
-        self.prompts.append(conditioning)
+    def prompt(self, clip, text: str) -> int:
+        self.prompts.append(clip.encode_from_tokens_scheduled(clip.tokenize(text)))
         return len(self.prompts) - 1
 
     @property
@@ -118,26 +118,25 @@ class _Prepared:
 
 def check(task: Task) -> None:
     """What can be refused before anything is loaded. Raises ValueError."""
-    for number, shown in enumerate(task.sets):
-        name = "images" if number == 0 else "second_images"
-        frames = shown.frames
-        _check_pictures(name, shown.pictures)
-        if len(shown.prompts) not in (1, len(frames)):
+    for start, shown in zip(("", "second_"), task.sets, strict=False):
+        check_pictures(f"{start}images", shown.pictures)
+        check_prompt(f"{start}prompt", "".join(shown.prompts))
+        if len(shown.prompts) not in (1, len(shown.frames)):
             raise ValueError(
-                f"{name} holds {len(frames)} pictures and there are {len(shown.prompts)} prompts for them; "
-                "connect one prompt for all of them, or one for each, in order"
+                f"{start}images holds {len(shown.frames)} pictures and {start}prompt {len(shown.prompts)} lines; write "
+                "one line for all of them, or one for each, in order"
             )
-        for prompt in shown.prompts:
-            predictor.check_conditioning("positive" if number == 0 else "second_positive", prompt)
     if task.class_pictures:
-        _check_pictures("class_images", task.class_pictures)
-        if task.class_prompt is None:
-            raise ValueError("class_images needs class_positive: connect the class's prompt, e.g. 'a dog'")
-    if task.class_prompt is not None:
-        predictor.check_conditioning("class_positive", task.class_prompt)
+        check_pictures("class_images", task.class_pictures)
+        check_prompt("class_prompt", task.class_prompt)
 
 
-def _check_pictures(name: str, pictures: Sequence[Tensor]) -> None:
+def check_prompt(name: str, text: str) -> None:
+    if not text.strip():
+        raise ValueError(f"{name} is empty; write what the pictures show, with a rare word for what is new in them")
+
+
+def check_pictures(name: str, pictures: Sequence[Tensor]) -> None:
     if not any(len(batch) for batch in pictures):
         raise ValueError(f"{name} holds no picture; connect at least one")
     for batch in pictures:
@@ -164,10 +163,10 @@ def _encode(vae, frame: Tensor, resolution: int) -> Tensor:
     return vae.encode(pixels.movedim(1, -1))
 
 
-def _draw_class(model, task: Task) -> list[Tensor]:
+def _draw_class(model, prompt: list, task: Task) -> list[Tensor]:
     """Latents of class pictures that the base model itself draws."""
     asked = references.Asked(task.class_count, task.resolution)
-    drawn = references.draw_plain(model, task.class_prompt, asked, task.settings.seed)
+    drawn = references.draw_plain(model, prompt, asked, task.settings.seed)
     if drawn is None:
         raise FloatingPointError(
             "the base model draws no class pictures (its latents are not finite): load it in bf16 or fp32, or connect "
@@ -179,9 +178,9 @@ def _draw_class(model, task: Task) -> list[Tensor]:
 class Denoiser(predictor.Network):
     """The core's Denoiser on a loaded network: any number of prompts."""
 
-    def __init__(self, guider, model_options: dict, injection: Injection, prompts: int):
+    def __init__(self, guider, model_options: dict, injection: Injection):
         super().__init__(guider, model_options, injection)
-        self._prompts = prompts
+        self.model = self._model
         self._encoded: dict[tuple[str, torch.Size], dict[str, Any]] = {}
 
     def _conditioning(self, prompt: int | str, latents: Tensor) -> dict[str, Any]:
@@ -232,12 +231,12 @@ class Trained:
     file: str
 
 
-def prepare(model, vae, task: Task) -> _Prepared:
+def prepare(model, clip, vae, task: Task) -> _Prepared:
     """Latents and prompts of a task; the VAE's and, for class pictures, the base model's work."""
     made = _Prepared()
     sets = []
     for shown in task.sets:
-        numbers = [made.prompt(conditioning) for conditioning in shown.prompts]
+        numbers = [made.prompt(clip, text) for text in shown.prompts]
         examples = []
         for index, frame in enumerate(shown.frames):
             latents = _encode(vae, frame, task.resolution)
@@ -245,12 +244,12 @@ def prepare(model, vae, task: Task) -> _Prepared:
             examples.append(training.Example(latents, numbers[index % len(numbers)]))
         sets.append(examples)
     priors = []
-    if task.class_prompt is not None:
-        number = made.prompt(task.class_prompt)
+    if task.class_prompt.strip():
+        number = made.prompt(clip, task.class_prompt)
         if task.class_pictures:
             drawn = [_encode(vae, f[None], task.resolution) for batch in task.class_pictures for f in batch]
         else:
-            drawn = _draw_class(model, task)
+            drawn = _draw_class(model, made.prompts[number], task)
         priors = [training.Example(latents, number) for latents in drawn]
     made.pictures = training.Pictures(sets, priors)
     return made
@@ -262,14 +261,15 @@ def run(
     shapes: dict[str, tuple[int, int]],
     settings: training.Settings,
     work: Callable[[Denoiser, training.Pictures, Any], None],
+    loras_at_once: int = 1,
 ) -> plan.Plan:
     """Plan memory, load the model frozen, and hand a denoiser, the pictures in its own space, and the device to `work`.
 
-    Where memory runs out, once more with the least.
+    Where memory runs out, once more with the least. loras_at_once: of the rank, which are trained together.
     """
     rows = settings.batch_size * (2 if made.pictures.priors else 1)
     room = plan.room_for(model)
-    planned = plan.make_for_training(model, shapes, made.prompts[0], made.largest, settings.rank, rows, room)
+    planned = plan.make_for_training(model, shapes, made.prompts[0], made.largest, loras_at_once * settings.rank, rows, room)
     prompts = {str(number): conditioning for number, conditioning in enumerate(made.prompts)}
     prompts["empty"] = references.zeros(made.prompts[0])
 
@@ -282,7 +282,7 @@ def run(
                 return [training.Example(into(e.latents.float().clone()), e.prompt) for e in examples]
 
             pictures = training.Pictures([own(part) for part in made.pictures.sets], own(made.pictures.priors))
-            denoiser = Denoiser(guider, model_options, injection, len(made.prompts))
+            denoiser = Denoiser(guider, model_options, injection)
             work(denoiser, pictures, patcher.load_device)
 
         predictor.with_network(model, injection, prompts, made.largest.shape[1:], planned.need, prepared)
@@ -312,6 +312,14 @@ class File:
     def name(self) -> str:
         return os.path.relpath(self.path, folder_paths.get_output_directory())
 
+    def lora_name(self) -> str | None:
+        """As the host lists it among its LoRAs; None where the file lies in no loras folder."""
+        for folder in folder_paths.get_folder_paths("loras"):
+            name = os.path.relpath(self.path, folder)
+            if not name.startswith(os.pardir) and folder_paths.get_full_path("loras", name):
+                return name
+        return None
+
     def write(self, factors: dict[str, Factors], steps: int) -> dict[str, Tensor]:
         tensors = lora_tensors(self.model, factors)
         rank = str(next(iter(factors.values())).rank)
@@ -334,7 +342,7 @@ def steps_done(name: str) -> int:
     return 0
 
 
-def train_concept(model, vae, task: Task) -> Trained:
+def train_concept(model, clip, vae, task: Task) -> Trained:
     """One LoRA from one concept's pictures, or two concepts' (joint training).
 
     model: ModelPatcher, unchanged. Every check comes before anything is loaded. What is trained so far is in the file
@@ -354,7 +362,7 @@ def train_concept(model, vae, task: Task) -> Trained:
         if first >= settings.steps:
             raise ValueError(f"'{task.go_on_from}' has {first} steps already; expected steps above that")
     file = File(model, task.prefix, {"ziplora_settings": repr(settings), "ziplora_layers": task.layers})
-    made = prepare(model, vae, task)
+    made = prepare(model, clip, vae, task)
     history: list[training.Step] = []
     saved: dict[str, Tensor] = {}
     began = time.monotonic()
@@ -369,7 +377,7 @@ def train_concept(model, vae, task: Task) -> Trained:
         def on_step(step: training.Step) -> None:
             history.append(step)
             if task.sample_every and step.index % task.sample_every == 0:
-                progress.sample = _picture(model, denoiser, made, trained, settings.seed)
+                progress.sample = picture(model, denoiser, made, trained, settings.seed)
             if task.save_every and step.index % task.save_every == 0 and step.index < settings.steps:
                 file.write(trained.factors(), step.index)
             progress.step(step)
@@ -411,10 +419,11 @@ def _lines(
     return lines
 
 
-def _picture(model, denoiser: Denoiser, made: _Prepared, trained: training.TrainedLoRA, seed: int) -> Image.Image | None:
+def picture(model, denoiser: Denoiser, made: _Prepared, trained: training.Trainable, seed: int) -> Image.Image | None:
     """A rough picture of the first prompt, as the LoRA draws it now."""
     example = made.pictures.sets[0][0]
-    latents = denoiser.sample(example.prompt, example.latents, trained.branch(), seed)
+    rows = training.Rows(example.latents, example.latents, torch.zeros(1), (example.prompt,), torch.ones(1))
+    latents = denoiser.sample(example.prompt, example.latents, trained.branch(rows), seed)
     shown = references.thumbnails(model, model.model.process_latent_out(latents.cpu()))
     if shown is None:
         return None

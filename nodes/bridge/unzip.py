@@ -1,0 +1,207 @@
+"""UnZipLoRA on the host: one picture and three prompts to a pair, a zipped pair and two files."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor
+
+from ...ziplora_core import training, unzip
+from ...ziplora_core.coefficients import Coefficients
+from ...ziplora_core.direct import UNZIPLORA_BLOCKS
+from ...ziplora_core.pair import Factors
+from . import fitting, loras, plan, predictor
+from . import training as bridge
+from .frozen import cast
+from .progress import TrainingProgress
+
+_PROMPTED = re.compile(r"\.attn2\.to_[kv]\.weight$")
+_SMALL_WORDS = frozenset("a an the of in on at with and by for to".split())
+
+
+@dataclass
+class Task:
+    """prompts: "full", "content", "style". picture: IMAGE (1, H, W, 3). prompts_apart, columns_apart, blocks_apart: the
+    paper's three separations."""
+
+    picture: Tensor
+    prompts: dict[str, str]
+    settings: unzip.Settings
+    prefix: str
+    resolution: int = 1024
+    prompts_apart: bool = True
+    columns_apart: bool = True
+    blocks_apart: bool = True
+    sample_every: int = 0
+
+
+@dataclass
+class Unzipped:
+    """pair: for the LORA_PAIR socket, with both files' names."""
+
+    pair: loras.LoRASources
+    zipped: loras.ZippedLoRA
+    loss_map: dict[str, list[float]]
+    report: str
+    files: list[str] = field(default_factory=list)
+
+
+def check(model, task: Task) -> None:
+    """Raises ValueError for what can be refused before anything is loaded. model: the host's BaseModel."""
+    for name, text in task.prompts.items():
+        bridge.check_prompt("prompt" if name == "full" else f"{name}_prompt", text)
+    _check_words(task.prompts)
+    bridge.check_pictures("image", [task.picture])
+    if len(task.picture) != 1:
+        raise ValueError(f"image holds {len(task.picture)} pictures; UnZipLoRA learns from one")
+    if not isinstance(model.diffusion_model, UNetModel):
+        raise ValueError(
+            f"this model ({type(model.model_config).__name__}) has no cross-attention with keys and values of its own; "
+            "UnZipLoRA needs a U-Net, as SDXL or SD 1.5"
+        )
+
+
+def _check_words(prompts: dict[str, str]) -> None:
+    """The full prompt says everything that the other two say, and nothing of its own."""
+    full, content, style = (
+        set(re.findall(r"\w+", prompts[name].lower())) - _SMALL_WORDS for name in ("full", "content", "style")
+    )
+    for name, others in (("content_prompt", content - style), ("style_prompt", style - content)):
+        if missing := sorted(others - full):
+            raise ValueError(
+                f"prompt lacks '{missing[0]}', which {name} has; it must say both: e.g. prompt 'a sks dog in szn style', "
+                "content_prompt 'a sks dog', style_prompt 'szn style'"
+            )
+    if alone := sorted(full - content - style):
+        raise ValueError(
+            f"'{alone[0]}' stands in prompt, but neither in content_prompt nor in style_prompt, so nobody would learn "
+            "it; add it to the one that it belongs to"
+        )
+
+
+def _contexts(prompts: list[list]) -> tuple[list[list], list[Tensor]]:
+    """Contexts of one length, repeated as the host repeats them where lengths differ: (prompts, their contexts)."""
+    contexts = [prompt[0][0] for prompt in prompts]
+    length = math.lcm(*(c.shape[1] for c in contexts))
+    contexts = [c.repeat(1, length // c.shape[1], 1) for c in contexts]
+    return [[[c, prompt[0][1]]] for c, prompt in zip(contexts, prompts, strict=True)], contexts
+
+
+def owners(layers: Any) -> dict[str, str]:
+    """Layer -> the concept that it belongs to alone, by UnZipLoRA's blocks of SDXL. Raises ValueError without these."""
+    found = {}
+    for concept, blocks in zip(unzip.CONCEPTS, UNZIPLORA_BLOCKS, strict=True):
+        for name in layers:
+            if any(f".{block}" in name for block in blocks):
+                found[name] = concept
+    if set(found.values()) != set(unzip.CONCEPTS):
+        raise ValueError("this model has not SDXL's blocks; turn block_separation off")
+    return found
+
+
+def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
+    """model: ModelPatcher, unchanged. Raises as `training.train_concept`; both LoRAs are on disk whenever it ends."""
+    check(model.model, task)
+    settings = task.settings
+    shapes = bridge.trained_layers(model.model, "attention")
+    belongs = owners(shapes) if task.blocks_apart else {}
+    files = {
+        c: bridge.File(model, f"{task.prefix}_{c}", {"ziplora_settings": repr(settings), "ziplora_prompt": task.prompts[c]})
+        for c in unzip.CONCEPTS
+    }
+    shown = bridge.Shown([task.picture], [task.prompts["full"]])
+    made = bridge.prepare(model, clip, vae, bridge.Task([shown], settings, task.prefix, task.resolution))
+    for concept in unzip.CONCEPTS:
+        made.prompt(clip, task.prompts[concept])
+    made.prompts, contexts = _contexts(made.prompts)
+    history: list[training.Step] = []
+    began = time.monotonic()
+    kept: dict[str, Any] = {}
+
+    def work(denoiser: bridge.Denoiser, pictures: training.Pictures, device: torch.device) -> None:
+        own = dict(zip(unzip.CONCEPTS, (c.to(device, copy=True) for c in contexts[1:]), strict=True))
+        apart = unzip.Separations(
+            own if task.prompts_apart else None,
+            {name for name in shapes if _PROMPTED.search(name)},
+            belongs,
+            task.columns_apart,
+        )
+        trained = unzip.UnZip(shapes, settings, apart, lambda name: _weight(denoiser.model, name, device), device)
+        progress = TrainingProgress(0, settings.steps)
+        history.clear()
+
+        def on_step(step: training.Step) -> None:
+            history.append(step)
+            if task.sample_every and step.index % task.sample_every == 0:
+                progress.sample = bridge.picture(model, denoiser, made, trained, settings.seed)
+            progress.step(step)
+
+        try:
+            training.train(trained, denoiser, pictures, settings, on_step)
+        finally:
+            if history:
+                kept.update(tensors=_write(files, trained, history[-1].index), unzip=trained)
+
+    planned = bridge.run(model, made, shapes, settings, work, loras_at_once=2)
+    seconds = time.monotonic() - began
+    sources = loras.LoRASources(*(_source(files[c], kept["tensors"][c]) for c in unzip.CONCEPTS))
+    fitted = fitting.fit(sources, model.model)
+    learned = kept["unzip"].coefficients()
+    report = "  \n".join(_report(task, files, kept["unzip"], history, seconds, planned))
+    about = {"settings": repr(settings), "prompts": task.prompts}
+    zipped = loras.ZippedLoRA(sources, fitted, learned, report=report, method="UnZipLoRA", settings=about)
+    losses = {"loss": [s.loss for s in history], "overlap": [s.penalty for s in history]}
+    return Unzipped(sources, zipped, losses, report, [file.name for file in files.values()])
+
+
+def _weight(model, name: str, device: torch.device) -> Tensor:
+    """W0 as the host would use it, in float32."""
+    module = model.get_submodule(name.removesuffix(".weight"))
+    like = torch.empty(0, dtype=predictor.compute_dtype(model), device=device)
+    with torch.no_grad(), cast(module, like) as (weight, _):
+        return weight.float().clone()
+
+
+def _write(files: dict[str, bridge.File], trained: unzip.UnZip, steps: int) -> dict[str, dict[str, Tensor]]:
+    halves: dict[str, dict[str, Factors]] = {c: {} for c in unzip.CONCEPTS}
+    for name, layer in trained.pair().layers.items():
+        for concept, factors in layer.halves():
+            halves[concept][name] = factors
+    return {concept: files[concept].write(factors, steps) for concept, factors in halves.items()}
+
+
+def _source(file: bridge.File, tensors: dict[str, Tensor]) -> loras.LoRASource:
+    """As read from disk, where the loras folders hold the file; else as it came."""
+    name = file.lora_name()
+    if name is None:
+        return loras.LoRASource(file.name, tensors, 1.0)
+    return replace(loras.load(name, 1.0), name=name)
+
+
+def _report(
+    task: Task, files: dict[str, bridge.File], trained: unzip.UnZip, history: list, seconds: float, planned: plan.Plan
+) -> list[str]:
+    settings, counts = task.settings, []
+    for concept in unzip.CONCEPTS:
+        masks = trained.masks[concept]
+        owned, columns = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
+        counts.append(f"{concept} {len(masks)} layers, {owned:,} of {columns:,} columns")
+    apart = [n for n, on in (("prompts", task.prompts_apart), ("columns", task.columns_apart), ("blocks", task.blocks_apart)) if on]
+    tenth = max(1, len(history) // 10)
+    first, last = (sum(s.loss for s in part) / tenth for part in (history[:tenth], history[-tenth:]))
+    coefficients: Coefficients = trained.coefficients()
+    return [
+        *(f"written: {file.name}" for file in files.values()),
+        f"apart: {', '.join(apart) or 'nothing'}; {'; '.join(counts)}",
+        f"rank {settings.rank}, {len(history)} steps at rate {settings.learning_rate:g}, mergers at "
+        f"{settings.merger_rate:g}, lambda {settings.similarity_lambda:g}, seed {settings.seed}",
+        f"loss: {first:.4f} over the first tenth, {last:.4f} over the last; overlap {coefficients.overlap():.3f}",
+        f"time: {seconds:.1f} s",
+        planned.line(),
+    ]

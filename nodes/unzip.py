@@ -1,0 +1,196 @@
+"""UnZipLoRA: a content and a style LoRA from one picture."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..ziplora_core.unzip import Settings
+from .bridge.unzip import Task, unzip_picture
+from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
+
+
+class UnZipLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UnZipLoRA",
+            display_name="UnZip LoRA",
+            category="ZipLoRA",
+            description="Takes one picture apart into a content LoRA and a style LoRA, trained together so that they "
+            "stay apart (UnZipLoRA, arXiv 2412.04465). Both are ordinary files; together they are a zipped pair.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The base model: SDXL, or another U-Net with block_separation off."),
+                io.Clip.Input("clip", tooltip="The base model's text encoder. It is not trained."),
+                io.Vae.Input("vae", tooltip="The base model's VAE."),
+                io.Image.Input("image", tooltip="The one picture."),
+                io.String.Input(
+                    "prompt", default="", tooltip="What the picture shows, and how: 'a sks dog in szn style'."
+                ),
+                io.String.Input(
+                    "content_prompt", default="", tooltip="What it shows, in the same words: 'a sks dog'."
+                ),
+                io.String.Input("style_prompt", default="", tooltip="How it shows it, in the same words: 'szn style'."),
+                io.Int.Input(
+                    "steps",
+                    default=Settings.steps,
+                    min=1,
+                    max=100_000,
+                    tooltip="Updates, the paper's 600. Columns are given out at the start of each third of them.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=Settings.learning_rate,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-5,
+                    round=False,
+                    tooltip="Adam's rate for both LoRAs, the paper's 5e-5.",
+                ),
+                io.Float.Input(
+                    "merger_learning_rate",
+                    default=Settings.merger_rate,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-3,
+                    round=False,
+                    tooltip="Adam's rate for the coefficients of the columns, the paper's 5e-3.",
+                ),
+                io.Float.Input(
+                    "similarity_lambda",
+                    default=Settings.similarity_lambda,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.1,
+                    round=False,
+                    tooltip="Weight of the overlap between the two sets of coefficients, the paper's 0.5.",
+                ),
+                io.Float.Input(
+                    "column_share",
+                    default=100 * Settings.share,
+                    min=0.1,
+                    max=16.6,
+                    step=1.0,
+                    round=False,
+                    tooltip="Percent of a layer's columns that each LoRA gets in each third of the run, the paper's 10.",
+                ),
+                io.Int.Input(
+                    "rank", default=Settings.rank, min=1, max=1024, tooltip="Of each LoRA, the paper's 64."
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=Settings.batch_size,
+                    min=1,
+                    max=64,
+                    tooltip="Noisy copies of the picture per step. More is steadier, slower, and takes more memory.",
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=1024,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Side of a square bucket in pixels: what the model draws best, 1024 for SDXL.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Seed of the first factors, the noise and the timesteps.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="loras/unzipped",
+                    tooltip="Name of the two files in the output folder, followed by _content and _style and a number.",
+                ),
+                io.Boolean.Input(
+                    "prompt_separation",
+                    default=True,
+                    optional=True,
+                    tooltip="In cross-attention each LoRA sees its own prompt. Off: all see the full one.",
+                ),
+                io.Boolean.Input(
+                    "column_separation",
+                    default=True,
+                    optional=True,
+                    tooltip="Each LoRA changes columns of its own. Off: both change all.",
+                ),
+                io.Boolean.Input(
+                    "block_separation",
+                    default=True,
+                    optional=True,
+                    tooltip="Some of SDXL's blocks belong to content alone, some to style. Off: none does.",
+                ),
+                io.Int.Input(
+                    "sample_every",
+                    default=100,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Draw a rough sample of both together on the node every so many steps; 0 for never.",
+                ),
+            ],
+            outputs=[
+                LoRAPairSocket.Output(display_name="lora_pair", tooltip="Both LoRAs, to be merged in any other way."),
+                ZippedLoRASocket.Output(
+                    display_name="zipped_lora", tooltip="Both with their learned coefficients, for Apply Zipped LoRA."
+                ),
+                LossMapSocket.Output(display_name="loss_map", tooltip="The loss of each step, for Plot Loss Graph."),
+                io.String.Output(display_name="report", tooltip="The files, who got which columns, losses, memory."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        image,
+        prompt: str,
+        content_prompt: str,
+        style_prompt: str,
+        steps: int,
+        learning_rate: float,
+        merger_learning_rate: float,
+        similarity_lambda: float,
+        column_share: float,
+        rank: int,
+        batch_size: int,
+        resolution: int,
+        seed: int,
+        filename_prefix: str,
+        prompt_separation: bool = True,
+        column_separation: bool = True,
+        block_separation: bool = True,
+        sample_every: int = 100,
+    ) -> io.NodeOutput:
+        settings = Settings(
+            steps=steps,
+            learning_rate=learning_rate,
+            rank=rank,
+            batch_size=batch_size,
+            seed=seed,
+            merger_rate=merger_learning_rate,
+            similarity_lambda=similarity_lambda,
+            share=column_share / 100,
+        )
+        done = unzip_picture(
+            model,
+            clip,
+            vae,
+            Task(
+                image,
+                {"full": prompt, "content": content_prompt, "style": style_prompt},
+                settings,
+                filename_prefix,
+                resolution,
+                prompt_separation,
+                column_separation,
+                block_separation,
+                sample_every,
+            ),
+        )
+        return io.NodeOutput(done.pair, done.zipped, done.loss_map, done.report)

@@ -1,0 +1,155 @@
+"""UnZipLoRA's columns, mergers and scores against dense float64 algebra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ziplora_core import training, unzip
+
+SHAPES = {"a": (12, 20), "b": (10, 16), "own": (8, 10)}
+WEIGHTS = {n: torch.randn(s, generator=torch.Generator().manual_seed(i)) for i, (n, s) in enumerate(SHAPES.items())}
+
+
+class Base:
+    def __init__(self, name):
+        self.weight = WEIGHTS[name]
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+    def backward(self, grad, shape):
+        return grad @ self.weight
+
+
+def made(apart=None, **changes):
+    settings = unzip.Settings(**{"steps": 6, "rank": 3, "periods": 3, "share": 0.1, **changes})
+    return unzip.UnZip(SHAPES, settings, apart or unzip.Separations(owners={"own": "style"}), WEIGHTS.__getitem__)
+
+
+def filled(both):
+    with torch.no_grad():
+        for concept in unzip.CONCEPTS:
+            for i, up in enumerate(both.loras[concept].up.values()):
+                up.copy_(torch.randn(up.shape, generator=torch.Generator().manual_seed(i + len(concept))))
+            for i, m in enumerate(both.mergers[concept].values()):
+                m.copy_(torch.rand(m.shape, generator=torch.Generator().manual_seed(i)))
+    return both
+
+
+def dense(both, concept, name):
+    trained = both.loras[concept]
+    return trained.up[name].double() @ trained.down[name].double()
+
+
+def test_columns_are_given_out_apart_and_grow():
+    both = filled(made())
+    seen = []
+
+    def probe():
+        both.branch().layer("a", torch.randn(5, 20), Base("a")).square().sum().backward()
+        both.branch().layer("b", torch.randn(5, 16), Base("b")).square().sum().backward()
+
+    for step in range(6):
+        before = {c: {n: m.clone() for n, m in both.masks[c].items()} for c in unzip.CONCEPTS}
+        both.before(step, probe)
+        seen.append([int(both.masks[c][n].sum()) for c in unzip.CONCEPTS for n in ("a", "b")])
+        for c in unzip.CONCEPTS:
+            assert all((both.masks[c][n] >= m).all() for n, m in before[c].items()), "a column was taken away"
+            assert all(p.grad is None for p in both.loras[c].parameters())
+    each = {"a": 2, "b": 2}  # a tenth of 20 and of 16, rounded
+    assert seen == [[period * each[n] for n in ("a", "b")] * 2 for period in (1, 1, 2, 2, 3, 3)]
+    for name in ("a", "b"):
+        assert not (both.masks["content"][name] & both.masks["style"][name]).any()
+    assert "own" not in both.masks["content"] and both.masks["style"]["own"].all()
+
+
+def test_a_layer_adds_the_masked_scaled_updates():
+    both = filled(made())
+    for i, concept in enumerate(unzip.CONCEPTS):
+        both.masks[concept]["a"][i::2] = True
+    x = torch.randn(2, 4, 20)
+    y = both.branch().layer("a", x, Base("a"))
+    expected = WEIGHTS["a"].double()
+    for concept in unzip.CONCEPTS:
+        expected = expected + dense(both, concept, "a") * both.mergers[concept]["a"] * both.masks[concept]["a"]
+    torch.testing.assert_close(y.double(), x.double() @ expected.T, rtol=1e-5, atol=1e-5)
+
+
+def test_prompted_layers_see_their_own_prompt():
+    contexts = {c: torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(i)) for i, c in enumerate(unzip.CONCEPTS)}
+    both = filled(made(unzip.Separations(contexts, {"b"}, columns=False)))
+    x = torch.randn(3, 4, 16)
+    expected = x.double() @ WEIGHTS["b"].double().T
+    for concept in unzip.CONCEPTS:
+        update = dense(both, concept, "b") * both.mergers[concept]["b"]
+        expected = expected + contexts[concept].double() @ update.T
+    torch.testing.assert_close(both.branch().layer("b", x, Base("b")).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_score_is_weight_times_what_a_step_does_to_it(fresh):
+    """δW by taking the step, small, in float64."""
+    both = made(unzip.Separations(columns=False)) if fresh else filled(made(unzip.Separations(columns=False)))
+    both.branch().layer("a", torch.randn(5, 20), Base("a")).square().sum().backward()
+    trained, m = both.loras["content"], both.mergers["content"]["a"].detach().double()
+    up, down, d_up, d_down = (
+        t.detach().double() for t in (trained.up["a"], trained.down["a"], trained.up["a"].grad, trained.down["a"].grad)
+    )
+    rate = 1e-7
+    step = ((up - rate * d_up) @ (down - rate * d_down) - up @ down) * m / rate
+    expected = ((WEIGHTS["a"].double() + up @ down * m) * step).abs().sum(0)
+    found = both.score("content", "a", WEIGHTS["a"])
+    assert found.max() > 0
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
+
+
+def test_penalty_is_the_mean_over_layers_of_the_mean_product():
+    both = filled(made())
+    means = [(both.mergers["content"][n] * both.mergers["style"][n]).abs().double().mean() for n in ("a", "b")]
+    assert both.penalty().item() == pytest.approx(0.5 * float(sum(means).detach()) / 2)
+
+
+def test_the_pair_and_its_coefficients_are_the_trained_update():
+    both = filled(made())
+    for i, concept in enumerate(unzip.CONCEPTS):
+        both.masks[concept]["a"][i::2] = True
+    pair, m = both.pair(), both.coefficients()
+    assert pair.layers["own"].content is None
+    x = torch.randn(4, 20)
+    update = sum(f.up @ f.down * getattr(m, c)["a"] for c, f in pair.layers["a"].halves())
+    y = both.branch().layer("a", x, Base("a")) - Base("a").forward(x)
+    torch.testing.assert_close(y, x @ update.T, rtol=1e-4, atol=1e-4)
+    assert float(m.content["a"][1::2].abs().max()) == 0
+
+
+def test_settings_out_of_range_are_named():
+    for change in ({"share": 0.2}, {"periods": 0}, {"merger_rate": 0}, {"similarity_lambda": -1}, {"rank": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))} is "):
+            unzip.Settings(**change)
+
+
+class Toy:
+    """A 'network' of one linear layer that should learn to add a fixed matrix."""
+
+    timesteps, loss_scale = 10, 1.0
+
+    def __init__(self):
+        self.wanted = torch.randn(SHAPES["a"], generator=torch.Generator().manual_seed(99)) * 0.1
+
+    def kind(self, prompt):
+        return None
+
+    def __call__(self, rows, branch):
+        x = rows.noise.flatten(1)[:, :20]
+        return branch.layer("a", x, Base("a")), x @ (WEIGHTS["a"] + self.wanted).T
+
+
+def test_training_gives_out_columns_and_lowers_the_loss():
+    toy = Toy()
+    both = made(unzip.Separations(), steps=300, learning_rate=1e-2, batch_size=8, rank=8)
+    picture = training.Pictures([[training.Example(torch.zeros(1, 4, 3, 2), 0)]])
+    history = training.train(both, toy, picture, unzip.Settings(steps=300, learning_rate=1e-2, batch_size=8, rank=8))
+    assert [int(m["a"].sum()) for m in both.masks.values()] == [6, 6]
+    assert sum(s.loss for s in history[-20:]) < 0.8 * sum(s.loss for s in history[:20])
+    assert history[-1].penalty < history[0].penalty

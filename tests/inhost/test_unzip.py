@@ -1,0 +1,206 @@
+"""UnZipLoRA on the host's own SDXL class: its gradient, its files, what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import test_gradient
+import tiny
+import torch
+from test_training import PixelsAsLatents, Words, output, patcher, pictures  # noqa: F401
+
+PROMPTS = {"full": "a sks dog in szn style", "content": "a sks dog", "style": "szn style"}
+RANK = 3
+
+
+def task(pack, prompts=None, **changes):
+    bridge, core = pack.nodes.bridge.unzip, pack.ziplora_core.unzip
+    settings = {"steps": 3, "learning_rate": 1e-3, "rank": RANK, "share": 0.15} | {
+        k: changes.pop(k) for k in list(changes) if k in core.Settings.__dataclass_fields__
+    }
+    given = {"picture": pictures(1), "prefix": "loras/apart", "resolution": 64, **changes}
+    return bridge.Task(prompts={**PROMPTS, **(prompts or {})}, settings=core.Settings(**settings), **given)
+
+
+def take_apart(pack, patcher, asked):  # noqa: F811
+    with torch.inference_mode():
+        return pack.nodes.bridge.unzip.unzip_picture(patcher, Words(), PixelsAsLatents(), asked)
+
+
+@pytest.mark.parametrize("room", [None, 0], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("apart", [True, False], ids=["three prompts", "one prompt"])
+def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher, room, apart):  # noqa: F811
+    """W0·x(full) + ΔW_c·x(content) + ΔW_s·x(style) formed densely, by ordinary autograd."""
+    core, bridge = pack.ziplora_core, pack.nodes.bridge.unzip
+    if room is not None:
+        monkeypatch.setattr(pack.nodes.bridge.plan, "room_for", lambda model: room)
+    train, found = core.training.train, {}
+
+    def instead(trained, denoiser, given, settings, on_step):
+        g = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for lora in trained.loras.values():
+                for up in lora.up.values():
+                    up.copy_(0.1 * torch.randn(up.shape, generator=g))
+            for masks in trained.masks.values():
+                for mask in masks.values():
+                    mask |= torch.rand(mask.shape, generator=g) < 0.4
+        passes = core.training.step_rows(given, denoiser, settings, 0)
+        with torch.enable_grad():
+            loss, _ = core.training._gradient(trained, denoiser, passes, 1.0, False)
+            expected, leaves = dense(patcher, denoiser, passes, trained)
+            expected.backward()
+        assert loss == pytest.approx(expected.item(), rel=1e-4)
+        for concept, lora in trained.loras.items():
+            for name in lora.down:
+                up, down, m = leaves[concept, name]
+                found[concept, name] = [
+                    (lora.up[name].grad, up.grad),
+                    (lora.down[name].grad, down.grad),
+                    (trained.mergers[concept][name].grad, m.grad),
+                ]
+        monkeypatch.setattr(core.training, "train", train)
+        return train(trained, denoiser, given, settings, on_step)
+
+    monkeypatch.setattr(core.training, "train", instead)
+    take_apart(pack, patcher, task(pack, prompts_apart=apart, steps=1))
+    assert {concept for concept, _ in found} == {"content", "style"}
+    for place in range(3):
+        largest = max(float(grads[place][1].abs().max()) for grads in found.values())
+        assert largest > 0
+        for key, grads in found.items():
+            ours, theirs = grads[place]
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4 * largest, msg=lambda m, key=key: f"{key}: {m}")
+    assert bridge.owners(found_layers(found)) != {}
+
+
+def found_layers(found):
+    return {name for _, name in found}
+
+
+def dense(patcher, denoiser, passes, trained):  # noqa: F811
+    copied = test_gradient.plain_copy(patcher, torch.float32)
+    leaves, weights, total = {}, {}, 0.0
+    for concept, lora in trained.loras.items():
+        for name in lora.down:
+            parts = (lora.up[name], lora.down[name], trained.mergers[concept][name])
+            leaves[concept, name] = [p.detach().clone().requires_grad_() for p in parts]
+
+    def update(concept, name):
+        up, down, m = leaves[concept, name]
+        return up @ (down * m * trained.masks[concept][name])
+
+    contexts = trained._apart.contexts
+    for name in {name for _, name in leaves}:
+        own = [c for c in trained.loras if (c, name) in leaves]
+        weight = copied.get_parameter(name)
+        if contexts is not None and ".attn2.to_k." in name or contexts is not None and ".attn2.to_v." in name:
+            module = copied.get_submodule(name.removesuffix(".weight"))
+
+            def forward(x, weight=weight, own=own, name=name):
+                added = [contexts[c].expand(len(x), -1, -1) @ update(c, name).T for c in own]
+                return x @ weight.T + sum(added)
+
+            module.forward = forward
+        else:
+            weights[f"model.{name}"] = weight + sum(update(c, name) for c in own)
+    for rows in passes:
+        sigma = copied.model_sampling.sigmas[rows.timesteps]
+        x = copied.model_sampling.noise_scaling(sigma, rows.noise, rows.latents, False)
+        c = denoiser._conditioning(rows.prompts[0], rows.latents[:1])
+        arguments = {k: (v.cond if hasattr(v, "cond") else v).clone() for k, v in c.items()}
+        options = {"optimized_attention_override": lambda f, *a, **k: test_gradient.plain_attention(*a, **k)}
+        x0 = torch.func.functional_call(test_gradient.Apply(copied), weights, (x, sigma, arguments, options))
+        eps = (x - x0) / sigma.view(-1, 1, 1, 1)
+        total = total + (rows.weights * (eps - rows.noise).square().flatten(1).mean(1)).sum()
+    return total, leaves
+
+
+def test_two_ordinary_files_and_a_zipped_pair(pack, patcher, output):  # noqa: F811
+    import comfy.lora
+    import comfy.utils
+
+    before = tiny.sample(patcher)
+    done = take_apart(pack, patcher, task(pack, learning_rate=3e-2))
+    assert torch.equal(tiny.sample(patcher), before)
+    names = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    for file in done.files:
+        tensors = comfy.utils.load_torch_file(str(output / file), safe_load=True)
+        patches = comfy.lora.load_lora(tensors, names, log_missing=False)
+        assert len(patches) == len(tensors) / 3
+    pair, m = done.zipped.fitted.pair, done.zipped.coefficients
+    for name, layer in pair.layers.items():
+        if layer.content is None or layer.style is None:
+            continue
+        empty = [(f.down == 0).all(0) for _, f in layer.halves()]
+        assert (empty[0] | empty[1]).all(), f"{name}: a column of both"
+        assert 0.4 <= float((~empty[0]).float().mean()) <= 0.5
+        assert (m.content[name][empty[0]] == 0).all() and (m.style[name][empty[1]] == 0).all()
+    for block, concept in (("output_blocks.0.1.", "content"), ("output_blocks.1.1.", "style")):
+        owned = [layer for name, layer in pair.layers.items() if f".{block}" in name]
+        assert owned and all([c for c, _ in layer.halves()] == [concept] for layer in owned)
+    for needed in ("apart: prompts, columns, blocks", "overlap 0.000", "memory:"):
+        assert needed in done.report
+    assert len(done.loss_map["loss"]) == len(done.loss_map["overlap"]) == 3
+
+
+def test_the_zipped_pair_is_saved_and_loaded(pack, patcher, output, monkeypatch):  # noqa: F811
+    import folder_paths
+
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "ziplora", ([str(output / "ziplora")], {".safetensors"})
+    )
+    done = take_apart(pack, patcher, task(pack, learning_rate=3e-2))
+    with torch.inference_mode():
+        name = pack.nodes.bridge.saved.save(done.zipped, "kept")
+        folder_paths.filename_list_cache.clear()
+        again = pack.nodes.bridge.saved.load(patcher, name)
+    for side in ("content", "style"):
+        kept, loaded = getattr(done.zipped.coefficients, side), getattr(again.coefficients, side)
+        assert all(torch.equal(m, loaded[n]) for n, m in kept.items())
+
+
+def test_nothing_apart_is_two_loras_of_everything(pack, patcher):  # noqa: F811
+    asked = task(pack, prompts_apart=False, columns_apart=False, blocks_apart=False)
+    done = take_apart(pack, patcher, asked)
+    assert "apart: nothing" in done.report
+    assert all(layer.content and layer.style for layer in done.zipped.fitted.pair.layers.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"picture": torch.zeros(0, 64, 64, 3)}, "image holds no picture"),
+        ({"picture": torch.zeros(1, 0, 0, 3)}, "image has shape"),
+        ({"picture": pictures(2)}, "image holds 2 pictures; UnZipLoRA learns from one"),
+        ({"prompts": {"content": "  "}}, "content_prompt is empty"),
+        ({"prompts": {"full": ""}}, "^prompt is empty"),
+        ({"prompts": {"full": "a dog in szn style"}}, "prompt lacks 'sks', which content_prompt has"),
+        ({"prompts": {"full": "a sks dog in style"}}, "prompt lacks 'szn', which style_prompt has"),
+        ({"prompts": {"style": "style"}}, "'szn' stands in prompt, but neither in content_prompt nor in style_prompt"),
+    ],
+)
+def test_refuses_in_one_sentence_before_anything_is_loaded(pack, patcher, monkeypatch, changes, says):  # noqa: F811
+    monkeypatch.setattr(pack.nodes.bridge.predictor, "with_network", None)
+    with pytest.raises(ValueError, match=says):
+        take_apart(pack, patcher, task(pack, **changes))
+
+
+def test_an_interrupt_leaves_both_files(pack, patcher, output, monkeypatch):  # noqa: F811
+    import comfy.model_management as management
+
+    rows = pack.ziplora_core.training.step_rows
+
+    def strike(pictures, denoiser, settings, step):
+        if step == 2:
+            management.interrupt_current_processing()
+        return rows(pictures, denoiser, settings, step)
+
+    monkeypatch.setattr(pack.ziplora_core.training, "step_rows", strike)
+    before = tiny.sample(patcher)
+    with pytest.raises(management.InterruptProcessingException):
+        take_apart(pack, patcher, task(pack, steps=5))
+    assert torch.equal(tiny.sample(patcher), before)
+    assert sorted(f.name for f in (output / "loras").iterdir()) == [
+        "apart_content_00001_.safetensors",
+        "apart_style_00001_.safetensors",
+    ]

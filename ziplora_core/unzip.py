@@ -1,0 +1,208 @@
+"""UnZipLoRA (arXiv 2412.04465): a content LoRA and a style LoRA from one picture, trained together to stay apart.
+
+Three separations, each of which can be left out:
+
+- prompts: in cross-attention's keys and values y = W0·x(full) + ΔW_c·x(content) + ΔW_s·x(style); elsewhere both LoRAs
+  see the same x.
+- columns: each LoRA changes only columns that it was given. A run has periods; at the start of each a scoring step with
+  every column on ranks them, and each LoRA gets its best share of those that nobody has, content first.
+- blocks: layers that belong to one LoRA alone, all columns of them.
+
+Over that, mergers m_c and m_s as ZipLoRA's: ΔW = ΔW_c·diag(m_c) + ΔW_s·diag(m_s), with an overlap loss.
+
+Where paper and published code leave it open, what is chosen here, and why:
+
+- A column is an input feature, as in ZipLoRA, so that the result is a zipped pair (the code masks output features).
+- The score of column j is Σ_i |W ⊙ δW|_ij (Cones, arXiv 2303.05125) with W = W0 + ΔW of this LoRA and δW what one step of
+  plain gradient descent on the factors does to ΔW, to first order: it is not zero at the start, where ΔW is, and the two
+  LoRAs' are not the same although they see the same gradient of W. In float32, from a whole batch.
+- Outside a LoRA's columns its factors stay as they began and its file holds zeros. The files hold no mergers, so that
+  each LoRA draws alone as it was trained; the zipped pair does.
+- The overlap counts m itself, not m on its columns, of which no column has two: it drives mergers of columns that a LoRA
+  does not own to zero, so that a column that it gets later starts small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import training
+from .coefficients import Coefficients
+from .frozen import Base, frozen
+from .pair import Factors, LayerPair, LoRAPair
+from .solver import in_range
+
+CONCEPTS = ("content", "style")
+
+
+@dataclass(frozen=True)
+class Settings(training.Settings):
+    """The paper's. merger_rate: of the mergers. similarity_lambda: of their overlap. share: of a layer's columns that
+    each LoRA gets in each of the periods."""
+
+    steps: int = 600
+    merger_rate: float = 5e-3
+    similarity_lambda: float = 0.5
+    share: float = 0.1
+    periods: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_range("merger_rate", self.merger_rate, 1e-8, 1.0)
+        in_range("similarity_lambda", self.similarity_lambda, 0.0, 1000.0)
+        in_range("periods", self.periods, 1, 100)
+        in_range("share", self.share, 1e-3, 0.5 / self.periods)
+
+
+@dataclass(frozen=True)
+class Separations:
+    """contexts: concept -> its prompt's context (1, tokens, width), for the layers in `prompted`; None for one prompt.
+
+    owners: layer -> the concept that alone changes it. columns: whether columns are given out.
+    """
+
+    contexts: Mapping[str, Tensor] | None = None
+    prompted: Set[str] = frozenset()
+    owners: Mapping[str, str] = field(default_factory=dict)
+    columns: bool = True
+
+
+class UnZip:
+    """Both LoRAs, their mergers and their columns: a Trainable.
+
+    shapes: layer -> (out, in). weight: W0 of a layer, (out, in) float32 on the device, for scores.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        settings: Settings,
+        apart: Separations,
+        weight: Callable[[str], Tensor],
+        device: torch.device | str = "cpu",
+    ):
+        self._settings, self._apart, self._weight = settings, apart, weight
+        self.loras: dict[str, training.TrainedLoRA] = {}
+        self.mergers: dict[str, dict[str, Tensor]] = {}
+        self.masks: dict[str, dict[str, Tensor]] = {}
+        self._every_column = not apart.columns
+        for number, concept in enumerate(CONCEPTS):
+            own = {name: shape for name, shape in shapes.items() if apart.owners.get(name, concept) == concept}
+            seed = settings.seed + number * 2**32
+            self.loras[concept] = training.TrainedLoRA(own, settings.rank, seed, device)
+            self.mergers[concept] = {n: torch.ones(s[1], device=device, requires_grad=True) for n, s in own.items()}
+            whole = {n: not apart.columns or n in apart.owners for n in own}
+            self.masks[concept] = {
+                n: torch.full((own[n][1],), all_of_it, dtype=torch.bool, device=device)
+                for n, all_of_it in whole.items()
+            }
+        self.shared = [name for name in shapes if name not in apart.owners]
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        factors = [p for trained in self.loras.values() for p in trained.parameters()]
+        mergers = [m for by_layer in self.mergers.values() for m in by_layer.values()]
+        return [{"params": factors, "lr": learning_rate}, {"params": mergers, "lr": self._settings.merger_rate}]
+
+    def branch(self, rows: training.Rows | None = None) -> training.Adapted:
+        return _Branch(self)
+
+    def added(self, concept: str, name: str, x: Tensor) -> Tensor | None:
+        """up · down · diag(m ⊙ mask) · x; None where this LoRA does nothing."""
+        trained = self.loras[concept]
+        if name not in trained.down:
+            return None
+        m = self.mergers[concept][name]
+        if not self._every_column:
+            m = m * self.masks[concept][name]
+        hidden = F.linear(x, (trained.down[name] * m).to(x.dtype))
+        return F.linear(hidden, trained.up[name].to(x.dtype))
+
+    def context(self, concept: str, name: str, x: Tensor) -> Tensor:
+        """What a LoRA sees where the layer sees x."""
+        contexts = self._apart.contexts
+        if contexts is None or name not in self._apart.prompted:
+            return x
+        return contexts[concept].to(x).expand(len(x), -1, -1)
+
+    def penalty(self) -> Tensor | None:
+        """λ · mean over layers of mean |m_c ⊙ m_s|."""
+        if not self.shared:
+            return None
+        products = [(self.mergers["content"][n] * self.mergers["style"][n]).abs().mean() for n in self.shared]
+        return self._settings.similarity_lambda * torch.stack(products).mean()
+
+    def before(self, step: int, probe: Callable[[], None]) -> None:
+        """At the start of a period: give out columns."""
+        settings = self._settings
+        period = max(1, settings.steps // settings.periods)
+        if not self._apart.columns or step % period or step >= period * settings.periods:
+            return
+        parameters = [p for group in self.groups(0.0) for p in group["params"]]
+        for parameter in parameters:
+            parameter.grad = None
+        self._every_column = True
+        try:
+            probe()
+        finally:
+            self._every_column = False
+        self._give_out()
+        for parameter in parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _give_out(self) -> None:
+        for name in self.shared:
+            weight = self._weight(name)
+            for concept in CONCEPTS:
+                taken = self.masks["content"][name] | self.masks["style"][name]
+                scores = self.score(concept, name, weight).masked_fill(taken, -1.0)
+                count = min(round(self._settings.share * len(scores)), int((~taken).sum()))
+                self.masks[concept][name][scores.topk(count).indices] = True
+
+    @torch.no_grad()
+    def score(self, concept: str, name: str, weight: Tensor) -> Tensor:
+        """(columns,): Σ over rows of |W ⊙ δW| from the gradients of the factors. weight: W0."""
+        trained, m = self.loras[concept], self.mergers[concept][name]
+        up, down = trained.up[name], trained.down[name]
+        d_up = torch.zeros_like(up) if up.grad is None else up.grad
+        d_down = torch.zeros_like(down) if down.grad is None else down.grad
+        change = (d_up @ down + up @ d_down) * m
+        return ((weight + (up @ down) * m) * change).abs().sum(0)
+
+    @torch.no_grad()
+    def pair(self) -> LoRAPair:
+        """The two LoRAs, on the CPU: zeros outside their columns, no mergers."""
+        layers: dict[str, dict[str, Factors]] = {}
+        for concept, trained in self.loras.items():
+            for name, factors in trained.factors().items():
+                down = factors.down * self.masks[concept][name].cpu()
+                layers.setdefault(name, {})[concept] = Factors(factors.up, down)
+        return LoRAPair({name: LayerPair(**halves) for name, halves in layers.items()})
+
+    @torch.no_grad()
+    def coefficients(self) -> Coefficients:
+        """The mergers, on the CPU: zero outside a LoRA's columns."""
+        content, style = (
+            {n: (m * self.masks[concept][n]).cpu().clone() for n, m in self.mergers[concept].items()}
+            for concept in CONCEPTS
+        )
+        return Coefficients(content, style)
+
+
+class _Branch:
+    def __init__(self, unzip: UnZip):
+        self._unzip = unzip
+
+    def layer(self, name: str, x: Tensor, base: Base, **_: Any) -> Tensor:
+        y = frozen(x, base)
+        for concept in CONCEPTS:
+            added = self._unzip.added(concept, name, self._unzip.context(concept, name, x))
+            if added is not None:
+                y = y + added
+        return y
