@@ -1,4 +1,4 @@
-"""What the node plans on cards of different sizes, for the full-size SDXL and two LoRAs of rank 64: nothing is run.
+"""What the nodes plan on cards of different sizes, for the full-size SDXL and LoRAs of rank 64: nothing is run.
 
     python3 dev.py run benchmarks/plans.py [--size 1024] [--rank 64] [--batch-size 1] [--reserve 1.0]
 
@@ -50,6 +50,19 @@ def main() -> int:
         print(
             f"| {card} | {room / 1e9:.1f} | {plan.need / 1e9:.1f} | {together} | {plan.recomputed} of {plan.blocks} | "
             f"{plan.moments / 1e9:.1f} |"
+        )
+    print("\nTrain Concept LoRA\n")
+    print("| card, GB | beside the weights, GB | needed, GB | in all, GB | blocks run again |")
+    print("| --- | --- | --- | --- | --- |")
+    shapes = bridge.training.trained_layers(model.model, "attention")
+    for card in CARDS:
+        room = max(0, int((card - given.reserve) * 1e9 - weights))
+        plan = bridge.plan.make_for_training(
+            model, shapes, prompts["content"], latents["content"], given.rank, given.batch_size, room
+        )
+        print(
+            f"| {card} | {room / 1e9:.1f} | {plan.need / 1e9:.1f} | {(plan.need + weights) / 1e9:.1f} | "
+            f"{plan.recomputed} of {plan.blocks} |"
         )
     return 0
 

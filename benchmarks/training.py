@@ -1,7 +1,9 @@
 """What the pack's own training makes of the miniature's pictures, judged as the demo's LoRAs are.
 
 python3 dev.py run benchmarks/training.py concept     Train Concept LoRA against the shipped LoRAs, three seeds
-python3 dev.py run benchmarks/training.py prior       what class pictures keep of the base model
+python3 dev.py run benchmarks/training.py prior       what class pictures keep of the class
+python3 dev.py run benchmarks/training.py unzip       UnZip LoRA and its ablation, B-LoRA and one DreamBooth LoRA, all from
+                                                      the same single picture
 
 Figures are shares of 32 pictures that the judges call right; each line says which seed.
 """
@@ -9,10 +11,14 @@ Figures are shares of 32 pictures that the judges call right; each line says whi
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import random
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +28,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from demo import concepts, gates, judge, lora, miniature
+from demo import concepts, gates, judge, lora, miniature, world
 from devhost.base import find_miniature
 from devhost.inprocess import load_miniature_extension, load_pack
 
@@ -48,17 +54,12 @@ class Bench:
         self.jury = judge.load_judge(str(self.folder / "weights" / "judge.safetensors"))
         self.concepts = {concept.name: concept for concept in concepts.concepts()}
 
-    def prompt(self, text: str) -> list:
-        with torch.inference_mode():
-            return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
-
     def shown(self, concept: concepts.Concept, only: int | None = None) -> Any:
         chosen = range(len(concept.scenes)) if only is None else [only]
         files = [self.folder / concept.picture(i) for i in chosen]
         frames = [torch.frombuffer(bytearray(Image.open(f).convert("RGB").tobytes()), dtype=torch.uint8) for f in files]
         images = torch.stack(frames).reshape(len(frames), 128, 128, 3) / 255
-        prompts = [self.prompt(concept.prompts[i]) for i in chosen]
-        return self.pack.nodes.bridge.training.Shown([images], prompts)
+        return self.pack.nodes.bridge.training.Shown([images], [concept.prompts[i] for i in chosen])
 
     def settings(self, **changes: Any) -> Any:
         asked = {"steps": STEPS, "learning_rate": RATE, "rank": RANK, "batch_size": BATCH, **changes}
@@ -71,7 +72,7 @@ class Bench:
         task = training.Task([self.shown(concept)], settings, f"loras/{concept.name}", 128, **changes)
         began = time.monotonic()
         with torch.inference_mode():
-            done = training.train_concept(self.model, self.vae, task)
+            done = training.train_concept(self.model, self.clip, self.vae, task)
         return self.output / done.file, time.monotonic() - began
 
     def gates(self, concept: concepts.Concept, file: Path, seed: int = 1000) -> dict[str, float]:
@@ -112,16 +113,191 @@ def concept(bench: Bench, names: list[str], seeds: int, steps: int, rate: float)
         print(f"{name}: mean ± sd  {spread(found)}", flush=True)
 
 
+def prior(bench: Bench, names: list[str], seeds: int) -> None:
+    """A class is what shares the concept's prompt but for its rare word: here every figure that the base knows, in the
+    style of the pictures. drift: share of the base's own prompts that no longer come out right."""
+    for name in names:
+        taught = bench.concepts[name]
+        for weight in (None, 1.0):
+            found = []
+            for seed in range(seeds):
+                changes = {} if weight is None else {"class_prompt": CLASS_PROMPT, "prior_weight": weight}
+                file, _ = bench.train(taught, seed, **changes)
+                found.append(bench.gates(taught, file))
+            said = "no class pictures" if weight is None else f"class pictures, weight {weight:g}"
+            print(f"{name}: {said:28}{spread(found)}", flush=True)
+
+
+CLASS_PROMPT = "a picture"
+
+
+# --- one picture ---------------------------------------------------------------------------------------------------
+
+CASES = (("mushroom", "ember"), ("house", "mint"), ("icecream", "dusk"), ("lamp", "poster"))
+ONE_STEPS, ONE_RATE, MERGER_RATE = 450, 1e-3, 5e-3
+ABLATION = {
+    "UnZip": {},
+    "UnZip, one prompt": {"prompts_apart": False},
+    "UnZip, all columns": {"columns_apart": False},
+    "UnZip, no blocks": {"blocks_apart": False},
+    "UnZip, nothing apart": {"prompts_apart": False, "columns_apart": False, "blocks_apart": False},
+}
+Layers = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> (up, down)
+Halves = dict[str, Layers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught:
+    """What draws the content, what draws the style, and what is added up to draw both."""
+
+    content: Layers
+    style: Layers
+    both: Halves
+
+
+class OnePicture:
+    """A subject in a style, rendered once: trained on in several ways, each asked for content, style and both."""
+
+    def __init__(self, bench: Bench, subject: str, style: str, number: int, rate: float, steps: int):
+        self.bench, self.rate, self.steps = bench, rate, steps
+        self.subject, self.style = bench.concepts[subject], bench.concepts[style]
+        scene = world.subject_scene(subject, style, random.Random(f"{subject} {style} {number}"))
+        self.picture = world.render([scene]).movedim(1, -1).float()
+        self.prompts = {
+            "full": world.prompt(f"{self.subject.identifier} figure", None, self.style.identifier),
+            "content": world.prompt(f"{self.subject.identifier} figure", None, None),
+            "style": world.prompt(None, None, self.style.identifier),
+        }
+
+    def dreambooth(self, seed: int, prompt: str, layers: str = "attention") -> dict[str, torch.Tensor]:
+        training = self.bench.pack.nodes.bridge.training
+        settings = self.bench.settings(seed=seed, steps=self.steps, learning_rate=self.rate)
+        task = training.Task([training.Shown([self.picture], [prompt])], settings, "loras/one", 128, layers)
+        with torch.inference_mode():
+            done = training.train_concept(self.bench.model, self.bench.clip, self.bench.vae, task)
+        return load_file(str(self.bench.output / done.file))
+
+    def unzip(self, seed: int, **apart: bool) -> Any:
+        unzip, core = self.bench.pack.nodes.bridge.unzip, self.bench.pack.ziplora_core.unzip
+        settings = core.Settings(
+            steps=self.steps, learning_rate=self.rate, rank=RANK, batch_size=BATCH, seed=seed, merger_rate=MERGER_RATE
+        )
+        task = unzip.Task(self.picture, self.prompts, settings, "loras/unzipped", 128, **apart)
+        with torch.inference_mode():
+            return unzip.unzip_picture(self.bench.model, self.bench.clip, self.bench.vae, task)
+
+    def ask(self, taught: Taught, seed: int = 1000) -> dict[str, float]:
+        """content: the subject in known styles, by the content half alone; style: known shapes in the style, by the
+        style half alone; together: the subject in the style, by both."""
+        count, jury = gates.COUNT, self.bench.jury
+        known = [concepts.KNOWN_STYLES[i % len(concepts.KNOWN_STYLES)] for i in range(count)]
+        shapes = [concepts.UNSEEN_SHAPES[i % len(concepts.UNSEEN_SHAPES)] for i in range(count)]
+        asked = {
+            "content": ([concepts.subject_prompt(self.subject.identifier, s) for s in known], self.subject.name, known),
+            "style": ([concepts.style_prompt(self.style.identifier, s) for s in shapes], shapes, self.style.name),
+            "both": ([self.prompts["full"]] * count, self.subject.name, self.style.name),
+        }
+        found: dict[str, float] = {}
+        loras = {"content": {"content": taught.content}, "style": {"style": taught.style}, "both": taught.both}
+        for what, (prompts, shape, style) in asked.items():
+            with self.attached(loras[what]):
+                pictures = gates.generate(self.bench.judged, prompts, seed)
+            wanted = [[name] * count if isinstance(name, str) else name for name in (shape, style)]
+            right = gates.rights(jury, pictures, *wanted)
+            found |= {f"{what}/{k}": v for k, v in right.items()}
+        return found
+
+    @contextlib.contextmanager
+    def attached(self, halves: Halves) -> Iterator[None]:
+        """These LoRAs added up on the judged model."""
+        rank = sum(max(up.shape[1] for up, _ in layers.values()) for layers in halves.values())
+        branches = lora.attach(self.bench.judged.unet, rank, float(rank))
+        try:
+            with torch.no_grad():
+                for name, branch in branches.items():
+                    parts = [layers[name] for layers in halves.values() if name in layers]
+                    branch.up.zero_(), branch.down.zero_()
+                    start = 0
+                    for up, down in parts:
+                        end = start + up.shape[1]
+                        branch.up[:, start:end], branch.down[start:end] = up, down
+                        start = end
+            yield
+        finally:
+            lora.detach(self.bench.judged.unet, branches)
+
+
+def of_file(tensors: dict[str, torch.Tensor], only: str = "") -> Layers:
+    """Layers by the judged model's names, of kohya's. only: a part of the name."""
+    found = {}
+    for key in tensors:
+        name = key.removesuffix(".lora_up.weight")
+        if name != key and only in name:
+            found[name] = (tensors[key].float(), tensors[f"{name}.lora_down.weight"].float())
+    return {_dotted(name): factors for name, factors in found.items()}
+
+
+def _dotted(name: str) -> str:
+    known = {lora.file_name(n): n for n in _NAMES}
+    return known[name]
+
+
+_NAMES: list[str] = []
+
+
+def of_pair(done: Any) -> Halves:
+    """The two files: added up, they are the zipped pair."""
+    return {which: of_file(source.tensors) for which, source in done.pair.by_concept().items()}
+
+
+def one_picture(bench: Bench, cases: list[tuple[str, str]], seeds: int, methods: list[str], rate: float, steps: int) -> None:
+    _NAMES.extend(n for n, _ in bench.judged.unet.named_modules())
+    totals: dict[str, list[dict[str, float]]] = {}
+    for subject, style in cases:
+        for seed in range(seeds):
+            one = OnePicture(bench, subject, style, seed, rate, steps)
+            for method, taught in one_each(one, seed, methods):
+                figures = one.ask(taught)
+                totals.setdefault(method, []).append(figures)
+                print(line(f"{subject} + {style} {seed}: {method}", figures), flush=True)
+    for method, figures in totals.items():
+        print(f"{method:34}{spread(figures)}", flush=True)
+
+
+def one_each(one: OnePicture, seed: int, methods: list[str]) -> Iterator[tuple[str, Taught]]:
+    if "DreamBooth" in methods:
+        whole = of_file(one.dreambooth(seed, one.prompts["full"]))
+        yield "DreamBooth", Taught(whole, whole, {"content": whole})
+    if "B-LoRA" in methods:
+        tensors = one.dreambooth(seed, one.prompts["full"], "B-LoRA")
+        content, style = (of_file(tensors, block) for block in ("output_blocks_0_1_", "output_blocks_1_1_"))
+        yield "B-LoRA", Taught(content, style, {"content": content, "style": style})
+    for method, apart in ABLATION.items():
+        if method in methods:
+            done = one.unzip(seed, **apart)
+            halves = of_pair(done)
+            yield method, Taught(halves["content"], halves["style"], halves)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["concept"])
-    parser.add_argument("--only", default="house,mushroom,ember,candy", help="names, by commas")
+    parser.add_argument("part", choices=["concept", "prior", "unzip"])
+    parser.add_argument("--only", default="", help="names, by commas")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--methods", default=";".join(["DreamBooth", "B-LoRA", *ABLATION]), help="by semicolons")
     asked = parser.parse_args()
     bench = Bench()
-    concept(bench, asked.only.split(","), asked.seeds, asked.steps, asked.rate)
+    if asked.part == "concept":
+        names = (asked.only or "house,mushroom,ember,candy").split(",")
+        concept(bench, names, asked.seeds, asked.steps or STEPS, asked.rate or RATE)
+    elif asked.part == "prior":
+        prior(bench, (asked.only or "mushroom,house").split(","), asked.seeds)
+    else:
+        cases = [(a, b) for a, b in CASES if not asked.only or a in asked.only.split(",")]
+        methods = asked.methods.split(";")
+        one_picture(bench, cases, asked.seeds, methods, asked.rate or ONE_RATE, asked.steps or ONE_STEPS)
 
 
 if __name__ == "__main__":

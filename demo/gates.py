@@ -24,7 +24,7 @@ def generate(model: Miniature, prompts: list[str], seed: int, steps: int = STEPS
     return model.pictures(latents).cpu()
 
 
-def _rights(judge: Judge, pictures: Tensor, shapes: list[str], styles: list[str]) -> dict[str, float]:
+def rights(judge: Judge, pictures: Tensor, shapes: list[str], styles: list[str]) -> dict[str, float]:
     found = judge.scores(pictures)
     shape = found["shape"].argmax(-1) == torch.tensor([judge.shape_names.index(s) for s in shapes])  # type: ignore
     style = found["style"].argmax(-1) == torch.tensor([judge.style_names.index(s) for s in styles])  # type: ignore
@@ -47,7 +47,7 @@ def base_gates(model: Miniature, judge: Judge, seed: int, held_out: bool = False
     chosen = [rng.choice(pairs) for _ in range(COUNT)]
     prompts = [world.prompt(shape, rng.choice(list(world.COLOURS)), style) for shape, style in chosen]
     pictures = generate(model, prompts, seed)
-    return _rights(judge, pictures, [c[0] for c in chosen], [c[1] for c in chosen]), pictures
+    return rights(judge, pictures, [c[0] for c in chosen], [c[1] for c in chosen]), pictures
 
 
 def subject_gates(model: Miniature, judge: Judge, concept: Concept, seed: int) -> tuple[dict[str, float], Tensor]:
@@ -55,8 +55,8 @@ def subject_gates(model: Miniature, judge: Judge, concept: Concept, seed: int) -
     plain = generate(model, [subject_prompt(concept.identifier)] * COUNT, seed)
     styles = [KNOWN_STYLES[i % len(KNOWN_STYLES)] for i in range(COUNT)]
     styled = generate(model, [subject_prompt(concept.identifier, s) for s in styles], seed + 1)
-    alone = _rights(judge, plain, [concept.name] * COUNT, [PLAIN] * COUNT)
-    known = _rights(judge, styled, [concept.name] * COUNT, styles)
+    alone = rights(judge, plain, [concept.name] * COUNT, [PLAIN] * COUNT)
+    known = rights(judge, styled, [concept.name] * COUNT, styles)
     figures = {
         "subject": alone["shape"],
         "subject_in_known_style": known["shape"],
@@ -72,7 +72,7 @@ def style_gates(model: Miniature, judge: Judge, concept: Concept, seed: int) -> 
     shapes = [UNSEEN_SHAPES[i % len(UNSEEN_SHAPES)] for i in range(COUNT)]
     prompts = [style_prompt(concept.identifier, s, rng.choice(list(world.COLOURS))) for s in shapes]
     pictures = generate(model, prompts, seed)
-    right = _rights(judge, pictures, shapes, [concept.name] * COUNT)
+    right = rights(judge, pictures, shapes, [concept.name] * COUNT)
     return {"style": right["style"], "shape": right["shape"], "both": right["both"]}, pictures[:24]
 
 

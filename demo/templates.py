@@ -25,6 +25,8 @@ from devhost.workflows import FOLDER, api_file
 
 PAIRS = (("mushroom", "ember"), ("icecream", "dusk"))  # a subject and a style each
 PLACES = ("left", "top", "right")
+NEW_STYLE, NEW_SUBJECT = "neon", "a red star"  # of the base's own words
+TRAINING = {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 450}  # what the miniature learns well with
 
 
 def replacements(world: Manifest) -> dict[str, str]:
@@ -40,6 +42,14 @@ def replacements(world: Manifest) -> dict[str, str]:
     for placeholder, trained in {**subjects, **styles}.items():
         found[placeholder] = trained.learned.file
         found[{**templates.SUBJECTS, **templates.STYLES}[placeholder]] = trained.learned.prompt
+    one, how = of_name[PAIRS[0][0]].identifier, of_name[PAIRS[0][1]].identifier
+    found[templates.WHOLE] = f"{PAIRS[0][0]}_in_{PAIRS[0][1]}/1.png"
+    found["one sks dog"], found["a picture in szn style"] = f"a {one} figure", f"a picture in {how} style"
+    found[f"one sks dog in {templates.NEW_STYLE} style"] = f"a {one} figure in {NEW_STYLE} style"
+    found[f"{templates.NEW_SUBJECT} in szn style"] = f"{NEW_SUBJECT} in {how} style"
+    found[templates.V] = f"a {one}"
+    found[f"{templates.V} in {templates.NEW_STYLE} style"] = f"a {one} in {NEW_STYLE} style"
+    found[f"{templates.NEW_SUBJECT} in sks style"] = f"{NEW_SUBJECT} in {one} style"
     for subject, its in subjects.items():
         for style, of in styles.items():
             found[templates.drawn(subject, style)] = world.prompt(its, of)
@@ -60,6 +70,8 @@ def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt
                 node["inputs"][name] = world.size
         if node["class_type"] == "KSampler":
             node["inputs"] |= {"steps": steps, "cfg": CFG}
+        if node["class_type"] in ("TrainConceptLoRA", "UnZipLoRA"):
+            node["inputs"] |= TRAINING
         if node["class_type"] == "ExportMergedLoRA":
             node["inputs"]["rank"] = 16
     return made

@@ -17,6 +17,8 @@ SUBJECTS = {"my_subject.safetensors": "a sks dog", "my_other_subject.safetensors
 STYLES = {"my_style.safetensors": "a house in szn style", "my_other_style.safetensors": "a house in qrk style"}
 CLIP, DINO = "clip-vit-large-patch14.safetensors", "dinov2_large.safetensors"
 PICTURES = {"subject.png": "my_subject.safetensors", "style.png": "my_style.safetensors"}  # and the LoRA of each
+WHOLE = "subject_in_style.png"  # one picture of both
+NEW_STYLE, NEW_SUBJECT = "watercolor", "a teapot"
 SIDE = 1024
 
 _WIDTH, _GAP, _LINE = 340, 60, 26
@@ -28,6 +30,8 @@ _TALL = {  # of nodes that show something when they have run, or a picture
     "BlindABSheet": 560,
     "LoadImage": 340,
     "ZipLoRAOptimize": 660,
+    "TrainConceptLoRA": 840,
+    "UnZipLoRA": 860,
 }
 
 
@@ -439,6 +443,138 @@ def scores() -> Graph:
     return made.save(sheet[0])
 
 
+def from_pictures() -> Graph:
+    made = _Parts(
+        "ziplora_from_pictures",
+        "# From pictures to a picture\n\nA LoRA of a subject and a LoRA of a style, trained from a picture each as the "
+        "paper does, zipped, and drawn with: one graph. More pictures of each (up to five) are better: join them with "
+        "*Batch Images*.\n\nTraining is the long part: 1000 steps each. The files stay in *output/loras*; zip them again "
+        "with **Load LoRA Pair**.\n\n## What to choose\nThe checkpoint, the pictures, and a rare word for each in the "
+        "prompts (`sks`, `szn`).",
+    )
+    made.graph.column("Pictures")
+    subject, style = made.references()
+    made.graph.column("Train")
+    trained = [
+        made.graph.add(
+            "TrainConceptLoRA",
+            f"Train the {which}",
+            model=made.model,
+            clip=made.clip,
+            vae=made.vae,
+            images=picture,
+            prompt=words,
+            resolution=SIDE,
+            filename_prefix=f"loras/{which}",
+        )
+        for which, picture, words in (
+            ("subject", subject, SUBJECTS[_SUBJECT]),
+            ("style", style, STYLES[_STYLE]),
+        )
+    ]
+    made.graph.column("Zip")
+    pair = made.graph.add("PairLoRAs", content_lora=trained[0][0], style_lora=trained[1][0])
+    zipped = made.graph.add(
+        "ZipLoRAOptimize",
+        model=made.model,
+        lora_pair=pair[0],
+        content_positive=made.text(SUBJECTS[_SUBJECT], "Training prompt of the subject LoRA"),
+        style_positive=made.text(STYLES[_STYLE], "Training prompt of the style LoRA"),
+        drawn_size=SIDE,
+    )
+    made.graph.column("Draw")
+    prompt, canvas = made.text(drawn(_SUBJECT, _STYLE), "What to draw"), made.canvas()
+    model = made.apply(zipped[0])
+    made.graph.column("Picture")
+    return made.save(made.picture(model, prompt, canvas))
+
+
+def _apart(made: _Parts, zipped: Link, wanted: dict[str, tuple[str, float, float]]) -> Graph:
+    """A picture for each: heading -> (words, dials of content and style)."""
+    made.graph.column("Draw")
+    canvas = made.canvas()
+    pictures = []
+    for heading, (words, content, style) in wanted.items():
+        made.graph.column(heading)
+        dial = made.graph.add("StyleStrength", zipped_lora=zipped, style_strength=style, content_strength=content)
+        pictures.append(made.picture(made.apply(dial[0]), made.text(words, "What to draw"), canvas, heading))
+    made.graph.column("Side by side")
+    return made.save(made.beside(pictures))
+
+
+def unzip() -> Graph:
+    made = _Parts(
+        "ziplora_unzip",
+        "# One picture, taken apart\n\n**UnZip LoRA** learns a content LoRA and a style LoRA from one picture: then its "
+        "style on a new subject, its subject in a new style, and both together.\n\n## What to choose\nThe checkpoint, "
+        "the picture, and its three prompts: the first says what the other two say, with a rare word for the subject "
+        "(`sks`) and one for the style (`szn`).",
+    )
+    made.graph.column("The picture")
+    picture = made.graph.add("LoadImage", "A subject in a style", image=WHOLE)
+    made.graph.column("Take apart")
+    apart = made.graph.add(
+        "UnZipLoRA",
+        model=made.model,
+        clip=made.clip,
+        vae=made.vae,
+        image=picture[0],
+        prompt=drawn(_SUBJECT, _STYLE),
+        content_prompt=_WHAT,
+        style_prompt=_HOW,
+        resolution=SIDE,
+    )
+    made.graph.add("PreviewAny", "Report", source=apart[3])
+    return _apart(
+        made,
+        apart[1],
+        {
+            "Its subject, new style": (f"{_WHAT} in {NEW_STYLE} style", 1.0, 0.0),
+            "New subject, its style": (f"{NEW_SUBJECT} in {STYLES[_STYLE].split(' in ')[1]}", 0.0, 1.0),
+            "Both": (drawn(_SUBJECT, _STYLE), 1.0, 1.0),
+        },
+    )
+
+
+_WHAT, _HOW = "one sks dog", "a picture in szn style"
+V = "a sks"  # B-LoRA's "A [v]"
+
+
+def b_lora() -> Graph:
+    made = _Parts(
+        "ziplora_b_lora",
+        "# One picture, B-LoRA\n\nSDXL draws content in one of its blocks and style in another "
+        "([B-LoRA](https://arxiv.org/abs/2403.14572)). Both are trained on one picture with the prompt *A [v]*; then each "
+        "is used alone, and both together.\n\n## What to choose\nThe checkpoint, the picture, and a rare word (`sks`).",
+    )
+    made.graph.column("The picture")
+    picture = made.graph.add("LoadImage", "A subject in a style", image=WHOLE)
+    made.graph.column("Train two blocks")
+    trained = made.graph.add(
+        "TrainConceptLoRA",
+        model=made.model,
+        clip=made.clip,
+        vae=made.vae,
+        images=picture[0],
+        prompt=V,
+        layers="B-LoRA",
+        resolution=SIDE,
+        filename_prefix="loras/b_lora",
+    )
+    made.graph.column("One block each")
+    pair = made.graph.add("PairLoRAs", content_lora=trained[0], style_lora=trained[0])
+    merged = made.graph.add("DirectMergeLoRA", model=made.model, lora_pair=pair[0], method="B-LoRA blocks")
+    return _apart(
+        made,
+        merged[0],
+        {
+            "Its subject, new style": (f"{V} in {NEW_STYLE} style", 1.0, 0.0),
+            "New subject, its style": (f"{NEW_SUBJECT} in sks style", 0.0, 1.0),
+            "Both": (V, 1.0, 1.0),
+        },
+    )
+
+
 def load_zipped() -> Graph:
     """Not shipped: for a picture on a help page."""
     made = _Parts("load_zipped", "")
@@ -479,4 +615,7 @@ TEMPLATES: tuple[Callable[[], Graph], ...] = (
     against_direct,
     export,
     scores,
+    from_pictures,
+    unzip,
+    b_lora,
 )

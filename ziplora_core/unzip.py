@@ -16,8 +16,9 @@ Where paper and published code leave it open, what is chosen here, and why:
 - The score of column j is Σ_i |W ⊙ δW|_ij (Cones, arXiv 2303.05125) with W = W0 + ΔW of this LoRA and δW what one step of
   plain gradient descent on the factors does to ΔW, to first order: it is not zero at the start, where ΔW is, and the two
   LoRAs' are not the same although they see the same gradient of W. In float32, from a whole batch.
-- Outside a LoRA's columns its factors stay as they began and its file holds zeros. The files hold no mergers, so that
-  each LoRA draws alone as it was trained; the zipped pair does.
+- Outside a LoRA's columns its factors stay as they began and its file holds zeros. The mergers go into the files: they
+  end far from one, and without them each LoRA alone, and the two added up, draw less of what was learned (README). So the
+  zipped pair's coefficients are one in a LoRA's own columns and zero elsewhere.
 - The overlap counts m itself, not m on its columns, of which no column has two: it drives mergers of columns that a LoRA
   does not own to zero, so that a column that it gets later starts small.
 """
@@ -117,11 +118,13 @@ class UnZip:
         trained = self.loras[concept]
         if name not in trained.down:
             return None
-        m = self.mergers[concept][name]
-        if not self._every_column:
-            m = m * self.masks[concept][name]
-        hidden = F.linear(x, (trained.down[name] * m).to(x.dtype))
+        hidden = F.linear(x, (trained.down[name] * self._effective(concept, name)).to(x.dtype))
         return F.linear(hidden, trained.up[name].to(x.dtype))
+
+    def _effective(self, concept: str, name: str) -> Tensor:
+        """m ⊙ mask; m while columns are scored."""
+        m = self.mergers[concept][name]
+        return m if self._every_column else m * self.masks[concept][name]
 
     def context(self, concept: str, name: str, x: Tensor) -> Tensor:
         """What a LoRA sees where the layer sees x."""
@@ -131,8 +134,8 @@ class UnZip:
         return contexts[concept].to(x).expand(len(x), -1, -1)
 
     def penalty(self) -> Tensor | None:
-        """λ · mean over layers of mean |m_c ⊙ m_s|."""
-        if not self.shared:
+        """λ · mean over layers of mean |m_c ⊙ m_s|, each on its own columns; None where no column has two owners."""
+        if not self.shared or self._apart.columns:
             return None
         products = [(self.mergers["content"][n] * self.mergers["style"][n]).abs().mean() for n in self.shared]
         return self._settings.similarity_lambda * torch.stack(products).mean()
@@ -177,21 +180,17 @@ class UnZip:
 
     @torch.no_grad()
     def pair(self) -> LoRAPair:
-        """The two LoRAs, on the CPU: zeros outside their columns, no mergers."""
+        """The two LoRAs, on the CPU, with their mergers; zeros outside their columns."""
         layers: dict[str, dict[str, Factors]] = {}
         for concept, trained in self.loras.items():
             for name, factors in trained.factors().items():
-                down = factors.down * self.masks[concept][name].cpu()
-                layers.setdefault(name, {})[concept] = Factors(factors.up, down)
+                kept = (self.mergers[concept][name] * self.masks[concept][name]).cpu()
+                layers.setdefault(name, {})[concept] = Factors(factors.up, factors.down * kept)
         return LoRAPair({name: LayerPair(**halves) for name, halves in layers.items()})
 
-    @torch.no_grad()
     def coefficients(self) -> Coefficients:
-        """The mergers, on the CPU: zero outside a LoRA's columns."""
-        content, style = (
-            {n: (m * self.masks[concept][n]).cpu().clone() for n, m in self.mergers[concept].items()}
-            for concept in CONCEPTS
-        )
+        """Of that pair, on the CPU: one in a LoRA's columns, zero elsewhere."""
+        content, style = ({n: m.cpu().float() for n, m in self.masks[concept].items()} for concept in CONCEPTS)
         return Coefficients(content, style)
 
 

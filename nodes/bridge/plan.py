@@ -30,6 +30,7 @@ from .frozen import Injection, blocks
 _GB = 1e9
 _VECTORS = 8  # float32 vectors of all coefficients: the start, the step, its gradient, Adam's two, the mean, two more
 _TRAINED = 16  # bytes for a number that is trained: float32 of itself, its gradient, Adam's two
+_TRAINING_IN_ALL = 11_800_000_000  # bytes, with the weights, where training can do with so much
 _USED = 0.9  # of the room: allocators waste some
 _BACKWARD = 3  # what a step takes and gives back, in parts of what a plain pass does: measured, see README
 _MOST_MOMENTS = 6 * 2**30  # all of SDXL's at once
@@ -267,8 +268,11 @@ def make_for_training(
         need = fixed + _BACKWARD * workspace + rows * (rehearsed.kept(recomputed) + rehearsed.largest)
         return Plan(None, recomputed, count, 0, need, room)
 
-    ways = (plan(recomputed) for recomputed in range(count + 1))
-    return next((way for way in ways if way.need <= int(_USED * room)), plan(count))
+    ways = [plan(recomputed) for recomputed in range(count + 1)]
+    usable = int(_USED * room)
+    modest = min(usable, _TRAINING_IN_ALL - model.model_size())  # a few blocks run again cost little
+    fits = [[way for way in ways if way.need <= most] for most in (modest, usable)]
+    return next((found[0] for found in fits if found), ways[-1])
 
 
 def _rehearse_or_none(

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.model_management as management
 import comfy.samplers
 import comfy.utils
 import folder_paths

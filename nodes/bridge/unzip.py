@@ -22,7 +22,9 @@ from .frozen import cast
 from .progress import TrainingProgress
 
 _PROMPTED = re.compile(r"\.attn2\.to_[kv]\.weight$")
-_SMALL_WORDS = frozenset("a an the of in on at with and by for to".split())
+_SMALL_WORDS = frozenset(  # which a prompt may have for itself
+    "a an the of in on at with and by for to image picture photo drawing painting illustration artwork".split()
+)
 
 
 @dataclass

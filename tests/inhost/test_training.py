@@ -316,3 +316,52 @@ def test_pairs_from_sockets_zip(pack, patcher):
             pack.nodes.bridge.saved.save(zipped, "x")
         with pytest.raises(ValueError, match="style_lora holds no LoRA"):
             loras.pair(first, {}, 1.0, 1.0)
+
+
+def test_memory_is_planned_as_it_is_kept(pack, patcher):
+    """What autograd keeps of a real pass, trained numbers apart, is what was rehearsed; less room, more run again."""
+    asked, found = task(pack, batch_size=1), {}
+    bridge = pack.nodes.bridge
+    shapes = bridge.training.trained_layers(patcher.model, asked.layers)
+
+    def work(denoiser, given, trained):
+        own = {p.untyped_storage()._cdata for p in trained.parameters()}
+        storages = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                storages[storage._cdata] = storage
+            return tensor
+
+        (rows,) = pack.ziplora_core.training.step_rows(given, denoiser, asked.settings, 0)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            denoiser(rows, trained.branch(rows))
+        found["kept"] = sum(storage.nbytes() for storage in storages.values())
+
+    with_denoiser(pack, patcher, asked, work)
+    with torch.inference_mode():
+        made = bridge.training.prepare(patcher, Words(), PixelsAsLatents(), asked)
+    conditioning = {c: made.prompts[0] for c in ("content", "style")}
+    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    rehearsed = bridge.plan.rehearse(patcher, pair, conditioning, {c: made.largest for c in conditioning})
+    assert rehearsed.kept(0) == pytest.approx(found["kept"], rel=0.15)
+    plans = [
+        bridge.plan.make_for_training(patcher, shapes, made.prompts[0], made.largest, RANK, 1, room)
+        for room in (0, 10**7, 10**12)
+    ]
+    assert plans[0].recomputed == plans[0].blocks > plans[-1].recomputed == 0
+    assert plans[0].need <= plans[1].need <= plans[2].need
+
+
+def test_full_size_training_is_planned_under_12_gb(pack):
+    """SDXL in half precision at 1024 x 1024 with the defaults, weights and all, on a card that holds much more."""
+    from comfy.model_patcher import ModelPatcher
+
+    plan, training = pack.nodes.bridge.plan, pack.nodes.bridge.training
+    model = ModelPatcher(full_size.sdxl_model(torch.float16, device="meta"), torch.device("cpu"), torch.device("cpu"))
+    shapes = training.trained_layers(model.model, "attention")
+    latents = full_size.random_latents(128, 0)["samples"]
+    planned = plan.make_for_training(model, shapes, full_size.random_prompt(0), latents, 64, 1, 80 * 10**9)
+    assert 8e9 < planned.need + model.model_size() < 12e9
+    assert 0 < planned.recomputed < planned.blocks / 2
