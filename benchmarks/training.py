@@ -2,8 +2,8 @@
 
 python3 dev.py run benchmarks/training.py concept     Train Concept LoRA against the shipped LoRAs, three seeds
 python3 dev.py run benchmarks/training.py prior       what class pictures keep of the class
-python3 dev.py run benchmarks/training.py unzip       UnZip LoRA and its ablation, B-LoRA and one DreamBooth LoRA, all from
-                                                      the same single picture
+python3 dev.py run benchmarks/training.py unzip       UnZip LoRA and its ablation, B-LoRA and one DreamBooth LoRA,
+                                                      all from the same single picture
 
 Figures are shares of 32 pictures that the judges call right; each line says which seed.
 """
@@ -77,14 +77,26 @@ class Bench:
 
     def gates(self, concept: concepts.Concept, file: Path, seed: int = 1000) -> dict[str, float]:
         """As `demo.train --parts gates` judges a LoRA file."""
+        with self.file(file):
+            gate = gates.subject_gates if concept.kind == "content" else gates.style_gates
+            figures, _ = gate(self.judged, self.jury, concept, seed)
+            return {**figures, "base": gates.leak_gates(self.judged, self.jury, seed + 7)}
+
+    def drift(self, concept: concepts.Concept, file: Path | None, seed: int = 2000) -> float:
+        """Share of pictures of the class in which the judge sees the subject."""
+        with contextlib.nullcontext() if file is None else self.file(file):
+            pictures = gates.generate(self.judged, [CLASS_PROMPT] * gates.COUNT, seed)
+        return float(self.jury.right(pictures, shape=concept.name).float().mean())
+
+    @contextlib.contextmanager
+    def file(self, file: Path) -> Iterator[None]:
+        """A LoRA file on the judged model."""
         tensors = load_file(str(file))
         rank = next(t.shape[0] for k, t in tensors.items() if k.endswith("lora_down.weight"))
         branches = lora.attach(self.judged.unet, rank, float(rank))
         try:
             lora.load_into(branches, tensors)
-            gate = gates.subject_gates if concept.kind == "content" else gates.style_gates
-            figures, _ = gate(self.judged, self.jury, concept, seed)
-            return {**figures, "base": gates.leak_gates(self.judged, self.jury, seed + 7)}
+            yield
         finally:
             lora.detach(self.judged.unet, branches)
 
@@ -114,21 +126,20 @@ def concept(bench: Bench, names: list[str], seeds: int, steps: int, rate: float)
 
 
 def prior(bench: Bench, names: list[str], seeds: int) -> None:
-    """A class is what shares the concept's prompt but for its rare word: here every figure that the base knows, in the
-    style of the pictures. drift: share of the base's own prompts that no longer come out right."""
+    """The class of a subject here is "a figure": one that has no name. drift: share of pictures of that prompt in which
+    the judge sees the subject; base: of the base's own prompts, those that still come out right."""
     for name in names:
         taught = bench.concepts[name]
-        for weight in (None, 1.0):
+        print(line(f"{name}: base model", {"drift": bench.drift(taught, None)}), flush=True)
+        for said, changes in (("no class pictures", {}), ("32 class pictures", {"class_prompt": CLASS_PROMPT})):
             found = []
             for seed in range(seeds):
-                changes = {} if weight is None else {"class_prompt": CLASS_PROMPT, "prior_weight": weight}
                 file, _ = bench.train(taught, seed, **changes)
-                found.append(bench.gates(taught, file))
-            said = "no class pictures" if weight is None else f"class pictures, weight {weight:g}"
+                found.append({**bench.gates(taught, file), "drift": bench.drift(taught, file)})
             print(f"{name}: {said:28}{spread(found)}", flush=True)
 
 
-CLASS_PROMPT = "a picture"
+CLASS_PROMPT = "a figure in flat style"
 
 
 # --- one picture ---------------------------------------------------------------------------------------------------
@@ -140,6 +151,8 @@ ABLATION = {
     "UnZip, one prompt": {"prompts_apart": False},
     "UnZip, all columns": {"columns_apart": False},
     "UnZip, no blocks": {"blocks_apart": False},
+    "UnZip, no blocks, one prompt": {"blocks_apart": False, "prompts_apart": False},
+    "UnZip, no blocks, all columns": {"blocks_apart": False, "columns_apart": False},
     "UnZip, nothing apart": {"prompts_apart": False, "columns_apart": False, "blocks_apart": False},
 }
 Layers = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> (up, down)
@@ -250,7 +263,9 @@ def of_pair(done: Any) -> Halves:
     return {which: of_file(source.tensors) for which, source in done.pair.by_concept().items()}
 
 
-def one_picture(bench: Bench, cases: list[tuple[str, str]], seeds: int, methods: list[str], rate: float, steps: int) -> None:
+def one_picture(
+    bench: Bench, cases: list[tuple[str, str]], seeds: int, methods: list[str], rate: float, steps: int
+) -> None:
     _NAMES.extend(n for n, _ in bench.judged.unet.named_modules())
     totals: dict[str, list[dict[str, float]]] = {}
     for subject, style in cases:

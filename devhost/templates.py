@@ -396,8 +396,9 @@ def export() -> Graph:
 def scores() -> Graph:
     made = _Parts(
         "ziplora_scores",
-        "# Measure it\n\nFour pictures of a zipped pair against four of the direct merge with the same seeds: **ZipLoRA "
-        "Scores** gives the numbers of the paper's Table 2, **Blind A/B Sheet** the sheet of its user study. Vote "
+        "# Measure it\n\nFour pictures of a zipped pair against four of the direct merge with the same seeds: "
+        "**ZipLoRA Scores** gives the numbers of the paper's Table 2, **Blind A/B Sheet** the sheet of "
+        "its user study. Vote "
         "before you open the key in the output folder.\n\n## What to choose\nThe checkpoint, the LoRA files, the words "
         "of their training prompts and a picture of each concept.\n\n`clip-vit-large-patch14` is OpenAI's whole CLIP "
         "in one file: put it into *models/clip_vision* and into *models/text_encoders*. `dinov2_large` goes into "
@@ -448,8 +449,9 @@ def from_pictures() -> Graph:
         "ziplora_from_pictures",
         "# From pictures to a picture\n\nA LoRA of a subject and a LoRA of a style, trained from a picture each as the "
         "paper does, zipped, and drawn with: one graph. More pictures of each (up to five) are better: join them with "
-        "*Batch Images*.\n\nTraining is the long part: 1000 steps each. The files stay in *output/loras*; zip them again "
-        "with **Load LoRA Pair**.\n\n## What to choose\nThe checkpoint, the pictures, and a rare word for each in the "
+        "*Batch Images*.\n\nTraining is the long part: 1000 steps each. The files stay in *output/loras*; zip them "
+        "again with **Load LoRA Pair**.\n\n## What to choose\nThe checkpoint, the pictures, and a rare "
+        "word for each in the "
         "prompts (`sks`, `szn`).",
     )
     made.graph.column("Pictures")
@@ -505,8 +507,9 @@ def _apart(made: _Parts, zipped: Link, wanted: dict[str, tuple[str, float, float
 def unzip() -> Graph:
     made = _Parts(
         "ziplora_unzip",
-        "# One picture, taken apart\n\n**UnZip LoRA** learns a content LoRA and a style LoRA from one picture: then its "
-        "style on a new subject, its subject in a new style, and both together.\n\n## What to choose\nThe checkpoint, "
+        "# One picture, taken apart\n\n**UnZip LoRA** learns a content LoRA and a style LoRA from one picture: then "
+        "its style on a new subject, its subject in a new style, and both together.\n\n## What to "
+        "choose\nThe checkpoint, "
         "the picture, and its three prompts: the first says what the other two say, with a rare word for the subject "
         "(`sks`) and one for the style (`szn`).",
     )
@@ -544,8 +547,9 @@ def b_lora() -> Graph:
     made = _Parts(
         "ziplora_b_lora",
         "# One picture, B-LoRA\n\nSDXL draws content in one of its blocks and style in another "
-        "([B-LoRA](https://arxiv.org/abs/2403.14572)). Both are trained on one picture with the prompt *A [v]*; then each "
-        "is used alone, and both together.\n\n## What to choose\nThe checkpoint, the picture, and a rare word (`sks`).",
+        "([B-LoRA](https://arxiv.org/abs/2403.14572)). Both are trained on one picture with the prompt *A [v]*; then "
+        "each is used alone, and both together.\n\n## What to choose\nThe checkpoint, the picture, and a rare word "
+        "(`sks`).",
     )
     made.graph.column("The picture")
     picture = made.graph.add("LoadImage", "A subject in a style", image=WHOLE)

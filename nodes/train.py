@@ -47,7 +47,7 @@ class TrainConceptLoRA(io.ComfyNode):
                     default=Settings.steps,
                     min=1,
                     max=100_000,
-                    tooltip="Updates, the paper's 1000. Too many, and the LoRA draws its pictures whatever it is asked.",
+                    tooltip="Updates, the paper's 1000. Too many, and the LoRA draws its pictures always.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -59,7 +59,11 @@ class TrainConceptLoRA(io.ComfyNode):
                     tooltip="Adam's rate, the paper's 5e-5.",
                 ),
                 io.Int.Input(
-                    "rank", default=Settings.rank, min=1, max=1024, tooltip="Of the LoRA, the paper's 64; alpha is the rank."
+                    "rank",
+                    default=Settings.rank,
+                    min=1,
+                    max=1024,
+                    tooltip="Of the LoRA, the paper's 64; alpha is the rank.",
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -168,7 +172,9 @@ class TrainConceptLoRA(io.ComfyNode):
                     display_name="lora", tooltip="The LoRA, for Load LoRA Model, Pair LoRAs or Save LoRA Weights."
                 ),
                 LossMapSocket.Output(display_name="loss_map", tooltip="The loss of each step, for Plot Loss Graph."),
-                io.String.Output(display_name="report", tooltip="What was trained on what, for how long, and the memory."),
+                io.String.Output(
+                    display_name="report", tooltip="What was trained on what, for how long, and the memory."
+                ),
                 io.String.Output(display_name="file", tooltip="The file's name below the output folder."),
             ],
         )
@@ -239,7 +245,7 @@ class PairLoRAs(io.ComfyNode):
             node_id="PairLoRAs",
             display_name="Pair LoRAs",
             category="ZipLoRA",
-            description="Makes a pair of two LoRAs that come from other nodes, such as Train Concept LoRA, to be zipped.",
+            description="Makes a pair of two LoRAs that other nodes made, such as Train Concept LoRA, to be zipped.",
             inputs=[
                 LoRAModelSocket.Input("content_lora", tooltip="LoRA of the subject."),
                 LoRAModelSocket.Input("style_lora", tooltip="LoRA of the style."),

@@ -27,9 +27,7 @@ class UnZipLoRA(io.ComfyNode):
                 io.String.Input(
                     "prompt", default="", tooltip="What the picture shows, and how: 'a sks dog in szn style'."
                 ),
-                io.String.Input(
-                    "content_prompt", default="", tooltip="What it shows, in the same words: 'a sks dog'."
-                ),
+                io.String.Input("content_prompt", default="", tooltip="What it shows, in the same words: 'a sks dog'."),
                 io.String.Input("style_prompt", default="", tooltip="How it shows it, in the same words: 'szn style'."),
                 io.Int.Input(
                     "steps",
@@ -72,11 +70,9 @@ class UnZipLoRA(io.ComfyNode):
                     max=16.6,
                     step=1.0,
                     round=False,
-                    tooltip="Percent of a layer's columns that each LoRA gets in each third of the run, the paper's 10.",
+                    tooltip="Percent of a layer's columns that a LoRA gets in each third of the run: the paper's 10.",
                 ),
-                io.Int.Input(
-                    "rank", default=Settings.rank, min=1, max=1024, tooltip="Of each LoRA, the paper's 64."
-                ),
+                io.Int.Input("rank", default=Settings.rank, min=1, max=1024, tooltip="Of each LoRA, the paper's 64."),
                 io.Int.Input(
                     "batch_size",
                     default=Settings.batch_size,

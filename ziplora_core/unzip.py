@@ -10,17 +10,18 @@ Three separations, each of which can be left out:
 
 Over that, mergers m_c and m_s as ZipLoRA's: ΔW = ΔW_c·diag(m_c) + ΔW_s·diag(m_s), with an overlap loss.
 
-Where paper and published code leave it open, what is chosen here, and why:
+Where paper and published code leave it open, what is chosen here, and why (figures: README, benchmarks/training.py):
 
 - A column is an input feature, as in ZipLoRA, so that the result is a zipped pair (the code masks output features).
-- The score of column j is Σ_i |W ⊙ δW|_ij (Cones, arXiv 2303.05125) with W = W0 + ΔW of this LoRA and δW what one step of
-  plain gradient descent on the factors does to ΔW, to first order: it is not zero at the start, where ΔW is, and the two
-  LoRAs' are not the same although they see the same gradient of W. In float32, from a whole batch.
-- Outside a LoRA's columns its factors stay as they began and its file holds zeros. The mergers go into the files: they
-  end far from one, and without them each LoRA alone, and the two added up, draw less of what was learned (README). So the
-  zipped pair's coefficients are one in a LoRA's own columns and zero elsewhere.
-- The overlap counts m itself, not m on its columns, of which no column has two: it drives mergers of columns that a LoRA
-  does not own to zero, so that a column that it gets later starts small.
+- The score of column j is Σ_i |W ⊙ δW|_ij (Cones, arXiv 2303.05125) with W = W0 + ΔW of this LoRA, and with δW what one
+  step of plain gradient descent on the factors does to ΔW, to first order. So it is not zero at the start, where ΔW is,
+  and the two LoRAs' differ although they see one gradient of W. In float32, from a whole batch.
+- Layers of one LoRA's blocks have nothing of the other.
+- The overlap counts each m on its own columns, so it acts where columns are shared, which column separation excludes.
+  Counted on all columns, it drives both to zero before the LoRAs have learned anything, and leaves only the blocks.
+- Outside a LoRA's columns its file holds zeros. The mergers go into the files, as published code does only for both
+  together: without them, a LoRA draws less of what it learned. So the zipped pair's coefficients are one in a LoRA's
+  own columns and zero elsewhere, and the two files can simply be added.
 """
 
 from __future__ import annotations

@@ -63,9 +63,9 @@ class Rehearsal:
 class Plan:
     """How a run spends memory.
 
-    together: both references in one pass; None where there is no pair of them, in training. recomputed: of the transformer blocks, how many (from the first) are run
-    again in backward instead of being kept. moments: bytes for the layer-wise start. need, room: bytes beside the
-    model's weights, estimated and there; 0 where unknown.
+    together: both references in one pass; None where there is no pair of them, in training. recomputed: of the
+    transformer blocks, how many (from the first) are run again in backward instead of being kept. moments: bytes
+    for the layer-wise start. need, room: bytes beside the model's weights, estimated and there; 0 where unknown.
     """
 
     together: bool | None = True
@@ -246,19 +246,19 @@ def make(
 def make_for_training(
     model, shapes: dict[str, tuple[int, int]], conditioning: list, latents: Tensor, rank: int, rows: int, room: int
 ) -> Plan:
-    """The same for training a LoRA of these layers, layer -> (out, in). latents: the largest picture's (1, C, *space)."""
+    """The same for training a LoRA of these layers, layer -> (out, in). latents: the largest, (1, C, *space)."""
     dtype = predictor.compute_dtype(model.model)
     numbers = sum(rank * (out + columns) for out, columns in shapes.values())
     fixed = (_TRAINED + dtype.itemsize) * numbers  # and a rounded copy of each factor, for backward
     workspace = _workspace(model.model, dtype, rows * latents[0, 0].numel())
     on_meta = {
-        name: LayerPair(content=Factors(torch.empty(out, rank, device="meta"), torch.empty(rank, columns, device="meta")))
+        name: LayerPair(
+            content=Factors(torch.empty(out, rank, device="meta"), torch.empty(rank, columns, device="meta"))
+        )
         for name, (out, columns) in shapes.items()
     }
-    same = dict.fromkeys(("content", "style"))
-    rehearsed = _rehearse_or_none(
-        model, LoRAPair(on_meta), {c: conditioning for c in same}, {c: latents for c in same}
-    )
+    prompts, pictures = (dict.fromkeys(("content", "style"), given) for given in (conditioning, latents))
+    rehearsed = _rehearse_or_none(model, LoRAPair(on_meta), prompts, pictures)
     if rehearsed is None:
         count = len(blocks(model.model))
         return Plan(None, count, count, 0, fixed + 4 * workspace, room)
@@ -306,7 +306,8 @@ _LESS = (
 def carry_out(plan: Plan, attempt: Callable[[Plan], None], what: str = "zip", less: str = _LESS) -> Plan:
     """Run it; where memory runs out, once more with the least. Returns the plan that worked.
 
-    what, less: for the message when that is not enough either: what was tried, and what would need less. Raises what `attempt` raised; out of memory for good, the same kind of exception with what to change.
+    what, less: for the message when that is not enough either: what was tried, and what would need less. Raises
+    what `attempt` raised; out of memory for good, the same kind of exception with what to change.
     """
     for planned in (plan, plan.least()):
         if planned is None:

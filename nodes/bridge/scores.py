@@ -26,7 +26,8 @@ def prompt_features(clip, prompt: str) -> Tensor:
     if pooled is None or not _is_projected(clip.cond_stage_model, pooled.shape[-1]):
         raise ValueError(
             "clip has no projection into CLIP's space, so its prompts cannot be compared with pictures; connect the "
-            "text encoder of the same CLIP as clip_vision (clip-vit-large-patch14 is both; SDXL's own goes with CLIP-ViT-bigG)"
+            "text encoder of the same CLIP as clip_vision (clip-vit-large-patch14 is both; SDXL's own goes with "
+            "CLIP-ViT-bigG)"
         )
     return pooled.float().cpu().reshape(1, -1)
 

@@ -268,7 +268,9 @@ def run(
     """
     rows = settings.batch_size * (2 if made.pictures.priors else 1)
     room = plan.room_for(model)
-    planned = plan.make_for_training(model, shapes, made.prompts[0], made.largest, loras_at_once * settings.rank, rows, room)
+    planned = plan.make_for_training(
+        model, shapes, made.prompts[0], made.largest, loras_at_once * settings.rank, rows, room
+    )
     prompts = {str(number): conditioning for number, conditioning in enumerate(made.prompts)}
     prompts["empty"] = references.zeros(made.prompts[0])
 
@@ -396,9 +398,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
     return Trained(saved, losses, "  \n".join(report), file.name)
 
 
-def _lines(
-    task: Task, made: _Prepared, shapes: dict, history: Sequence[training.Step], seconds: float
-) -> list[str]:
+def _lines(task: Task, made: _Prepared, shapes: dict, history: Sequence[training.Step], seconds: float) -> list[str]:
     settings = task.settings
     counts = " and ".join(str(len(part)) for part in made.pictures.sets)
     sizes = sorted({tuple(e.latents.shape[-2:]) for part in made.pictures.sets for e in part})

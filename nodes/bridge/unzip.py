@@ -77,8 +77,8 @@ def _check_words(prompts: dict[str, str]) -> None:
     for name, others in (("content_prompt", content - style), ("style_prompt", style - content)):
         if missing := sorted(others - full):
             raise ValueError(
-                f"prompt lacks '{missing[0]}', which {name} has; it must say both: e.g. prompt 'a sks dog in szn style', "
-                "content_prompt 'a sks dog', style_prompt 'szn style'"
+                f"prompt lacks '{missing[0]}', which {name} has; it must say both: e.g. prompt 'a sks dog in szn "
+                "style', content_prompt 'a sks dog', style_prompt 'szn style'"
             )
     if alone := sorted(full - content - style):
         raise ValueError(
@@ -114,7 +114,9 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     shapes = bridge.trained_layers(model.model, "attention")
     belongs = owners(shapes) if task.blocks_apart else {}
     files = {
-        c: bridge.File(model, f"{task.prefix}_{c}", {"ziplora_settings": repr(settings), "ziplora_prompt": task.prompts[c]})
+        c: bridge.File(
+            model, f"{task.prefix}_{c}", {"ziplora_settings": repr(settings), "ziplora_prompt": task.prompts[c]}
+        )
         for c in unzip.CONCEPTS
     }
     shown = bridge.Shown([task.picture], [task.prompts["full"]])
@@ -194,7 +196,11 @@ def _report(
         masks = trained.masks[concept]
         owned, columns = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
         counts.append(f"{concept} {len(masks)} layers, {owned:,} of {columns:,} columns")
-    apart = [n for n, on in (("prompts", task.prompts_apart), ("columns", task.columns_apart), ("blocks", task.blocks_apart)) if on]
+    apart = [
+        n
+        for n, on in (("prompts", task.prompts_apart), ("columns", task.columns_apart), ("blocks", task.blocks_apart))
+        if on
+    ]
     tenth = max(1, len(history) // 10)
     first, last = (sum(s.loss for s in part) / tenth for part in (history[:tenth], history[-tenth:]))
     coefficients: Coefficients = trained.coefficients()

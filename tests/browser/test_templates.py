@@ -36,7 +36,14 @@ CLOSE_UPS = {
 }
 PUBLISH = bool(os.environ.get("ZIPLORA_PUBLISH"))  # with the defaults, as a help page should show them
 TRAINS = ("TrainConceptLoRA", "UnZipLoRA")
-OPTIONAL = {"content_latents", "style_latents", "loss_map", "clip", "class_images", "second_images"}  # may stay unconnected
+OPTIONAL = {
+    "content_latents",
+    "style_latents",
+    "loss_map",
+    "clip",
+    "class_images",
+    "second_images",
+}  # may stay unconnected
 NAMES = [template().name for template in TEMPLATES]
 LOOSE_INPUTS = """() => window.app.graph.nodes.flatMap(node => (node.inputs ?? [])
     .filter(input => input.link == null && !input.widget).map(input => input.name))"""

@@ -77,7 +77,9 @@ def test_a_layer_adds_the_masked_scaled_updates():
 
 
 def test_prompted_layers_see_their_own_prompt():
-    contexts = {c: torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(i)) for i, c in enumerate(unzip.CONCEPTS)}
+    contexts = {
+        c: torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(i)) for i, c in enumerate(unzip.CONCEPTS)
+    }
     both = filled(made(unzip.Separations(contexts, {"b"}, columns=False)))
     x = torch.randn(3, 4, 16)
     expected = x.double() @ WEIGHTS["b"].double().T

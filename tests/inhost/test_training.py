@@ -142,7 +142,9 @@ def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher
     largest = max(float(g.abs().max()) for grads in found.values() for g in grads)
     for name, (up, up_expected, down, down_expected) in found.items():
         for ours, theirs in ((up, up_expected), (down, down_expected)):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * largest, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-3, atol=1e-4 * largest, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def test_the_file_is_a_lora_for_the_stock_loader(pack, patcher, output):
@@ -342,9 +344,9 @@ def test_memory_is_planned_as_it_is_kept(pack, patcher):
     with_denoiser(pack, patcher, asked, work)
     with torch.inference_mode():
         made = bridge.training.prepare(patcher, Words(), PixelsAsLatents(), asked)
-    conditioning = {c: made.prompts[0] for c in ("content", "style")}
+    conditioning = dict.fromkeys(("content", "style"), made.prompts[0])
     pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
-    rehearsed = bridge.plan.rehearse(patcher, pair, conditioning, {c: made.largest for c in conditioning})
+    rehearsed = bridge.plan.rehearse(patcher, pair, conditioning, dict.fromkeys(conditioning, made.largest))
     assert rehearsed.kept(0) == pytest.approx(found["kept"], rel=0.15)
     plans = [
         bridge.plan.make_for_training(patcher, shapes, made.prompts[0], made.largest, RANK, 1, room)

@@ -69,7 +69,9 @@ def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher
         assert largest > 0
         for key, grads in found.items():
             ours, theirs = grads[place]
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4 * largest, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-3, atol=2e-4 * largest, msg=lambda m, key=key: f"{key}: {m}"
+            )
     assert bridge.owners(found_layers(found)) != {}
 
 
@@ -146,9 +148,7 @@ def test_two_ordinary_files_and_a_zipped_pair(pack, patcher, output):  # noqa: F
 def test_the_zipped_pair_is_saved_and_loaded(pack, patcher, output, monkeypatch):  # noqa: F811
     import folder_paths
 
-    monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, "ziplora", ([str(output / "ziplora")], {".safetensors"})
-    )
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "ziplora", ([str(output / "ziplora")], {".safetensors"}))
     done = take_apart(pack, patcher, task(pack, learning_rate=3e-2))
     with torch.inference_mode():
         name = pack.nodes.bridge.saved.save(done.zipped, "kept")
