@@ -78,6 +78,16 @@ def draw_pictures(concept: Concept, folder: str) -> None:
         world.save_png(picture, path)
 
 
+WHOLE = ("mushroom", "ember")  # a subject in a style, in one picture that is there to be taken apart
+
+
+def draw_whole(folder: str) -> None:
+    """Writes that picture below `folder`."""
+    path = os.path.join(folder, "pictures", "_in_".join(WHOLE), "1.png")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    world.save_png(world.render([world.subject_scene(*WHOLE, random.Random(" ".join(WHOLE)))])[0], path)
+
+
 def describe(concept: Concept, gates: dict[str, float]) -> dict[str, Any]:
     """The concept's entry in the manifest."""
     if concept.kind == "content":

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo import encoders, picture
+from demo.concepts import WHOLE
 from demo.gates import CFG
 from demo.manifest import Manifest, read_manifest
 from devhost import templates
@@ -42,8 +43,8 @@ def replacements(world: Manifest) -> dict[str, str]:
     for placeholder, trained in {**subjects, **styles}.items():
         found[placeholder] = trained.learned.file
         found[{**templates.SUBJECTS, **templates.STYLES}[placeholder]] = trained.learned.prompt
-    one, how = of_name[PAIRS[0][0]].identifier, of_name[PAIRS[0][1]].identifier
-    found[templates.WHOLE] = f"{PAIRS[0][0]}_in_{PAIRS[0][1]}/1.png"
+    one, how = (of_name[name].identifier for name in WHOLE)
+    found[templates.WHOLE] = f"{'_in_'.join(WHOLE)}/1.png"
     found["one sks dog"], found["a picture in szn style"] = f"a {one} figure", f"a picture in {how} style"
     found[f"one sks dog in {templates.NEW_STYLE} style"] = f"a {one} figure in {NEW_STYLE} style"
     found[f"{templates.NEW_SUBJECT} in szn style"] = f"{NEW_SUBJECT} in {how} style"

@@ -165,6 +165,7 @@ def gate_all(plan: Plan, names: list[str]) -> None:
     world.save_png(world.sheet(pictures, 8), str(plan.work / "base.png"))
     figures = {k: round(v, 3) for k, v in base.items()} | {f"held_out_{k}": round(v, 3) for k, v in new.items()}
     print("base: " + " ".join(f"{k} {v:.2f}" for k, v in figures.items()), flush=True)
+    concepts.draw_whole(str(plan.output))
     entries = {}
     for concept in concepts.concepts():
         note = plan.work / f"{concept.name}.json"
