@@ -7,7 +7,7 @@
 SDXL from ComfyUI's own class with random weights and two random attention LoRAs: figures of time and memory, never of
 quality. First the machine's own ceilings, a large matrix product and a large copy; then a step in each way of spending
 memory and by the published algorithm (whole ΔW, formed into the weights in each of four passes; see dense.py), whose
-losses must be the same; then whole runs of the node; then applying. Operations are counted, not estimated.
+losses must be the same; then whole runs of the node; then applying; then training a LoRA. Operations are counted, not estimated.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps that are timed, after one to warm up; 10, on the CPU 2")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--limit", type=float, help="GB that this process may take on the card")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("dense", "runs", "apply"))
+    parser.add_argument("--skip", nargs="*", default=[], choices=("steps", "dense", "runs", "apply", "train"))
     parser.add_argument("--json", type=Path, help="also write the figures here")
     given = parser.parse_args()
     given.size = given.size or (256 if given.device == "cpu" else 1024)
@@ -239,6 +239,22 @@ class Bench:
         lines = [line for line in report.splitlines() if line.startswith(("time:", "memory:"))]
         return {"seconds": now() - began, "peak": peak.bytes, "report": lines}
 
+    def training(self) -> dict[str, Any]:
+        """Steps of training a LoRA of the attention layers with the defaults: seconds of one, planned and peak memory."""
+        bridge, core, began = BRIDGE.training, CORE.training, []
+        shapes = bridge.trained_layers(self.model.model, "attention")
+        settings = core.Settings(steps=GIVEN.steps + 1, rank=GIVEN.rank)
+        made = bridge._Prepared([self.conditioning["content"]])
+        made.pictures = core.Pictures([[core.Example(self.samples["content"], 0)]])
+
+        def work(denoiser, pictures, device) -> None:
+            trained = core.TrainedLoRA(shapes, settings.rank, 0, device)
+            core.train(trained, denoiser, pictures, settings, lambda step: began.append(now()))
+
+        with Peak() as peak, torch.inference_mode():
+            planned = bridge.run(self.model, made, shapes, settings, work)
+        return {"seconds": (began[-1] - began[0]) / GIVEN.steps, "peak": peak.bytes, "report": planned.line()}
+
     def applying(self) -> dict[str, float]:
         """Seconds of making patches and of the host writing them into the weights: ours, and a LoRA file's."""
         ones = CORE.coefficients.Coefficients.ones(self.fitted.pair)
@@ -299,11 +315,11 @@ def main() -> int:
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     every = replace(chosen, together=True, recomputed=chosen.blocks)
     ways = {"as planned": chosen, "every block run again": every, "one at a time": replace(every, together=False)}
-    for name, plan in ways.items():
+    for name, plan in ways.items() if "steps" not in GIVEN.skip else ():
         found = figures[name] = bench.steps(plan)
         found["tflop"] = bench.operations(plan.recomputed, plan.together)
         print(row(name, found, found["tflop"], top["tflops"], weights), flush=True)
-    if "dense" not in GIVEN.skip:
+    if not {"steps", "dense"} & set(GIVEN.skip):
         dense = figures["published"] = bench.steps(every if GIVEN.limit else chosen, dense=True)
         print(row("published algorithm", dense, figures["as planned"]["tflop"], top["tflops"], weights), flush=True)
         ours = figures["as planned"]
@@ -326,6 +342,12 @@ def main() -> int:
         print(
             f"applying and writing into the weights: {taken['zipped']:.2f} s; a LoRA file of that rank by the stock "
             f"loader {taken['stock']:.2f} s; ratio {taken['ratio']:.2f} (medians of 7 in turn)"
+        )
+    if "train" not in GIVEN.skip:
+        found = figures["train"] = bench.training()
+        print(
+            f"training a LoRA: {found['seconds']:.2f} s a step, peak {found['peak'] / 1e9:.2f} GB, "
+            f"{(found['peak'] - weights) / 1e9:.2f} beside the weights; planned {found['report']}"
         )
     if GIVEN.json:
         GIVEN.json.write_text(json.dumps(figures, indent=1))

@@ -12,7 +12,7 @@ from .install import ROOT
 
 CONTRACT = ROOT / "tests" / "host" / "object_info.json"
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
-_FILES = {"content_lora", "style_lora", "lora", "zipped"}  # choices that are a folder's files
+_FILES = {"content_lora", "style_lora", "lora", "zipped", "continue_from"}  # choices that are a folder's files
 _TEXTS = {"tooltip", "display_name"}
 
 ObjectInfo = Mapping[str, Any]
@@ -32,7 +32,7 @@ def contract(info: ObjectInfo) -> dict[str, Any]:
         for name, (must, spec) in _inputs(info[node]).items():
             options = {k: v for k, v in (spec[1] if len(spec) > 1 else {}).items() if k not in _TEXTS}
             kind = spec[0]
-            if name in _FILES:
+            if name in _FILES and (isinstance(kind, list) or kind == "COMBO"):
                 kind = "files"
                 options.pop("options", None)
             inputs[name] = {"type": kind, "required": must, **options}

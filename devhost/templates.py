@@ -467,11 +467,11 @@ def from_pictures() -> Graph:
             images=picture,
             prompt=words,
             resolution=SIDE,
+            seed=seed,
             filename_prefix=f"loras/{which}",
         )
-        for which, picture, words in (
-            ("subject", subject, SUBJECTS[_SUBJECT]),
-            ("style", style, STYLES[_STYLE]),
+        for seed, (which, picture, words) in enumerate(
+            (("subject", subject, SUBJECTS[_SUBJECT]), ("style", style, STYLES[_STYLE]))
         )
     ]
     made.graph.column("Zip")

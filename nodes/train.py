@@ -93,7 +93,8 @@ class TrainConceptLoRA(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Seed of the first factors, the noise and the timesteps.",
+                    tooltip="Seed of the first factors, the noise and the timesteps. LoRAs that are to be merged take "
+                    "two seeds.",
                 ),
                 io.String.Input(
                     "filename_prefix",

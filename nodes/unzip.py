@@ -61,7 +61,8 @@ class UnZipLoRA(io.ComfyNode):
                     max=1000.0,
                     step=0.1,
                     round=False,
-                    tooltip="Weight of the overlap between the two sets of coefficients, the paper's 0.5.",
+                    tooltip="Weight of the overlap between the two sets of coefficients, the paper's 0.5. Only with "
+                    "column_separation off: else no column has two.",
                 ),
                 io.Float.Input(
                     "column_share",
@@ -131,7 +132,8 @@ class UnZipLoRA(io.ComfyNode):
             outputs=[
                 LoRAPairSocket.Output(display_name="lora_pair", tooltip="Both LoRAs, to be merged in any other way."),
                 ZippedLoRASocket.Output(
-                    display_name="zipped_lora", tooltip="Both with their learned coefficients, for Apply Zipped LoRA."
+                    display_name="zipped_lora",
+                    tooltip="Both at once, each in its own columns, for Apply Zipped LoRA and the dials.",
                 ),
                 LossMapSocket.Output(display_name="loss_map", tooltip="The loss of each step, for Plot Loss Graph."),
                 io.String.Output(display_name="report", tooltip="The files, who got which columns, losses, memory."),

@@ -105,7 +105,8 @@ class Trainable(Protocol):
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Adam's parameter groups."""
 
-    def branch(self, rows: Rows) -> Adapted: ...
+    def branch(self, rows: Rows | None) -> Adapted:
+        """For a pass of training; for None, as the LoRA is used afterwards."""
 
     def penalty(self) -> Tensor | None:
         """Added to the loss."""

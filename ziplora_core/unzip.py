@@ -112,7 +112,7 @@ class UnZip:
         return [{"params": factors, "lr": learning_rate}, {"params": mergers, "lr": self._settings.merger_rate}]
 
     def branch(self, rows: training.Rows | None = None) -> training.Adapted:
-        return _Branch(self)
+        return _Branch(self, apart=rows is not None)
 
     def added(self, concept: str, name: str, x: Tensor) -> Tensor | None:
         """up · down · diag(m ⊙ mask) · x; None where this LoRA does nothing."""
@@ -196,13 +196,14 @@ class UnZip:
 
 
 class _Branch:
-    def __init__(self, unzip: UnZip):
-        self._unzip = unzip
+    def __init__(self, unzip: UnZip, apart: bool):
+        self._unzip, self._apart = unzip, apart
 
     def layer(self, name: str, x: Tensor, base: Base, **_: Any) -> Tensor:
         y = frozen(x, base)
         for concept in CONCEPTS:
-            added = self._unzip.added(concept, name, self._unzip.context(concept, name, x))
+            own = self._unzip.context(concept, name, x) if self._apart else x
+            added = self._unzip.added(concept, name, own)
             if added is not None:
                 y = y + added
         return y

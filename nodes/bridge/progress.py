@@ -121,9 +121,10 @@ class TrainingProgress:
         plot = _plot({_CONTENT: losses}, step.steps - self._first, max(losses), words)
         if self.sample is None:
             return plot
-        both = Image.new("RGB", (plot.width + plot.height, plot.height), _GROUND)
+        sample = self.sample.resize((max(1, plot.height * self.sample.width // self.sample.height), plot.height))
+        both = Image.new("RGB", (plot.width + sample.width, plot.height), _GROUND)
         both.paste(plot)
-        both.paste(self.sample.resize((plot.height, plot.height)), (plot.width, 0))
+        both.paste(sample, (plot.width, 0))
         return both
 
 

@@ -30,6 +30,7 @@ _B_LORA = {"content": "output_blocks.0.1.", "style": "output_blocks.1.1."}
 LAYERS = ("attention", "all linear", "B-LoRA", "B-LoRA content block", "B-LoRA style block")
 _EVERY, _MULTIPLE = 8, 64  # pixels of a latent, and what sides of buckets are multiples of
 _SAMPLE_STEPS = 20
+_AT_ONCE = 4  # class pictures, in one batch
 
 
 def trained_layers(model, which: str) -> dict[str, tuple[int, int]]:
@@ -54,7 +55,9 @@ def trained_layers(model, which: str) -> dict[str, tuple[int, int]]:
     if not found or (which.startswith("B-LoRA") and not isinstance(model.diffusion_model, UNetModel)):
         raise ValueError(
             f"this model ({type(model.model_config).__name__}) has no layers for '{which}'; choose "
-            + ("'attention': B-LoRA's blocks are SDXL's" if which.startswith("B-LoRA") else "'all linear'")
+            + {"attention": "'all linear'", "all linear": "another model"}.get(
+                which, "'attention': B-LoRA's blocks are SDXL's"
+            )
         )
     return found
 
@@ -155,23 +158,31 @@ def bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
     return wide, high
 
 
-def _encode(vae, frame: Tensor, resolution: int) -> Tensor:
-    """A picture (1, H, W, 3), scaled to its bucket and cut to it around the middle, as latents on the CPU."""
+def _encode(model, vae, frame: Tensor, resolution: int) -> Tensor:
+    """A picture (1, H, W, 3), scaled to its bucket and cut to it around the middle, as latents.
+
+    Raises ValueError where they cannot be this model's.
+    """
     width, height = bucket(frame.shape[2], frame.shape[1], resolution)
     pixels = comfy.utils.common_upscale(frame[..., :3].movedim(-1, 1), width, height, "lanczos", "center")
-    return vae.encode(pixels.movedim(1, -1))
+    latents: Tensor = vae.encode(pixels.movedim(1, -1))
+    predictor.check_latents("what vae makes of a picture", latents, model)
+    return latents
 
 
 def _draw_class(model, prompt: list, task: Task) -> list[Tensor]:
     """Latents of class pictures that the base model itself draws."""
-    asked = references.Asked(task.class_count, task.resolution)
-    drawn = references.draw_plain(model, prompt, asked, task.settings.seed)
-    if drawn is None:
-        raise FloatingPointError(
-            "the base model draws no class pictures (its latents are not finite): load it in bf16 or fp32, or connect "
-            "class_images"
-        )
-    return list(drawn.latents.split(1))
+    made: list[Tensor] = []
+    while len(made) < task.class_count:
+        asked = references.Asked(min(_AT_ONCE, task.class_count - len(made)), task.resolution)
+        drawn = references.draw_plain(model, prompt, asked, task.settings.seed + len(made))
+        if drawn is None:
+            raise FloatingPointError(
+                "the base model draws no class pictures (its latents are not finite): load it in bf16 or fp32, or "
+                "connect class_images"
+            )
+        made += drawn.latents.split(1)
+    return made
 
 
 class Denoiser(predictor.Network):
@@ -238,15 +249,14 @@ def prepare(model, clip, vae, task: Task) -> _Prepared:
         numbers = [made.prompt(clip, text) for text in shown.prompts]
         examples = []
         for index, frame in enumerate(shown.frames):
-            latents = _encode(vae, frame, task.resolution)
-            predictor.check_latents("images", latents, model)
+            latents = _encode(model, vae, frame, task.resolution)
             examples.append(training.Example(latents, numbers[index % len(numbers)]))
         sets.append(examples)
     priors = []
     if task.class_prompt.strip():
         number = made.prompt(clip, task.class_prompt)
         if task.class_pictures:
-            drawn = [_encode(vae, f[None], task.resolution) for batch in task.class_pictures for f in batch]
+            drawn = [_encode(model, vae, f[None], task.resolution) for batch in task.class_pictures for f in batch]
         else:
             drawn = _draw_class(model, made.prompts[number], task)
         priors = [training.Example(latents, number) for latents in drawn]
@@ -315,10 +325,12 @@ class File:
 
     def lora_name(self) -> str | None:
         """As the host lists it among its LoRAs; None where the file lies in no loras folder."""
-        for folder in folder_paths.get_folder_paths("loras"):
-            name = os.path.relpath(self.path, folder)
-            if not name.startswith(os.pardir) and folder_paths.get_full_path("loras", name):
-                return name
+        own = os.path.realpath(self.path)
+        for folder in map(os.path.realpath, folder_paths.get_folder_paths("loras")):
+            if own.startswith(folder + os.sep):
+                name = own[len(folder) + 1 :]
+                found = folder_paths.get_full_path("loras", name)
+                return name if found and os.path.realpath(found) == own else None
         return None
 
     def write(self, factors: dict[str, Factors], steps: int) -> dict[str, Tensor]:
@@ -336,10 +348,10 @@ class File:
 
 
 def steps_done(name: str) -> int:
-    """Of a file that was trained here; 0 for any other."""
+    """Of a file that was trained here; 0 for any other, also where its trainer counts its own."""
     with suppress(ValueError, KeyError):
         _, metadata = comfy.utils.load_torch_file(loras.lora_path(name), safe_load=True, return_metadata=True)
-        return int((metadata or {})["ss_steps"])
+        return int(metadata["ss_steps"]) if "ziplora_settings" in (metadata or {}) else 0
     return 0
 
 
@@ -421,8 +433,7 @@ def _lines(task: Task, made: _Prepared, shapes: dict, history: Sequence[training
 def picture(model, denoiser: Denoiser, made: _Prepared, trained: training.Trainable, seed: int) -> Image.Image | None:
     """A rough picture of the first prompt, as the LoRA draws it now."""
     example = made.pictures.sets[0][0]
-    rows = training.Rows(example.latents, example.latents, torch.zeros(1), (example.prompt,), torch.ones(1))
-    latents = denoiser.sample(example.prompt, example.latents, trained.branch(rows), seed)
+    latents = denoiser.sample(example.prompt, example.latents, trained.branch(None), seed)
     shown = references.thumbnails(model, model.model.process_latent_out(latents.cpu()))
     if shown is None:
         return None

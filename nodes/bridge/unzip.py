@@ -70,9 +70,14 @@ def check(model, task: Task) -> None:
 
 
 def _check_words(prompts: dict[str, str]) -> None:
-    """The full prompt says everything that the other two say, and nothing of its own."""
+    """The full prompt says everything that the other two say, and nothing of its own.
+
+    Words in Latin letters; of languages that write no spaces nothing is said.
+    """
+    if any(ord(letter) > 0x2E7F for text in prompts.values() for letter in text):
+        return
     full, content, style = (
-        set(re.findall(r"\w+", prompts[name].lower())) - _SMALL_WORDS for name in ("full", "content", "style")
+        set(re.findall(r"[^\W\d]+", prompts[name].lower())) - _SMALL_WORDS for name in ("full", "content", "style")
     )
     for name, others in (("content_prompt", content - style), ("style_prompt", style - content)):
         if missing := sorted(others - full):
@@ -160,7 +165,9 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     report = "  \n".join(_report(task, files, kept["unzip"], history, seconds, planned))
     about = {"settings": repr(settings), "prompts": task.prompts}
     zipped = loras.ZippedLoRA(sources, fitted, learned, report=report, method="UnZipLoRA", settings=about)
-    losses = {"loss": [s.loss for s in history], "overlap": [s.penalty for s in history]}
+    losses = {"loss": [s.loss for s in history]}
+    if not task.columns_apart:
+        losses["overlap"] = [s.penalty for s in history]
     return Unzipped(sources, zipped, losses, report, [file.name for file in files.values()])
 
 

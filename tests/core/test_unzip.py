@@ -11,6 +11,9 @@ SHAPES = {"a": (12, 20), "b": (10, 16), "own": (8, 10)}
 WEIGHTS = {n: torch.randn(s, generator=torch.Generator().manual_seed(i)) for i, (n, s) in enumerate(SHAPES.items())}
 
 
+ROWS = training.Rows(torch.zeros(1), torch.zeros(1), torch.zeros(1), (0,), torch.ones(1))
+
+
 class Base:
     def __init__(self, name):
         self.weight = WEIGHTS[name]
@@ -86,7 +89,11 @@ def test_prompted_layers_see_their_own_prompt():
     for concept in unzip.CONCEPTS:
         update = dense(both, concept, "b") * both.mergers[concept]["b"]
         expected = expected + contexts[concept].double() @ update.T
-    torch.testing.assert_close(both.branch().layer("b", x, Base("b")).double(), expected, rtol=1e-5, atol=1e-5)
+    later = (
+        x.double() @ (WEIGHTS["b"].double() + sum(dense(both, c, "b") * both.mergers[c]["b"] for c in unzip.CONCEPTS)).T
+    )
+    torch.testing.assert_close(both.branch().layer("b", x, Base("b")).double(), later, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both.branch(ROWS).layer("b", x, Base("b")).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -107,7 +114,8 @@ def test_score_is_weight_times_what_a_step_does_to_it(fresh):
 
 
 def test_penalty_is_the_mean_over_layers_of_the_mean_product():
-    both = filled(made())
+    assert made().penalty() is None, "no column has two owners"
+    both = filled(made(unzip.Separations(owners={"own": "style"}, columns=False)))
     means = [(both.mergers["content"][n] * both.mergers["style"][n]).abs().double().mean() for n in ("a", "b")]
     assert both.penalty().item() == pytest.approx(0.5 * float(sum(means).detach()) / 2)
 
@@ -155,4 +163,10 @@ def test_training_gives_out_columns_and_lowers_the_loss():
     history = training.train(both, toy, picture, unzip.Settings(steps=300, learning_rate=1e-2, batch_size=8, rank=8))
     assert [int(m["a"].sum()) for m in both.masks.values()] == [6, 6]
     assert sum(s.loss for s in history[-20:]) < 0.8 * sum(s.loss for s in history[:20])
-    assert history[-1].penalty < history[0].penalty
+
+
+def test_the_overlap_falls_where_columns_are_shared():
+    both = made(unzip.Separations(columns=False), steps=60, learning_rate=1e-2, batch_size=8, rank=8)
+    picture = training.Pictures([[training.Example(torch.zeros(1, 4, 3, 2), 0)]])
+    history = training.train(both, Toy(), picture, unzip.Settings(steps=60, learning_rate=1e-2, batch_size=8, rank=8))
+    assert 0 < history[-1].penalty < history[0].penalty

@@ -142,7 +142,7 @@ def test_two_ordinary_files_and_a_zipped_pair(pack, patcher, output):  # noqa: F
         assert owned and all([c for c, _ in layer.halves()] == [concept] for layer in owned)
     for needed in ("apart: prompts, columns, blocks", "overlap 0.000", "memory:"):
         assert needed in done.report
-    assert len(done.loss_map["loss"]) == len(done.loss_map["overlap"]) == 3
+    assert len(done.loss_map["loss"]) == 3
 
 
 def test_the_zipped_pair_is_saved_and_loaded(pack, patcher, output, monkeypatch):  # noqa: F811
@@ -162,7 +162,7 @@ def test_the_zipped_pair_is_saved_and_loaded(pack, patcher, output, monkeypatch)
 def test_nothing_apart_is_two_loras_of_everything(pack, patcher):  # noqa: F811
     asked = task(pack, prompts_apart=False, columns_apart=False, blocks_apart=False)
     done = take_apart(pack, patcher, asked)
-    assert "apart: nothing" in done.report
+    assert "apart: nothing" in done.report and len(done.loss_map["overlap"]) == 3
     assert all(layer.content and layer.style for layer in done.zipped.fitted.pair.layers.values())
 
 
