@@ -7,7 +7,8 @@
 SDXL from ComfyUI's own class with random weights and two random attention LoRAs: figures of time and memory, never of
 quality. First the machine's own ceilings, a large matrix product and a large copy; then a step in each way of spending
 memory and by the published algorithm (whole ΔW, formed into the weights in each of four passes; see dense.py), whose
-losses must be the same; then whole runs of the node; then applying; then training a LoRA. Operations are counted, not estimated.
+losses must be the same; then whole runs of the node; then applying; then training a LoRA. Operations are
+counted, not estimated.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ class Bench:
         return {"seconds": now() - began, "peak": peak.bytes, "report": lines}
 
     def training(self) -> dict[str, Any]:
-        """Steps of training a LoRA of the attention layers with the defaults: seconds of one, planned and peak memory."""
+        """Training a LoRA of the attention layers with the defaults: seconds of a step, planned and peak memory."""
         bridge, core, began = BRIDGE.training, CORE.training, []
         shapes = bridge.trained_layers(self.model.model, "attention")
         settings = core.Settings(steps=GIVEN.steps + 1, rank=GIVEN.rank)

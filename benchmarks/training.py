@@ -2,6 +2,7 @@
 
 python3 dev.py run benchmarks/training.py concept     Train Concept LoRA against the shipped LoRAs, three seeds
 python3 dev.py run benchmarks/training.py prior       what class pictures keep of the class
+python3 dev.py run benchmarks/training.py joint       one LoRA of a subject and a style, the paper's baseline, and the zip
 python3 dev.py run benchmarks/training.py unzip       UnZip LoRA and its ablation, B-LoRA and one DreamBooth LoRA,
                                                       all from the same single picture
 
@@ -142,6 +143,61 @@ def prior(bench: Bench, names: list[str], seeds: int) -> None:
 CLASS_PROMPT = "a figure in flat style"
 
 
+def joint(bench: Bench, seeds: int) -> None:
+    """A subject and a style in one LoRA, twice as many steps, against two LoRAs trained here and zipped with the
+    defaults on the references that they draw: share of 32 pictures of the subject in the style with both right."""
+    training, solver = bench.pack.nodes.bridge.training, bench.pack.ziplora_core.solver
+    loras, optimise = bench.pack.nodes.bridge.loras, bench.pack.nodes.bridge.optimise
+    asked_for = bench.pack.nodes.bridge.references.Asked(4, 128)
+    _NAMES.extend(n for n, _ in bench.judged.unet.named_modules())
+    for names in CASES[:2]:
+        subject, style = (bench.concepts[name] for name in names)
+        found: dict[str, list[dict[str, float]]] = {"joint training": [], "zipped": []}
+        for seed in range(seeds):
+            settings = bench.settings(seed=seed, steps=2 * STEPS)
+            task = training.Task([bench.shown(subject), bench.shown(style)], settings, "loras/joint", 128)
+            with torch.inference_mode():
+                done = training.train_concept(bench.model, bench.clip, bench.vae, task)
+            found["joint training"].append(pair_right(bench, subject, style, {"content": of_file(done.lora_model)}))
+            parts = [load_file(str(bench.train(c, seed + 10 * i)[0])) for i, c in enumerate((subject, style))]
+            prompts = {"content": subject.prompts[0], "style": style.prompts[0]}
+            with torch.inference_mode():
+                encoded = {
+                    c: bench.clip.encode_from_tokens_scheduled(bench.clip.tokenize(p)) for c, p in prompts.items()
+                }
+                zipped, *_ = optimise.optimise(
+                    bench.model,
+                    loras.pair(*parts, 1.0, 1.0),
+                    encoded,
+                    dict.fromkeys(prompts),
+                    solver.Settings(seed=seed),
+                    asked_for,
+                )
+            found["zipped"].append(pair_right(bench, subject, style, of_zipped(zipped)))
+        for method, figures in found.items():
+            print(f"{subject.name} + {style.name}: {method:20}{spread(figures)}", flush=True)
+
+
+def pair_right(bench: Bench, subject: concepts.Concept, style: concepts.Concept, halves: Halves) -> dict[str, float]:
+    count = gates.COUNT
+    with attached(bench, halves):
+        pictures = gates.generate(
+            bench.judged, [concepts.pair_prompt(subject.identifier, style.identifier)] * count, 1000
+        )
+    return gates.rights(bench.jury, pictures, [subject.name] * count, [style.name] * count)
+
+
+def of_zipped(zipped: Any) -> Halves:
+    """A zipped pair's two halves, coefficients in them."""
+    halves: Halves = {"content": {}, "style": {}}
+    for key, layer in zipped.fitted.pair.layers.items():
+        for which, f in layer.halves():
+            m = getattr(zipped.coefficients, which)[key]
+            name = key.removeprefix("diffusion_model.").removesuffix(".weight")
+            halves[which][name] = (f.scale * f.up.float(), f.down.float() * m)
+    return halves
+
+
 # --- one picture ---------------------------------------------------------------------------------------------------
 
 CASES = (("mushroom", "ember"), ("house", "mint"), ("icecream", "dusk"), ("lamp", "poster"))
@@ -213,31 +269,31 @@ class OnePicture:
         found: dict[str, float] = {}
         loras = {"content": {"content": taught.content}, "style": {"style": taught.style}, "both": taught.both}
         for what, (prompts, shape, style) in asked.items():
-            with self.attached(loras[what]):
+            with attached(self.bench, loras[what]):
                 pictures = gates.generate(self.bench.judged, prompts, seed)
             wanted = [[name] * count if isinstance(name, str) else name for name in (shape, style)]
             right = gates.rights(jury, pictures, *wanted)
             found |= {f"{what}/{k}": v for k, v in right.items()}
         return found
 
-    @contextlib.contextmanager
-    def attached(self, halves: Halves) -> Iterator[None]:
-        """These LoRAs added up on the judged model."""
-        rank = sum(max(up.shape[1] for up, _ in layers.values()) for layers in halves.values())
-        branches = lora.attach(self.bench.judged.unet, rank, float(rank))
-        try:
-            with torch.no_grad():
-                for name, branch in branches.items():
-                    parts = [layers[name] for layers in halves.values() if name in layers]
-                    branch.up.zero_(), branch.down.zero_()
-                    start = 0
-                    for up, down in parts:
-                        end = start + up.shape[1]
-                        branch.up[:, start:end], branch.down[start:end] = up, down
-                        start = end
-            yield
-        finally:
-            lora.detach(self.bench.judged.unet, branches)
+
+@contextlib.contextmanager
+def attached(bench: Bench, halves: Halves) -> Iterator[None]:
+    """These LoRAs added up on the judged model."""
+    rank = sum(max(up.shape[1] for up, _ in layers.values()) for layers in halves.values())
+    branches = lora.attach(bench.judged.unet, rank, float(rank))
+    try:
+        with torch.no_grad():
+            for name, branch in branches.items():
+                branch.up.zero_(), branch.down.zero_()
+                start = 0
+                for up, down in (layers[name] for layers in halves.values() if name in layers):
+                    end = start + up.shape[1]
+                    branch.up[:, start:end], branch.down[start:end] = up, down
+                    start = end
+        yield
+    finally:
+        lora.detach(bench.judged.unet, branches)
 
 
 def of_file(tensors: dict[str, torch.Tensor], only: str = "") -> Layers:
@@ -296,7 +352,7 @@ def one_each(one: OnePicture, seed: int, methods: list[str]) -> Iterator[tuple[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["concept", "prior", "unzip"])
+    parser.add_argument("part", choices=["concept", "prior", "joint", "unzip"])
     parser.add_argument("--only", default="", help="names, by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int)
@@ -307,6 +363,8 @@ def main() -> None:
     if asked.part == "concept":
         names = (asked.only or "house,mushroom,ember,candy").split(",")
         concept(bench, names, asked.seeds, asked.steps or STEPS, asked.rate or RATE)
+    elif asked.part == "joint":
+        joint(bench, asked.seeds)
     elif asked.part == "prior":
         prior(bench, (asked.only or "mushroom,house").split(","), asked.seeds)
     else:
