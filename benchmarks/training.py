@@ -2,7 +2,7 @@
 
 python3 dev.py run benchmarks/training.py concept     Train Concept LoRA against the shipped LoRAs, three seeds
 python3 dev.py run benchmarks/training.py prior       what class pictures keep of the class
-python3 dev.py run benchmarks/training.py joint       one LoRA of a subject and a style, the paper's baseline, and the zip
+python3 dev.py run benchmarks/training.py joint       one LoRA of a subject and a style, as the paper compares with
 python3 dev.py run benchmarks/training.py unzip       UnZip LoRA and its ablation, B-LoRA and one DreamBooth LoRA,
                                                       all from the same single picture
 
