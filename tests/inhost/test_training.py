@@ -9,6 +9,7 @@ import pytest
 import test_gradient
 import tiny
 import torch
+from families import FAMILIES
 
 from devhost import full_size
 
@@ -367,3 +368,32 @@ def test_full_size_training_is_planned_under_12_gb(pack):
     planned = plan.make_for_training(model, shapes, full_size.random_prompt(0), latents, 64, 1, 80 * 10**9)
     assert 8e9 < planned.need + model.model_size() < 12e9
     assert 0 < planned.recomputed < planned.blocks / 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_trained(pack, monkeypatch, name):
+    """A clip and a VAE that give the family's own prompts and latents; the file is one that the stock loader takes."""
+    import comfy.lora
+
+    family, bridge = FAMILIES[name], pack.nodes.bridge.training
+    patcher = family.patcher()
+
+    class Clip(Words):
+        def encode_from_tokens_scheduled(self, text):
+            return family.prompts()["content"]
+
+    class Vae:
+        def encode(self, pixels):
+            return family.latents()["content"]["samples"][:1].clone()
+
+    asked = task(pack, images=[pictures(1)], steps=12, learning_rate=1e-2, batch_size=4, sample_every=12)
+    before = {k: v.clone() for k, v in patcher.model.state_dict().items()}
+    with torch.inference_mode():
+        done = bridge.train_concept(patcher, Clip(), Vae(), asked)
+    assert all(torch.equal(v, before[k]) for k, v in patcher.model.state_dict().items())
+    patches = comfy.lora.load_lora(
+        done.lora_model, comfy.lora.model_lora_keys_unet(patcher.model, {}), log_missing=False
+    )
+    assert len(patches) == len(done.lora_model) / 3 > 0
+    assert any(float(t.abs().max()) > 0 for k, t in done.lora_model.items() if "lora_up" in k)
+    assert sum(done.loss_map["loss"][-4:]) < sum(done.loss_map["loss"][:4])
