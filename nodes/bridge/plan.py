@@ -24,13 +24,14 @@ from ...ziplora_core.branch import JoinedPair
 from ...ziplora_core.layerwise import MOMENTS, moments_at_most
 from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
 from ...ziplora_core.solver import Batch, References, Settings
+from ...ziplora_core.training import TrainedLoRA
 from . import predictor
 from .frozen import Injection, blocks
 
 _GB = 1e9
 _VECTORS = 8  # float32 vectors of all coefficients: the start, the step, its gradient, Adam's two, the mean, two more
-_TRAINED = 16  # bytes for a number that is trained: float32 of itself, its gradient, Adam's two
-_TRAINING_IN_ALL = 11_800_000_000  # bytes, with the weights, where training can do with so much
+_TRAINED = 20  # bytes for a number that is trained: float32 of itself, its gradient, Adam's two and its passing one
+_TRAINING_IN_ALL = 11_200_000_000  # bytes, with the weights, where training can do with so much
 _USED = 0.9  # of the room: allocators waste some
 _BACKWARD = 3  # what a step takes and gives back, in parts of what a plain pass does: measured, see README
 _MOST_MOMENTS = 6 * 2**30  # all of SDXL's at once
@@ -192,8 +193,17 @@ class Stage:
         return torch.empty(self.joined.pair.coefficient_count, device="meta", requires_grad=True)
 
 
-def rehearse(model, pair: LoRAPair, conditioning: dict[str, list], latents: dict[str, Tensor]) -> Rehearsal:
-    """One row of the larger reference. Takes no memory and about a second for SDXL; raises whatever a model raises."""
+def rehearse(
+    model,
+    pair: LoRAPair,
+    conditioning: dict[str, list],
+    latents: dict[str, Tensor],
+    trained: TrainedLoRA | None = None,
+) -> Rehearsal:
+    """One row of the larger reference, as student of the pair, or with a LoRA without memory that is trained.
+
+    Takes no memory and about a second for SDXL; raises whatever a model raises.
+    """
     largest = max(latents, key=lambda c: latents[c][0].numel())
     stage, kept = Stage(model, pair, conditioning, latents), _Kept()
     for block in blocks(stage.base):
@@ -204,7 +214,11 @@ def rehearse(model, pair: LoRAPair, conditioning: dict[str, list], latents: dict
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor),
     ):
-        stage.predict(stage.batch(largest), stage.joined.student(stage.coefficients()))
+        if trained is not None:
+            for parameter in trained.parameters():  # counted elsewhere
+                kept.new_bytes(parameter)
+        branch = trained.branch() if trained is not None else stage.joined.student(stage.coefficients())
+        stage.predict(stage.batch(largest), branch)
     return Rehearsal(kept.outside, kept.inputs, kept.inside)
 
 
@@ -249,7 +263,7 @@ def make_for_training(
     """The same for training a LoRA of these layers, layer -> (out, in). latents: the largest, (1, C, *space)."""
     dtype = predictor.compute_dtype(model.model)
     numbers = sum(rank * (out + columns) for out, columns in shapes.values())
-    fixed = (_TRAINED + dtype.itemsize) * numbers  # and a rounded copy of each factor, for backward
+    fixed = _TRAINED * numbers
     workspace = _workspace(model.model, dtype, rows * latents[0, 0].numel())
     on_meta = {
         name: LayerPair(
@@ -258,7 +272,9 @@ def make_for_training(
         for name, (out, columns) in shapes.items()
     }
     prompts, pictures = (dict.fromkeys(("content", "style"), given) for given in (conditioning, latents))
-    rehearsed = _rehearse_or_none(model, LoRAPair(on_meta), prompts, pictures)
+    with torch.inference_mode(False):
+        trained = TrainedLoRA(shapes, rank, 0, "meta")
+    rehearsed = _rehearse_or_none(model, LoRAPair(on_meta), prompts, pictures, trained)
     if rehearsed is None:
         count = len(blocks(model.model))
         return Plan(None, count, count, 0, fixed + 4 * workspace, room)
@@ -276,10 +292,14 @@ def make_for_training(
 
 
 def _rehearse_or_none(
-    model, pair: LoRAPair, conditioning: dict[str, list], latents: dict[str, Tensor]
+    model,
+    pair: LoRAPair,
+    conditioning: dict[str, list],
+    latents: dict[str, Tensor],
+    trained: TrainedLoRA | None = None,
 ) -> Rehearsal | None:
     try:
-        return rehearse(model, pair, conditioning, latents)
+        return rehearse(model, pair, conditioning, latents, trained)
     except management.InterruptProcessingException:
         raise
     except Exception as error:  # of any model's own code: a run does not fail because it could not be estimated

@@ -347,8 +347,9 @@ def test_memory_is_planned_as_it_is_kept(pack, patcher):
         made = bridge.training.prepare(patcher, Words(), PixelsAsLatents(), asked)
     conditioning = dict.fromkeys(("content", "style"), made.prompts[0])
     pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
-    rehearsed = bridge.plan.rehearse(patcher, pair, conditioning, dict.fromkeys(conditioning, made.largest))
-    assert rehearsed.kept(0) == pytest.approx(found["kept"], rel=0.15)
+    lora = pack.ziplora_core.training.TrainedLoRA(shapes, RANK, 0, "meta")
+    rehearsed = bridge.plan.rehearse(patcher, pair, conditioning, dict.fromkeys(conditioning, made.largest), lora)
+    assert rehearsed.kept(0) == pytest.approx(found["kept"], rel=0.05)
     plans = [
         bridge.plan.make_for_training(patcher, shapes, made.prompts[0], made.largest, RANK, 1, room)
         for room in (0, 10**7, 10**12)
@@ -367,7 +368,7 @@ def test_full_size_training_is_planned_under_12_gb(pack):
     latents = full_size.random_latents(128, 0)["samples"]
     planned = plan.make_for_training(model, shapes, full_size.random_prompt(0), latents, 64, 1, 80 * 10**9)
     assert 8e9 < planned.need + model.model_size() < 12e9
-    assert 0 < planned.recomputed < planned.blocks / 2
+    assert 0 < planned.recomputed < planned.blocks
 
 
 @pytest.mark.parametrize("name", FAMILIES)
