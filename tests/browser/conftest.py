@@ -49,7 +49,7 @@ def kept() -> Callable[..., None]:
             image = image.crop((left, top, image.width - left, image.height - top))
             size = (width, round(width * image.height / image.width))
             (ROOT / publish).parent.mkdir(parents=True, exist_ok=True)
-            image.resize(size, Image.Resampling.LANCZOS).save(ROOT / publish, quality=85)
+            image.resize(size, Image.Resampling.LANCZOS).save(ROOT / publish, quality=75, optimize=True)
 
     return keep
 

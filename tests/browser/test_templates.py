@@ -111,7 +111,7 @@ def close_up(frontend: Frontend, kind: str, folder: Path, kept: Callable) -> Non
     """The picture of a node on its help page."""
     shown = frontend.close_up(kind, folder / f"{kind}.png")
     assert shown.stat().st_size > 10_000
-    kept(shown, kind, f"web/docs/pictures/{kind}.jpg", 1000)
+    kept(shown, kind, f"web/docs/pictures/{kind}.jpg", 900)
 
 
 @pytest.mark.parametrize("sketch", SKETCHES, ids=lambda sketch: sketch.__name__)
@@ -148,7 +148,7 @@ def test_the_reports_picture_appears_in_the_graph(
     frontend.page.wait_for_function(script, timeout=20_000)
     (node,) = (node for node, made in shipped.items() if made["class_type"] == "ZippedLoRAReport")
     Image.fromarray(server.view(outputs[node]["images"][0])).save(tmp_path / "report.png")
-    kept(tmp_path / "report.png", "report", "web/docs/pictures/report.jpg", 1400)
+    kept(tmp_path / "report.png", "report", "web/docs/pictures/report.jpg", 1200)
 
 
 def test_a_help_page_opens(frontend: Frontend) -> None:
