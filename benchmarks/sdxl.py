@@ -245,7 +245,7 @@ class Bench:
         bridge, core, began = BRIDGE.training, CORE.training, []
         shapes = bridge.trained_layers(self.model.model, "attention")
         settings = core.Settings(steps=GIVEN.steps + 1, rank=GIVEN.rank)
-        made = bridge._Prepared([self.conditioning["content"]])
+        made = bridge.Prepared([self.conditioning["content"]])
         made.pictures = core.Pictures([[core.Example(self.samples["content"], 0)]])
 
         def work(denoiser, pictures, device) -> None:

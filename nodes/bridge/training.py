@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -102,7 +103,7 @@ class Task:
 
 
 @dataclass
-class _Prepared:
+class Prepared:
     """Everything but the network: prompts by number, and pictures that name them."""
 
     prompts: list[list] = field(default_factory=list)
@@ -241,9 +242,9 @@ class Trained:
     file: str
 
 
-def prepare(model, clip, vae, task: Task) -> _Prepared:
+def prepare(model, clip, vae, task: Task) -> Prepared:
     """Latents and prompts of a task; the VAE's and, for class pictures, the base model's work."""
-    made = _Prepared()
+    made = Prepared()
     sets = []
     for shown in task.sets:
         numbers = [made.prompt(clip, text) for text in shown.prompts]
@@ -266,7 +267,7 @@ def prepare(model, clip, vae, task: Task) -> _Prepared:
 
 def run(
     model,
-    made: _Prepared,
+    made: Prepared,
     shapes: dict[str, tuple[int, int]],
     settings: training.Settings,
     work: Callable[[Denoiser, training.Pictures, Any], None],
@@ -346,6 +347,14 @@ class File:
         write_tensors(self.path, tensors, metadata)
         return tensors
 
+    def rescue(self, factors: dict[str, Factors], steps: int) -> None:
+        """Write where a run ended early, if it can be done: what ended it is the error to be seen."""
+        try:
+            self.write(factors, steps)
+            logging.info("ZipLoRA: the %d steps done so far are in %s.", steps, self.name)
+        except (ValueError, OSError) as error:
+            logging.warning("ZipLoRA: the %d steps done so far could not be written: %s", steps, error)
+
 
 def steps_done(name: str) -> int:
     """Of a file that was trained here; 0 for any other, also where its trainer counts its own."""
@@ -399,7 +408,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
             training.train(trained, denoiser, pictures, settings, on_step, first)
         except BaseException:
             if history:
-                file.write(trained.factors(), history[-1].index)
+                file.rescue(trained.factors(), history[-1].index)
             raise
         saved.update(file.write(trained.factors(), settings.steps))
 
@@ -410,7 +419,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
     return Trained(saved, losses, "  \n".join(report), file.name)
 
 
-def _lines(task: Task, made: _Prepared, shapes: dict, history: Sequence[training.Step], seconds: float) -> list[str]:
+def _lines(task: Task, made: Prepared, shapes: dict, history: Sequence[training.Step], seconds: float) -> list[str]:
     settings = task.settings
     counts = " and ".join(str(len(part)) for part in made.pictures.sets)
     sizes = sorted({tuple(e.latents.shape[-2:]) for part in made.pictures.sets for e in part})
@@ -430,7 +439,7 @@ def _lines(task: Task, made: _Prepared, shapes: dict, history: Sequence[training
     return lines
 
 
-def picture(model, denoiser: Denoiser, made: _Prepared, trained: training.Trainable, seed: int) -> Image.Image | None:
+def picture(model, denoiser: Denoiser, made: Prepared, trained: training.Trainable, seed: int) -> Image.Image | None:
     """A rough picture of the first prompt, as the LoRA draws it now."""
     example = made.pictures.sets[0][0]
     latents = denoiser.sample(example.prompt, example.latents, trained.branch(None), seed)

@@ -153,9 +153,13 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
 
         try:
             training.train(trained, denoiser, pictures, settings, on_step)
-        finally:
+        except BaseException:
             if history:
-                kept.update(tensors=_write(files, trained, history[-1].index), unzip=trained)
+                for concept, factors in _halves(trained).items():
+                    files[concept].rescue(factors, history[-1].index)
+            raise
+        halves = _halves(trained).items()
+        kept.update(tensors={c: files[c].write(f, settings.steps) for c, f in halves}, unzip=trained)
 
     planned = bridge.run(model, made, shapes, settings, work, loras_at_once=2)
     seconds = time.monotonic() - began
@@ -179,12 +183,12 @@ def _weight(model, name: str, device: torch.device) -> Tensor:
         return weight.float().clone()
 
 
-def _write(files: dict[str, bridge.File], trained: unzip.UnZip, steps: int) -> dict[str, dict[str, Tensor]]:
+def _halves(trained: unzip.UnZip) -> dict[str, dict[str, Factors]]:
     halves: dict[str, dict[str, Factors]] = {c: {} for c in unzip.CONCEPTS}
     for name, layer in trained.pair().layers.items():
         for concept, factors in layer.halves():
             halves[concept][name] = factors
-    return {concept: files[concept].write(factors, steps) for concept, factors in halves.items()}
+    return halves
 
 
 def _source(file: bridge.File, tensors: dict[str, Tensor]) -> loras.LoRASource:

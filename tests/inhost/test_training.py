@@ -398,3 +398,18 @@ def test_every_family_is_trained(pack, monkeypatch, name):
     assert len(patches) == len(done.lora_model) / 3 > 0
     assert any(float(t.abs().max()) > 0 for k, t in done.lora_model.items() if "lora_up" in k)
     assert sum(done.loss_map["loss"][-4:]) < sum(done.loss_map["loss"][:4])
+
+
+def test_a_run_that_diverges_says_so_and_not_what_it_could_not_save(pack, patcher, monkeypatch):
+    """A rate at which the numbers leave half precision: the loss is what is named."""
+    Step, core = pack.ziplora_core.training.Step, pack.ziplora_core.training
+
+    def diverge(trained, denoiser, given, settings, on_step, first):
+        on_step(Step(1, 3, 1.0))
+        with torch.no_grad():
+            next(iter(trained.up.values())).fill_(1e9)
+        raise FloatingPointError("step 2: the loss is not finite")
+
+    monkeypatch.setattr(core, "train", diverge)
+    with pytest.raises(FloatingPointError, match="step 2: the loss is not finite"):
+        train(pack, patcher, task(pack))
