@@ -52,15 +52,15 @@ class Bench:
         with torch.inference_mode():
             self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(found.checkpoint))
         self.judged = miniature.load_miniature(str(found.checkpoint))
+        self.names = {lora.file_name(name): name for name, _ in self.judged.unet.named_modules()}
         self.jury = judge.load_judge(str(self.folder / "weights" / "judge.safetensors"))
         self.concepts = {concept.name: concept for concept in concepts.concepts()}
 
-    def shown(self, concept: concepts.Concept, only: int | None = None) -> Any:
-        chosen = range(len(concept.scenes)) if only is None else [only]
-        files = [self.folder / concept.picture(i) for i in chosen]
+    def shown(self, concept: concepts.Concept) -> Any:
+        files = [self.folder / concept.picture(i) for i in range(len(concept.scenes))]
         frames = [torch.frombuffer(bytearray(Image.open(f).convert("RGB").tobytes()), dtype=torch.uint8) for f in files]
         images = torch.stack(frames).reshape(len(frames), 128, 128, 3) / 255
-        return self.pack.nodes.bridge.training.Shown([images], [concept.prompts[i] for i in chosen])
+        return self.pack.nodes.bridge.training.Shown([images], list(concept.prompts))
 
     def settings(self, **changes: Any) -> Any:
         asked = {"steps": STEPS, "learning_rate": RATE, "rank": RANK, "batch_size": BATCH, **changes}
@@ -149,7 +149,6 @@ def joint(bench: Bench, seeds: int) -> None:
     training, solver = bench.pack.nodes.bridge.training, bench.pack.ziplora_core.solver
     loras, optimise = bench.pack.nodes.bridge.loras, bench.pack.nodes.bridge.optimise
     asked_for = bench.pack.nodes.bridge.references.Asked(4, 128)
-    _NAMES.extend(n for n, _ in bench.judged.unet.named_modules())
     for names in CASES[:2]:
         subject, style = (bench.concepts[name] for name in names)
         found: dict[str, list[dict[str, float]]] = {"joint training": [], "zipped": []}
@@ -158,7 +157,9 @@ def joint(bench: Bench, seeds: int) -> None:
             task = training.Task([bench.shown(subject), bench.shown(style)], settings, "loras/joint", 128)
             with torch.inference_mode():
                 done = training.train_concept(bench.model, bench.clip, bench.vae, task)
-            found["joint training"].append(pair_right(bench, subject, style, {"content": of_file(done.lora_model)}))
+            found["joint training"].append(
+                pair_right(bench, subject, style, {"content": of_file(bench.names, done.lora_model)})
+            )
             parts = [load_file(str(bench.train(c, seed + 10 * i)[0])) for i, c in enumerate((subject, style))]
             prompts = {"content": subject.prompts[0], "style": style.prompts[0]}
             with torch.inference_mode():
@@ -296,33 +297,24 @@ def attached(bench: Bench, halves: Halves) -> Iterator[None]:
         lora.detach(bench.judged.unet, branches)
 
 
-def of_file(tensors: dict[str, torch.Tensor], only: str = "") -> Layers:
-    """Layers by the judged model's names, of kohya's. only: a part of the name."""
+def of_file(names: dict[str, str], tensors: dict[str, torch.Tensor], only: str = "") -> Layers:
+    """Layers by the judged model's names, of kohya's. names: `Bench.names`. only: a part of the name."""
     found = {}
     for key in tensors:
         name = key.removesuffix(".lora_up.weight")
         if name != key and only in name:
             found[name] = (tensors[key].float(), tensors[f"{name}.lora_down.weight"].float())
-    return {_dotted(name): factors for name, factors in found.items()}
+    return {names[name]: factors for name, factors in found.items()}
 
 
-def _dotted(name: str) -> str:
-    known = {lora.file_name(n): n for n in _NAMES}
-    return known[name]
-
-
-_NAMES: list[str] = []
-
-
-def of_pair(done: Any) -> Halves:
+def of_pair(names: dict[str, str], done: Any) -> Halves:
     """The two files: added up, they are the zipped pair."""
-    return {which: of_file(source.tensors) for which, source in done.pair.by_concept().items()}
+    return {which: of_file(names, source.tensors) for which, source in done.pair.by_concept().items()}
 
 
 def one_picture(
     bench: Bench, cases: list[tuple[str, str]], seeds: int, methods: list[str], rate: float, steps: int
 ) -> None:
-    _NAMES.extend(n for n, _ in bench.judged.unet.named_modules())
     totals: dict[str, list[dict[str, float]]] = {}
     for subject, style in cases:
         for seed in range(seeds):
@@ -337,16 +329,18 @@ def one_picture(
 
 def one_each(one: OnePicture, seed: int, methods: list[str]) -> Iterator[tuple[str, Taught]]:
     if "DreamBooth" in methods:
-        whole = of_file(one.dreambooth(seed, one.prompts["full"]))
+        whole = of_file(one.bench.names, one.dreambooth(seed, one.prompts["full"]))
         yield "DreamBooth", Taught(whole, whole, {"content": whole})
     if "B-LoRA" in methods:
         tensors = one.dreambooth(seed, one.prompts["full"], "B-LoRA")
-        content, style = (of_file(tensors, block) for block in ("output_blocks_0_1_", "output_blocks_1_1_"))
+        content, style = (
+            of_file(one.bench.names, tensors, block) for block in ("output_blocks_0_1_", "output_blocks_1_1_")
+        )
         yield "B-LoRA", Taught(content, style, {"content": content, "style": style})
     for method, apart in ABLATION.items():
         if method in methods:
             done = one.unzip(seed, **apart)
-            halves = of_pair(done)
+            halves = of_pair(one.bench.names, done)
             yield method, Taught(halves["content"], halves["style"], halves)
 
 

@@ -239,6 +239,16 @@ class _Parts:
         )
         return self.graph.add("VAEDecode", samples=sampled[0], vae=self.vae)[0]
 
+    def train(self, kind: str, title: str | None = None, **given: Any) -> Node:
+        """A node that learns from pictures with the base model."""
+        base = {"model": self.model, "clip": self.clip, "vae": self.vae, "resolution": SIDE}
+        return self.graph.add(kind, title, **base, **given)
+
+    def whole(self) -> Link:
+        """One picture of a subject in a style, in a column of its own."""
+        self.graph.column("The picture")
+        return self.graph.add("LoadImage", "A subject in a style", image=WHOLE)[0]
+
     def references(self) -> tuple[Link, Link]:
         """Pictures of the subject and of the style."""
         found = [
@@ -458,15 +468,11 @@ def from_pictures() -> Graph:
     subject, style = made.references()
     made.graph.column("Train")
     trained = [
-        made.graph.add(
+        made.train(
             "TrainConceptLoRA",
             f"Train the {which}",
-            model=made.model,
-            clip=made.clip,
-            vae=made.vae,
             images=picture,
             prompt=words,
-            resolution=SIDE,
             seed=seed,
             filename_prefix=f"loras/{which}",
         )
@@ -513,19 +519,14 @@ def unzip() -> Graph:
         "the picture, and its three prompts: the first says what the other two say, with a rare word for the subject "
         "(`sks`) and one for the style (`szn`).",
     )
-    made.graph.column("The picture")
-    picture = made.graph.add("LoadImage", "A subject in a style", image=WHOLE)
+    picture = made.whole()
     made.graph.column("Take apart")
-    apart = made.graph.add(
+    apart = made.train(
         "UnZipLoRA",
-        model=made.model,
-        clip=made.clip,
-        vae=made.vae,
-        image=picture[0],
+        image=picture,
         prompt=drawn(_SUBJECT, _STYLE),
         content_prompt=_WHAT,
         style_prompt=_HOW,
-        resolution=SIDE,
     )
     made.graph.add("PreviewAny", "Report", source=apart[3])
     return _apart(
@@ -551,18 +552,13 @@ def b_lora() -> Graph:
         "each is used alone, and both together.\n\n## What to choose\nThe checkpoint, the picture, and a rare word "
         "(`sks`).",
     )
-    made.graph.column("The picture")
-    picture = made.graph.add("LoadImage", "A subject in a style", image=WHOLE)
+    picture = made.whole()
     made.graph.column("Train two blocks")
-    trained = made.graph.add(
+    trained = made.train(
         "TrainConceptLoRA",
-        model=made.model,
-        clip=made.clip,
-        vae=made.vae,
-        images=picture[0],
+        images=picture,
         prompt=V,
         layers="B-LoRA",
-        resolution=SIDE,
         filename_prefix="loras/b_lora",
     )
     made.graph.column("One block each")

@@ -17,7 +17,7 @@ from typing import Any
 from .base import make_base
 from .install import DEV, ROOT
 from .server import ComfyServer
-from .templates import MODEL, STYLES, SUBJECTS
+from .templates import CLIP, DINO, MODEL, PICTURES, STYLES, SUBJECTS, WHOLE
 from .workflows import api_file, ui_files
 
 CLI = DEV / "venv-comfy-cli"
@@ -25,7 +25,9 @@ CHOICES = {  # input -> what stands in the graphs
     ("CheckpointLoaderSimple", "ckpt_name"): [MODEL],
     ("LoadLoRAPair", "content_lora"): list(SUBJECTS),
     ("LoadLoRAPair", "style_lora"): list(STYLES),
-    ("LoadImage", "image"): ["my_subject.png", "my_style.png"],
+    ("LoadImage", "image"): ["my_subject.png", "my_style.png", *PICTURES, WHOLE],
+    ("CLIPVisionLoader", "clip_name"): [CLIP, DINO],
+    ("CLIPLoader", "clip_name"): [CLIP],
 }
 
 

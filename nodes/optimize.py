@@ -8,6 +8,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..ziplora_core.objective import OBJECTIVES
 from ..ziplora_core.solver import SOLVERS, Settings
+from . import inputs
 from .bridge.optimise import check_inputs, optimise
 from .bridge.references import Asked
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
@@ -88,21 +89,10 @@ class ZipLoRAOptimize(io.ComfyNode):
                     tooltip="Weight of the overlap between the two sets of coefficients, the paper's 0.01. "
                     "Higher: columns are divided more strictly between subject and style.",
                 ),
-                io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=64,
-                    tooltip="Noisy copies of each reference per step. More is steadier, slower, and takes more memory.",
+                inputs.batch_size(
+                    "Noisy copies of each reference per step. More is steadier, slower, and takes more memory."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of the noise and timesteps: the same seed gives the same coefficients.",
-                ),
+                inputs.seed("Seed of the noise and timesteps: the same seed gives the same coefficients."),
                 _choice(
                     "objective",
                     OBJECTIVES,

@@ -7,7 +7,7 @@ import json
 from comfy_api.v0_0_2 import io, ui
 
 from ..ziplora_core.scores import summary
-from . import sheet
+from . import inputs, sheet
 from .bridge.paths import write_output
 from .bridge.scores import score
 
@@ -69,14 +69,7 @@ class BlindABSheet(io.ComfyNode):
                 io.Image.Input("style_reference", tooltip="A picture of the style."),
                 io.String.Input("name_a", default="zipped", tooltip="What the key calls the first method."),
                 io.String.Input("name_b", default="direct merge", tooltip="What the key calls the second method."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Decides which side each picture is on.",
-                ),
+                inputs.seed("Decides which side each picture is on."),
                 io.String.Input(
                     "filename_prefix",
                     default="ziplora/blind_key",

@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.training import Settings
+from . import inputs
 from .bridge import loras, training
 from .sockets import LoRAModelSocket, LoRAPairSocket, LossMapSocket
 
@@ -58,28 +59,9 @@ class TrainConceptLoRA(io.ComfyNode):
                     round=False,
                     tooltip="Adam's rate, the paper's 5e-5.",
                 ),
-                io.Int.Input(
-                    "rank",
-                    default=Settings.rank,
-                    min=1,
-                    max=1024,
-                    tooltip="Of the LoRA, the paper's 64; alpha is the rank.",
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=Settings.batch_size,
-                    min=1,
-                    max=64,
-                    tooltip="Pictures per step. More is steadier, slower, and takes more memory.",
-                ),
-                io.Int.Input(
-                    "resolution",
-                    default=1024,
-                    min=64,
-                    max=4096,
-                    step=8,
-                    tooltip="Side of a square bucket in pixels: what the model draws best, 1024 for SDXL.",
-                ),
+                inputs.rank(Settings.rank, "Of the LoRA, the paper's 64; alpha is the rank."),
+                inputs.batch_size("Pictures per step. More is steadier, slower, and takes more memory."),
+                inputs.resolution(),
                 io.Combo.Input(
                     "layers",
                     options=list(training.LAYERS),
@@ -87,14 +69,9 @@ class TrainConceptLoRA(io.ComfyNode):
                     tooltip="attention: queries, keys, values and outputs, as the paper. all linear: feed-forward "
                     "layers too. B-LoRA: SDXL's content block and style block alone, to be used apart.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of the first factors, the noise and the timesteps. LoRAs that are to be merged take "
-                    "two seeds.",
+                inputs.seed(
+                    "Seed of the first factors, the noise and the timesteps. LoRAs that are to be merged take "
+                    "two seeds."
                 ),
                 io.String.Input(
                     "filename_prefix",
@@ -102,13 +79,8 @@ class TrainConceptLoRA(io.ComfyNode):
                     tooltip="Name of the file in the output folder, which is numbered; output/loras is a folder that "
                     "ComfyUI loads LoRAs from.",
                 ),
-                io.Int.Input(
-                    "sample_every",
-                    default=100,
-                    min=0,
-                    max=100_000,
-                    optional=True,
-                    tooltip="Draw a rough sample on the node every so many steps (40 passes each); 0 for never.",
+                inputs.sample_every(
+                    "Draw a rough sample on the node every so many steps (40 passes each); 0 for never."
                 ),
                 io.Int.Input(
                     "save_every",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.unzip import Settings
+from . import inputs
 from .bridge.unzip import Task, unzip_picture
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
 
@@ -73,30 +74,12 @@ class UnZipLoRA(io.ComfyNode):
                     round=False,
                     tooltip="Percent of a layer's columns that a LoRA gets in each third of the run: the paper's 10.",
                 ),
-                io.Int.Input("rank", default=Settings.rank, min=1, max=1024, tooltip="Of each LoRA, the paper's 64."),
-                io.Int.Input(
-                    "batch_size",
-                    default=Settings.batch_size,
-                    min=1,
-                    max=64,
-                    tooltip="Noisy copies of the picture per step. More is steadier, slower, and takes more memory.",
+                inputs.rank(Settings.rank, "Of each LoRA, the paper's 64."),
+                inputs.batch_size(
+                    "Noisy copies of the picture per step. More is steadier, slower, and takes more memory."
                 ),
-                io.Int.Input(
-                    "resolution",
-                    default=1024,
-                    min=64,
-                    max=4096,
-                    step=8,
-                    tooltip="Side of a square bucket in pixels: what the model draws best, 1024 for SDXL.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of the first factors, the noise and the timesteps.",
-                ),
+                inputs.resolution(),
+                inputs.seed("Seed of the first factors, the noise and the timesteps."),
                 io.String.Input(
                     "filename_prefix",
                     default="loras/unzipped",
@@ -120,13 +103,8 @@ class UnZipLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="Some of SDXL's blocks belong to content alone, some to style. Off: none does.",
                 ),
-                io.Int.Input(
-                    "sample_every",
-                    default=100,
-                    min=0,
-                    max=100_000,
-                    optional=True,
-                    tooltip="Draw a rough sample of both together on the node every so many steps; 0 for never.",
+                inputs.sample_every(
+                    "Draw a rough sample of both together on the node every so many steps; 0 for never."
                 ),
             ],
             outputs=[

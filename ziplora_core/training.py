@@ -7,7 +7,7 @@ forward and one backward pass over the rows that fit into one batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -169,17 +169,21 @@ class TrainedLoRA:
     @torch.no_grad()
     def load(self, factors: Mapping[str, Factors]) -> None:
         """Go on from a LoRA. Raises ValueError where it has other layers or another rank."""
-        rank = next(iter(self.down.values())).shape[0]
-        ranks = {f.rank for f in factors.values()}
-        if set(factors) != set(self.down) or ranks != {rank}:
-            found = "/".join(map(str, sorted(ranks)))
-            raise ValueError(
-                f"has {len(factors)} layers of rank {found}; expected the {len(self.down)} layers that are trained "
-                f"here, of rank {rank}: choose the layers and the rank that it was trained with"
-            )
+        check_fits(factors, self.down, next(iter(self.down.values())).shape[0])
         for name, f in factors.items():
             self.up[name].copy_(f.up.float() * f.scale)
             self.down[name].copy_(f.down.float())
+
+
+def check_fits(factors: Mapping[str, Factors], layers: Collection[str], rank: int) -> None:
+    """Raises ValueError where a LoRA has other layers or another rank than are trained."""
+    ranks = {f.rank for f in factors.values()}
+    if set(factors) != set(layers) or ranks != {rank}:
+        found = "/".join(map(str, sorted(ranks)))
+        raise ValueError(
+            f"has {len(factors)} layers of rank {found}; expected the {len(layers)} layers that are trained "
+            f"here, of rank {rank}: choose the layers and the rank that it was trained with"
+        )
 
 
 class _Branch:

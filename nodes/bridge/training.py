@@ -378,7 +378,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
         fitted = fitting.fit_one(loras.load(task.go_on_from, 1.0), model.model)
         start, first = fitted.factors, steps_done(task.go_on_from)
         try:
-            training.TrainedLoRA(shapes, settings.rank, 0).load(start)
+            training.check_fits(start, shapes, settings.rank)
         except ValueError as error:
             raise ValueError(f"'{task.go_on_from}' {error}") from error
         if first >= settings.steps:
@@ -433,10 +433,13 @@ def _lines(task: Task, made: Prepared, shapes: dict, history: Sequence[training.
     if made.pictures.priors:
         source = "connected" if task.class_pictures else "drawn by the base model"
         lines.append(f"class pictures: {len(made.pictures.priors)} {source}, weight {settings.prior_weight:g}")
+    return [*lines, loss_line(history), f"time: {seconds:.1f} s"]
+
+
+def loss_line(history: Sequence[training.Step]) -> str:
     tenth = max(1, len(history) // 10)
-    at_first, at_last = (sum(s.loss for s in part) / tenth for part in (history[:tenth], history[-tenth:]))
-    lines += [f"loss: {at_first:.4f} over the first tenth, {at_last:.4f} over the last", f"time: {seconds:.1f} s"]
-    return lines
+    first, last = (sum(s.loss for s in part) / tenth for part in (history[:tenth], history[-tenth:]))
+    return f"loss: {first:.4f} over the first tenth, {last:.4f} over the last"
 
 
 def picture(model, denoiser: Denoiser, made: Prepared, trained: training.Trainable, seed: int) -> Image.Image | None:

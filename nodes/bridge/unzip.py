@@ -212,15 +212,13 @@ def _report(
         for n, on in (("prompts", task.prompts_apart), ("columns", task.columns_apart), ("blocks", task.blocks_apart))
         if on
     ]
-    tenth = max(1, len(history) // 10)
-    first, last = (sum(s.loss for s in part) / tenth for part in (history[:tenth], history[-tenth:]))
     coefficients: Coefficients = trained.coefficients()
     return [
         *(f"written: {file.name}" for file in files.values()),
         f"apart: {', '.join(apart) or 'nothing'}; {'; '.join(counts)}",
         f"rank {settings.rank}, {len(history)} steps at rate {settings.learning_rate:g}, mergers at "
         f"{settings.merger_rate:g}, lambda {settings.similarity_lambda:g}, seed {settings.seed}",
-        f"loss: {first:.4f} over the first tenth, {last:.4f} over the last; overlap {coefficients.overlap():.3f}",
+        f"{bridge.loss_line(history)}; overlap {coefficients.overlap():.3f}",
         f"time: {seconds:.1f} s",
         planned.line(),
     ]

@@ -1,0 +1,34 @@
+"""Inputs that several nodes have, each with its own words."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+
+def seed(tooltip: str) -> io.Int.Input:
+    """As the host's own seeds, but fixed from run to run."""
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False, tooltip=tooltip)
+
+
+def batch_size(tooltip: str) -> io.Int.Input:
+    return io.Int.Input("batch_size", default=1, min=1, max=64, tooltip=tooltip)
+
+
+def rank(default: int, tooltip: str) -> io.Int.Input:
+    return io.Int.Input("rank", default=default, min=1, max=1024, tooltip=tooltip)
+
+
+def resolution() -> io.Int.Input:
+    """Of the pictures that a node trains on."""
+    return io.Int.Input(
+        "resolution",
+        default=1024,
+        min=64,
+        max=4096,
+        step=8,
+        tooltip="Side of a square bucket in pixels: what the model draws best, 1024 for SDXL.",
+    )
+
+
+def sample_every(tooltip: str) -> io.Int.Input:
+    return io.Int.Input("sample_every", default=100, min=0, max=100_000, optional=True, tooltip=tooltip)
