@@ -44,6 +44,10 @@ TOOLS = (
     "playwright",
     "diffusers",  # with peft: that what we export is read as written
     "peft",
+    "hypothesis",
+    "aiohttp",  # of the batch command, as ComfyUI itself
+    "tqdm",
+    "ray",  # the documented fleet
 )
 
 
