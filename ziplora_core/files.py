@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _MAX_HEADER = 100 * 1024 * 1024  # the format's own limit
+_MAX_VALUES = 500_000  # in a header: a hundred times what a LoRA has, and still parsed within a second
 _LORA_NAME = re.compile(
     r"lora|lycoris|hada_|lokr_|oft_|dora_scale|\.[ab][12]\.weight$|\.diff(_b)?$|\.set_weight$|\.[wb]_norm$",
     re.IGNORECASE,
@@ -27,6 +28,12 @@ _LORA_NAME = re.compile(
 
 class LoRAFileError(ValueError):
     """A LoRA file that cannot be used. The message names the file, what was found and what to do."""
+
+
+def shown(text: str, most: int = 160) -> str:
+    """A name or a text out of a file, fit for a sentence: printable, and not long."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _header(path: Path) -> dict[str, dict[str, object]]:
@@ -40,9 +47,14 @@ def _header(path: Path) -> dict[str, dict[str, object]]:
                 f"'{path.name}' is not a safetensors file, or it is cut off ({size:,} bytes); "
                 "choose a .safetensors LoRA or download it again"
             )
+        text = file.read(length)
+        if text.count(b",") + text.count(b":") > _MAX_VALUES:
+            raise LoRAFileError(
+                f"'{path.name}' is no LoRA: its header of {length:,} bytes lists too much; choose another"
+            )
         try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
+            header = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise LoRAFileError(
                 f"'{path.name}' is not a safetensors file (its header is not JSON); choose a .safetensors LoRA"
             ) from error
@@ -50,9 +62,12 @@ def _header(path: Path) -> dict[str, dict[str, object]]:
         raise LoRAFileError(f"'{path.name}' is not a safetensors file (its header is no table of tensors)")
     tensors = {k: v for k, v in header.items() if k != "__metadata__"}
     try:
-        expected = 8 + length + max((int(v["data_offsets"][1]) for v in tensors.values()), default=0)
+        ends = [v["data_offsets"][1] for v in tensors.values()]
+        if not all(isinstance(end, int) and 0 <= end < 2**63 for end in ends):
+            raise ValueError("offsets are no places in a file")
     except (TypeError, KeyError, IndexError, ValueError) as error:
         raise LoRAFileError(f"'{path.name}' has a broken safetensors header; download it again") from error
+    expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise LoRAFileError(f"'{path.name}' is cut off: {size:,} bytes found, {expected:,} expected; download it again")
     return tensors
@@ -76,9 +91,10 @@ def check_lora_file(path: str | os.PathLike[str]) -> None:
         raise LoRAFileError(f"'{path.name}' is missing; put it into the loras folder or choose another file")
     names = _header(path)
     if not any(_LORA_NAME.search(name) for name in names):
+        examples = ", ".join(map(shown, sorted(names)[:2])) or "it is empty"
         raise LoRAFileError(
             f"'{path.name}' holds no LoRA: none of its {len(names)} tensors has a LoRA name "
-            f"({', '.join(sorted(names)[:2]) or 'it is empty'}); choose a LoRA file, not a checkpoint or embedding"
+            f"({examples}); choose a LoRA file, not a checkpoint or embedding"
         )
 
 
@@ -91,10 +107,58 @@ def all_finite(tensor: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
+_NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_TOGETHER = (  # endings of matrices that a layer has all or none of
+    (".lora_up.weight", ".lora_down.weight"),
+    (".lora_B.weight", ".lora_A.weight"),
+    (".lora_B.default.weight", ".lora_A.default.weight"),
+    (".lora_B", ".lora_A"),
+    (".lora.up.weight", ".lora.down.weight"),
+    ("_lora.up.weight", "_lora.down.weight"),
+    (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
+    (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
+    (".hada_t1", ".hada_t2"),
+    (".lokr_w1_a", ".lokr_w1_b"),
+    (".lokr_w2_a", ".lokr_w2_b"),
+    (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
+)
+
+
+def check_tensors(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what is no LoRA of any model. name: the file's, or the socket's that the tensors came by.
+
+    Raises LoRAFileError, naming the tensor: for NaN or Inf, a kind of number that has no arithmetic, an alpha that is
+    not one number, and a matrix without the ones that it is multiplied with.
+    """
+    for key, tensor in tensors.items():
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in _NUMBERS):
+            raise LoRAFileError(
+                f"'{name}' holds {str(tensor.dtype).removeprefix('torch.')} (tensor '{shown(key)}'), which is not "
+                "supported; save it as fp32, fp16 or bf16"
+            )
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise LoRAFileError(
+                f"'{name}' holds NaN or infinite numbers (tensor '{shown(key)}'): its training diverged; "
+                "use another epoch or file"
+            )
+        if key.endswith(".alpha") and tensor.numel() != 1:
+            raise LoRAFileError(
+                f"'{name}' is broken: '{shown(key)}' has shape {tuple(tensor.shape)}, expected one number; "
+                "download it again"
+            )
+        for endings in _TOGETHER:
+            stem = next((key.removesuffix(ending) for ending in endings if key.endswith(ending)), None)
+            missing = [] if stem is None else [e for e in endings if f"{stem}{e}" not in tensors]
+            if missing:
+                raise LoRAFileError(
+                    f"'{name}' is broken: it has '{shown(key)}' without a '{missing[0]}' beside it; download it again"
+                )
+
+
 def read_lora_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """All tensors of a LoRA file on the CPU, in the file's dtypes.
 
-    Raises LoRAFileError as `check_lora_file` does, and for NaN or Inf, naming the tensor.
+    Raises LoRAFileError as `check_lora_file` and `check_tensors` do.
     """
     check_lora_file(path)
     path = Path(path)
@@ -104,13 +168,10 @@ def read_lora_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             for name in file.keys():  # safe_open is not a mapping
                 tensors[name] = file.get_tensor(name)
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise LoRAFileError(f"'{path.name}' cannot be read as safetensors ({error}); download it again") from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not all_finite(tensor):
-            raise LoRAFileError(
-                f"'{path.name}' holds NaN or infinite numbers (tensor '{name}'): its training diverged; "
-                "use another epoch or file"
-            )
+        raise LoRAFileError(
+            f"'{path.name}' cannot be read as safetensors ({shown(str(error))}); download it again"
+        ) from error
+    check_tensors(path.name, tensors)
     return tensors
 
 

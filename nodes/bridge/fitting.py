@@ -14,10 +14,11 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
-from ...ziplora_core.files import LoRAFileError
+from ...ziplora_core.files import LoRAFileError, all_finite, shown
 from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
 from . import keys
 from .loras import LoRASource, LoRASources
+from .shapes import SCALES, fits
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,27 @@ class Fitting:
     factors: dict[str, Factors] = field(default_factory=dict)
     riders: dict[str, Any] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # a note on tensors that fit no layer
+    absent: list[str] = field(default_factory=list)  # what a file changes and the model has not
     dense: dict[str, list[str]] = field(default_factory=dict)  # kind of update -> layers kept as ΔW itself
     eyes: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def add(self, target: str | tuple, patch: Any) -> None:
         """A patch of the host on a weight, or on a slice (axis, start, length) of a fused one."""
         key, place = (target, None) if isinstance(target, str) else (target[0], target[1])
-        weight = comfy.utils.get_attr(self.model, key)
-        if isinstance(patch, tuple) and weight.ndim < 2:
-            self.riders[key] = patch
+        weight = _parameter(self.model, key)
+        if weight is None:
+            self.absent.append(key)
             return
         part = weight if place is None else weight.narrow(*place)
+        if isinstance(patch, LoRAAdapter) and patch.weights[5] is not None:
+            raise LoRAFileError(
+                f"'{self.source.name}' changes the shape of layer '{key}'; a zipped pair cannot: use another file"
+            )
+        if not (_is_plain(patch) and part.ndim > 1) and not fits(patch, part.shape):
+            raise _other_model(self.source, key, _kind(patch), part.shape)
+        if part.ndim < 2:
+            self.riders[key] = patch
+            return
         if is_low_rank(patch):
             found = _reshaped(self.source, key, low_rank(self.source, key, patch), part.shape)
         else:
@@ -69,19 +80,17 @@ class Fitting:
         ΔW itself stands for `down`, with a unit matrix as `up`: columns scale as in any LoRA.
         """
         kind = _kind(patch)
-        if isinstance(patch, LoRAAdapter) and patch.weights[5] is not None:
-            raise LoRAFileError(
-                f"'{self.source.name}' changes the shape of layer '{key}'; a zipped pair cannot: use another file"
-            )
         before = _base_weight(self.model, key)
         before = (before if place is None else before.narrow(*place)).float().clone()
         try:
             after = comfy.lora.calculate_weight([(self.source.strength, patch, 1.0, None, None)], before.clone(), key)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise _other_model(self.source, key, kind, part.shape) from error
         delta = after - before if after.shape == before.shape else None
         if delta is None or (self.source.strength and not delta.any() and _all_used(patch)):
             raise _other_model(self.source, key, kind, part.shape)  # the host only logs that it does not fit
+        if not all_finite(delta):
+            raise _broken(self.source, key, "its update holds NaN or infinite numbers")
         dtype = part.dtype if part.dtype in (torch.float16, torch.bfloat16) else torch.float32
         self.dense.setdefault(kind, []).append(key)
         size = (delta.shape[0], dtype)
@@ -105,20 +114,36 @@ def is_low_rank(patch: Any) -> bool:
     return isinstance(patch, LoRAAdapter) and patch.weights[4] is None and patch.weights[5] is None
 
 
+def _is_plain(patch: Any) -> bool:
+    """Without a Tucker core too: nothing is computed to learn what it fits."""
+    return is_low_rank(patch) and patch.weights[3] is None
+
+
 def _kind(patch: Any) -> str:
     if isinstance(patch, tuple):
         return "weight differences"
-    scales = {"LoRAAdapter": 4, "LoHaAdapter": 7, "LoKrAdapter": 8}  # where an adapter keeps its DoRA scale
-    at = scales.get(type(patch).__name__)
+    at = SCALES.get(patch.name)
     if at is not None and patch.weights[at] is not None:
         return "DoRA"
-    return {"loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"}.get(patch.name, patch.name)
+    return _KINDS.get(patch.name, patch.name)
+
+
+_KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"}
 
 
 def _all_used(patch: Any) -> bool:
     """Whether no matrix of an update is all zeros, as one is that was never trained."""
     weights = patch[1] if isinstance(patch, tuple) else patch.weights
     return all(bool(w.any()) for w in weights if isinstance(w, Tensor))
+
+
+def _parameter(model, key: str) -> Tensor | None:
+    """A weight or bias of a model; None where it has none of this name, as a layer without bias."""
+    try:
+        found = comfy.utils.get_attr(model, key)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None
 
 
 def _base_weight(model, key: str) -> Tensor:
@@ -142,6 +167,10 @@ def _other_model(source: LoRASource, key: str, kind: str, shape: torch.Size) -> 
     )
 
 
+def _broken(source: LoRASource, key: str, why: str) -> LoRAFileError:
+    return LoRAFileError(f"'{source.name}' is broken at layer '{key}': {why}; download it again")
+
+
 def _guess(source: LoRASource) -> str:
     family = keys.looks_like(source.tensors)
     return f" (it looks like a LoRA for {family})" if family else ""
@@ -153,12 +182,15 @@ def low_rank(source: LoRASource, layer: str, adapter: LoRAAdapter) -> Factors:
     Tucker convolutions are written out. Raises LoRAFileError where the two matrices do not multiply.
     """
     up, down, alpha, mid, *_ = adapter.weights
+    if min(up.ndim, down.ndim) < 2 or not down.shape[0]:
+        raise _broken(source, layer, f"up {tuple(up.shape)} and down {tuple(down.shape)} are no two matrices")
+    up, down = (m if m.is_floating_point() else m.float() for m in (up, down))
     if mid is not None:  # down'[p, in, kernel] = Σ_q mid[p, q, kernel] · down[q, in]
         down = torch.einsum("pq...,qi->pi...", mid.float(), down.flatten(1).float())
     try:
         return Factors(up.flatten(1), down, source.strength * (1.0 if alpha is None else alpha / down.shape[0]))
     except ValueError as error:
-        raise LoRAFileError(f"'{source.name}' is broken at layer '{layer}': {error}; download it again") from error
+        raise _broken(source, layer, str(error)) from error
 
 
 def _reshaped(source: LoRASource, key: str, found: Factors, shape: torch.Size) -> Factors:
@@ -204,15 +236,16 @@ def fit_one(source: LoRASource, model) -> Fitting:
 def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[str]:
     unused = [k for k in source.tensors if not keys.is_text_encoder(k) and keys.layer_name(k) not in names]
     if not fitting.factors:
-        example = unused[0] if unused else next(iter(source.tensors), "no tensor at all")
+        example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))
         raise LoRAFileError(
             f"'{source.name}' has no layer that fits this model ({type(model).__name__}){_guess(source)}: "
             f"found e.g. '{example}'; "
             "choose a LoRA of the same model family"
         )
+    unused += fitting.absent
     if not unused:
         return []
-    return [f"{len(unused)} tensors of '{source.name}' fit no layer and are not used, e.g. '{unused[0]}'"]
+    return [f"{len(unused)} tensors of '{source.name}' fit no layer and are not used, e.g. '{shown(unused[0])}'"]
 
 
 _fitted: weakref.WeakKeyDictionary[LoRASources, tuple[weakref.ref, FittedPair]] = weakref.WeakKeyDictionary()

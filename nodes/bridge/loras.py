@@ -11,7 +11,7 @@ import folder_paths
 from torch import Tensor
 
 from ...ziplora_core.coefficients import Coefficients
-from ...ziplora_core.files import LoRAFileError, read_lora_file
+from ...ziplora_core.files import LoRAFileError, check_tensors, read_lora_file, shown
 
 if TYPE_CHECKING:
     from .fitting import FittedPair
@@ -70,7 +70,7 @@ def lora_path(name: str) -> str:
     """Full path of a file in the host's loras folders. Raises LoRAFileError where there is none."""
     path = folder_paths.get_full_path("loras", name)
     if path is None:
-        raise LoRAFileError(f"'{name}' is missing; put it into the loras folder or choose another file")
+        raise LoRAFileError(f"'{shown(name)}' is missing; put it into the loras folder or choose another file")
     return path
 
 
@@ -112,6 +112,7 @@ def pair(content: dict, style: dict, content_strength: float, style_strength: fl
         name = f"{concept}_lora"
         if not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
             raise LoRAFileError(f"{name} holds no LoRA; connect Train Concept LoRA, or a node like it")
+        check_tensors(name, tensors)
         sources.append(LoRASource(name, dict(tensors), strength))
     return LoRASources(*sources)
 

@@ -19,7 +19,8 @@ def good(path):
 
 def test_reads_what_was_written(tmp_path):
     path = tmp_path / "ok.safetensors"
-    tensors = {"lora_unet_x.lora_up.weight": torch.randn(2, 1).bfloat16(), "a.alpha": torch.tensor(4.0)}
+    tensors = {f"lora_unet_x.lora_{half}.weight": torch.randn(2, 2).bfloat16() for half in ("up", "down")}
+    tensors["a.alpha"] = torch.tensor(4.0)
     save_file(tensors, path)
     read = read_lora_file(path)
     assert read.keys() == tensors.keys() and all(torch.equal(read[k], tensors[k]) for k in tensors)
@@ -50,6 +51,32 @@ def infinite(path):
     save_file({"a.lora_up.weight": torch.tensor([[float("inf")]], dtype=torch.float16)}, path)
 
 
+def complex_numbers(path):
+    save_file({"a.lora_up.weight": torch.ones(2, 1, dtype=torch.complex64)}, path)
+
+
+def half_a_layer(path):
+    save_file({"a.lora_up.weight": torch.ones(2, 1)}, path)
+
+
+def two_alphas(path):
+    save_file({"lora_a.alpha": torch.ones(2)}, path)
+
+
+def deep(path):
+    path.write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000)
+
+
+def endless(path):
+    header = b'{"a":[' + b"0," * 600_000 + b"0]}"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def offset_without_end(path):
+    header = b'{"lora_up":{"dtype":"F32","shape":[1],"data_offsets":[0,1e999]}}'
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -66,6 +93,12 @@ def infinite(path):
         (lambda path: save_file({}, path), "holds no LoRA"),
         (nan, "NaN"),
         (infinite, "NaN or infinite"),
+        (complex_numbers, "holds complex64"),
+        (half_a_layer, "without a '.lora_down.weight' beside it"),
+        (two_alphas, "shape .2,., expected one number"),
+        (deep, "not JSON"),
+        (endless, "lists too much"),
+        (offset_without_end, "broken"),
     ],
 )
 def test_refuses(tmp_path, spoil, says):

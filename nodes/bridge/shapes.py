@@ -1,0 +1,76 @@
+"""Whether a host's update has the size of a weight, told from shapes alone.
+
+Nothing is computed: small matrices that do not belong to a layer can make something huge.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCALES = {"lora": 4, "loha": 7, "lokr": 8, "glora": 5, "oft": 3, "boft": 3}  # where an adapter keeps its DoRA scale
+
+
+def fits(patch: Any, shape: torch.Size) -> bool:
+    """Whether the host can add an update, as its loader reads one from a file, to a weight of this shape."""
+    if isinstance(patch, tuple):
+        return bool(patch[1][0].shape == shape)
+    scale = patch.weights[SCALES[patch.name]] if patch.name in SCALES else None
+    if len(shape) < 2 or (scale is not None and scale.numel() not in shape[:2]):
+        return False
+    makes = _MAKES.get(patch.name)
+    return makes is None or makes(patch.weights, shape)
+
+
+def _elements(left: Tensor | None, right: Tensor | None, core: Tensor | None = None, turned: bool = False) -> int:
+    """Of left (out, r) · right (r, in, *kernel), or with a Tucker core (r, q, *kernel) between; 0 for no product.
+
+    turned: with a core, left is (r, out), as LyCORIS keeps it.
+    """
+    if left is None or right is None or min(left.ndim, right.ndim) < 2:
+        return 0
+    rows, rank = left.shape[0], math.prod(left.shape[1:])
+    if core is None:
+        return rows * math.prod(right.shape[1:]) if rank == right.shape[0] else 0
+    if turned:
+        rows, rank = rank, rows
+    if core.ndim < 2 or core.shape[:2] != (rank, right.shape[0]):
+        return 0
+    return rows * math.prod(right.shape[1:]) * math.prod(core.shape[2:])
+
+
+def _lora(parts: tuple, shape: torch.Size) -> bool:
+    return _elements(parts[0], parts[1], parts[3]) == shape.numel()
+
+
+def _loha(parts: tuple, shape: torch.Size) -> bool:
+    a, b, _, c, d, first, second, _ = parts
+    return _elements(a, b, first, True) == _elements(c, d, second, True) == shape.numel()
+
+
+def _lokr(parts: tuple, shape: torch.Size) -> bool:
+    one, two, _, a, b, c, d, core, _ = parts
+    left = _elements(a, b) if one is None else one.numel()
+    right = _elements(c, d, core, True) if two is None else two.numel()
+    return left * right == shape.numel()
+
+
+def _glora(parts: tuple, shape: torch.Size) -> bool:
+    a1, a2, b1, b2, *_ = parts
+    return any(  # two generations of files, which differ in the order
+        _elements(a, b) in (shape[1] ** 2, math.prod(shape[1:]) ** 2) and _elements(c, d) == shape.numel()
+        for a, b, c, d in ((a1, a2, b1, b2), (a2, a1, b2, b1))
+    )
+
+
+def _blocks(parts: tuple, shape: torch.Size) -> bool:
+    """OFT (n, b, b) and BOFT (m, n, b, b): n · b rows, and a factor for each row at most."""
+    blocks, rescale, *_ = parts
+    *_, number, side, other = blocks.shape
+    return side == other and number * side == shape[0] and (rescale is None or rescale.numel() == shape[0])
+
+
+_MAKES = {"lora": _lora, "loha": _loha, "lokr": _lokr, "glora": _glora, "oft": _blocks, "boft": _blocks}
