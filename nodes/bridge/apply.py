@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import comfy.lora
 import torch
 from comfy.weight_adapter import LoRAAdapter
@@ -13,16 +15,26 @@ from .loras import LoRASource, ZippedLoRA
 
 
 class ZippedAdapter(LoRAAdapter):
-    """One layer of a zipped pair as the host's LoRA of rank r_c + r_s, made whenever the host reads it and not kept."""
+    """One layer of a zipped pair as the host's LoRA of rank r_c + r_s, made whenever the host reads it and not kept.
 
-    def __init__(self, layer: LayerPair, content: Tensor | None, style: Tensor | None):
-        self.loaded_keys = set()
-        self._merge = layer, content, style
+    weights: a function that makes them; or they themselves, as the host copies an adapter that it moves to a device.
+    """
+
+    def __init__(self, loaded_keys: set[str], weights: Callable[[], tuple] | tuple):
+        self.loaded_keys = loaded_keys
+        self._weights = weights
 
     @property
     def weights(self) -> tuple:
-        with torch.no_grad():
-            return (*merged_factors(*self._merge), None, None, None, None)
+        return self._weights() if callable(self._weights) else self._weights
+
+
+def _adapter(layer: LayerPair, content: Tensor | None, style: Tensor | None) -> ZippedAdapter:
+    @torch.no_grad()
+    def merged() -> tuple:
+        return (*merged_factors(layer, content, style), None, None, None, None)
+
+    return ZippedAdapter(set(), merged)
 
 
 def _patch(patcher, patches: dict, strength: float, names: str):
@@ -53,7 +65,7 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     names = f"'{zipped.sources.content.name}' + '{zipped.sources.style.name}'"
     model = model.clone()
     patches = {
-        name: ZippedAdapter(layer, zipped.coefficients.content.get(name), zipped.coefficients.style.get(name))
+        name: _adapter(layer, zipped.coefficients.content.get(name), zipped.coefficients.style.get(name))
         for name, layer in zipped.fitted.pair.layers.items()
     }
     _patch(model, patches, strength, names)

@@ -42,6 +42,21 @@ _NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm, comfy.ops.disable_weight_init.
 
 
 @contextlib.contextmanager
+def with_gradient() -> Iterator[None]:
+    """Passes whose operations all have a gradient: newer hosts leave their fused kernels, which have none, out of
+    training. Older hosts have neither."""
+    before = getattr(comfy.model_management, "in_training", None)
+    if before is None:
+        yield
+        return
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
+
+
+@contextlib.contextmanager
 def cast(module: torch.nn.Module, like: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     """The module's weight and bias as the host would use them for `like`; valid inside the block only."""
     if module.weight is None:
@@ -50,15 +65,25 @@ def cast(module: torch.nn.Module, like: Tensor) -> Iterator[tuple[Tensor | None,
         weight, bias, stream = comfy.ops.cast_bias_weight(
             module, dtype=like.dtype, bias_dtype=like.dtype, device=like.device, offloadable=True
         )
-        if isinstance(weight, _QUANTIZED):
-            weight = weight.dequantize()
-        scale = getattr(module, "scale_weight", None)
         try:
-            yield weight if scale is None else weight * scale.to(weight), bias
+            yield _whole(module, weight), bias
         finally:
             comfy.ops.uncast_bias_weight(module, weight, bias, stream)
     else:
         yield module.weight.to(like), None if module.bias is None else module.bias.to(like)
+
+
+def _whole(module: torch.nn.Module, weight: Tensor) -> Tensor:
+    """What a layer multiplies its input with: dequantised, with the scales that its forward uses apart from it."""
+    weight = dequantised(weight)
+    scale, smoothing = (getattr(module, name, None) for name in ("scale_weight", "pre_quant_scale"))
+    weight = weight if scale is None else weight * scale.to(weight)
+    return weight if smoothing is None else weight * smoothing.to(weight)  # of each column of the input
+
+
+def dequantised(weight: Tensor) -> Tensor:
+    """The numbers that a weight stands for, in ordinary floats where the host quantises it."""
+    return weight.dequantize() if isinstance(weight, _QUANTIZED) else weight
 
 
 def _is_cast(module: comfy.ops.CastWeightBiasOp) -> bool:

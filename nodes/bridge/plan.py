@@ -26,7 +26,7 @@ from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
 from ...ziplora_core.solver import Batch, References, Settings
 from ...ziplora_core.training import TrainedLoRA
 from . import predictor
-from .frozen import Injection, blocks
+from .frozen import Injection, blocks, with_gradient
 
 _GB = 1e9
 _VECTORS = 8  # float32 vectors of all coefficients: the start, the step, its gradient, Adam's two, the mean, two more
@@ -153,6 +153,16 @@ class _Predictor(predictor.HostPredictor):
             return predictor.attention_with_gradient(*args, **kwargs)
 
 
+def _fill(empty: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Parameters of a model in its copy without memory, where the host makes them only as it loads a file: of
+    quantised layers, and of all linear ones where it pages weights."""
+    for path, module in model.named_modules():
+        twin = empty.get_submodule(path)
+        for name, parameter in module.named_parameters(recurse=False):
+            if getattr(twin, name, None) is None:
+                setattr(twin, name, torch.nn.Parameter(_meta(parameter), requires_grad=False))
+
+
 class Stage:
     """A network without memory with a pair on it, for passes that compute nothing. model: ModelPatcher, unchanged."""
 
@@ -161,7 +171,10 @@ class Stage:
             self.base = model.model.model_config.get_model({}, device="meta").to("meta")
             if self.base.get_dtype() != model.model.get_dtype():
                 self.base.to(model.model.get_dtype())
-            self.base.current_patcher = SimpleNamespace(apply_hooks=lambda hooks: {}, prepare_state=lambda *_: None)
+            _fill(self.base, model.model)
+            self.base.current_patcher = SimpleNamespace(
+                apply_hooks=lambda hooks: {}, prepare_state=lambda sigma: None, is_dynamic=lambda: False
+            )
             self.patcher = SimpleNamespace(model=self.base, load_device=torch.device("meta"))
             self._latents = {c: _meta(samples[:1]).float() for c, samples in latents.items()}
             guider = SimpleNamespace(
@@ -178,7 +191,7 @@ class Stage:
         self.injection.recomputed = recomputed
         self.injection.inject(self.patcher)
         try:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), with_gradient():
                 yield
         finally:
             self.injection.eject(self.patcher)
@@ -351,7 +364,10 @@ def carry_out(plan: Plan, attempt: Callable[[Plan], None], what: str = "zip", le
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """The host's own exception for it, or a device's that has none of its own."""
+    """The host's own exception for it, or a device's that has none of its own. Newer hosts know more of them."""
+    known = getattr(management, "is_oom", None)
+    if known is not None and known(error):
+        return True
     if management.OOM_EXCEPTION is not Exception and isinstance(error, management.OOM_EXCEPTION):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ("out of memory", "can't allocate"))

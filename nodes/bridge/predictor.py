@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import uuid
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import Tensor
 from ...ziplora_core.branch import Branch, JoinedPair
 from ...ziplora_core.pair import LoRAPair
 from ...ziplora_core.solver import Batch, References
-from .frozen import Injection
+from .frozen import Injection, with_gradient
 
 _HALF_PRECISION_LOSS_SCALE = 1024.0  # fp16 cannot hold gradients of a mean over 65,536 outputs
 _UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks")
@@ -50,6 +51,12 @@ def check_latents(name: str, latents: Tensor, model) -> None:
 def compute_dtype(model) -> torch.dtype:
     """The dtype in which the host runs this BaseModel's network."""
     return model.manual_cast_dtype or model.get_dtype()
+
+
+def prepare_state(patcher, sigma: Tensor, model_options: dict) -> None:
+    """The host's own call before each pass; newer hosts hand the model's options on to its callbacks."""
+    newer = "model_options" in inspect.signature(patcher.prepare_state).parameters
+    patcher.prepare_state(sigma, model_options) if newer else patcher.prepare_state(sigma)
 
 
 def attention_with_gradient(_, *args, **kwargs) -> Tensor:
@@ -118,7 +125,7 @@ class Network:
         """The host's x0 of noisy latents x (rows, C, *space) at sigma (rows,), with a branch added to the layers."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._injection.branch = branch
-        self._model.current_patcher.prepare_state(sigma)
+        prepare_state(self._model.current_patcher, sigma, self._model_options)
         conditioning["transformer_options"] = self._transformer_options(sigma, len(x))
         wrapper = self._model_options.get("model_function_wrapper")
         if wrapper is None:
@@ -203,7 +210,7 @@ def with_network(
     patcher.set_injections("ziplora", [injection.as_patcher_injection()])
 
     def prepared(guider, model_options: dict) -> None:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), with_gradient():
             work(guider, patcher, model_options)
 
     try:

@@ -26,8 +26,12 @@ class Family:
 
     def model(self, dtype: torch.dtype = torch.float32):
         import comfy.supported_models
+        from comfy.ldm.flux.model import FluxParams
 
-        config = getattr(comfy.supported_models, self.config)(dict(self.unet))
+        unet = dict(self.unet)
+        if self.config == "Flux" and "txt_ids_dims" in FluxParams.__dataclass_fields__:
+            unet["txt_ids_dims"] = []  # as newer hosts find it in Flux 1
+        config = getattr(comfy.supported_models, self.config)(unet)
         config.set_inference_dtype(dtype, None)
         return config.get_model({}, device="cpu")
 
