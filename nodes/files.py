@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.export import DTYPES
-from .bridge import export, saved
+from .bridge import export, provenance, saved
 from .sockets import LoRAModelSocket, ZippedLoRASocket
 
 
@@ -28,13 +28,15 @@ class SaveZippedLoRA(io.ComfyNode):
                     tooltip="Name of the file in output/ziplora, which is numbered. May have folders in front.",
                 ),
             ],
+            hidden=[io.Hidden.prompt],
             outputs=[io.String.Output(display_name="file", tooltip="The file's name, as Load Zipped LoRA lists it.")],
         )
 
     @classmethod
     def execute(cls, zipped_lora, filename_prefix: str) -> io.NodeOutput:
-        name = saved.save(zipped_lora, filename_prefix)
-        return io.NodeOutput(name, ui={"text": (name,)})
+        name = saved.save(zipped_lora, filename_prefix, provenance.workflow(cls.hidden))
+        file = provenance.written(f"{saved.FOLDER}/{name}")
+        return io.NodeOutput(name, ui={"text": (name,), "files": (file,)})
 
 
 class LoadZippedLoRA(io.ComfyNode):
@@ -114,6 +116,7 @@ class ExportMergedLoRA(io.ComfyNode):
                     tooltip="kohya: for ComfyUI, Forge, A1111 and most others. diffusers: peft's names, for diffusers.",
                 ),
             ],
+            hidden=[io.Hidden.prompt],
             outputs=[
                 LoRAModelSocket.Output(display_name="lora", tooltip="The same LoRA, for Load LoRA Model."),
                 io.String.Output(
@@ -127,5 +130,6 @@ class ExportMergedLoRA(io.ComfyNode):
         for name, value, known in (("dtype", dtype, DTYPES), ("format", format, export.FORMATS)):
             if value not in known:
                 raise ValueError(f"{name} is '{value}'; expected one of: {', '.join(known)}")
-        tensors, report = export.export_file(zipped_lora, filename_prefix, rank, dtype, format)
-        return io.NodeOutput(tensors, report, ui={"text": (report,)})
+        made_by = {**provenance.workflow(cls.hidden), **provenance.pair(zipped_lora.sources)}
+        tensors, report, name = export.export_file(zipped_lora, filename_prefix, rank, dtype, format, made_by)
+        return io.NodeOutput(tensors, report, ui={"text": (report,), "files": (provenance.written(name),)})

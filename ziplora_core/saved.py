@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .coefficients import Coefficients
-from .files import LoRAFileError, check_safetensors, write_tensors
+from .files import LoRAFileError, check_safetensors, shown, write_tensors
 from .pair import LoRAPair
 
 FORMAT = "ziplora 1"
@@ -29,6 +30,12 @@ class SavedLoRA:
     sha256: str
     size: int
     strength: float
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError for what a file does not say so."""
+        texts = isinstance(self.name, str) and isinstance(self.sha256, str)
+        if not (texts and isinstance(self.size, int) and math.isfinite(self.strength)):
+            raise ValueError("expected a name, a hash, a size and a strength")
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,27 @@ class SavedZip:
     report: str = ""
     format: str = FORMAT
 
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError for what a file does not say so."""
+        texts = isinstance(self.method, str) and isinstance(self.report, str)
+        tables = isinstance(self.settings, Mapping) and isinstance(self.versions, Mapping)
+        if not (texts and tables and all(map(math.isfinite, self.dials))):
+            raise ValueError("expected dials, a method, settings, versions and a report")
 
-def write(path: str | os.PathLike[str], coefficients: Coefficients, about: SavedZip) -> None:
-    """Write a file atomically: float32 vectors `content.<layer>` and `style.<layer>`. Raises OSError."""
+
+def write(
+    path: str | os.PathLike[str],
+    coefficients: Coefficients,
+    about: SavedZip,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a file atomically: float32 vectors `content.<layer>` and `style.<layer>`. metadata: more of it.
+
+    Raises OSError.
+    """
     sides = {"content": coefficients.content, "style": coefficients.style}
     tensors = {f"{concept}.{name}": m.float() for concept, side in sides.items() for name, m in side.items()}
-    write_tensors(path, tensors, {_KEY: json.dumps(asdict(about))})
+    write_tensors(path, tensors, {**(metadata or {}), _KEY: json.dumps(asdict(about))})
 
 
 def read_about(path: str | os.PathLike[str]) -> SavedZip:
@@ -73,7 +95,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Coefficients, SavedZip]:
             m = file.get_tensor(key)
             if concept not in sides or m.ndim != 1 or m.dtype != torch.float32 or not bool(torch.isfinite(m).all()):
                 raise LoRAFileError(
-                    f"'{path.name}' holds no usable coefficients at '{key}'; zip the pair again and save it anew"
+                    f"'{path.name}' holds no usable coefficients at '{shown(key)}'; zip the pair again and save it anew"
                 )
             sides[concept][name] = m
     return Coefficients(sides["content"], sides["style"]), about
@@ -86,7 +108,9 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             yield file
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise LoRAFileError(f"'{path.name}' cannot be read ({error}); zip the pair again and save it anew") from error
+        raise LoRAFileError(
+            f"'{path.name}' cannot be read ({shown(str(error))}); zip the pair again and save it anew"
+        ) from error
 
 
 def _about(path: Path, metadata: Mapping[str, str]) -> SavedZip:
@@ -96,12 +120,12 @@ def _about(path: Path, metadata: Mapping[str, str]) -> SavedZip:
         found = json.loads(metadata[_KEY])
         if found["format"] != FORMAT:
             raise LoRAFileError(
-                f"'{path.name}' has format '{found['format']}', this version reads '{FORMAT}'; update the pack"
+                f"'{path.name}' has format '{shown(str(found['format']))}', this version reads '{FORMAT}'; update the pack"
             )
         content, style = (SavedLoRA(**found.pop(c)) for c in ("content", "style"))
         dials = found.pop("dials")
         return SavedZip(content, style, (float(dials[0]), float(dials[1])), **found)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, LoRAFileError):
             raise
         raise LoRAFileError(f"'{path.name}' has broken metadata; zip the pair again and save it anew") from error
@@ -116,6 +140,6 @@ def check_fits(name: str, coefficients: Coefficients, pair: LoRAPair) -> None:
             here, there = (side[layer].numel() if layer in side else 0 for side in (found, wanted))
             if here != there:
                 raise LoRAFileError(
-                    f"'{name}' was zipped for another model: it has {here} {concept} coefficients for layer '{layer}', "
+                    f"'{name}' was zipped for another model: it has {here} {concept} coefficients for layer '{shown(layer)}', "
                     f"the LoRA has {there} columns there on this model; connect the model that it was zipped on"
                 )

@@ -183,11 +183,11 @@ def _metadata(zipped: loras.ZippedLoRA, layers, report: list[str]) -> dict[str, 
 
 
 def export_file(
-    zipped: loras.ZippedLoRA, prefix: str, rank: int, dtype: str, form: str
-) -> tuple[dict[str, Tensor], str]:
-    """Write the file below the output folder; (LORA_MODEL, report)."""
+    zipped: loras.ZippedLoRA, prefix: str, rank: int, dtype: str, form: str, made_by: dict[str, str] | None = None
+) -> tuple[dict[str, Tensor], str, str]:
+    """Write the file below the output folder; (LORA_MODEL, report, the file's name). made_by: more metadata."""
     exported = export_tensors(zipped, rank, dtype, form)
     path = paths.next_path(prefix, folder_paths.get_output_directory(), ".safetensors")
-    write_tensors(path, exported.tensors, exported.metadata)
+    write_tensors(path, exported.tensors, {**exported.metadata, **(made_by or {})})
     name = os.path.relpath(path, folder_paths.get_output_directory())
-    return exported.lora_model, "  \n".join([f"written: {name}", *exported.report])
+    return exported.lora_model, "  \n".join([f"written: {name}", *exported.report]), name

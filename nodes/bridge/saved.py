@@ -10,7 +10,7 @@ import folder_paths
 import torch
 
 from ...ziplora_core import __version__, direct, saved
-from ...ziplora_core.files import LoRAFileError, sha256
+from ...ziplora_core.files import LoRAFileError, sha256, shown
 from . import fitting, loras, paths
 
 FOLDER = "ziplora"
@@ -33,7 +33,8 @@ def file_hash(version: tuple[str, int, int]) -> str:
     return _hashes[version]
 
 
-def _bound(source: loras.LoRASource) -> saved.SavedLoRA:
+def bound(source: loras.LoRASource) -> saved.SavedLoRA:
+    """A LoRA file by name and hash. Raises LoRAFileError where it has changed since it was read."""
     if source.version is None:
         raise LoRAFileError(
             f"{source.name} comes from another node, not from a file that the coefficients could be bound to; load its "
@@ -44,23 +45,30 @@ def _bound(source: loras.LoRASource) -> saved.SavedLoRA:
     return saved.SavedLoRA(source.name, file_hash(source.version), source.version[1], source.strength)
 
 
-def save(zipped: loras.ZippedLoRA, prefix: str) -> str:
+def versions() -> dict[str, str]:
+    """Of what a result may depend on."""
+    return {"ziplora": __version__, "comfyui": comfyui_version.__version__, "torch": torch.__version__}
+
+
+def save(zipped: loras.ZippedLoRA, prefix: str, made_by: dict[str, str] | None = None) -> str:
     """Write the coefficients below output/ziplora; returns the file's name as Load Zipped LoRA lists it.
+
+    made_by: more metadata.
 
     Raises LoRAFileError where a LoRA file has changed since it was read, OSError where nothing can be written.
     """
     about = saved.SavedZip(
-        content=_bound(zipped.sources.content),
-        style=_bound(zipped.sources.style),
+        content=bound(zipped.sources.content),
+        style=bound(zipped.sources.style),
         dials=(zipped.content_strength, zipped.style_strength),
         method=zipped.method,
         settings=zipped.settings,
-        versions={"ziplora": __version__, "comfyui": comfyui_version.__version__, "torch": torch.__version__},
+        versions=versions(),
         report=zipped.report,
     )
     folder = os.path.join(folder_paths.get_output_directory(), FOLDER)
     path = paths.next_path(prefix, folder, ".safetensors")
-    saved.write(path, zipped.coefficients, about)
+    saved.write(path, zipped.coefficients, about, made_by)
     return os.path.relpath(path, folder)
 
 
@@ -78,7 +86,7 @@ def _find(wanted: saved.SavedLoRA, of: str) -> str:
         changed |= name == wanted.name
     what = "has changed since" if changed else "is missing: it is in no loras folder under any name"
     raise LoRAFileError(
-        f"'{of}' was zipped from '{wanted.name}' (SHA-256 {wanted.sha256[:12]}…), which {what}; "
+        f"'{of}' was zipped from '{shown(wanted.name)}' (SHA-256 {shown(wanted.sha256, 12)}), which {what}; "
         + ("restore the file" if changed else "put it back")
         + ", or zip the pair again"
     )
@@ -88,7 +96,7 @@ def zipped_path(name: str) -> str:
     """Raises LoRAFileError where there is no such file."""
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
-        raise LoRAFileError(f"'{name}' is missing; put it into the {FOLDER} folder or choose another file")
+        raise LoRAFileError(f"'{shown(name)}' is missing; put it into the {FOLDER} folder or choose another file")
     return path
 
 

@@ -148,7 +148,7 @@ def test_update_and_export_are_the_stock_loaders(pack, tmp_path, monkeypatch, ki
     zipped = loras.ZippedLoRA(sources, fitted, ones)
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 1.0)[0])
     assert largest_difference(ours, theirs) < 1e-4
-    _, report = pack.nodes.bridge.export.export_file(zipped, "mine", 0, "fp32", "kohya")
+    _, report, _ = pack.nodes.bridge.export.export_file(zipped, "mine", 0, "fp32", "kohya")
     exported = load_file(tmp_path / report.splitlines()[0].split("written: ")[1].strip())
     assert largest_difference(weights(stock(patcher, exported)), ours) < 1e-4
 

@@ -51,7 +51,7 @@ def written(folder, report):
 
 def test_exact_export_in_the_stock_loader_is_the_zipped_pair(pack, zipped, output):
     patcher, pair = zipped
-    tensors, report = pack.nodes.bridge.export.export_file(pair, "loras/mine", 0, "fp32", "kohya")
+    tensors, report, _ = pack.nodes.bridge.export.export_file(pair, "loras/mine", 0, "fp32", "kohya")
     file = load_file(written(output, report))
     assert file.keys() == tensors.keys() and all(torch.equal(file[k], tensors[k]) for k in file)
     ours, _ = pack.nodes.bridge.apply.apply(patcher, None, pair, 0.8)
@@ -65,7 +65,7 @@ def test_exact_export_in_the_stock_loader_is_the_zipped_pair(pack, zipped, outpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
 def test_half_precision_is_as_near_as_it_can_be(pack, zipped, output, dtype, tolerance):
     patcher, pair = zipped
-    tensors, _ = pack.nodes.bridge.export.export_file(pair, "mine", 0, dtype, "kohya")
+    tensors, *_ = pack.nodes.bridge.export.export_file(pair, "mine", 0, dtype, "kohya")
     kinds = {t.dtype for k, t in tensors.items() if not k.endswith(".alpha")}
     assert kinds == {pack.ziplora_core.export.DTYPES[dtype]}
     ours, _ = pack.nodes.bridge.apply.apply(patcher, None, pair, 1.0)
@@ -77,7 +77,7 @@ def test_half_precision_is_as_near_as_it_can_be(pack, zipped, output, dtype, tol
 
 def test_smaller_rank_says_what_is_kept(pack, zipped, output):
     patcher, pair = zipped
-    tensors, report = pack.nodes.bridge.export.export_file(pair, "mine", 6, "fp32", "kohya")
+    tensors, report, _ = pack.nodes.bridge.export.export_file(pair, "mine", 6, "fp32", "kohya")
     assert max(t.shape[0] for k, t in tensors.items() if "lora_down" in k) == 6
     assert "cut to rank 6" in report and "of the energy is kept on the mean" in report
     ours, _ = pack.nodes.bridge.apply.apply(patcher, None, pair, 1.0)
@@ -92,7 +92,7 @@ def test_smaller_rank_says_what_is_kept(pack, zipped, output):
 
 def test_metadata_says_what_it_is(pack, zipped, output):
     _, pair = zipped
-    _, report = pack.nodes.bridge.export.export_file(pair, "mine", 0, "fp16", "kohya")
+    _, report, _ = pack.nodes.bridge.export.export_file(pair, "mine", 0, "fp16", "kohya")
     with safe_open(str(written(output, report)), framework="pt") as file:
         metadata = file.metadata()
     assert metadata["ss_network_module"] == "networks.lora" and metadata["ss_network_dim"] == "12"
@@ -119,7 +119,7 @@ def test_text_encoder_parts_go_along(pack, miniature, output, form):
     sources = as_sources(pack, *(with_text_encoder(patcher, clip, seed) for seed in (1, 2)))
     fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
     zipped = loras.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.pair), 0.5, 1.5)
-    _, report = pack.nodes.bridge.export.export_file(zipped, "mine", 0, "fp32", form)
+    _, report, _ = pack.nodes.bridge.export.export_file(zipped, "mine", 0, "fp32", form)
     file = load_file(written(output, report))
     _, theirs = comfy.sd.load_lora_for_models(patcher, clip, file, 0, 1.0)
     _, ours = pack.nodes.bridge.apply.apply(patcher, clip, zipped, 1.0)
@@ -138,7 +138,7 @@ def test_diffusers_and_peft_read_the_same_update(pack, output):
     patcher = tiny.tiny_patcher()
     pair = zip_pair(pack, patcher, tiny.sources(pack, patcher.model, strengths=(0.7, 1.1)))
     pair = replace(pair, coefficients=random_coefficients(pack, pair.fitted.pair))
-    _, report = pack.nodes.bridge.export.export_file(pair, "mine", 0, "fp32", "diffusers")
+    _, report, _ = pack.nodes.bridge.export.export_file(pair, "mine", 0, "fp32", "diffusers")
     file = load_file(written(output, report))
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,

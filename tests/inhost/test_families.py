@@ -38,7 +38,7 @@ def test_update_is_the_stock_loaders_and_export_is_too(pack, family, tmp_path, m
     assert largest_difference(weights(patcher), ours) > 0.01
     assert largest_difference(weights(theirs), ours) < 1e-5
     wild = replace(zipped, coefficients=random_coefficients(pack, fitted.pair))
-    _, report = pack.nodes.bridge.export.export_file(wild, "mine", 0, "fp32", "kohya")
+    _, report, _ = pack.nodes.bridge.export.export_file(wild, "mine", 0, "fp32", "kohya")
     exported = load_file(tmp_path / report.splitlines()[0].split("written: ")[1].strip())
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, wild, 1.0)[0])
     assert largest_difference(weights(stock(patcher, exported)), ours) < 1e-5
@@ -65,7 +65,7 @@ def test_every_format_on_every_family(pack, family, tmp_path, monkeypatch, name)
     assert largest_difference(weights(patcher), theirs) > 0.01
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 1.0)[0])
     assert largest_difference(theirs, ours) < 1e-4
-    _, report = pack.nodes.bridge.export.export_file(zipped, "mine", 0, "fp32", "kohya")
+    _, report, _ = pack.nodes.bridge.export.export_file(zipped, "mine", 0, "fp32", "kohya")
     exported = load_file(tmp_path / report.splitlines()[0].split("written: ")[1].strip())
     assert largest_difference(weights(stock(patcher, exported)), ours) < 1e-4
 
@@ -117,11 +117,13 @@ def diffusers_flux(model) -> dict[str, torch.Tensor]:
     """diffusers' form of a Flux LoRA: q, k, v and the MLP of a fused layer are layers of their own, of rank 3."""
     import comfy.utils
 
-    g, file = torch.Generator().manual_seed(5), {}
+    g, file, seen = torch.Generator().manual_seed(5), {}, set()
     for name, target in comfy.utils.flux_to_diffusers(model.model_config.unet_config, "diffusion_model.").items():
         key, part = (target, None) if isinstance(target, str) else (target[0], target[1])
         weight = FAMILIES["Flux"].weights(model).get(key)
-        if weight is not None:
+        again = part is None and key in seen  # newer hosts know several names of a weight
+        seen.add(key)
+        if weight is not None and not again:
             out = weight.shape[0] if part is None else part[2]
             file[f"transformer.{name.removesuffix('.weight')}.lora_A.weight"] = torch.randn(
                 3, weight.shape[1], generator=g

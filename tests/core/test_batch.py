@@ -1,0 +1,161 @@
+"""From a table to prompts, and what a folder of results counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ziplora_batch import again, jobs
+from ziplora_batch.results import DONE, ERROR, INTERRUPTED, LOST, Outcome, Results
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SDXL = ROOT / "workflows" / "api" / "ziplora_sdxl.json"
+
+
+@pytest.fixture
+def workflow() -> jobs.Prompt:
+    return jobs.read_workflow(SDXL)
+
+
+def kinds(workflow: jobs.Prompt, *columns: str) -> list[tuple[str, str]]:
+    found = [jobs.target(workflow, column) for column in columns]
+    return [(workflow[key].get("_meta", {}).get("title", ""), name) for key, name in found]
+
+
+def test_columns_mean_what_a_reader_of_the_graph_would_think(workflow: jobs.Prompt) -> None:
+    assert kinds(workflow, "content_lora", "content_prompt", "style_prompt", "prompt") == [
+        ("Load LoRA Pair", "content_lora"),
+        ("Training prompt of the subject LoRA", "text"),
+        ("Training prompt of the style LoRA", "text"),
+        ("What to draw: subject in style", "text"),
+    ]
+    assert kinds(workflow, "content_picture", "style_picture", "KSampler.seed", "Style Strength.style_strength") == [
+        ("Picture of the subject", "image"),
+        ("Picture of the style", "image"),
+        ("KSampler", "seed"),
+        ("Style Strength", "style_strength"),
+    ]
+    assert jobs.target(workflow, "12.seed") == ("12", "seed")
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in SDXL.parent.glob("*.json")))
+def test_every_bundled_workflow_is_read(name: str) -> None:
+    assert jobs.read_workflow(SDXL.parent / name)
+
+
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [
+        ("seed", r"means 2 inputs.*12\.seed \(ZipLoRA Optimize\).*20\.seed \(KSampler\)"),
+        ("sead", "means no input of the workflow; it has: .*seed"),
+        ("12.lora_pair", "means no input"),  # a link
+    ],
+)
+def test_columns_that_are_not_clear_are_refused(workflow: jobs.Prompt, column: str, says: str) -> None:
+    with pytest.raises(jobs.BatchError, match=says):
+        jobs.make(workflow, [jobs.Row({column: "1"})])
+
+
+def test_cells_become_the_kind_of_value_that_the_workflow_has(workflow: jobs.Prompt, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(
+        'name,12.seed,ridge,3.content_strength,prompt\n"a, b",7,0.5,0.8,12\n,,,,\n,8,,,\n', encoding="utf-8"
+    )
+    first, second = jobs.make(workflow, jobs.read_table(table))
+    assert first.name == "a, b" and (first.number, second.number) == (1, 2)
+    optimise, pair = first.prompt["12"]["inputs"], first.prompt["3"]["inputs"]
+    assert (optimise["seed"], optimise["ridge"], pair["content_strength"]) == (7, 0.5, 0.8)
+    assert first.prompt["17"]["inputs"]["text"] == "12"
+    assert second.prompt["12"]["inputs"]["ridge"] == workflow["12"]["inputs"]["ridge"], (
+        "an empty cell changed something"
+    )
+    with pytest.raises(jobs.BatchError, match=r"row 1, 12\.seed: 'many' is not of the kind"):
+        jobs.make(workflow, [jobs.Row({"12.seed": "many"})])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("t.csv", "a,b\n1\n", "line 2: 2 columns expected"),
+        ("t.csv", "a,b\n1,2,3\n", "line 2: 2 columns expected"),
+        ("t.csv", "a\n", "has no rows"),
+        ("t.jsonl", '{"a": 1}\n[1]\n', "line 2: an object expected"),
+        ("t.jsonl", '{"a": 1\n', "line 1"),
+        ("missing.csv", None, "cannot be read"),
+    ],
+)
+def test_tables_that_are_none(tmp_path: Path, name: str, text: str | None, says: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(jobs.BatchError, match=says):
+        jobs.read_table(tmp_path / name)
+
+
+def test_a_graph_of_the_frontend_is_told_from_an_api_workflow() -> None:
+    with pytest.raises(jobs.BatchError, match=r"Export \(API\)"):
+        jobs.read_workflow(ROOT / "workflows" / "ziplora_sdxl.json")
+
+
+def test_a_key_follows_what_a_job_is_made_from_and_nothing_else(workflow: jobs.Prompt, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    row = jobs.Row({"content_lora": "a.safetensors"})
+
+    def key(row: jobs.Row = row, folders: tuple[Path, ...] = (tmp_path,), of: jobs.Prompt = workflow) -> str:
+        return jobs.make(of, [row], folders)[0].key
+
+    first = key()
+    renamed = json.loads(json.dumps(workflow))
+    renamed["12"]["_meta"]["title"] = "another title"
+    assert key(of=renamed) == first == key(jobs.Row({**row.values, "name": "another name"}))
+    assert key(jobs.Row({**row.values, "12.seed": "1"})) != first
+    assert key(folders=()) != first
+    (tmp_path / "a.safetensors").write_bytes(b"two!")
+    assert key() != first, "the file's contents changed"
+
+
+def test_names_of_a_server_are_found_from_local_paths(tmp_path: Path) -> None:
+    listed = ["dog.safetensors", "subjects/dog.safetensors", "styles\\dog.safetensors", "cat.safetensors"]
+    assert jobs.listed_name(tmp_path / "subjects" / "dog.safetensors", listed) == "subjects/dog.safetensors"
+    assert jobs.listed_name(tmp_path / "styles" / "dog.safetensors", listed) == "styles\\dog.safetensors"
+    assert jobs.listed_name(tmp_path / "x" / "dog.safetensors", listed) == "dog.safetensors"
+    with pytest.raises(jobs.BatchError, match="lists no LoRA that .*wolf"):
+        jobs.listed_name(tmp_path / "wolf.safetensors", listed)
+
+
+def test_results_count_across_runs_and_survive_a_torn_line(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    for key, status in (("a", DONE), ("b", ERROR), ("c", INTERRUPTED), ("d", LOST), ("d", LOST)):
+        results.add(Outcome(key, status))
+    with (tmp_path / "results.jsonl").open("ab") as log:
+        log.write(b'{"key": "e", "stat')  # the client died here
+    again_ = Results(tmp_path)
+    assert [again_.has(k) for k in "abcde"] == [True, True, False, False, False]
+    assert [again_.has(k, retry=True) for k in "ab"] == [True, False]
+    assert again_.deaths == {"d": 2} and again_.attempts["d"] == 2
+    again_.add(Outcome("e", DONE))
+    assert Results(tmp_path).has("e"), "the line after the torn one is lost"
+    (tmp_path / "results.jsonl").write_text("nonsense\n", encoding="utf-8")
+    with pytest.raises(jobs.BatchError, match="line 1, is no result"):
+        Results(tmp_path)
+
+
+def test_differences_of_files_are_said(tmp_path: Path) -> None:
+    def safetensors(name: str, data: bytes, **about: object) -> Path:
+        header = {
+            "__metadata__": {"ziplora": json.dumps(about)},
+            "x": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]},
+            "y": {"dtype": "U8", "shape": [1], "data_offsets": [2, 3]},
+        }
+        text = json.dumps(header).encode()
+        (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text + data)
+        return tmp_path / name
+
+    old = safetensors("a.safetensors", b"abc", content={"name": "dog", "sha256": "1"}, versions={"torch": "2"})
+    same = safetensors("b.safetensors", b"abc", content={"name": "dog", "sha256": "2"})
+    new = safetensors("c.safetensors", b"abd", content={"name": "dog", "sha256": "2"}, versions={"torch": "3"})
+    assert again.difference(old, same) is None
+    assert again.difference(old, new) == (
+        "1 of 2 tensors, the first 'y'; the content LoRA 'dog' is another file now; torch 2 then, 3 now"
+    )

@@ -1,0 +1,272 @@
+"""From a workflow in API form and a table, or two folders, to prompts: one for each row."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+Prompt = dict[str, dict[str, Any]]
+
+NAME = "name"  # the column that names a row, and its folder in the results
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+# Columns that stand for what a chain of nodes ends in: (the input where the chain arrives, the input at its start).
+CHAINS = {
+    "content_prompt": ("content_positive", "text"),
+    "style_prompt": ("style_positive", "text"),
+    "content_picture": ("content_latents", "image"),
+    "style_picture": ("style_latents", "image"),
+    "prompt": ("positive", "text"),
+}
+
+
+class BatchError(ValueError):
+    """The batch cannot start. The message names the file, the row or the column, and says what to do."""
+
+
+@dataclass
+class Job:
+    """One prompt. key: SHA-256 of everything that it is made from. values: its row. uploads: local pictures by the name
+    that the prompt has for them."""
+
+    number: int
+    name: str
+    values: dict[str, Any]
+    prompt: Prompt
+    key: str
+    uploads: dict[str, Path] = field(default_factory=dict)
+
+
+@dataclass
+class Row:
+    """values: column -> value. files: value -> the local file that it names, where there is one."""
+
+    values: dict[str, Any]
+    files: dict[str, Path] = field(default_factory=dict)
+    uploads: dict[str, Path] = field(default_factory=dict)
+
+
+def read_workflow(path: Path) -> Prompt:
+    """A workflow in API form. Raises BatchError, also for a graph of the frontend."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BatchError(f"{path} cannot be read as JSON: {error}") from error
+    if isinstance(found, dict) and "nodes" in found and "links" in found:
+        raise BatchError(f"{path} is a graph of the frontend; export it with Workflow → Export (API)")
+    if not isinstance(found, dict) or not found or not all(_is_node(node) for node in found.values()):
+        raise BatchError(f"{path} is no workflow in API form: it must map ids to nodes with class_type and inputs")
+    return found
+
+
+def _is_node(node: Any) -> bool:
+    return isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
+
+
+def read_table(path: Path) -> list[Row]:
+    """Rows of a .csv (first line: columns) or a .jsonl (an object a line). Empty cells leave the workflow's value.
+
+    Raises BatchError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BatchError(f"{path} cannot be read: {error}") from error
+    rows = list(_jsonl(path, text) if path.suffix.lower() in (".jsonl", ".ndjson") else _csv(path, text))
+    if not rows:
+        raise BatchError(f"{path} has no rows")
+    return [Row({k: v for k, v in row.items() if v not in (None, "")}) for row in rows]
+
+
+def _csv(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise BatchError(f"{path}, line {reader.line_num}: {len(reader.fieldnames or ())} columns expected")
+            if any(row.values()):
+                yield row
+    except csv.Error as error:
+        raise BatchError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _jsonl(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise BatchError(f"{path}, line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise BatchError(f"{path}, line {number}: an object expected, found {line[:40]}")
+            yield row
+
+
+def cross(subjects: Path, styles: Path, drawn: str | None) -> list[Row]:
+    """Every subject with every style. Beside `dog.safetensors` may lie `dog.txt`, the prompt that it was trained with,
+    and a picture of it. drawn: what to draw, with {content} and {style} for the two prompts.
+
+    Raises BatchError.
+    """
+    rows = []
+    sides = {"content": _loras(subjects), "style": _loras(styles)}
+    for content in sides["content"]:
+        for style in sides["style"]:
+            row = Row({NAME: f"{content.stem} + {style.stem}"})
+            said: dict[str, str] = {}
+            for concept, file in (("content", content), ("style", style)):
+                row.values[f"{concept}_lora"] = file.name
+                row.files[file.name] = file
+                words = file.with_suffix(".txt")
+                if words.is_file():
+                    said[concept] = row.values[f"{concept}_prompt"] = words.read_text(encoding="utf-8").strip()
+                picture = next((p for e in PICTURES if (p := file.with_suffix(e)).is_file()), None)
+                if picture is not None:
+                    name = f"{sha256(picture)[:12]}_{picture.name}"
+                    row.values[f"{concept}_picture"] = name
+                    row.uploads[name] = picture
+            if drawn is not None:
+                try:
+                    row.values["prompt"] = drawn.format(**said)
+                except (KeyError, IndexError, ValueError) as error:
+                    raise BatchError(
+                        f"--prompt '{drawn}' needs a text file beside each LoRA, and no braces but {{content}} and "
+                        f"{{style}}: {error!r} for {row.values[NAME]}"
+                    ) from error
+            rows.append(row)
+    return rows
+
+
+def _loras(folder: Path) -> list[Path]:
+    found = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
+    if not found:
+        raise BatchError(f"{folder} holds no .safetensors")
+    return found
+
+
+def listed_name(file: Path, listed: Iterable[str]) -> str:
+    """The name, among those that a server lists, that most of a local path ends in. Raises BatchError."""
+    parts = file.resolve().parts
+    best: dict[int, list[str]] = {}
+    for name in listed:
+        of_name = tuple(name.replace("\\", "/").split("/"))
+        if parts[-len(of_name) :] == of_name:
+            best.setdefault(len(of_name), []).append(name)
+    if not best:
+        raise BatchError(f"the server lists no LoRA that {file} could be; put it into the server's loras folder")
+    return best[max(best)][0]
+
+
+def make(workflow: Prompt, rows: Iterable[Row], folders: Iterable[Path] = ()) -> list[Job]:
+    """A job for each row. folders: where the files that a prompt names may lie, so that their contents count.
+
+    Raises BatchError for a column that means no input of the workflow, or several, and a value of the wrong kind.
+    """
+    jobs = []
+    for number, row in enumerate(rows, 1):
+        prompt = copy.deepcopy(workflow)
+        for column, value in row.values.items():
+            if column != NAME:
+                node, name = target(workflow, column)
+                prompt[node]["inputs"][name] = _like(value, workflow[node]["inputs"][name], f"row {number}, {column}")
+        for node in prompt.values():
+            node.pop("_meta", None)
+        label = str(row.values.get(NAME) or " + ".join(str(v) for k, v in row.values.items() if k.endswith("_lora")))
+        key = _key(prompt, {**_found(prompt, folders), **row.files, **row.uploads})
+        jobs.append(Job(number, label or f"row {number}", dict(row.values), prompt, key, row.uploads))
+    return jobs
+
+
+def target(workflow: Prompt, column: str) -> tuple[str, str]:
+    """(node id, input) that a column means: `input`, `id.input`, `title.input`, or a name in CHAINS.
+
+    Raises BatchError.
+    """
+    place, _, name = column.rpartition(".")
+    found = [
+        (key, name)
+        for key, node in workflow.items()
+        if place in ("", key, node.get("_meta", {}).get("title"))
+        and name in node["inputs"]
+        and not _is_link(node["inputs"][name])
+    ]
+    if not found and column in CHAINS:
+        found = list(dict.fromkeys(_chain_starts(workflow, *CHAINS[column])))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise BatchError(
+            f"column '{column}' means {len(found)} inputs of the workflow; write one of: "
+            + ", ".join(f"{key}.{name} ({_title(workflow[key])})" for key, name in found)
+        )
+    known = sorted({n for node in workflow.values() for n, v in node["inputs"].items() if not _is_link(v)})
+    raise BatchError(f"column '{column}' means no input of the workflow; it has: {', '.join(known)}")
+
+
+def _chain_starts(workflow: Prompt, arrives: str, start: str) -> Iterator[tuple[str, str]]:
+    for node in workflow.values():
+        link = node["inputs"].get(arrives)
+        level = [link[0]] if _is_link(link) else []
+        seen = set(level)
+        while level:
+            starts = [key for key in level if isinstance(workflow.get(key, {}).get("inputs", {}).get(start), str)]
+            if starts:
+                yield starts[0], start
+                break
+            links = [v for key in level for v in workflow.get(key, {}).get("inputs", {}).values() if _is_link(v)]
+            level = [key for key in dict.fromkeys(v[0] for v in links) if key not in seen]
+            seen.update(level)
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
+
+
+def _title(node: Mapping[str, Any]) -> str:
+    return str(node.get("_meta", {}).get("title") or node["class_type"])
+
+
+def _like(value: Any, old: Any, where: str) -> Any:
+    """A table's text as the kind of value that the workflow has there."""
+    if not isinstance(value, str) or isinstance(old, str):
+        return value
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+        if isinstance(old, int | float):
+            return int(value) if value.strip().lstrip("+-").isdigit() else float(value)
+        return json.loads(value)
+    except (KeyError, ValueError) as error:
+        raise BatchError(f"{where}: '{value}' is not of the kind of the workflow's {old!r}") from error
+
+
+def _found(prompt: Prompt, folders: Iterable[Path]) -> dict[str, Path]:
+    texts = {v for node in prompt.values() for v in node["inputs"].values() if isinstance(v, str) and 0 < len(v) < 1024}
+    candidates = ((text, folder / text) for text in texts for folder in folders if "\0" not in text)
+    return {text: path for text, path in candidates if path.is_file()}
+
+
+def _key(prompt: Prompt, files: Mapping[str, Path]) -> str:
+    made_from = {"prompt": prompt, "files": {name: sha256(path) for name, path in files.items()}}
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Of a file's contents, once per version of it."""
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
