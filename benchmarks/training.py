@@ -3,8 +3,10 @@
 python3 dev.py run benchmarks/training.py concept     Train Concept LoRA against the shipped LoRAs, three seeds
 python3 dev.py run benchmarks/training.py prior       what class pictures keep of the class
 python3 dev.py run benchmarks/training.py joint       one LoRA of a subject and a style, as the paper compares with
+python3 dev.py run benchmarks/training.py blocks      which blocks of the miniature draw shape, which draw style
 python3 dev.py run benchmarks/training.py unzip       UnZip LoRA and its ablation, B-LoRA and one DreamBooth LoRA,
-                                                      all from the same single picture
+                                                      all from the same single picture; adds to its results file, so
+                                                      it can be stopped and continued; --table only prints what is there
 
 Figures are shares of 32 pictures that the judges call right; each line says which seed.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import random
 import statistics
 import sys
@@ -199,10 +202,68 @@ def of_zipped(zipped: Any) -> Halves:
     return halves
 
 
+# --- blocks --------------------------------------------------------------------------------------------------------
+
+# What `blocks` found (B-LoRA, arXiv 2403.14572, Sec. 4.1, does so for SDXL): these carry shape, these style, no other
+# block carries either.
+BLOCKS = {
+    "content": ("output_blocks.1.1.", "output_blocks.2.1."),
+    "style": ("output_blocks.3.1.", "output_blocks.4.1."),
+}
+
+
+def blocks(bench: Bench, seed: int = 3000) -> None:
+    """Asked for one shape in one style (A), with cross-attention of some blocks seeing a prompt of another shape in
+    another style (B): in what share of the pictures the judge sees whose shape and whose style. Base's own words."""
+    every = [name for name, part in bench.judged.unet.named_modules() if hasattr(part, "transformer_blocks")]
+    groups = [every[i : i + length] for length in (1, 2) for i in range(len(every) - length + 1)]
+    asked = _two_prompts(gates.COUNT, random.Random(seed))
+    prompts = [[world.prompt(shape, colour, style) for shape, colour, style in side] for side in asked]
+    for group in [[], *groups, every]:
+        with told(bench, group, prompts[1]):
+            pictures = gates.generate(bench.judged, prompts[0], seed)
+        figures = {}
+        for side, wanted in zip("AB", asked, strict=True):
+            right = gates.rights(bench.jury, pictures, [w[0] for w in wanted], [w[2] for w in wanted])
+            figures |= {f"{side}'s {what}": right[what] for what in ("shape", "style")}
+        print(line(" and ".join(group if len(group) < 3 else ["all"]) or "none", figures), flush=True)
+
+
+def _two_prompts(count: int, rng: random.Random) -> list[list[tuple[str, str, str]]]:
+    """Two lists of (shape, colour, style): side by side, other shapes, other styles, the same colour."""
+    found: list[list[tuple[str, str, str]]] = [[], []]
+    while len(found[0]) < count:
+        colour = rng.choice(list(world.COLOURS))
+        one, other = ((rng.choice(world.SHAPES), rng.choice(list(world.BASE_STYLES))) for _ in range(2))
+        if one[0] != other[0] and one[1] != other[1] and not {one, other} & world.HELD_OUT:
+            for side, (shape, style) in zip(found, (one, other), strict=True):
+                side.append((shape, colour, style))
+    return found
+
+
+@contextlib.contextmanager
+def told(bench: Bench, group: list[str], prompts: list[str]) -> Iterator[None]:
+    """These prompts, one a picture, in the cross-attention of some blocks of the judged model."""
+    with_text, without = (bench.judged.conditions(p)[0] for p in (prompts, [""]))
+    context = torch.cat([with_text, without.expand(len(prompts), -1, -1)])  # as `Miniature.sample` guides
+
+    def instead(module: torch.nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**given, "context": context}
+
+    parts = [part for name in group for part in bench.judged.unet.get_submodule(name).transformer_blocks]
+    hooks = [part.attn2.register_forward_pre_hook(instead, with_kwargs=True) for part in parts]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 # --- one picture ---------------------------------------------------------------------------------------------------
 
+RESULTS = Path(__file__).resolve().parent / "results" / "unzip.jsonl"
 CASES = (("mushroom", "ember"), ("house", "mint"), ("icecream", "dusk"), ("lamp", "poster"))
-ONE_STEPS, ONE_RATE, MERGER_RATE = 450, 1e-3, 5e-3
+ONE_STEPS, ONE_RATE = 450, 1e-3
 ABLATION = {
     "UnZip": {},
     "UnZip, one prompt": {"prompts_apart": False},
@@ -228,8 +289,9 @@ class Taught:
 class OnePicture:
     """A subject in a style, rendered once: trained on in several ways, each asked for content, style and both."""
 
-    def __init__(self, bench: Bench, subject: str, style: str, number: int, rate: float, steps: int):
+    def __init__(self, bench: Bench, pair: str, number: int, rate: float, steps: int):
         self.bench, self.rate, self.steps = bench, rate, steps
+        subject, style = pair.split("+")
         self.subject, self.style = bench.concepts[subject], bench.concepts[style]
         scene = world.subject_scene(subject, style, random.Random(f"{subject} {style} {number}"))
         self.picture = world.render([scene]).movedim(1, -1).float()
@@ -242,17 +304,19 @@ class OnePicture:
     def dreambooth(self, seed: int, prompt: str, layers: str = "attention") -> dict[str, torch.Tensor]:
         training = self.bench.pack.nodes.bridge.training
         settings = self.bench.settings(seed=seed, steps=self.steps, learning_rate=self.rate)
-        task = training.Task([training.Shown([self.picture], [prompt])], settings, "loras/one", 128, layers)
+        shown = training.Shown([self.picture], [prompt])
+        task = training.Task([shown], settings, "loras/one", 128, layers, b_lora=BLOCKS)
         with torch.inference_mode():
             done = training.train_concept(self.bench.model, self.bench.clip, self.bench.vae, task)
         return load_file(str(self.bench.output / done.file))
 
-    def unzip(self, seed: int, **apart: bool) -> Any:
+    def unzip(self, seed: int, **changes: Any) -> Any:
         unzip, core = self.bench.pack.nodes.bridge.unzip, self.bench.pack.ziplora_core.unzip
-        settings = core.Settings(
-            steps=self.steps, learning_rate=self.rate, rank=RANK, batch_size=BATCH, seed=seed, merger_rate=MERGER_RATE
+        asked = {"steps": self.steps, "learning_rate": self.rate, "rank": RANK, "batch_size": BATCH, "seed": seed}
+        asked |= {name: changes.pop(name) for name in list(changes) if name in core.Settings.__dataclass_fields__}
+        task = unzip.Task(
+            self.picture, self.prompts, core.Settings(**asked), "loras/unzipped", 128, **{"blocks": BLOCKS, **changes}
         )
-        task = unzip.Task(self.picture, self.prompts, settings, "loras/unzipped", 128, **apart)
         with torch.inference_mode():
             return unzip.unzip_picture(self.bench.model, self.bench.clip, self.bench.vae, task)
 
@@ -297,14 +361,14 @@ def attached(bench: Bench, halves: Halves) -> Iterator[None]:
         lora.detach(bench.judged.unet, branches)
 
 
-def of_file(names: dict[str, str], tensors: dict[str, torch.Tensor], only: str = "") -> Layers:
-    """Layers by the judged model's names, of kohya's. names: `Bench.names`. only: a part of the name."""
+def of_file(names: dict[str, str], tensors: dict[str, torch.Tensor], blocks: tuple[str, ...] = ("",)) -> Layers:
+    """Layers by the judged model's names, of kohya's. names: `Bench.names`. blocks: starts of the former."""
     found = {}
     for key in tensors:
         name = key.removesuffix(".lora_up.weight")
-        if name != key and only in name:
-            found[name] = (tensors[key].float(), tensors[f"{name}.lora_down.weight"].float())
-    return {names[name]: factors for name, factors in found.items()}
+        if name != key and names[name].startswith(blocks):
+            found[names[name]] = (tensors[key].float(), tensors[f"{name}.lora_down.weight"].float())
+    return found
 
 
 def of_pair(names: dict[str, str], done: Any) -> Halves:
@@ -312,47 +376,82 @@ def of_pair(names: dict[str, str], done: Any) -> Halves:
     return {which: of_file(names, source.tensors) for which, source in done.pair.by_concept().items()}
 
 
-def one_picture(
-    bench: Bench, cases: list[tuple[str, str]], seeds: int, methods: list[str], rate: float, steps: int
-) -> None:
-    totals: dict[str, list[dict[str, float]]] = {}
-    for subject, style in cases:
-        for seed in range(seeds):
-            one = OnePicture(bench, subject, style, seed, rate, steps)
-            for method, taught in one_each(one, seed, methods):
-                figures = one.ask(taught)
-                totals.setdefault(method, []).append(figures)
-                print(line(f"{subject} + {style} {seed}: {method}", figures), flush=True)
-    for method, figures in totals.items():
-        print(f"{method:34}{spread(figures)}", flush=True)
+def one_picture(bench: Bench, asked: argparse.Namespace) -> None:
+    """Every method that is asked for and not in the results file yet, seed by seed."""
+    for seed in range(asked.seeds):
+        for pair in asked.pairs.split(","):
+            done = {r["method"] for r in records(asked.results) if (r["pair"], r["seed"]) == (pair, seed)}
+            one = OnePicture(bench, pair, seed, asked.rate or ONE_RATE, asked.steps or ONE_STEPS)
+            for method in asked.methods.split(";"):
+                if method in done:
+                    continue
+                began = time.monotonic()
+                taught = learned(one, seed, method)
+                seconds = round(time.monotonic() - began, 1)
+                figures = {k: round(v, 4) for k, v in one.ask(taught).items()}
+                record = {"pair": pair, "seed": seed, "method": method, "seconds": seconds, **figures}
+                with open(asked.results, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+                print(line(f"{pair} {seed}: {method}, {seconds:.0f} s", figures), flush=True)
+    print(table(asked.results))
 
 
-def one_each(one: OnePicture, seed: int, methods: list[str]) -> Iterator[tuple[str, Taught]]:
-    if "DreamBooth" in methods:
-        whole = of_file(one.bench.names, one.dreambooth(seed, one.prompts["full"]))
-        yield "DreamBooth", Taught(whole, whole, {"content": whole})
-    if "B-LoRA" in methods:
+def learned(one: OnePicture, seed: int, method: str) -> Taught:
+    names = one.bench.names
+    if method == "DreamBooth":
+        whole = of_file(names, one.dreambooth(seed, one.prompts["full"]))
+        return Taught(whole, whole, {"content": whole})
+    if method == "B-LoRA":
         tensors = one.dreambooth(seed, one.prompts["full"], "B-LoRA")
-        content, style = (
-            of_file(one.bench.names, tensors, block) for block in ("output_blocks_0_1_", "output_blocks_1_1_")
-        )
-        yield "B-LoRA", Taught(content, style, {"content": content, "style": style})
-    for method, apart in ABLATION.items():
-        if method in methods:
-            done = one.unzip(seed, **apart)
-            halves = of_pair(one.bench.names, done)
-            yield method, Taught(halves["content"], halves["style"], halves)
+        halves = {concept: of_file(names, tensors, blocks) for concept, blocks in BLOCKS.items()}
+    else:
+        halves = of_pair(names, one.unzip(seed, **ABLATION[method]))
+    return Taught(halves["content"], halves["style"], halves)
+
+
+def records(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
+
+
+def table(results: Path) -> str:
+    """Both shape and style right: the mean over the pictures, ± the standard deviation over the seeds."""
+    head = (
+        "from one picture",
+        "its subject in other styles",
+        "its style on other shapes",
+        "both together",
+        "trainings",
+    )
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for record in records(results):
+        by_method.setdefault(record["method"], []).append(record)
+    for method, found in by_method.items():
+        cells = []
+        for what in ("content/both", "style/both", "both/both"):
+            seeds = {r["seed"] for r in found}
+            means = [statistics.mean(r[what] for r in found if r["seed"] == seed) for seed in seeds]
+            cells.append(f"{statistics.mean(means):.2f}" + f" ± {statistics.pstdev(means):.2f}" * (len(means) > 1))
+        rows.append(f"| {method} | {' | '.join(cells)} | {len(found)} |")
+    return "\n".join(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["concept", "prior", "joint", "unzip"])
-    parser.add_argument("--only", default="", help="names, by commas")
+    parser.add_argument("part", choices=["concept", "prior", "joint", "blocks", "unzip"])
+    parser.add_argument("--only", default="", help="names, by commas, of concepts")
+    parser.add_argument("--pairs", default=",".join(map("+".join, CASES)), help="of unzip, by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rate", type=float)
-    parser.add_argument("--methods", default=";".join(["DreamBooth", "B-LoRA", *ABLATION]), help="by semicolons")
+    every = ";".join(["DreamBooth", "B-LoRA", *ABLATION])
+    parser.add_argument("--methods", default=every, help="of unzip, by semicolons")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="of unzip")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the table of unzip")
     asked = parser.parse_args()
+    if asked.table:
+        print(table(asked.results))
+        return
     bench = Bench()
     if asked.part == "concept":
         names = (asked.only or "house,mushroom,ember,candy").split(",")
@@ -361,10 +460,10 @@ def main() -> None:
         joint(bench, asked.seeds)
     elif asked.part == "prior":
         prior(bench, (asked.only or "mushroom,house").split(","), asked.seeds)
+    elif asked.part == "blocks":
+        blocks(bench)
     else:
-        cases = [(a, b) for a, b in CASES if not asked.only or a in asked.only.split(",")]
-        methods = asked.methods.split(";")
-        one_picture(bench, cases, asked.seeds, methods, asked.rate or ONE_RATE, asked.steps or ONE_STEPS)
+        one_picture(bench, asked)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -40,11 +40,12 @@ def np_lora(pair: LoRAPair, mu: float = 0.5) -> LoRAPair:
 
 
 # Transformer blocks of SDXL's UNet by what they are said to draw; other layers go to nobody or to both.
-_B_LORA = (("output_blocks.0.1.",), ("output_blocks.1.1.",))  # arXiv 2403.14572
-UNZIPLORA_BLOCKS = (  # arXiv 2412.04465: up_blocks.0.attentions.0 and .2; up_blocks.0.attentions.1 and up_blocks.1
-    ("output_blocks.0.1.", "output_blocks.2.1."),
-    ("output_blocks.1.1.", "output_blocks.3.", "output_blocks.4.", "output_blocks.5."),
-)
+Blocks = Mapping[str, Sequence[str]]  # "content", "style" -> starts of layer names
+B_LORA_BLOCKS: Blocks = {"content": ("output_blocks.0.1.",), "style": ("output_blocks.1.1.",)}  # arXiv 2403.14572
+UNZIPLORA_BLOCKS: Blocks = {  # arXiv 2412.04465: up_blocks.0.attentions.0 and .2; up_blocks.0.attentions.1, up_blocks.1
+    "content": ("output_blocks.0.1.", "output_blocks.2.1."),
+    "style": ("output_blocks.1.1.", "output_blocks.3.", "output_blocks.4.", "output_blocks.5."),
+}
 
 
 def by_blocks(
@@ -75,8 +76,8 @@ def by_blocks(
 METHODS: dict[str, Callable[[LoRAPair], tuple[LoRAPair, Coefficients]]] = {
     "sum": lambda pair: (pair, Coefficients.ones(pair)),
     "NP-LoRA": lambda pair: (np_lora(pair), Coefficients.ones(pair)),
-    "B-LoRA blocks": lambda pair: by_blocks(pair, *_B_LORA, elsewhere=0.0),
-    "UnZipLoRA blocks": lambda pair: by_blocks(pair, *UNZIPLORA_BLOCKS, elsewhere=1.0),
+    "B-LoRA blocks": lambda pair: by_blocks(pair, **B_LORA_BLOCKS, elsewhere=0.0),
+    "UnZipLoRA blocks": lambda pair: by_blocks(pair, **UNZIPLORA_BLOCKS, elsewhere=1.0),
 }
 
 

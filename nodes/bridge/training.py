@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...ziplora_core import export, training
+from ...ziplora_core.direct import B_LORA_BLOCKS, Blocks
 from ...ziplora_core.files import write_tensors
 from ...ziplora_core.pair import Factors
 from . import fitting, keys, loras, paths, plan, predictor, references
@@ -27,17 +28,17 @@ from .frozen import Injection, blocks
 from .progress import TrainingProgress
 
 _ATTENTION = re.compile(r"\.(?:attn\d?|attention|self_attn|cross_attn|img_attn|txt_attn)\.")
-_B_LORA = {"content": "output_blocks.0.1.", "style": "output_blocks.1.1."}
 LAYERS = ("attention", "all linear", "B-LoRA", "B-LoRA content block", "B-LoRA style block")
 _EVERY, _MULTIPLE = 8, 64  # pixels of a latent, and what sides of buckets are multiples of
 _SAMPLE_STEPS = 20
 _AT_ONCE = 4  # class pictures, in one batch
 
 
-def trained_layers(model, which: str) -> dict[str, tuple[int, int]]:
+def trained_layers(model, which: str, b_lora: Blocks = B_LORA_BLOCKS) -> dict[str, tuple[int, int]]:
     """Layer (`diffusion_model.….weight`) -> (out, in) of the linear layers to train.
 
-    model: the host's BaseModel. which: one of LAYERS. Raises ValueError where this model has none of them.
+    model: the host's BaseModel. which: one of LAYERS. b_lora: the blocks that B-LoRA means. Raises ValueError where
+    this model has none of them.
     """
     if which not in LAYERS:
         raise ValueError(f"layers is '{which}'; expected one of: {', '.join(LAYERS)}")
@@ -50,7 +51,7 @@ def trained_layers(model, which: str) -> dict[str, tuple[int, int]]:
             continue
         if which != "all linear" and not _ATTENTION.search(f".{path}."):
             continue
-        if which.startswith("B-LoRA") and not _in_b_lora(path, which):
+        if which.startswith("B-LoRA") and not _in_b_lora(path, which, b_lora):
             continue
         found[f"{path}.weight"] = (module.out_features, module.in_features)
     if not found or (which.startswith("B-LoRA") and not isinstance(model.diffusion_model, UNetModel)):
@@ -63,8 +64,8 @@ def trained_layers(model, which: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _in_b_lora(path: str, which: str) -> bool:
-    wanted = [block for concept, block in _B_LORA.items() if which == "B-LoRA" or concept in which]
+def _in_b_lora(path: str, which: str, b_lora: Blocks) -> bool:
+    wanted = [block for concept in b_lora if which == "B-LoRA" or concept in which for block in b_lora[concept]]
     return any(path.startswith(f"diffusion_model.{block}") for block in wanted)
 
 
@@ -86,7 +87,8 @@ class Task:
     """What a training node asks for.
 
     sets: one concept, or two for joint training. class_pictures, class_prompt: for prior preservation; where there is
-    a prompt and no pictures, the base model draws `class_count`. sample_every, save_every: steps; 0 for never.
+    a prompt and no pictures, the base model draws `class_count`. sample_every, save_every: steps; 0 for never. b_lora:
+    the blocks that B-LoRA means, SDXL's unless said otherwise.
     """
 
     sets: list[Shown]
@@ -100,6 +102,7 @@ class Task:
     sample_every: int = 0
     save_every: int = 0
     go_on_from: str | None = None
+    b_lora: Blocks = field(default_factory=lambda: B_LORA_BLOCKS)
 
 
 @dataclass
@@ -372,7 +375,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
     FloatingPointError, and the host's own exception where memory runs out twice.
     """
     check(task)
-    shapes = trained_layers(model.model, task.layers)
+    shapes = trained_layers(model.model, task.layers, task.b_lora)
     settings, first, start = task.settings, 0, None
     if task.go_on_from is not None:
         fitted = fitting.fit_one(loras.load(task.go_on_from, 1.0), model.model)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...ziplora_core import training, unzip
 from ...ziplora_core.coefficients import Coefficients
-from ...ziplora_core.direct import UNZIPLORA_BLOCKS
+from ...ziplora_core.direct import UNZIPLORA_BLOCKS, Blocks
 from ...ziplora_core.pair import Factors
 from . import fitting, loras, plan, predictor
 from . import training as bridge
@@ -30,7 +30,7 @@ _SMALL_WORDS = frozenset(  # which a prompt may have for itself
 @dataclass
 class Task:
     """prompts: "full", "content", "style". picture: IMAGE (1, H, W, 3). prompts_apart, columns_apart, blocks_apart: the
-    paper's three separations."""
+    paper's three separations. blocks: each LoRA's own, SDXL's unless said otherwise."""
 
     picture: Tensor
     prompts: dict[str, str]
@@ -41,6 +41,7 @@ class Task:
     columns_apart: bool = True
     blocks_apart: bool = True
     sample_every: int = 0
+    blocks: Blocks = field(default_factory=lambda: UNZIPLORA_BLOCKS)
 
 
 @dataclass
@@ -100,12 +101,12 @@ def _contexts(prompts: list[list]) -> tuple[list[list], list[Tensor]]:
     return [[[c, prompt[0][1]]] for c, prompt in zip(contexts, prompts, strict=True)], contexts
 
 
-def owners(layers: Any) -> dict[str, str]:
-    """Layer -> the concept that it belongs to alone, by UnZipLoRA's blocks of SDXL. Raises ValueError without these."""
+def owners(layers: Any, blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[str, str]:
+    """Layer -> the concept that it belongs to alone. Raises ValueError where the model has not both LoRAs' blocks."""
     found = {}
-    for concept, blocks in zip(unzip.CONCEPTS, UNZIPLORA_BLOCKS, strict=True):
+    for concept in unzip.CONCEPTS:
         for name in layers:
-            if any(f".{block}" in name for block in blocks):
+            if any(f".{block}" in name for block in blocks[concept]):
                 found[name] = concept
     if set(found.values()) != set(unzip.CONCEPTS):
         raise ValueError("this model has not SDXL's blocks; turn block_separation off")
@@ -117,7 +118,7 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     check(model.model, task)
     settings = task.settings
     shapes = bridge.trained_layers(model.model, "attention")
-    belongs = owners(shapes) if task.blocks_apart else {}
+    belongs = owners(shapes, task.blocks) if task.blocks_apart else {}
     files = {
         c: bridge.File(
             model, f"{task.prefix}_{c}", {"ziplora_settings": repr(settings), "ziplora_prompt": task.prompts[c]}

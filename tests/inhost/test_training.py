@@ -280,6 +280,14 @@ def test_b_lora_trains_its_two_blocks(pack, patcher):
     assert len(bridge.trained_layers(full_size.sdxl_model(torch.float16, device="meta"), "attention")) == 560
 
 
+def test_b_lora_trains_the_blocks_that_a_task_names(pack, patcher):
+    named = {"content": ("middle_block.",), "style": ("output_blocks.0.1.", "output_blocks.1.1.")}
+    done = train(pack, patcher, task(pack, layers="B-LoRA", b_lora=named))
+    starts = ("lora_unet_middle_block_", "lora_unet_output_blocks_0_1_", "lora_unet_output_blocks_1_1_")
+    assert all(key.startswith(starts) for key in done.lora_model)
+    assert all(any(key.startswith(start) for key in done.lora_model) for start in starts)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

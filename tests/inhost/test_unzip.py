@@ -145,6 +145,14 @@ def test_two_ordinary_files_and_a_zipped_pair(pack, patcher, output):  # noqa: F
     assert len(done.loss_map["loss"]) == 3
 
 
+def test_blocks_that_a_task_names_belong_to_one_concept(pack, patcher):  # noqa: F811
+    named = {"content": ("output_blocks.1.1.",), "style": ("middle_block.", "input_blocks.")}
+    done = take_apart(pack, patcher, task(pack, blocks=named))
+    for name, layer in done.zipped.fitted.pair.layers.items():
+        own = [concept for concept, blocks in named.items() if any(f".{block}" in name for block in blocks)]
+        assert [concept for concept, _ in layer.halves()] == (own or ["content", "style"]), name
+
+
 def test_the_zipped_pair_is_saved_and_loaded(pack, patcher, output, monkeypatch):  # noqa: F811
     import folder_paths
 
