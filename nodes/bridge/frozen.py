@@ -95,24 +95,25 @@ def _is_quantized(module: torch.nn.Module) -> bool:
     return isinstance(module.weight, _QUANTIZED) or getattr(module, "scale_weight", None) is not None
 
 
-class _Linear:
-    """`Base` of the core: a linear layer of the host by its own forward; backward casts the weight again."""
+class _Layer:
+    """`Base` of the core: a layer of the host by its own forward; backward casts the weight again."""
 
     def __init__(self, module: torch.nn.Module, forward: Callable[[Tensor], Tensor]):
-        self.module, self.forward = module, forward
+        self.module, self._forward = module, forward
 
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._forward(x)  # of torch up to 2.11 a view of nothing else, which autograd lets nobody change in place
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
+class _Linear(_Layer):
     def backward(self, grad: Tensor, shape: torch.Size) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         with cast(self.module, grad) as (weight, _):
             return grad @ weight
 
 
-class _Convolution:
-    """`Base` of the core: the same for a convolution."""
-
-    def __init__(self, module: torch.nn.Module, forward: Callable[[Tensor], Tensor]):
-        self.module, self.forward = module, forward
-
+class _Convolution(_Layer):
     def backward(self, grad: Tensor, shape: torch.Size) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         m = self.module
