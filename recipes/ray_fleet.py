@@ -9,6 +9,7 @@ first, ComfyUI in the same place on all of them, LoRAs on a shared disk. Needs `
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import socket
 import subprocess
@@ -86,6 +87,7 @@ def main() -> int:
     parser.add_argument("--flags", default="", help="more of ComfyUI's own, e.g. '--lowvram'")
     parser.add_argument("batch", nargs=argparse.REMAINDER, help="-- run WORKFLOW --table pairs.csv --results results")
     asked = parser.parse_args()
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 is for work in the background
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     placed = ComfyUI.options(num_gpus=asked.gpus_each)
     output = asked.output.resolve()

@@ -15,7 +15,7 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-SHIPPED_FOLDERS = {"nodes", "ziplora_core", "workflows", "web", "locales"}
+SHIPPED_FOLDERS = {"nodes", "ziplora_core", "ziplora_batch", "workflows", "web", "locales"}
 SHIPPED_FILES = {"__init__.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
 CORE_MAY_IMPORT = {"torch", "numpy", "safetensors"}
 HOST_MODULES = {
@@ -29,6 +29,8 @@ HOST_MODULES = {
     "nodes",
 }
 DRAWN_WITH = {"nodes/figures.py": {"matplotlib"}}  # the pack's own dependencies
+CLIENT = "ziplora_batch/"  # a program beside the pack: nothing of the pack or the host, and the host nothing of it
+CLIENT_MAY_IMPORT = {"aiohttp", "tqdm", "PIL"}
 COMES_WITH_THE_HOST = CORE_MAY_IMPORT | HOST_MODULES | {"PIL"}
 BANNED_MODULES = {"ctypes", "http", "pip", "pickle", "requests", "shelve", "socket", "subprocess", "urllib", "venv"}
 BANNED_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "torch.load"}
@@ -99,9 +101,24 @@ def test_relative_imports_lead_to_shipped_files(name: str) -> None:
 def test_shipped_code_needs_only_what_the_host_has(name: str) -> None:
     for level, module in imports(name):
         top = module.split(".")[0]
+        if name.startswith(CLIENT):
+            known = CLIENT_MAY_IMPORT | sys.stdlib_module_names
+            assert level <= 1 and (level or top in known), f"{name} imports {module}"
+            continue
         known = COMES_WITH_THE_HOST | sys.stdlib_module_names | DRAWN_WITH.get(name, set())
         assert level or top in known, f"{name} imports {module}"
         assert level or top not in BANNED_MODULES, f"{name} imports {module}"
+        assert "ziplora_batch" not in module, f"{name} imports the client"
+
+
+def test_the_registrys_own_rules_hold(tmp_path: Path) -> None:
+    """As errors and without the project's settings: no exec, no eval, no two statements in a line."""
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "S102,S307,E702"]
+    found = subprocess.run([*command, *shipped_python()], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    (tmp_path / "bad.py").write_text("exec('1'); eval('1')\n", encoding="utf-8")
+    caught = subprocess.run([*command, "bad.py"], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert all(rule in caught for rule in ("S102", "S307", "E702")), "the rules catch nothing"
 
 
 def test_what_draws_is_imported_when_it_draws() -> None:
