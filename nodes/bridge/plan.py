@@ -107,13 +107,13 @@ class _Kept:
         self._seen[storage._cdata] = storage
         return storage.nbytes()
 
-    def save(self, tensor: Tensor) -> Tensor:
+    def save(self, tensor: Tensor) -> None:
+        """For autograd, which keeps nothing then: a step's own output in its hands would never be given back."""
         size = self.new_bytes(tensor)
         if self.in_block:
             self.inside[-1] += size
         else:
             self.outside += size
-        return tensor
 
     def enter(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         self.inputs.append(sum(self.new_bytes(value) for value in (*args, *kwargs.values())))
@@ -225,7 +225,7 @@ def rehearse(
     with (
         stage.injected(),
         torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(kept.save, lambda nothing: nothing),
     ):
         if trained is not None:
             for parameter in trained.parameters():  # counted elsewhere

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import tiny
 import torch
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -125,6 +128,16 @@ def test_the_rehearsal_counts_what_a_real_pass_keeps(pack, recomputed):
     assert count == len(bridge.frozen.blocks(patcher.model)) > 2
     expected = rehearsed.outside + sum(rehearsed.inputs) + sum(rehearsed.inside[recomputed:])
     assert 2 * expected == pytest.approx(kept, rel=0.05)
+
+
+def test_a_rehearsal_leaves_no_step_of_its_pass_alive(pack):
+    patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
+    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    latents = {c: v["samples"] for c, v in tiny.latents().items()}
+    bridge.plan.rehearse(patcher, pair, tiny.prompts(), latents)
+    gc.collect()
+    steps = [thing for thing in gc.get_objects() if issubclass(type(thing), BackwardCFunction)]
+    assert steps == []
 
 
 def plans(pack, monkeypatch, rooms, **settings):
