@@ -10,7 +10,7 @@ from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.training import Settings
 from . import inputs
-from .bridge import loras, training
+from .bridge import loras, provenance, training
 from .sockets import LoRAModelSocket, LoRAPairSocket, LossMapSocket
 
 _NEW = "[None]"  # as the host's own Train LoRA calls it
@@ -140,6 +140,7 @@ class TrainConceptLoRA(io.ComfyNode):
                     tooltip="The second concept's prompt, or a line for each picture.",
                 ),
             ],
+            hidden=[io.Hidden.prompt],
             outputs=[
                 LoRAModelSocket.Output(
                     display_name="lora", tooltip="The LoRA, for Load LoRA Model, Pair LoRAs or Save LoRA Weights."
@@ -156,8 +157,10 @@ class TrainConceptLoRA(io.ComfyNode):
     def execute(cls, images, second_images=None, class_images=None, **lists) -> io.NodeOutput:
         given = {name: "\n".join(values) if name in _TEXTS else values[0] for name, values in lists.items()}
         task = read_task(images, second_images, class_images, **given)
+        task.made_by = provenance.workflow(cls.hidden)
         done = training.train_concept(given["model"], given["clip"], given["vae"], task)
-        return io.NodeOutput(done.lora_model, done.loss_map, done.report, done.file)
+        files = (provenance.written(done.file),)
+        return io.NodeOutput(done.lora_model, done.loss_map, done.report, done.file, ui={"files": files})
 
 
 _TEXTS = ("prompt", "second_prompt")  # a list of them is as many lines

@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.unzip import Settings
 from . import inputs
+from .bridge import provenance
 from .bridge.unzip import Task, unzip_picture
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
 
@@ -107,6 +108,7 @@ class UnZipLoRA(io.ComfyNode):
                     "Draw a rough sample of both together on the node every so many steps; 0 for never."
                 ),
             ],
+            hidden=[io.Hidden.prompt],
             outputs=[
                 LoRAPairSocket.Output(display_name="lora_pair", tooltip="Both LoRAs, to be merged in any other way."),
                 ZippedLoRASocket.Output(
@@ -167,6 +169,8 @@ class UnZipLoRA(io.ComfyNode):
                 column_separation,
                 block_separation,
                 sample_every,
+                made_by=provenance.workflow(cls.hidden),
             ),
         )
-        return io.NodeOutput(done.pair, done.zipped, done.loss_map, done.report)
+        files = tuple(provenance.written(name) for name in done.files)
+        return io.NodeOutput(done.pair, done.zipped, done.loss_map, done.report, ui={"files": files})

@@ -88,7 +88,7 @@ class Task:
 
     sets: one concept, or two for joint training. class_pictures, class_prompt: for prior preservation; where there is
     a prompt and no pictures, the base model draws `class_count`. sample_every, save_every: steps; 0 for never. b_lora:
-    the blocks that B-LoRA means, SDXL's unless said otherwise.
+    the blocks that B-LoRA means, SDXL's unless said otherwise. made_by: more metadata for the file.
     """
 
     sets: list[Shown]
@@ -103,6 +103,7 @@ class Task:
     save_every: int = 0
     go_on_from: str | None = None
     b_lora: Blocks = field(default_factory=lambda: B_LORA_BLOCKS)
+    made_by: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -386,7 +387,8 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
             raise ValueError(f"'{task.go_on_from}' {error}") from error
         if first >= settings.steps:
             raise ValueError(f"'{task.go_on_from}' has {first} steps already; expected steps above that")
-    file = File(model, task.prefix, {"ziplora_settings": repr(settings), "ziplora_layers": task.layers})
+    about = {**task.made_by, "ziplora_settings": repr(settings), "ziplora_layers": task.layers}
+    file = File(model, task.prefix, about)
     made = prepare(model, clip, vae, task)
     history: list[training.Step] = []
     saved: dict[str, Tensor] = {}

@@ -30,7 +30,8 @@ _SMALL_WORDS = frozenset(  # which a prompt may have for itself
 @dataclass
 class Task:
     """prompts: "full", "content", "style". picture: IMAGE (1, H, W, 3). prompts_apart, columns_apart, blocks_apart: the
-    paper's three separations. blocks: each LoRA's own, SDXL's unless said otherwise."""
+    paper's three separations. blocks: each LoRA's own, SDXL's unless said otherwise. made_by: more metadata
+    for the files."""
 
     picture: Tensor
     prompts: dict[str, str]
@@ -42,6 +43,7 @@ class Task:
     blocks_apart: bool = True
     sample_every: int = 0
     blocks: Blocks = field(default_factory=lambda: UNZIPLORA_BLOCKS)
+    made_by: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -119,10 +121,9 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     settings = task.settings
     shapes = bridge.trained_layers(model.model, "attention")
     belongs = owners(shapes, task.blocks) if task.blocks_apart else {}
+    about = {**task.made_by, "ziplora_settings": repr(settings)}
     files = {
-        c: bridge.File(
-            model, f"{task.prefix}_{c}", {"ziplora_settings": repr(settings), "ziplora_prompt": task.prompts[c]}
-        )
+        c: bridge.File(model, f"{task.prefix}_{c}", {**about, "ziplora_prompt": task.prompts[c]})
         for c in unzip.CONCEPTS
     }
     shown = bridge.Shown([task.picture], [task.prompts["full"]])

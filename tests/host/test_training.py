@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from demo.manifest import read_manifest
 from demo.templates import on_the_miniature
+from devhost.install import ROOT
 from devhost.server import ComfyServer, ExecutionFailed, Prompt
 from devhost.workflows import FOLDER, api_file
 
@@ -53,6 +56,12 @@ def test_from_pictures_to_a_picture_and_on_from_the_file(server: ComfyServer) ->
 def test_one_picture_taken_apart(server: ComfyServer) -> None:
     prompt = shipped("ziplora_unzip")
     done = server.run(prompt)
+    files = done.files(only(prompt, "UnZipLoRA"), "files")
+    assert len(files) == 2
+    for file in files:  # each once more, from what it says of itself
+        command = [sys.executable, "-m", "ziplora_batch", "again", str(file), "--server", server.url]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert said.returncode == 0, said.stdout + said.stderr
     side_by_side = done.images(only(prompt, "SaveImage"))[0]
     assert side_by_side.shape[1] > 2.5 * side_by_side.shape[0] and np.std(side_by_side) > 5
     assert "apart: prompts, columns;" in done.outputs[only(prompt, "PreviewAny")]["text"][0]
