@@ -92,7 +92,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Coefficients, SavedZip]:
         about = _about(path, file.metadata() or {})
         for key in file.keys():  # safe_open is not a mapping
             concept, _, name = key.partition(".")
-            m = file.get_tensor(key)
+            m = file.get_tensor(key).clone()  # it would change whenever the file does
             if concept not in sides or m.ndim != 1 or m.dtype != torch.float32 or not bool(torch.isfinite(m).all()):
                 raise LoRAFileError(
                     f"'{path.name}' holds no usable coefficients at '{shown(key)}'; zip the pair again and save it anew"
@@ -120,7 +120,8 @@ def _about(path: Path, metadata: Mapping[str, str]) -> SavedZip:
         found = json.loads(metadata[_KEY])
         if found["format"] != FORMAT:
             raise LoRAFileError(
-                f"'{path.name}' has format '{shown(str(found['format']))}', this version reads '{FORMAT}'; update the pack"
+                f"'{path.name}' has format '{shown(str(found['format']))}', this version reads '{FORMAT}'; "
+                "update the pack"
             )
         content, style = (SavedLoRA(**found.pop(c)) for c in ("content", "style"))
         dials = found.pop("dials")
@@ -140,6 +141,7 @@ def check_fits(name: str, coefficients: Coefficients, pair: LoRAPair) -> None:
             here, there = (side[layer].numel() if layer in side else 0 for side in (found, wanted))
             if here != there:
                 raise LoRAFileError(
-                    f"'{name}' was zipped for another model: it has {here} {concept} coefficients for layer '{shown(layer)}', "
-                    f"the LoRA has {there} columns there on this model; connect the model that it was zipped on"
+                    f"'{name}' was zipped for another model: it has {here} {concept} coefficients for layer "
+                    f"'{shown(layer)}', the LoRA has {there} columns there on this model; connect the model that it "
+                    "was zipped on"
                 )

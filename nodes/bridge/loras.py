@@ -120,4 +120,7 @@ def pair(content: dict, style: dict, content_strength: float, style_strength: fl
 def load(name: str, strength: float) -> LoRASource:
     """Read one file. Raises LoRAFileError."""
     version = fingerprint(name)
-    return LoRASource(name, read_lora_file(version[0]), strength, version)
+    tensors = read_lora_file(version[0])
+    if fingerprint(name) != version:
+        raise LoRAFileError(f"'{name}' has changed while it was read; queue again")
+    return LoRASource(name, tensors, strength, version)

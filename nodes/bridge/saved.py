@@ -128,6 +128,9 @@ def load(model, name: str) -> loras.ZippedLoRA:
     coefficients, about = saved.read(zipped_path(name))
     found = {c: _find(w, name) for c, w in (("content", about.content), ("style", about.style))}
     sources = loras.load_pair(found["content"], found["style"], about.content.strength, about.style.strength)
+    for source, wanted in ((sources.content, about.content), (sources.style, about.style)):
+        if bound(source).sha256 != wanted.sha256:
+            raise LoRAFileError(f"'{source.name}' has changed while '{name}' was loaded; queue again")
     fitted = fitting.fit(sources, model.model)
     fitted = replace(fitted, pair=direct.prepared(fitted.pair, about.method))
     saved.check_fits(name, coefficients, fitted.pair)
