@@ -42,6 +42,15 @@ class Coefficients:
             style={k: m * style for k, m in self.style.items()},
         )
 
+    def most_changed(self, since: Coefficients) -> tuple[str, str, float]:
+        """(concept, layer, by how much) of the coefficient that has moved furthest; ("", "", 0.0) where none has."""
+        found = ("", "", 0.0)
+        for concept, now, before in (("content", self.content, since.content), ("style", self.style, since.style)):
+            for name, m in now.items():
+                by = (m - before[name]).abs().max().item()
+                found = (concept, name, by) if by > found[2] else found
+        return found
+
     def overlap(self) -> float:
         """Mean of |m_c ⊙ m_s| over the columns that both LoRAs change: 1 for the direct merge, 0 for a closed zip."""
         total, columns = 0.0, 0

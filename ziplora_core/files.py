@@ -10,6 +10,7 @@ import os
 import re
 import struct
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+_UNFINISHED = ".ziplora.part"  # ends the name of a file that is being written; no loader lists it
+_ABANDONED = 3600.0  # seconds
 _MAX_HEADER = 100 * 1024 * 1024  # the format's own limit
 _MAX_VALUES = 500_000  # in a header: a hundred times what a LoRA has, and still parsed within a second
 _LORA_NAME = re.compile(
@@ -166,7 +169,7 @@ def read_lora_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             for name in file.keys():  # safe_open is not a mapping
-                tensors[name] = file.get_tensor(name)
+                tensors[name] = file.get_tensor(name).clone()  # it would change whenever the file does
     except (SafetensorError, OSError, RuntimeError) as error:
         raise LoRAFileError(
             f"'{path.name}' cannot be read as safetensors ({shown(str(error))}); download it again"
@@ -193,27 +196,43 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
         try:
             save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, dict(metadata))
         except SafetensorError as error:  # its writer's way to say that the disk is full
-            raise OSError(f"'{Path(path).name}' could not be written: {error}") from error
+            raise OSError(str(error)) from error
 
 
 @contextlib.contextmanager
 def whole_or_not_at_all(path: str | os.PathLike[str]) -> Iterator[str]:
     """A name in the same folder to write under; flushed and renamed to `path` after the block, unless it raised.
 
-    Raises OSError where the folder is missing, read-only or full; nothing is left behind then.
+    Raises OSError where the folder is missing, read-only or full; nothing is left behind then. What a process that
+    was killed has left there is cleared away.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
+    temporary = ""
     try:
+        _clear(path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent)
+        os.close(handle)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            f"'{path.name}' could not be written into the folder '{Path(*path.parent.parts[-2:])}' "
+            f"({error.strerror or error}); see that it is there, writable and not full, then queue again"
+        ) from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _clear(folder: Path) -> None:
+    """Delete what was begun here long ago and never finished: its writer is gone."""
+    for left in folder.glob(f".*{_UNFINISHED}"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
 
 
 def _umask() -> int:

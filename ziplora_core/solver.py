@@ -131,6 +131,22 @@ class Result:
     left: dict[str, float] = field(default_factory=dict)
 
 
+class NotFinite(FloatingPointError):
+    """A run that ended because a number was not finite.
+
+    step: at which. layer: whose coefficients had changed most since the start; empty where none had. kept: the steps
+    before, with the coefficients of the last one whose loss was finite; None where there was none.
+    """
+
+    def __init__(self, what: str, step: int, start: Coefficients, now: Coefficients, kept: Result | None):
+        concept, self.layer, by = now.most_changed(start)
+        self.step, self.kept = step, kept
+        changed = "no coefficient had changed yet"
+        if self.layer:
+            changed = f"the {concept} coefficients of layer '{self.layer}' had changed most, by {by:.3g}"
+        super().__init__(f"step {step}: {what}; {changed}; lower learning_rate or load the model in bf16 or fp32")
+
+
 def direct_merge(pair: LoRAPair) -> Result:
     """What no steps give: all ones."""
     return Result(Coefficients.ones(pair), stopped="no steps asked for: the direct merge")
@@ -214,7 +230,7 @@ def optimise(
     style cannot share a batch). Stops early when the overlap is zero, as the paper does. `on_step` is called
     after each update; what it or the predictor raises ends the run. Deterministic for a seed on one machine.
     From a `start`, where there is no way to go but noise to settle, the result is the mean over the last half of
-    the steps. Raises FloatingPointError when a loss is not finite.
+    the steps. Raises NotFinite when a loss is not finite.
     """
     averaged, betas = 1, (0.9, 0.999)
     if start is not None:
@@ -228,12 +244,21 @@ def optimise(
         scale, skipped = float(predictor.loss_scale), 0
         history: list[Step] = []
         mean = torch.zeros_like(flat, requires_grad=False)
+        finite = flat.detach().clone()  # the coefficients of the last finite loss
+
+        def stopped(step: Step, what: str) -> NotFinite:
+            kept = Result(joined.unflatten(finite), history, f"stopped at step {step.index}: {what}")
+            return NotFinite(what, step.index, start, joined.unflatten(flat), kept if history else None)
+
         weights = _weights(joined, predictor, references, settings)
         batches = training_batches(references, predictor, settings)
         while len(history) < settings.steps:
             losses = accumulate_gradient(joined, predictor, flat, next(batches), settings, weights, scale)
             step = Step(len(history) + 1, settings.steps, losses)
-            _check_finite(step)
+            if not math.isfinite(losses.total):
+                parts = f"content {losses.content:g}, style {losses.style:g}, overlap {losses.overlap:g}"
+                raise stopped(step, f"the loss is not finite ({parts})")
+            finite.copy_(flat.detach())
             gradient = flat.grad
             if gradient is None:
                 raise ValueError("no layer of the pair took part in the forward pass, so there is nothing to learn")
@@ -241,10 +266,8 @@ def optimise(
                 skipped, scale = skipped + 1, scale / 4
                 adam.zero_grad()
                 if skipped > MAX_SKIPPED:
-                    raise FloatingPointError(
-                        f"step {step.index}: the gradient is not finite although the loss ({losses.total:g}) is, "
-                        f"after {skipped} tries at smaller loss scales; load the model in bf16 or fp32"
-                    )
+                    what = f"the gradient is not finite although the loss ({losses.total:g}) is"
+                    raise stopped(step, f"{what}, after {skipped} tries at smaller loss scales")
                 continue
             skipped = 0
             gradient.div_(scale)
@@ -277,15 +300,6 @@ def _closed(joined: JoinedPair, flat: Tensor) -> bool:
         return False
     content, style = joined.shared_columns(flat.detach())
     return bool((content * style).abs().mean() < _ZERO_OVERLAP)
-
-
-def _check_finite(step: Step) -> None:
-    losses = step.losses
-    if not math.isfinite(losses.total):
-        raise FloatingPointError(
-            f"step {step.index}: the loss is not finite (content {losses.content:g}, style {losses.style:g}, "
-            f"overlap {losses.overlap:g}); lower learning_rate or load the model in bf16 or fp32"
-        )
 
 
 def accumulate_gradient(

@@ -22,7 +22,7 @@ def close(
 
     `on_step` hears of each gradient step, `on_layer` of each layer that is solved in closed form; what they or the
     predictor raise ends the run. moments: bytes that the layer-wise solve may keep at once; the more, the fewer
-    passes. Raises FloatingPointError when a loss, or what the LoRAs do in a layer, is not finite.
+    passes. Raises FloatingPointError where what the LoRAs do in a layer is not finite, NotFinite where a loss is not.
     """
     if settings.steps == 0:
         return solver.direct_merge(joined.pair)

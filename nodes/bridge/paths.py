@@ -12,10 +12,15 @@ from ...ziplora_core.files import whole_or_not_at_all
 def next_path(prefix: str, folder: str, suffix: str) -> str:
     """The next free numbered file of a prefix in a folder of the host's, as its own save nodes number them.
 
-    Raises ValueError for a prefix that leads out of the folder.
+    Raises ValueError for a prefix that leads out of the folder, OSError where there can be no such folder.
     """
     try:
         directory, name, counter, *_ = folder_paths.get_save_image_path(prefix, folder)
+    except OSError as error:
+        raise OSError(
+            f"filename_prefix '{prefix}' needs a folder in '{os.path.basename(folder)}' that cannot be used "
+            f"({error.strerror or error}); see that it is a folder and writable, or choose another prefix"
+        ) from error
     except Exception as error:  # the host raises this bare
         raise ValueError(f"filename_prefix '{prefix}' leads out of the folder '{os.path.basename(folder)}'") from error
     if not name or name in (".", ".."):

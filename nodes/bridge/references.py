@@ -13,6 +13,7 @@ from torch import Tensor
 from ...ziplora_core.coefficients import Coefficients
 from . import fitting, loras
 from .apply import apply
+from .plan import is_out_of_memory
 from .predictor import attention_with_gradient
 
 STEPS, GUIDANCE, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
@@ -64,7 +65,15 @@ def draw(
     alone = ones.scaled(style=0.0) if concept == "content" else ones.scaled(content=0.0)
     dials = (1.0, 0.0) if concept == "content" else (0.0, 1.0)
     patched, _ = apply(model, None, loras.ZippedLoRA(sources, fitted, alone, *dials), 1.0)
-    drawn = draw_plain(patched, conditioning, asked, seed + _OTHER_SEED[concept])
+    try:
+        drawn = draw_plain(patched, conditioning, asked, seed + _OTHER_SEED[concept])
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise type(error)(
+            f"not enough memory to draw {asked.count} {concept} references of {asked.side} x {asked.side} pixels; "
+            f"lower drawn_references or drawn_size, or connect {concept}_latents"
+        ) from None
     if drawn is None:
         raise FloatingPointError(
             f"the {concept} LoRA alone draws no picture (its latents are not finite): look at the file, load "

@@ -14,7 +14,10 @@ from .references import Drawn
 
 @dataclass
 class Outcome:
-    """Everything a report tells. retention and alignment: [direct merge, zipped]. drawn: references, by concept."""
+    """Everything a report tells. retention and alignment: [direct merge, zipped]. drawn: references, by concept.
+
+    again: memory ran out, and this is the second run.
+    """
 
     sources: LoRASources
     fitted: FittedPair
@@ -26,6 +29,7 @@ class Outcome:
     alignment: list[dict[str, float]] = field(default_factory=list)
     drawn: dict[str, Drawn] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
+    again: bool = False
 
     @property
     def loss_map(self) -> dict[str, list[float]]:
@@ -73,7 +77,7 @@ def write(outcome: Outcome) -> str:
         )
     if outcome.seconds:
         lines.append(f"time: {outcome.seconds:.1f} s")
-        lines.append(outcome.plan.line())
+        lines.append(outcome.plan.line() + ("; it ran out at first, this is the second run" if outcome.again else ""))
     if outcome.retention:
         before, after = outcome.retention
         for concept in ("content", "style"):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ziplora_core.files import LoRAFileError, check_lora_file, read_lora_file
+from ziplora_core.files import LoRAFileError, check_lora_file, read_lora_file, write_tensors
 
 
 def good(path):
@@ -114,3 +116,32 @@ def test_the_header_check_reads_no_data(tmp_path):
     path = tmp_path / "nan.safetensors"
     nan(path)
     check_lora_file(path)  # only the numbers are wrong
+
+
+def test_what_was_read_stays_when_the_file_is_written_over(tmp_path):
+    """In place, as a download that begins anew: the same file, other numbers."""
+    path = good(tmp_path / "ok.safetensors")
+    read = read_lora_file(path)
+    with path.open("r+b") as file:
+        file.seek(-16, 2)
+        file.write(b"\0" * 16)
+    assert all(bool((t == 1).all()) for t in read.values())
+
+
+def test_what_a_killed_writer_left_is_cleared_away_when_it_is_old(tmp_path):
+    old, young = tmp_path / ".a.safetensors.x.ziplora.part", tmp_path / ".a.safetensors.y.ziplora.part"
+    others = [tmp_path / ".a.part", tmp_path / "a.safetensors"]
+    for path in (old, young, *others):
+        path.write_bytes(b"begun")
+        os.utime(path, (time.time() - 7200,) * 2)
+    young.touch()
+    write_tensors(tmp_path / "b.safetensors", {"a": torch.ones(1)}, {})
+    assert set(tmp_path.iterdir()) == {young, *others, tmp_path / "b.safetensors"}
+
+
+def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OSError, match=r"'b.safetensors' could not be written into the folder '.*file' \(.+\); see that"
+    ):
+        write_tensors(tmp_path / "file" / "b.safetensors", {"a": torch.ones(1)}, {})

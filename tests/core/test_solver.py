@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -15,6 +16,7 @@ from ziplora_core.objective import PAPER
 from ziplora_core.pair import LayerPair, LoRAPair
 from ziplora_core.solver import (
     SOLVERS,
+    NotFinite,
     References,
     Settings,
     measure_retention,
@@ -171,8 +173,39 @@ def test_a_loss_that_is_not_finite_names_its_step():
             y = super().__call__(batch, branch)
             return y * float("nan") if self.calls > 3 else y
 
-    with pytest.raises(FloatingPointError, match="step 2: the loss is not finite"):
+    with pytest.raises(
+        NotFinite, match="step 2: the loss is not finite.*layer '.*' had changed most, by 0.01"
+    ) as caught:
         run(Settings(objective=PAPER), predictor=Broken())
+    kept, ones = caught.value.kept, Coefficients.ones(toy_pair())
+    assert (caught.value.step, len(kept.history)) == (2, 1)
+    assert caught.value.layer in SHAPES
+    assert kept.coefficients.most_changed(ones) == ("", "", 0.0), "those of step 1, which step 1's update then changed"
+
+
+def test_a_loss_that_is_not_finite_keeps_the_coefficients_of_the_last_that_was():
+    class Breaking(ToyPredictor):
+        def __call__(self, batch, branch):
+            y = super().__call__(batch, branch)
+            return y * float("inf") if self.calls > 6 else y
+
+    settings = Settings(objective=PAPER, learning_rate=0.1)
+    with pytest.raises(NotFinite, match="step 4") as caught:
+        run(settings, predictor=Breaking())
+    seen = run(dataclasses.replace(settings, steps=2)).coefficients
+    kept = caught.value.kept.coefficients
+    assert all(torch.equal(kept.style[k], seen.style[k]) for k in seen.style)
+    assert "step 4" in caught.value.kept.stopped
+
+
+def test_nothing_is_kept_where_the_first_loss_is_not_finite():
+    class Broken(ToyPredictor):
+        def __call__(self, batch, branch):
+            return super().__call__(batch, branch) * float("nan")
+
+    with pytest.raises(NotFinite, match="step 1.*no coefficient had changed yet") as caught:
+        run(Settings(objective=PAPER), predictor=Broken())
+    assert caught.value.kept is None and caught.value.layer == ""
 
 
 def test_overflow_of_the_scaled_gradient_is_survived():
