@@ -30,7 +30,7 @@ class BatchError(ValueError):
     """The batch cannot start. The message names the file, the row or the column, and says what to do."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One prompt. key: SHA-256 of everything that it is made from. values: its row. uploads: local pictures by the name
     that the prompt has for them."""

@@ -50,6 +50,8 @@ class Batch:
         self._changed = asyncio.Condition()
         try:
             await asyncio.gather(*(self._adopt(server) for server in self.servers))
+            found = [job for job in self._waiting if self._prompt_id(job) in self._found]
+            self._waiting = deque(found + [job for job in self._waiting if job not in found])
             workers = [
                 asyncio.create_task(self._work(server, tqdm(position=number, disable=self.quiet, leave=False)))
                 for number, server in enumerate(self.servers, 1)
@@ -116,9 +118,8 @@ class Batch:
         """The next job for this server; None when all have ended."""
         async with self._changed:
             while True:
-                mine = [job for job in self._waiting if self._may(server, job)]
-                if mine:
-                    job = next((j for j in mine if self._found.get(self._prompt_id(j)) == server.url), mine[0])
+                job = next((job for job in self._waiting if self._may(server, job)), None)
+                if job is not None:
                     self._waiting.remove(job)
                     self._running[server.url] = job
                     return job
@@ -127,7 +128,8 @@ class Batch:
                 await self._changed.wait()
 
     def _may(self, server: Server, job: Job) -> bool:
-        elsewhere = self._found.get(self._prompt_id(job))
+        """Whether this server is one for a job: none that has refused it, nor while another still works on it."""
+        elsewhere = self._found.get(self._prompt_id(job)) if self._found else None
         if elsewhere not in (None, server.url) and elsewhere in self._present:
             return False
         return server.url not in self._refused.get(job.key, {})

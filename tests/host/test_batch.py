@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from devhost.install import current_host
 from devhost.server import ComfyServer, free_port
 
 Row = dict[str, Any]
+SEEDS = itertools.count(100)
 COLUMNS = ("content_lora", "style_lora", "content_prompt", "style_prompt", "content_picture", "style_picture")
 
 
@@ -111,9 +113,9 @@ def two(make_server: Callable[..., ComfyServer]) -> list[ComfyServer]:
 
 @pytest.fixture
 def pairs(concepts: dict[str, list[Concept]]) -> list[Row]:
-    """Four pairs; seeds differ, so that nothing of theirs is shared."""
+    """Four pairs; seeds differ, from test to test too, so that no server has anything of theirs."""
     found = [(c, s) for c in concepts["content"][:2] for s in concepts["style"][:2]]
-    return [row(c, s, **{"optimise.seed": 100 + i}) for i, (c, s) in enumerate(found)]
+    return [row(c, s, **{"optimise.seed": next(SEEDS)}) for c, s in found]
 
 
 def test_every_row_ends_in_its_own_picture_or_in_a_reason(two: list[ComfyServer], bench: Bench, pairs: list[Row]):
