@@ -1,4 +1,4 @@
-"""The base directory that a ComfyUI of ours runs on: models, inputs and packs, linked (standard library only).
+"""The base directory that a ComfyUI of ours runs on: models and packs linked, inputs copied (standard library only).
 
 ComfyUI's `--base-directory` keeps all of it out of the ComfyUI tree, so a tree of the user's own stays as it was.
 """
@@ -91,8 +91,15 @@ def make_base(base: Path, *, miniature: bool = True) -> Path:
         for lora in found.loras:
             link(lora, base / "models" / "loras" / lora.name)
         for folder in found.pictures:
-            link(folder, base / "input" / folder.name)
+            place(folder, base / "input" / folder.name)
     return base
+
+
+def place(folder: Path, target: Path) -> None:
+    """Copy a folder of pictures: newer hosts follow no link out of their input folder."""
+    if target.is_symlink():
+        target.unlink()
+    shutil.copytree(folder, target, dirs_exist_ok=True)
 
 
 def link(source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...ziplora_core.files import LoRAFileError, all_finite, shown
 from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
 from . import keys
+from .frozen import dequantised
 from .loras import LoRASource, LoRASources
 from .shapes import SCALES, fits
 
@@ -151,13 +152,9 @@ def _base_weight(model, key: str) -> Tensor:
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models if entry.model is not None]
     backups = [patcher.backup for patcher in loaded if patcher.model is model and key in patcher.backup]
     weight = backups[0][key].weight if backups else comfy.utils.get_attr(model, key)
-    if hasattr(weight, "dequantize") and weight.dtype not in _FLOATS:
-        weight = weight.dequantize()
+    weight = dequantised(weight)
     scale = comfy.utils.get_attr(model, key.rpartition(".")[0]).__dict__.get("_parameters", {}).get("scale_weight")
     return weight if scale is None else weight.float() * scale.float()
-
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _other_model(source: LoRASource, key: str, kind: str, shape: torch.Size) -> LoRAFileError:

@@ -81,18 +81,23 @@ def _whole(module: torch.nn.Module, weight: Tensor) -> Tensor:
     return weight if smoothing is None else weight * smoothing.to(weight)  # of each column of the input
 
 
+def is_quantised(weight: Tensor) -> bool:
+    """Whether it is the host's own kind of tensor, which stands for other numbers than it holds."""
+    return isinstance(weight, _QUANTIZED)
+
+
 def dequantised(weight: Tensor) -> Tensor:
-    """The numbers that a weight stands for, in ordinary floats where the host quantises it."""
-    return weight.dequantize() if isinstance(weight, _QUANTIZED) else weight
+    """The numbers that a weight stands for, as ordinary floats."""
+    return weight.dequantize() if is_quantised(weight) else weight
 
 
 def _is_cast(module: comfy.ops.CastWeightBiasOp) -> bool:
     """Whether the host itself would cast or change this layer's weight in its forward, or use it as it is."""
-    return bool(module.comfy_cast_weights or module.weight_function or module.bias_function or _is_quantized(module))
+    return bool(module.comfy_cast_weights or module.weight_function or module.bias_function or _is_coded(module))
 
 
-def _is_quantized(module: torch.nn.Module) -> bool:
-    return isinstance(module.weight, _QUANTIZED) or getattr(module, "scale_weight", None) is not None
+def _is_coded(module: torch.nn.Module) -> bool:
+    return is_quantised(module.weight) or getattr(module, "scale_weight", None) is not None
 
 
 class _Layer:

@@ -26,7 +26,7 @@ from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
 from ...ziplora_core.solver import Batch, References, Settings
 from ...ziplora_core.training import TrainedLoRA
 from . import predictor
-from .frozen import Injection, blocks, with_gradient
+from .frozen import Injection, blocks, is_quantised, with_gradient
 
 _GB = 1e9
 _VECTORS = 8  # float32 vectors of all coefficients: the start, the step, its gradient, Adam's two, the mean, two more
@@ -154,13 +154,15 @@ class _Predictor(predictor.HostPredictor):
 
 
 def _fill(empty: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Parameters of a model in its copy without memory, where the host makes them only as it loads a file: of
+    """Parameters of a BaseModel in its copy without memory, where the host makes them only as it loads a file: of
     quantised layers, and of all linear ones where it pages weights."""
     for path, module in model.named_modules():
         twin = empty.get_submodule(path)
         for name, parameter in module.named_parameters(recurse=False):
             if getattr(twin, name, None) is None:
-                setattr(twin, name, torch.nn.Parameter(_meta(parameter), requires_grad=False))
+                dtype = predictor.compute_dtype(empty) if is_quantised(parameter) else parameter.dtype
+                made = torch.empty(parameter.shape, dtype=dtype, device="meta")
+                setattr(twin, name, torch.nn.Parameter(made, requires_grad=False))
 
 
 class Stage:
