@@ -18,7 +18,7 @@ def concepts() -> dict[str, list[Concept]]:
     manifest = json.loads((folder / "world.json").read_text(encoding="utf-8"))
     found: dict[str, list[Concept]] = {"content": [], "style": []}
     for entry in manifest["loras"].values():
-        picture = Path(entry["pictures"][0])  # pictures/<name>/<number>.png, linked as <name>/ into the input folder
+        picture = Path(entry["pictures"][0])  # pictures/<name>/<number>.png, copied as <name>/ into the input folder
         concept = Concept(Path(entry["file"]).name, entry["training_prompt"], f"{picture.parent.name}/{picture.name}")
         found[entry["kind"]].append(concept)
     return found

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from devhost.base import CHECKPOINT
+from devhost.install import current_host
 
 Prompt = dict[str, dict[str, Any]]
 Link = list[Any]
@@ -79,10 +80,14 @@ def stock_loader(lora: str, model: Link, strength: float = 1.0) -> dict[str, Any
     return node("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=strength)
 
 
-def whole_run(steps: int) -> list[tuple[int, int]]:
-    """The progress events of one optimisation: a layer of the miniature's 72 or a step each, on one bar."""
+def is_whole_run(seen: list[tuple[int, int]], steps: int) -> bool:
+    """Whether these are the progress events of one optimisation: a layer of the miniature's 72 or a step each, on one
+    bar. Newer hosts send the first and the last, and leave out those that follow another too soon."""
     total = LAYERS + steps
-    return [(done, total) for done in range(1, total + 1)]
+    every = [(done, total) for done in range(1, total + 1)]
+    if "PROGRESS_THROTTLE" not in (current_host().tree / "comfy" / "utils.py").read_text(encoding="utf-8"):
+        return seen == every
+    return seen[:1] + seen[-1:] == [every[0], every[-1]] and seen == [event for event in every if event in seen]
 
 
 def optimised(content: Concept, style: Concept, model: Link = BASE, **settings: Any) -> Prompt:

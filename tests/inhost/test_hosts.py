@@ -442,3 +442,35 @@ def test_a_layer_may_smooth_its_input(pack):
         patchers[1].model.get_submodule(name).weight.data.mul_(scale)
     ours, theirs = (one_step(pack, patcher) for patcher in patchers)
     assert_equal_steps(ours, theirs, 1e-4)
+
+
+def test_a_dynamic_patcher_is_injected_loaded_and_left_as_any(pack, monkeypatch):
+    """The host's own, on a device that it pages nothing to."""
+    import comfy.model_patcher
+
+    dynamic = getattr(comfy.model_patcher, "ModelPatcherDynamic", None)
+    if dynamic is None:
+        pytest.skip("this host pages no weights")
+
+    class Unpaged(dynamic):
+        def __new__(cls, *_, **__):  # the host's own would give the ordinary patcher here
+            return object.__new__(cls)
+
+        def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+            return self.restore_loaded_backups()
+
+    class HostBuffer:
+        def __init__(self, *_):
+            self.size = 0
+
+    monkeypatch.setattr(comfy.model_patcher.comfy_aimdo.host_buffer, "HostBuffer", HostBuffer)
+    plain = tiny.tiny_patcher()
+    expected = one_step(pack, plain)
+    with torch.inference_mode():
+        patcher = Unpaged(tiny.tiny_patcher().model, plain.load_device, plain.offload_device)
+    before = tiny.sample(patcher)
+    assert patcher.is_dynamic()
+    assert_equal_steps(one_step(pack, patcher), expected)
+    assert rehearsed(pack, patcher) == rehearsed(pack, plain)
+    assert patcher.injections == {} and not any("forward" in vars(m) for m in patcher.model.modules())
+    assert torch.equal(tiny.sample(patcher), before)
