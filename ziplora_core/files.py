@@ -207,24 +207,39 @@ def whole_or_not_at_all(path: str | os.PathLike[str]) -> Iterator[str]:
     was killed has left there is cleared away.
     """
     path = Path(path)
-    temporary = ""
-    try:
+    with _named(path):
         _clear(path.parent)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent)
         os.close(handle)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises OSError, before long work, where a file could not be written after it: the folder is not there or
+    read-only."""
+    path = Path(path)
+    with _named(path), tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What cannot be written is said with its file and folder."""
+    try:
+        yield
     except OSError as error:
         raise OSError(
             f"'{path.name}' could not be written into the folder '{Path(*path.parent.parts[-2:])}' "
             f"({error.strerror or error}); see that it is there, writable and not full, then queue again"
         ) from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def _clear(folder: Path) -> None:

@@ -27,7 +27,7 @@ class LoRASource:
     """
 
     name: str
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] = field(repr=False)  # the host keeps what an error's inputs look like
     strength: float
     version: tuple[str, int, int] | None = None
 
@@ -52,8 +52,8 @@ class ZippedLoRA:
     """
 
     sources: LoRASources
-    fitted: FittedPair
-    coefficients: Coefficients
+    fitted: FittedPair = field(repr=False)
+    coefficients: Coefficients = field(repr=False)
     content_strength: float = 1.0
     style_strength: float = 1.0
     report: str = ""

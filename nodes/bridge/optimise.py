@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ...ziplora_core import analysis, solver, zipper
 from ...ziplora_core.branch import JoinedPair
 from ...ziplora_core.coefficients import Coefficients
-from . import fitting, loras, plan, predictor
+from . import fitting, loras, plan, predictor, saved
 from . import references as drawing
 from .progress import Progress
 from .report import Outcome, write
@@ -66,6 +67,7 @@ def optimise(
         outcome.retention = solver.measure_retention(
             joined, predict, references, [ones, outcome.result.coefficients], settings.seed
         )
+        _check_finite(outcome)
 
     if settings.steps == 0:
         outcome.result = solver.direct_merge(fitted.pair)
@@ -91,13 +93,41 @@ def optimise(
 
         room = plan.room_for(model)
         planned = plan.make(model, fitted.pair, conditioning, samples, settings, room)
-        outcome.plan = plan.carry_out(planned, attempt)
+        try:
+            outcome.plan = plan.carry_out(planned, attempt)
+        except solver.NotFinite as error:
+            raise FloatingPointError(f"{error}; {_rescue(outcome, error.kept)}") from error
+        outcome.again = outcome.plan != planned
     with torch.inference_mode(False):
         outcome.alignment = [analysis.column_alignment(fitted.pair, c) for c in (ones, outcome.result.coefficients)]
-    report = write(outcome)
-    made = {**asdict(settings), "objective": settings.objective.name}
-    zipped = loras.ZippedLoRA(sources, fitted, outcome.result.coefficients, report=report, settings=made)
-    return zipped, outcome.loss_map, report, _shown(model, outcome)
+    zipped = _zipped(outcome)
+    return zipped, outcome.loss_map, zipped.report, _shown(model, outcome)
+
+
+def _zipped(outcome: Outcome) -> loras.ZippedLoRA:
+    made = {**asdict(outcome.settings), "objective": outcome.settings.objective.name}
+    coefficients = outcome.result.coefficients
+    return loras.ZippedLoRA(outcome.sources, outcome.fitted, coefficients, report=write(outcome), settings=made)
+
+
+def _check_finite(outcome: Outcome) -> None:
+    """Raises NotFinite where the zipped model draws no numbers on held-out noise, whatever its losses were."""
+    after, result = outcome.retention[1], outcome.result
+    if not all(map(math.isfinite, after.values())):
+        what = f"the loss on held-out noise is not finite (content {after['content']:g}, style {after['style']:g})"
+        kept = replace(result, stopped=what)
+        raise solver.NotFinite(what, len(result.history), outcome.before, result.coefficients, kept)
+
+
+def _rescue(outcome: Outcome, kept: solver.Result | None) -> str:
+    """Save the last finite coefficients of a run that ended early, if it can be done; says where they are."""
+    if kept is None:
+        return "there are no coefficients to keep"
+    outcome.result, outcome.retention = kept, []
+    try:
+        return f"the last finite coefficients are in '{saved.save(_zipped(outcome), 'stopped')}', for Load Zipped LoRA"
+    except (ValueError, OSError) as error:
+        return f"the last finite coefficients could not be saved: {error}"
 
 
 def _shown(model, outcome: Outcome) -> Tensor | None:

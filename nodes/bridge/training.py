@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...ziplora_core import export, training
 from ...ziplora_core.direct import B_LORA_BLOCKS, Blocks
-from ...ziplora_core.files import write_tensors
+from ...ziplora_core.files import check_writable, write_tensors
 from ...ziplora_core.pair import Factors
 from . import fitting, keys, loras, paths, plan, predictor, references
 from .frozen import Injection, blocks
@@ -323,6 +323,7 @@ class File:
     def __init__(self, model, prefix: str, about: dict[str, str]):
         self.model, self.about = model, about
         self.path = paths.next_path(prefix, folder_paths.get_output_directory(), ".safetensors")
+        check_writable(self.path)
 
     @property
     def name(self) -> str:
