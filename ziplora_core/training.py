@@ -256,15 +256,17 @@ def train(
         while step < settings.steps:
 
             def gradient(penalised: bool, step: int = step, scale: float = scale) -> tuple[float, float]:
-                return _gradient(trained, denoiser, step_rows(pictures, denoiser, settings, step), scale, penalised)
+                found = _gradient(trained, denoiser, step_rows(pictures, denoiser, settings, step), scale, penalised)
+                if not math.isfinite(sum(found)):
+                    raise FloatingPointError(
+                        f"step {step + 1}: the loss is not finite; lower learning_rate or load the model in bf16 or "
+                        "fp32"
+                    )
+                return found
 
             trained.before(step, lambda: gradient(penalised=False) and None)
             adam.zero_grad()
             loss, penalty = gradient(penalised=True)
-            if not math.isfinite(loss + penalty):
-                raise FloatingPointError(
-                    f"step {step + 1}: the loss is not finite; lower learning_rate or load the model in bf16 or fp32"
-                )
             if not _descend(adam, parameters, scale):
                 skipped, scale = skipped + 1, scale / 4
                 if skipped > MAX_SKIPPED:

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from . import training
 from .coefficients import Coefficients
+from .files import all_finite
 from .frozen import Base, frozen
 from .pair import Factors, LayerPair, LoRAPair
 from .solver import in_range
@@ -165,7 +166,13 @@ class UnZip:
             weight = self._weight(name)
             for concept in CONCEPTS:
                 taken = self.masks["content"][name] | self.masks["style"][name]
-                scores = self.score(concept, name, weight).masked_fill(taken, -1.0)
+                scores = self.score(concept, name, weight)
+                if not all_finite(scores):
+                    raise FloatingPointError(
+                        f"layer {name}: the gradient by which its columns are given out is not finite; load the model "
+                        "in bf16 or fp32"
+                    )
+                scores = scores.masked_fill(taken, -1.0)
                 count = min(round(self._settings.share * len(scores)), int((~taken).sum()))
                 self.masks[concept][name][scores.topk(count).indices] = True
 

@@ -67,6 +67,17 @@ def test_columns_are_given_out_apart_and_grow():
     assert "own" not in both.masks["content"] and both.masks["style"]["own"].all()
 
 
+def test_no_column_is_given_out_by_a_gradient_that_is_not_finite():
+    both = filled(made())
+
+    def probe():
+        (both.branch().layer("a", torch.randn(5, 20), Base("a")) * float("inf")).square().sum().backward()
+
+    with pytest.raises(FloatingPointError, match="layer a: the gradient by which its columns are given out"):
+        both.before(0, probe)
+    assert not any(both.masks[c]["a"].any() for c in unzip.CONCEPTS)
+
+
 def test_a_layer_adds_the_masked_scaled_updates():
     both = filled(made())
     for i, concept in enumerate(unzip.CONCEPTS):
