@@ -6,7 +6,7 @@ Nothing here imports ComfyUI, and the core suite, which loads this file too, sta
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,19 @@ DEVICE = os.environ.get("ZIPLORA_TEST_DEVICE", "cpu")  # "auto" takes the GPU th
 
 @pytest.fixture(scope="session")
 def make_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ComfyServer]]:
-    """Start servers, each on a new base directory with pack and miniature; all are stopped at the end."""
-    from devhost.base import make_base
+    """Start servers, each on a new base directory with pack and miniature; all are stopped at the end.
+
+    packs: folders of more custom nodes.
+    """
+    from devhost.base import link, make_base
     from devhost.server import ComfyServer
 
     started = []
 
-    def make(*flags: str, **options: Any) -> ComfyServer:
+    def make(*flags: str, packs: Sequence[Path] = (), **options: Any) -> ComfyServer:
         base = make_base(tmp_path_factory.mktemp("comfyui"))
+        for pack in packs:
+            link(pack, base / "custom_nodes" / pack.name)
         server = ComfyServer(base, flags, **{"device": DEVICE, **options})
         started.append(server)
         return server.start()
