@@ -26,7 +26,7 @@ from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
 from ...ziplora_core.solver import Batch, References, Settings
 from ...ziplora_core.training import TrainedLoRA
 from . import predictor
-from .frozen import Injection, blocks, is_quantised, with_gradient
+from .frozen import Injection, blocks, with_gradient
 
 _GB = 1e9
 _VECTORS = 8  # float32 vectors of all coefficients: the start, the step, its gradient, Adam's two, the mean, two more
@@ -160,9 +160,7 @@ def _fill(empty: torch.nn.Module, model: torch.nn.Module) -> None:
         twin = empty.get_submodule(path)
         for name, parameter in module.named_parameters(recurse=False):
             if getattr(twin, name, None) is None:
-                dtype = predictor.compute_dtype(empty) if is_quantised(parameter) else parameter.dtype
-                made = torch.empty(parameter.shape, dtype=dtype, device="meta")
-                setattr(twin, name, torch.nn.Parameter(made, requires_grad=False))
+                setattr(twin, name, torch.nn.Parameter(_meta(parameter), requires_grad=False))
 
 
 class Stage:

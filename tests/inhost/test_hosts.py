@@ -408,6 +408,17 @@ def test_the_gradient_is_of_the_numbers_that_coded_weights_stand_for(pack, coded
     assert_equal_steps(ours, theirs, TOLERANCE.get(form, 1e-4))
 
 
+def test_what_is_cast_is_these_numbers_in_an_ordinary_tensor(pack, coded):
+    _, patcher, plain = coded
+    with torch.inference_mode(False), torch.no_grad():
+        for name, module in plain.model.diffusion_model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                own = patcher.model.diffusion_model.get_submodule(name)
+                with pack.nodes.bridge.frozen.cast(own, torch.empty(0)) as (weight, _):
+                    assert type(weight) in (torch.Tensor, torch.nn.Parameter)
+                    torch.testing.assert_close(weight, module.weight, rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
 def test_updates_are_of_these_numbers_too(pack, coded):
     """DoRA's depends on the weight."""
     _, patcher, plain = coded
