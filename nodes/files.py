@@ -6,6 +6,7 @@ import folder_paths
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.export import DTYPES
+from ..ziplora_core.solver import one_of
 from .bridge import export, provenance, saved
 from .sockets import LoRAModelSocket, ZippedLoRASocket
 
@@ -127,9 +128,8 @@ class ExportMergedLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, zipped_lora, filename_prefix: str, rank: int, dtype: str, format: str) -> io.NodeOutput:
-        for name, value, known in (("dtype", dtype, DTYPES), ("format", format, export.FORMATS)):
-            if value not in known:
-                raise ValueError(f"{name} is '{value}'; expected one of: {', '.join(known)}")
+        one_of("dtype", dtype, DTYPES)
+        one_of("format", format, export.FORMATS)
         made_by = {**provenance.workflow(cls.hidden), **provenance.pair(zipped_lora.sources)}
         tensors, report, name = export.export_file(zipped_lora, filename_prefix, rank, dtype, format, made_by)
         return io.NodeOutput(tensors, report, ui={"text": (report,), "files": (provenance.written(name),)})

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from comfy_api.v0_0_2 import io, ui
 
 from ..ziplora_core.objective import OBJECTIVES
-from ..ziplora_core.solver import SOLVERS, Settings
+from ..ziplora_core.solver import SOLVERS, Settings, one_of
 from . import inputs
 from .bridge.optimise import check_inputs, optimise
 from .bridge.references import Asked
@@ -201,8 +201,7 @@ def read_settings(
     drawn_size: int = Asked.side,
 ) -> tuple[Settings, Asked]:
     """The core's settings from the node's inputs. Raises ValueError for a value that the API let through."""
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective is '{objective}'; expected one of: {', '.join(OBJECTIVES)}")
+    one_of("objective", objective, OBJECTIVES)
     rule = OBJECTIVES[objective]
     settings = Settings(steps, learning_rate, similarity_lambda, batch_size, seed, rule, solver, ridge)
     return settings, Asked(drawn_references, drawn_size)

@@ -10,6 +10,7 @@ from ..ziplora_core.scores import summary
 from . import inputs, sheet
 from .bridge.paths import write_output
 from .bridge.scores import score
+from .bridge.training import check_pictures
 
 
 class ZipLoRAScores(io.ComfyNode):
@@ -94,6 +95,10 @@ class BlindABSheet(io.ComfyNode):
         seed: int,
         filename_prefix: str,
     ) -> io.NodeOutput:
+        pictures = {"images_a": images_a, "images_b": images_b}
+        pictures |= {"subject_reference": subject_reference, "style_reference": style_reference}
+        for name, picture in pictures.items():
+            check_pictures(name, [picture])
         sides = sheet.sides(len(images_a), len(images_b), seed)
         image = sheet.draw(images_a, images_b, subject_reference, style_reference, sides)
         key = write_output(filename_prefix, ".json", sheet.key(sides, name_a, name_b, seed))

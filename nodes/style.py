@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from comfy_api.v0_0_2 import io
 
+from ..ziplora_core.solver import in_range
 from .sockets import ZippedLoRASocket
 
 
@@ -31,6 +32,8 @@ class StyleStrength(io.ComfyNode):
 
     @classmethod
     def execute(cls, zipped_lora, style_strength: float, content_strength: float) -> io.NodeOutput:
+        in_range("style_strength", style_strength, -100, 100)
+        in_range("content_strength", content_strength, -100, 100)
         return io.NodeOutput(
             replace(
                 zipped_lora,

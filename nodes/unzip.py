@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
+from ..ziplora_core.solver import in_range
 from ..ziplora_core.unzip import Settings
 from . import inputs
 from .bridge import provenance
@@ -145,6 +146,8 @@ class UnZipLoRA(io.ComfyNode):
         block_separation: bool = True,
         sample_every: int = 100,
     ) -> io.NodeOutput:
+        in_range("merger_learning_rate", merger_learning_rate, 1e-8, 1.0)
+        in_range("column_share", column_share, 0.1, 16.6)
         settings = Settings(
             steps=steps,
             learning_rate=learning_rate,

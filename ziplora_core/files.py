@@ -178,6 +178,19 @@ def read_lora_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a file says of itself. Raises LoRAFileError for what is no safetensors file."""
+    check_safetensors(path)
+    path = Path(path)
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise LoRAFileError(
+            f"'{path.name}' cannot be read as safetensors ({shown(str(error))}); download it again"
+        ) from error
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .branch import Branch, JoinedPair
 from .coefficients import Coefficients
+from .files import shown
 from .objective import BALANCED, Objective, norm
 from .pair import LoRAPair
 
@@ -51,8 +52,7 @@ class Settings:
         in_range("batch_size", self.batch_size, 1, 64)
         in_range("ridge", self.ridge, 1e-6, 1e6)
         in_range("seed", self.seed, 0, 2**64 - 1)
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver is '{self.solver}'; expected one of: {', '.join(SOLVERS)}")
+        one_of("solver", self.solver, SOLVERS)
 
     @property
     def gradient_steps(self) -> int:
@@ -61,8 +61,14 @@ class Settings:
 
 
 def in_range(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{name} is {value}; expected a number from {low:g} to {high:g}")
+    if not low <= value <= high:  # NaN is in no range
+        raise ValueError(f"{name} is {shown(str(value), 40)}; expected a number from {low:g} to {high:g}")
+
+
+def one_of(name: str, value: object, options: Iterable[str]) -> None:
+    known = list(options)  # a list may be asked for what has no hash
+    if value not in known:
+        raise ValueError(f"{name} is '{shown(str(value), 40)}'; expected one of: {', '.join(known)}")
 
 
 @dataclass(frozen=True)

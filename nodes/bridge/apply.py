@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import comfy.lora
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from ...ziplora_core.merge import merged_factors
 from ...ziplora_core.pair import LayerPair
+from ...ziplora_core.solver import in_range
+from . import fitting
 from .loras import LoRASource, ZippedLoRA
+from .shapes import fits
 
 
 class ZippedAdapter(LoRAAdapter):
@@ -49,7 +53,17 @@ def _patch(patcher, patches: dict, strength: float, names: str):
 
 def _text_encoder(clip, source: LoRASource, strength: float) -> None:
     names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
-    clip.add_patches(comfy.lora.load_lora(source.tensors, names, log_missing=False), strength)
+    patches = comfy.lora.load_lora(source.tensors, names, log_missing=False)
+    good = {key: patch for key, patch in patches.items() if _fits(clip.cond_stage_model, key, patch)}
+    if len(good) < len(patches):
+        left = len(patches) - len(good)
+        logging.warning("ZipLoRA: %d text-encoder parts of '%s' do not fit and are left out.", left, source.name)
+    clip.add_patches(good, strength)
+
+
+def _fits(text_encoder, key: str, patch) -> bool:
+    weight = fitting.parameter(text_encoder, key)
+    return weight is not None and not fitting.reshapes(patch) and fits(patch, weight.shape)
 
 
 @torch.no_grad()
@@ -60,6 +74,7 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     parts are merged directly, as the paper leaves them frozen; bias and norm differences follow their LoRA.
     clip may be None. Raises ValueError where the zipped pair does not belong on this model.
     """
+    in_range("strength", strength, -100, 100)
     if strength == 0:
         return model, clip
     names = f"'{zipped.sources.content.name}' + '{zipped.sources.style.name}'"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...ziplora_core import direct
+from ...ziplora_core.solver import one_of
 from . import fitting, loras
 
 
 def merge(model, sources: loras.LoRASources, method: str) -> loras.ZippedLoRA:
     """model: ModelPatcher, nothing of which is loaded. Raises ValueError (LoRAFileError for a file)."""
-    if method not in direct.METHODS:
-        raise ValueError(f"method is '{method}'; expected one of: {', '.join(direct.METHODS)}")
+    one_of("method", method, direct.METHODS)
     fitted = fitting.fit(sources, model.model)
     pair, coefficients = direct.METHODS[method](fitted.pair)
     return loras.ZippedLoRA(sources, replace(fitted, pair=pair), coefficients, report=f"merge: {method}", method=method)

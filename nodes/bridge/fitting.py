@@ -53,16 +53,16 @@ class Fitting:
     def add(self, target: str | tuple, patch: Any) -> None:
         """A patch of the host on a weight, or on a slice (axis, start, length) of a fused one."""
         key, place = (target, None) if isinstance(target, str) else (target[0], target[1])
-        weight = _parameter(self.model, key)
+        weight = parameter(self.model, key)
         if weight is None:
             self.absent.append(key)
             return
         part = weight if place is None else weight.narrow(*place)
-        if isinstance(patch, LoRAAdapter) and patch.weights[5] is not None:
+        if reshapes(patch):
             raise LoRAFileError(
                 f"'{self.source.name}' changes the shape of layer '{key}'; a zipped pair cannot: use another file"
             )
-        if not (_is_plain(patch) and part.ndim > 1) and not fits(patch, part.shape):
+        if not (is_plain(patch) and part.ndim > 1) and not fits(patch, part.shape):
             raise _other_model(self.source, key, _kind(patch), part.shape)
         if part.ndim < 2:
             self.riders[key] = patch
@@ -115,7 +115,11 @@ def is_low_rank(patch: Any) -> bool:
     return isinstance(patch, LoRAAdapter) and patch.weights[4] is None and patch.weights[5] is None
 
 
-def _is_plain(patch: Any) -> bool:
+def reshapes(patch: Any) -> bool:
+    return isinstance(patch, LoRAAdapter) and patch.weights[5] is not None
+
+
+def is_plain(patch: Any) -> bool:
     """Without a Tucker core too: nothing is computed to learn what it fits."""
     return is_low_rank(patch) and patch.weights[3] is None
 
@@ -138,7 +142,7 @@ def _all_used(patch: Any) -> bool:
     return all(bool(w.any()) for w in weights if isinstance(w, Tensor))
 
 
-def _parameter(model, key: str) -> Tensor | None:
+def parameter(model, key: str) -> Tensor | None:
     """A weight or bias of a model; None where it has none of this name, as a layer without bias."""
     try:
         found = comfy.utils.get_attr(model, key)

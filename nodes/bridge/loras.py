@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.files import LoRAFileError, check_tensors, read_lora_file, shown
+from ...ziplora_core.solver import in_range
 
 if TYPE_CHECKING:
     from .fitting import FittedPair
@@ -97,8 +98,9 @@ def check(name: str) -> str | None:
 
 
 def load_pair(content: str, style: str, content_strength: float, style_strength: float) -> LoRASources:
-    """Read both files. Raises LoRAFileError; warns where both are the same file."""
+    """Read both files. Raises LoRAFileError, ValueError for a strength; warns where both are the same file."""
     warnings = []
+    _check_strengths(content_strength, style_strength)
     if lora_path(content) == lora_path(style):
         warnings.append(f"'{content}' is both the content and the style LoRA: there is nothing to zip apart")
         logging.warning("ZipLoRA: %s.", warnings[0])
@@ -106,8 +108,9 @@ def load_pair(content: str, style: str, content_strength: float, style_strength:
 
 
 def pair(content: dict, style: dict, content_strength: float, style_strength: float) -> LoRASources:
-    """Two LORA_MODELs of other nodes. Raises LoRAFileError for what is no LoRA."""
+    """Two LORA_MODELs of other nodes. Raises LoRAFileError for what is no LoRA, ValueError for a strength."""
     sources = []
+    _check_strengths(content_strength, style_strength)
     for concept, tensors, strength in (("content", content, content_strength), ("style", style, style_strength)):
         name = f"{concept}_lora"
         if not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
@@ -115,6 +118,11 @@ def pair(content: dict, style: dict, content_strength: float, style_strength: fl
         check_tensors(name, tensors)
         sources.append(LoRASource(name, dict(tensors), strength))
     return LoRASources(*sources)
+
+
+def _check_strengths(content: float, style: float) -> None:
+    in_range("content_strength", content, -100, 100)
+    in_range("style_strength", style, -100, 100)
 
 
 def load(name: str, strength: float) -> LoRASource:

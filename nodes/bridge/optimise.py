@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -27,7 +29,7 @@ def check_inputs(model, sources: loras.LoRASources, latents: dict[str, dict | No
     fitting.fit(sources, model.model)
     for concept, made in latents.items():
         if made is not None:
-            predictor.check_latents(f"{concept}_latents", made["samples"], model)
+            predictor.read_latents(f"{concept}_latents", made, model)
 
 
 def optimise(
@@ -46,10 +48,11 @@ def optimise(
     Raises ValueError (LoRAFileError for a file) or FloatingPointError, and the host's own exception where memory runs
     out twice; interrupts pass through.
     """
+    samples: dict[str, Tensor] = {}
     for concept in ("content", "style"):
         given = latents[concept]
         if given is not None:
-            predictor.check_latents(f"{concept}_latents", given["samples"], model)
+            samples[concept] = predictor.read_latents(f"{concept}_latents", given, model)
         predictor.check_conditioning(f"{concept}_positive", conditioning[concept])
     fitted = fitting.fit(sources, model.model)
     ones = Coefficients.ones(fitted.pair)
@@ -72,12 +75,6 @@ def optimise(
     if settings.steps == 0:
         outcome.result = solver.direct_merge(fitted.pair)
     else:
-        samples = {}
-        for concept, given in latents.items():
-            if given is None:
-                drawn = drawing.draw(model, sources, fitted, concept, conditioning[concept], asked, settings.seed)
-                outcome.drawn[concept] = drawn
-            samples[concept] = drawn.latents if given is None else given["samples"]
 
         def attempt(planned: plan.Plan) -> None:
             predictor.with_predictor(
@@ -91,13 +88,17 @@ def optimise(
                 planned.need,
             )
 
-        room = plan.room_for(model)
-        planned = plan.make(model, fitted.pair, conditioning, samples, settings, room)
-        try:
-            outcome.plan = plan.carry_out(planned, attempt)
-        except solver.NotFinite as error:
-            raise FloatingPointError(f"{error}; {_rescue(outcome, error.kept)}") from error
-        outcome.again = outcome.plan != planned
+        with _explained(model, conditioning):
+            for concept in [c for c in latents if c not in samples]:
+                drawn = drawing.draw(model, sources, fitted, concept, conditioning[concept], asked, settings.seed)
+                outcome.drawn[concept], samples[concept] = drawn, drawn.latents
+            room = plan.room_for(model)
+            planned = plan.make(model, fitted.pair, conditioning, samples, settings, room)
+            try:
+                outcome.plan = plan.carry_out(planned, attempt)
+            except solver.NotFinite as error:
+                raise FloatingPointError(f"{error}; {_rescue(outcome, error.kept)}") from error
+            outcome.again = outcome.plan != planned
     with torch.inference_mode(False):
         outcome.alignment = [analysis.column_alignment(fitted.pair, c) for c in (ones, outcome.result.coefficients)]
     zipped = _zipped(outcome)
@@ -128,6 +129,20 @@ def _rescue(outcome: Outcome, kept: solver.Result | None) -> str:
         return f"the last finite coefficients are in '{saved.save(_zipped(outcome), 'stopped')}', for Load Zipped LoRA"
     except (ValueError, OSError) as error:
         return f"the last finite coefficients could not be saved: {error}"
+
+
+@contextlib.contextmanager
+def _explained(model, conditioning: dict[str, list]) -> Iterator[None]:
+    """Where a model fails and a prompt is another model's, the error says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        for concept, prompt in conditioning.items():
+            try:
+                predictor.check_width(f"{concept}_positive", prompt, model)
+            except ValueError as found:
+                raise found from error
+        raise
 
 
 def _shown(model, outcome: Outcome) -> Tensor | None:

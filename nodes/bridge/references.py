@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...ziplora_core.coefficients import Coefficients
+from ...ziplora_core.solver import in_range
 from . import fitting, loras
 from .apply import apply
 from .plan import is_out_of_memory
@@ -26,6 +27,11 @@ class Asked:
 
     count: int = 4
     side: int = 1024
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range, naming the input."""
+        in_range("drawn_references", self.count, 1, 64)
+        in_range("drawn_size", self.side, 64, 8192)
 
 
 DEFAULT = Asked()

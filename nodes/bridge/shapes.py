@@ -34,10 +34,10 @@ def _elements(left: Tensor | None, right: Tensor | None, core: Tensor | None = N
         return 0
     rows, rank = left.shape[0], math.prod(left.shape[1:])
     if core is None:
-        return rows * math.prod(right.shape[1:]) if rank == right.shape[0] else 0
+        return rows * math.prod(right.shape[1:]) if rank and rank == right.shape[0] else 0
     if turned:
         rows, rank = rank, rows
-    if core.ndim < 2 or core.shape[:2] != (rank, right.shape[0]):
+    if not rank or core.ndim < 2 or core.shape[:2] != (rank, right.shape[0]):
         return 0
     return rows * math.prod(right.shape[1:]) * math.prod(core.shape[2:])
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ...ziplora_core import export, training
 from ...ziplora_core.direct import B_LORA_BLOCKS, Blocks
-from ...ziplora_core.files import check_writable, write_tensors
+from ...ziplora_core.files import check_writable, read_metadata, write_tensors
 from ...ziplora_core.pair import Factors
+from ...ziplora_core.solver import in_range, one_of
 from . import fitting, keys, loras, paths, plan, predictor, references
 from .frozen import Injection, blocks
 from .progress import TrainingProgress
@@ -40,8 +41,7 @@ def trained_layers(model, which: str, b_lora: Blocks = B_LORA_BLOCKS) -> dict[st
     model: the host's BaseModel. which: one of LAYERS. b_lora: the blocks that B-LoRA means. Raises ValueError where
     this model has none of them.
     """
-    if which not in LAYERS:
-        raise ValueError(f"layers is '{which}'; expected one of: {', '.join(LAYERS)}")
+    one_of("layers", which, LAYERS)
     inside = {id(part) for block in blocks(model) for part in block.modules()}
     found = {}
     for path, module in model.named_modules():
@@ -125,6 +125,10 @@ class Prepared:
 
 def check(task: Task) -> None:
     """What can be refused before anything is loaded. Raises ValueError."""
+    in_range("resolution", task.resolution, 64, 4096)
+    in_range("class_count", task.class_count, 1, 1000)
+    in_range("sample_every", task.sample_every, 0, 100_000)
+    in_range("save_every", task.save_every, 0, 100_000)
     for start, shown in zip(("", "second_"), task.sets, strict=False):
         check_pictures(f"{start}images", shown.pictures)
         check_prompt(f"{start}prompt", "".join(shown.prompts))
@@ -141,9 +145,13 @@ def check(task: Task) -> None:
 def check_prompt(name: str, text: str) -> None:
     if not text.strip():
         raise ValueError(f"{name} is empty; write what the pictures show, with a rare word for what is new in them")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{name} holds half a character (a lone surrogate); write it again")
 
 
 def check_pictures(name: str, pictures: Sequence[Tensor]) -> None:
+    if not all(isinstance(b, Tensor) and b.ndim and b.is_floating_point() and b.element_size() > 1 for b in pictures):
+        raise ValueError(f"{name} is no picture; connect a node that makes or loads one")
     if not any(len(batch) for batch in pictures):
         raise ValueError(f"{name} holds no picture; connect at least one")
     for batch in pictures:
@@ -364,8 +372,8 @@ class File:
 def steps_done(name: str) -> int:
     """Of a file that was trained here; 0 for any other, also where its trainer counts its own."""
     with suppress(ValueError, KeyError):
-        _, metadata = comfy.utils.load_torch_file(loras.lora_path(name), safe_load=True, return_metadata=True)
-        return int(metadata["ss_steps"]) if "ziplora_settings" in (metadata or {}) else 0
+        metadata = read_metadata(loras.lora_path(name))
+        return int(metadata["ss_steps"]) if "ziplora_settings" in metadata else 0
     return 0
 
 

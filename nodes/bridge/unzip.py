@@ -15,7 +15,9 @@ from torch import Tensor
 from ...ziplora_core import training, unzip
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.direct import UNZIPLORA_BLOCKS, Blocks
+from ...ziplora_core.files import shown
 from ...ziplora_core.pair import Factors
+from ...ziplora_core.solver import in_range
 from . import fitting, loras, plan, predictor
 from . import training as bridge
 from .frozen import cast
@@ -59,6 +61,8 @@ class Unzipped:
 
 def check(model, task: Task) -> None:
     """Raises ValueError for what can be refused before anything is loaded. model: the host's BaseModel."""
+    in_range("resolution", task.resolution, 64, 4096)
+    in_range("sample_every", task.sample_every, 0, 100_000)
     for name, text in task.prompts.items():
         bridge.check_prompt("prompt" if name == "full" else f"{name}_prompt", text)
     _check_words(task.prompts)
@@ -85,13 +89,13 @@ def _check_words(prompts: dict[str, str]) -> None:
     for name, others in (("content_prompt", content - style), ("style_prompt", style - content)):
         if missing := sorted(others - full):
             raise ValueError(
-                f"prompt lacks '{missing[0]}', which {name} has; it must say both: e.g. prompt 'a sks dog in szn "
-                "style', content_prompt 'a sks dog', style_prompt 'szn style'"
+                f"prompt lacks '{shown(missing[0], 40)}', which {name} has; it must say both: e.g. prompt 'a sks dog "
+                "in szn style', content_prompt 'a sks dog', style_prompt 'szn style'"
             )
     if alone := sorted(full - content - style):
         raise ValueError(
-            f"'{alone[0]}' stands in prompt, but neither in content_prompt nor in style_prompt, so nobody would learn "
-            "it; add it to the one that it belongs to"
+            f"'{shown(alone[0], 40)}' stands in prompt, but neither in content_prompt nor in style_prompt, so nobody "
+            "would learn it; add it to the one that it belongs to"
         )
 
 
