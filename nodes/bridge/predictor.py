@@ -38,9 +38,16 @@ def check_conditioning(name: str, conditioning: list) -> None:
     if found:
         raise ValueError(f"{name} carries {found[0]}; expected a plain prompt: connect a text encode node to it")
     context, options = conditioning[0]
-    for part in (context, options.get("pooled_output")):
-        if part is not None and not (part.numel() and part.is_floating_point() and all_finite(part)):
-            raise ValueError(f"{name} holds no usable numbers; check the text encoder that made it")
+    tensors = [part for part in (context, options.get("pooled_output")) if part is not None]
+    ranges = [value for value in options.values() if isinstance(value, float)]
+    if not (all(map(_is_usable, tensors)) and all(map(math.isfinite, ranges))):
+        raise ValueError(f"{name} holds no usable numbers; check the nodes that made it")
+
+
+def _is_usable(numbers: Tensor) -> bool:
+    """Of a kind that has arithmetic, and finite."""
+    known = numbers.is_floating_point() and numbers.element_size() > 1
+    return known and numbers.numel() > 0 and all_finite(numbers)
 
 
 def _is_prompt(entry: Any) -> bool:
