@@ -64,9 +64,8 @@ def shared(
     bench.server.stop()
     record_testsuite_property("faults injected", bench.injected)
     record_testsuite_property("faults survived", bench.survived)
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.write_line(f"\nfaults injected {bench.injected}, survived {bench.survived}")
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nfaults injected {bench.injected}, survived {bench.survived}")
 
 
 @pytest.fixture
