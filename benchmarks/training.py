@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import random
 import statistics
@@ -85,6 +86,20 @@ class Bench:
             gate = gates.subject_gates if concept.kind == "content" else gates.style_gates
             figures, _ = gate(self.judged, self.jury, concept, seed)
             return {**figures, "base": gates.leak_gates(self.judged, self.jury, seed + 7)}
+
+    @functools.cache  # noqa: B019
+    def true_features(self, shape: str, style: str) -> torch.Tensor:
+        """The judge's mean features of true renderings."""
+        rng = random.Random(f"truth {shape} {style}")
+        colours = list(world.COLOURS)
+        scenes = [
+            world.subject_scene(shape, style, rng)
+            if shape in world.SUBJECTS
+            else world.shape_scene(shape, rng.choice(colours), style, rng)
+            for _ in range(gates.COUNT)
+        ]
+        features: torch.Tensor = self.jury.scores(world.render(scenes))["features"]
+        return features.mean(0)
 
     def drift(self, concept: concepts.Concept, file: Path | None, seed: int = 2000) -> float:
         """Share of pictures of the class in which the judge sees the subject."""
@@ -337,9 +352,20 @@ class OnePicture:
             with attached(self.bench, loras[what]):
                 pictures = gates.generate(self.bench.judged, prompts, seed)
             wanted = [[name] * count if isinstance(name, str) else name for name in (shape, style)]
-            right = gates.rights(jury, pictures, *wanted)
+            right = gates.rights(jury, pictures, *wanted) | {"distance": self._distance(pictures, *wanted)}
             found |= {f"{what}/{k}": v for k, v in right.items()}
         return found
+
+    def _distance(self, pictures: torch.Tensor, shapes: list[str], styles: list[str]) -> float:
+        """From the mean of the pictures of one shape and style to that of true renderings, in the judge's features;
+        the mean over what was asked for."""
+        features: torch.Tensor = self.bench.jury.scores(pictures)["features"]
+        asked = list(zip(shapes, styles, strict=True))
+        distances = []
+        for pair in sorted(set(asked)):
+            mean = features[torch.tensor([found == pair for found in asked])].mean(0)
+            distances.append(float((mean - self.bench.true_features(*pair)).norm()))
+        return statistics.mean(distances)
 
 
 @contextlib.contextmanager
@@ -414,26 +440,26 @@ def records(results: Path) -> list[dict[str, Any]]:
 
 
 def table(results: Path) -> str:
-    """Both shape and style right: the mean over the pictures, ± the standard deviation over the seeds."""
-    head = (
-        "from one picture",
-        "its subject in other styles",
-        "its style on other shapes",
-        "both together",
-        "trainings",
-    )
+    """Both shape and style right, ± the standard deviation over the seeds, and the distance to true renderings."""
+    head = ("from one picture", "its subject in other styles", "its style on other shapes", "both together", "pictures")
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     by_method: dict[str, list[dict[str, Any]]] = {}
     for record in records(results):
         by_method.setdefault(record["method"], []).append(record)
     for method, found in by_method.items():
         cells = []
-        for what in ("content/both", "style/both", "both/both"):
-            seeds = {r["seed"] for r in found}
-            means = [statistics.mean(r[what] for r in found if r["seed"] == seed) for seed in seeds]
-            cells.append(f"{statistics.mean(means):.2f}" + f" ± {statistics.pstdev(means):.2f}" * (len(means) > 1))
+        for what in ("content", "style", "both"):
+            right, distance = (by_seed(found, f"{what}/{k}") for k in ("both", "distance"))
+            deviation = f" ± {statistics.pstdev(right):.2f}" if len(right) > 1 else ""
+            cells.append(f"{statistics.mean(right):.2f}{deviation}, {statistics.mean(distance):.1f}")
         rows.append(f"| {method} | {' | '.join(cells)} | {len(found)} |")
     return "\n".join(rows)
+
+
+def by_seed(found: list[dict[str, Any]], figure: str) -> list[float]:
+    """Of each seed the mean over its pictures."""
+    seeds = {r["seed"] for r in found}
+    return [statistics.mean(r[figure] for r in found if r["seed"] == seed) for seed in seeds]
 
 
 def main() -> None:
