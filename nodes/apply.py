@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from .bridge.apply import apply
+from .inputs import connected
 from .sockets import ZippedLoRASocket
 
 
@@ -41,4 +42,5 @@ class ApplyZippedLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, zipped_lora, strength: float, clip=None) -> io.NodeOutput:
+        connected(model=model, zipped_lora=zipped_lora, **{} if clip is None else {"clip": clip})
         return io.NodeOutput(*apply(model, clip, zipped_lora, strength))

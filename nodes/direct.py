@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.direct import METHODS
 from .bridge.direct import merge
+from .inputs import connected
 from .sockets import LoRAPairSocket, ZippedLoRASocket
 
 
@@ -39,4 +40,5 @@ class DirectMergeLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora_pair, method: str) -> io.NodeOutput:
+        connected(model=model, lora_pair=lora_pair)
         return io.NodeOutput(merge(model, lora_pair, method))

@@ -8,6 +8,7 @@ from comfy_api.v0_0_2 import io
 from ..ziplora_core.export import DTYPES
 from ..ziplora_core.solver import one_of
 from .bridge import export, provenance, saved
+from .inputs import connected
 from .sockets import LoRAModelSocket, ZippedLoRASocket
 
 
@@ -35,6 +36,7 @@ class SaveZippedLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, zipped_lora, filename_prefix: str) -> io.NodeOutput:
+        connected(zipped_lora=zipped_lora)
         name = saved.save(zipped_lora, filename_prefix, provenance.workflow(cls.hidden))
         file = provenance.written(f"{saved.FOLDER}/{name}")
         return io.NodeOutput(name, ui={"text": (name,), "files": (file,)})
@@ -75,6 +77,7 @@ class LoadZippedLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, zipped: str) -> io.NodeOutput:
+        connected(model=model)
         loaded = saved.load(model, zipped)
         return io.NodeOutput(loaded, loaded.report)
 
@@ -128,6 +131,7 @@ class ExportMergedLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, zipped_lora, filename_prefix: str, rank: int, dtype: str, format: str) -> io.NodeOutput:
+        connected(zipped_lora=zipped_lora)
         one_of("dtype", dtype, DTYPES)
         one_of("format", format, export.FORMATS)
         made_by = {**provenance.workflow(cls.hidden), **provenance.pair(zipped_lora.sources)}

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.v0_0_2 import io
+
+
+def connected(**sockets: Any) -> None:
+    """Raises ValueError where a socket got a value in the place of a link: the host lets the API write any there."""
+    for name, value in sockets.items():
+        if value is None or isinstance(value, str | int | float | list | dict):
+            raise ValueError(f"{name} is not connected; link a node's output to it")
 
 
 def seed(tooltip: str) -> io.Int.Input:

@@ -164,6 +164,7 @@ class ZipLoRAOptimize(io.ComfyNode):
         **settings,
     ) -> list[str]:
         """Which inputs to make next: what can be refused is refused before a VAE or a text encoder is loaded."""
+        inputs.connected(model=model, lora_pair=lora_pair)
         read_settings(**settings)
         latents = {"content": content_latents, "style": style_latents}
         connected = {concept: made for concept, made in latents.items() if made is not _NOT_CONNECTED}
@@ -182,6 +183,7 @@ class ZipLoRAOptimize(io.ComfyNode):
         style_latents=None,
         **settings,
     ) -> io.NodeOutput:
+        inputs.connected(model=model, lora_pair=lora_pair)
         conditioning = {"content": content_positive, "style": style_positive}
         latents = {"content": content_latents, "style": style_latents}
         *outputs, drawn = optimise(model, lora_pair, conditioning, latents, *read_settings(**settings))

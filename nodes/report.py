@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io, ui
 
 from .figures import Subject, draw
+from .inputs import connected
 from .sockets import LossMapSocket, ZippedLoRASocket
 
 _ONE, _APART = "one picture", "a picture for each panel"
@@ -38,6 +39,7 @@ class ZippedLoRAReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, zipped_lora, layout: str, loss_map=None) -> io.NodeOutput:
+        connected(zipped_lora=zipped_lora)
         subject = Subject(zipped_lora.fitted.pair, zipped_lora.coefficients, loss_map)
         image = draw(subject, layout == _APART)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

@@ -47,6 +47,7 @@ class ZipLoRAScores(io.ComfyNode):
     def execute(
         cls, images, subject_references, style_references, clip_vision, dino, prompt: str, clip=None
     ) -> io.NodeOutput:
+        inputs.connected(clip_vision=clip_vision, dino=dino, **{} if clip is None else {"clip": clip})
         found = summary(score(images, subject_references, style_references, clip_vision, dino, clip, prompt))
         lines = [f"{len(images)} pictures"]
         lines += [f"{name} alignment: {of['mean']:.4f} (spread {of['spread']:.4f})" for name, of in found.items()]

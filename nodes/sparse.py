@@ -7,6 +7,7 @@ from comfy_api.v0_0_2 import io
 
 from .bridge import loras
 from .bridge.sparse import sparsify
+from .inputs import connected
 from .sockets import LoRAModelSocket
 
 
@@ -52,4 +53,5 @@ class SparsifyLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora: str, keep: float) -> io.NodeOutput:
+        connected(model=model)
         return io.NodeOutput(*sparsify(model, lora, keep))

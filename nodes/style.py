@@ -7,6 +7,7 @@ from dataclasses import replace
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.solver import in_range
+from .inputs import connected
 from .sockets import ZippedLoRASocket
 
 
@@ -32,6 +33,7 @@ class StyleStrength(io.ComfyNode):
 
     @classmethod
     def execute(cls, zipped_lora, style_strength: float, content_strength: float) -> io.NodeOutput:
+        connected(zipped_lora=zipped_lora)
         in_range("style_strength", style_strength, -100, 100)
         in_range("content_strength", content_strength, -100, 100)
         return io.NodeOutput(

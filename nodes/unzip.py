@@ -146,6 +146,7 @@ class UnZipLoRA(io.ComfyNode):
         block_separation: bool = True,
         sample_every: int = 100,
     ) -> io.NodeOutput:
+        inputs.connected(model=model, clip=clip, vae=vae)
         in_range("merger_learning_rate", merger_learning_rate, 1e-8, 1.0)
         in_range("column_share", column_share, 0.1, 16.6)
         settings = Settings(

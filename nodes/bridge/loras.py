@@ -69,9 +69,9 @@ class ZippedLoRA:
 
 def lora_path(name: str) -> str:
     """Full path of a file in the host's loras folders. Raises LoRAFileError where there is none."""
-    path = folder_paths.get_full_path("loras", name)
+    path = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None  # the API may say anything
     if path is None:
-        raise LoRAFileError(f"'{shown(name)}' is missing; put it into the loras folder or choose another file")
+        raise LoRAFileError(f"'{shown(str(name))}' is missing; put it into the loras folder or choose another file")
     return path
 
 
@@ -113,7 +113,7 @@ def pair(content: dict, style: dict, content_strength: float, style_strength: fl
     _check_strengths(content_strength, style_strength)
     for concept, tensors, strength in (("content", content, content_strength), ("style", style, style_strength)):
         name = f"{concept}_lora"
-        if not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+        if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
             raise LoRAFileError(f"{name} holds no LoRA; connect Train Concept LoRA, or a node like it")
         check_tensors(name, tensors)
         sources.append(LoRASource(name, dict(tensors), strength))
