@@ -124,7 +124,7 @@ _SETTINGS = ("steps", "learning_rate", "rank", "batch_size", "prior_weight")
 
 
 def line(name: str, figures: dict[str, float]) -> str:
-    return f"{name:34}" + "  ".join(f"{k} {v:.2f}" for k, v in figures.items())
+    return f"{name:40}" + "  ".join(f"{k} {v:.2f}" for k, v in figures.items())
 
 
 def spread(several: list[dict[str, float]]) -> str:
