@@ -71,6 +71,13 @@ anything = st.recursive(
 )
 
 
+class Pool(list):  # type: ignore[type-arg]
+    """Hypothesis prints what a strategy was given: thousands of numbers."""
+
+    def __repr__(self) -> str:
+        return f"{len(self)} files"
+
+
 def one(draw: Draw, options: Any) -> Any:
     return draw(st.sampled_from(list(options)))
 
@@ -103,7 +110,7 @@ def spoiled_values(draw: Draw, tensor: Tensor) -> Tensor:
     number = one(draw, [float("nan"), float("inf"), float("-inf"), 0.0, -1.0, 65504.0, 3e38, -3e38, 1e-45])
     if tensor.numel() == 0:
         return tensor
-    tensor = tensor.clone()
+    tensor = tensor.contiguous().clone()
     if draw(st.booleans()) or tensor.ndim == 0:
         return tensor.fill_(number) if tensor.dtype == torch.float32 else tensor
     tensor.view(-1)[draw(st.integers(0, tensor.numel() - 1))] = number if tensor.is_floating_point() else 0

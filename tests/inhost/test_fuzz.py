@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from spoiled import (
     HUGE,
     OTHERS,
+    Pool,
     anything,
     conditionings,
     latents,
@@ -127,7 +128,7 @@ FLUX = {
 }
 
 
-def unet_files() -> list[dict[str, torch.Tensor]]:
+def unet_files() -> Pool:
     g = torch.Generator().manual_seed(1)
     made = []
     for name, shape in UNET.items():
@@ -136,13 +137,64 @@ def unet_files() -> list[dict[str, torch.Tensor]]:
     made += [{**a, **b} for a, b in itertools.combinations(made[::3], 2)]
     peft = {k.replace("lora_up", "lora_B").replace("lora_down", "lora_A"): t for k, t in made[0].items()}
     riders = {f"{MORE[0]}.w_norm": torch.ones(32), "diffusion_model.out.2.diff_b": torch.ones(4)}
-    return [*made, peft, {**made[0], **riders}]
+    return Pool([*made, peft, {**made[0], **riders}])
 
 
-def flux_files() -> list[dict[str, torch.Tensor]]:
+def flux_files() -> Pool:
     g = torch.Generator().manual_seed(2)
     made = [write(g, name, *shape) for name, shape in FLUX.items() for write in (lora, LINEAR["LoKr"], LINEAR["DoRA"])]
-    return [*made, {**made[0], **made[3]}]
+    return Pool([*made, {**made[0], **made[3]}])
+
+
+Q, CONVOLVED, NORM = list(UNET)[0], list(UNET)[-1], MORE[0]
+ROW, COLUMN = torch.ones(1, 20_000), torch.ones(20_000, 1)
+GOOD = lora(torch.Generator().manual_seed(4), Q, 32, 32)
+FOUND = {  # what the fuzzer found, each made as small as it can be: tensors, and what is said of them (None: they work)
+    "of rank 0": ({f"{Q}.lora_up.weight": torch.ones(32, 0), f"{Q}.lora_down.weight": torch.ones(0, 32)}, "no two mat"),
+    "vectors": ({f"{Q}.lora_up.weight": torch.ones(32), f"{Q}.lora_down.weight": torch.ones(32)}, "no two matrices"),
+    "a LoRA of a norm": (lora(torch.Generator(), NORM, 32, 32), "does not fit a weight of shape .32,."),
+    "another norm's": ({**GOOD, f"{NORM}.w_norm": torch.ones(31)}, "does not fit a weight of shape .32,."),
+    "a bias that the layer has not": ({**GOOD, f"{Q}.diff_b": torch.ones(32)}, None),
+    "integers": ({k: t.mul(9).to(torch.int8) if t.ndim else t for k, t in GOOD.items()}, None),
+    "another shape": ({**GOOD, f"{Q}.reshape_weight": torch.tensor([2**40, 2**40])}, "changes the shape"),
+    "half of LoKr": ({f"{Q}.lokr_w1": torch.ones(32, 32)}, "does not fit"),
+    "numbers at the edge": ({k: t * 0 + 3e38 for k, t in LINEAR["DoRA"](torch.Generator(), Q, 32, 32).items()}, "NaN"),
+    "a huge outer product, LoHa": (
+        {f"{Q}.hada_w{i}_{half}": t for i in (1, 2) for half, t in (("a", COLUMN), ("b", ROW))}, "does not fit"
+    ),
+    "a huge outer product, LoKr": ({f"{Q}.lokr_w1": COLUMN, f"{Q}.lokr_w2": ROW}, "does not fit"),
+    "a huge rotation": ({f"{Q}.oft_blocks": COLUMN[None]}, "does not fit"),
+    "a huge core": (
+        {
+            f"{CONVOLVED}.lora_up.weight": torch.ones(32, 1),
+            f"{CONVOLVED}.lora_down.weight": ROW,
+            f"{CONVOLVED}.lora_mid.weight": torch.ones(1, 1, 140, 140),
+        },
+        "does not fit",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found(pack, fuzz, models, name):
+    tensors, says = FOUND[name]
+    path = fuzz.base / "loras" / "found.safetensors"
+    path.write_bytes(to_bytes(tensors))
+    loras, fitting = pack.nodes.bridge.loras, pack.nodes.bridge.fitting
+    try:
+        with torch.inference_mode():
+            found = fuzz(
+                "found",
+                lambda: fitting.fit_one(loras.load(path.name, 1.0), models["U-Net"].model),
+                (path.name,),
+                LARGEST,
+            )
+            assert (found is None) == (says is not None)
+            if says is not None:
+                with pytest.raises(ValueError, match=says):
+                    fitting.fit_one(loras.load(path.name, 1.0), models["U-Net"].model)
+    finally:
+        path.unlink()
 
 
 def try_file(pack, fuzz, models, kind: str, family: str, raw: bytes) -> None:
