@@ -62,6 +62,10 @@ def read_workflow(path: Path) -> Prompt:
         raise BatchError(f"{path} is a graph of the frontend; export it with Workflow → Export (API)")
     if not isinstance(found, dict) or not found or not all(_is_node(node) for node in found.values()):
         raise BatchError(f"{path} is no workflow in API form: it must map ids to nodes with class_type and inputs")
+    for key, node in found.items():
+        for name, value in node["inputs"].items():
+            if _is_link(value) and value[0] not in found:  # which would end a server's worker, and its queue with it
+                raise BatchError(f"{path}: {key}.{name} is linked to node '{value[0]}', which is not there")
     return found
 
 

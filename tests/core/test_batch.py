@@ -98,6 +98,13 @@ def test_a_graph_of_the_frontend_is_told_from_an_api_workflow() -> None:
         jobs.read_workflow(ROOT / "workflows" / "ziplora_sdxl.json")
 
 
+def test_a_link_to_nowhere_never_reaches_a_server(tmp_path: Path) -> None:
+    path = tmp_path / "w.json"
+    path.write_text(json.dumps({"1": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}}}), encoding="utf-8")
+    with pytest.raises(jobs.BatchError, match=r"1\.source is linked to node '2', which is not there"):
+        jobs.read_workflow(path)
+
+
 def test_a_key_follows_what_a_job_is_made_from_and_nothing_else(workflow: jobs.Prompt, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"one")
     row = jobs.Row({"content_lora": "a.safetensors"})
