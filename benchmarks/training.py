@@ -278,14 +278,13 @@ def told(bench: Bench, group: list[str], prompts: list[str]) -> Iterator[None]:
 
 RESULTS = Path(__file__).resolve().parent / "results" / "unzip.jsonl"
 CASES = (("mushroom", "ember"), ("house", "mint"), ("icecream", "dusk"), ("lamp", "poster"))
-ONE_STEPS, ONE_RATE = 450, 1e-3
+ONE_STEPS, ONE_RATE = 225, 1e-3
 ABLATION = {
     "UnZip": {},
+    "UnZip, not trained as used": {"as_used": False},
     "UnZip, one prompt": {"prompts_apart": False},
     "UnZip, all columns": {"columns_apart": False},
     "UnZip, no blocks": {"blocks_apart": False},
-    "UnZip, no blocks, one prompt": {"blocks_apart": False, "prompts_apart": False},
-    "UnZip, no blocks, all columns": {"blocks_apart": False, "columns_apart": False},
     "UnZip, nothing apart": {"prompts_apart": False, "columns_apart": False, "blocks_apart": False},
 }
 Layers = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> (up, down)
@@ -316,10 +315,12 @@ class OnePicture:
             "style": world.prompt(None, None, self.style.identifier),
         }
 
-    def dreambooth(self, seed: int, prompt: str, layers: str = "attention") -> dict[str, torch.Tensor]:
+    def dreambooth(self, seed: int, layers: str = "attention", empty: bool = False) -> dict[str, torch.Tensor]:
+        """empty: a fifth of the rows has an empty prompt, as UnZip's have."""
         training = self.bench.pack.nodes.bridge.training
         settings = self.bench.settings(seed=seed, steps=self.steps, learning_rate=self.rate)
-        shown = training.Shown([self.picture], [prompt])
+        prompts = [self.prompts["full"]] * 4 + [""] * empty
+        shown = training.Shown([self.picture] * len(prompts), prompts)
         task = training.Task([shown], settings, "loras/one", 128, layers, b_lora=BLOCKS)
         with torch.inference_mode():
             done = training.train_concept(self.bench.model, self.bench.clip, self.bench.vae, task)
@@ -424,11 +425,11 @@ def one_picture(bench: Bench, asked: argparse.Namespace) -> None:
 
 def learned(one: OnePicture, seed: int, method: str) -> Taught:
     names = one.bench.names
-    if method == "DreamBooth":
-        whole = of_file(names, one.dreambooth(seed, one.prompts["full"]))
+    if method.startswith("DreamBooth"):
+        whole = of_file(names, one.dreambooth(seed, empty=method != "DreamBooth"))
         return Taught(whole, whole, {"content": whole})
     if method == "B-LoRA":
-        tensors = one.dreambooth(seed, one.prompts["full"], "B-LoRA")
+        tensors = one.dreambooth(seed, "B-LoRA")
         halves = {concept: of_file(names, tensors, blocks) for concept, blocks in BLOCKS.items()}
     else:
         halves = of_pair(names, one.unzip(seed, **ABLATION[method]))
@@ -440,19 +441,28 @@ def records(results: Path) -> list[dict[str, Any]]:
 
 
 def table(results: Path) -> str:
-    """By method: both shape and style right, and the distance to true renderings; means over the pictures, of which a
-    run that was stopped has fewer for some methods."""
-    head = ("from one picture", "its subject in other styles", "its style on other shapes", "both together", "pictures")
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    by_method: dict[str, list[dict[str, Any]]] = {}
+    """By method: shape and style right (mean, ± the standard deviation of the seeds), distance to true renderings; of
+    each, how many pictures are better and worse than from one DreamBooth LoRA."""
+    asked = {"content": "its subject in other styles", "style": "its style on other shapes", "both": "both together"}
+    rows = [f"| from one picture | {' | '.join(asked.values())} | seeds |", "|---" * 5 + "|"]
+    by_method: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
     for record in records(results):
-        by_method.setdefault(record["method"], []).append(record)
+        by_method.setdefault(record["method"], {})[record["pair"], record["seed"]] = record
     for method, found in by_method.items():
+        seeds = sorted({seed for _, seed in found})
         cells = []
-        for what in ("content", "style", "both"):
-            right, distance = (statistics.mean(r[f"{what}/{k}"] for r in found) for k in ("both", "distance"))
-            cells.append(f"{right:.2f}, {distance:.1f}")
-        rows.append(f"| {method} | {' | '.join(cells)} | {len(found)} |")
+        for what in asked:
+            of_seeds = [
+                statistics.mean(r[f"{what}/both"] for (_, s), r in found.items() if s == seed) for seed in seeds
+            ]
+            distance = statistics.mean(r[f"{what}/distance"] for r in found.values())
+            cells.append(f"{statistics.mean(of_seeds):.2f} ± {statistics.pstdev(of_seeds):.2f}, {distance:.1f}")
+            plain = by_method.get("DreamBooth", {})
+            if method != "DreamBooth" and plain:
+                for key, sign in ((f"{what}/both", 1), (f"{what}/distance", -1)):
+                    gains = [sign * (r[key] - plain[run][key]) for run, r in found.items() if run in plain]
+                    cells[-1] += f" ({sum(g > 0 for g in gains)}:{sum(g < 0 for g in gains)})"
+        rows.append(f"| {method} | {' | '.join(cells)} | {len(seeds)} |")
     return "\n".join(rows)
 
 
@@ -464,7 +474,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rate", type=float)
-    every = ";".join(["DreamBooth", "B-LoRA", *ABLATION])
+    every = ";".join(["DreamBooth", "DreamBooth, empty prompts", "B-LoRA", *ABLATION])
     parser.add_argument("--methods", default=every, help="of unzip, by semicolons")
     parser.add_argument("--results", type=Path, default=RESULTS, help="of unzip")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table of unzip")

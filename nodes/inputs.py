@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import folder_paths
 from comfy_api.v0_0_2 import io
+
+NEW = "[None]"  # of continue_from, as the host's own Train LoRA calls it
 
 
 def connected(**sockets: Any) -> None:
@@ -41,3 +44,17 @@ def resolution() -> io.Int.Input:
 
 def sample_every(tooltip: str) -> io.Int.Input:
     return io.Int.Input("sample_every", default=100, min=0, max=100_000, optional=True, tooltip=tooltip)
+
+
+def save_every(tooltip: str) -> io.Int.Input:
+    return io.Int.Input("save_every", default=250, min=0, max=100_000, optional=True, tooltip=tooltip)
+
+
+def continue_from(tooltip: str) -> io.Combo.Input:
+    """`file_to_continue` makes a name, or nothing, of it."""
+    files = folder_paths.get_filename_list("loras")
+    return io.Combo.Input("continue_from", options=[NEW, *files], default=NEW, optional=True, tooltip=tooltip)
+
+
+def file_to_continue(chosen: str) -> str | None:
+    return None if chosen == NEW else chosen

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import folder_paths
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.training import Settings
 from . import inputs
 from .bridge import loras, provenance, training
 from .sockets import LoRAModelSocket, LoRAPairSocket, LossMapSocket
-
-_NEW = "[None]"  # as the host's own Train LoRA calls it
 
 
 class TrainConceptLoRA(io.ComfyNode):
@@ -82,21 +79,11 @@ class TrainConceptLoRA(io.ComfyNode):
                 inputs.sample_every(
                     "Draw a rough sample on the node every so many steps (40 passes each); 0 for never."
                 ),
-                io.Int.Input(
-                    "save_every",
-                    default=250,
-                    min=0,
-                    max=100_000,
-                    optional=True,
-                    tooltip="Write the file every so many steps too; 0 for only at the end. An interrupt writes it "
-                    "as well.",
+                inputs.save_every(
+                    "Write the file every so many steps too; 0 for only at the end. An interrupt writes it as well."
                 ),
-                io.Combo.Input(
-                    "continue_from",
-                    options=[_NEW, *folder_paths.get_filename_list("loras")],
-                    default=_NEW,
-                    optional=True,
-                    tooltip="A LoRA that was trained here with the same layers and rank: goes on after its steps.",
+                inputs.continue_from(
+                    "A LoRA that was trained here with the same layers and rank: goes on after its steps."
                 ),
                 io.String.Input(
                     "class_prompt",
@@ -182,7 +169,7 @@ def read_task(
     filename_prefix: str,
     sample_every: int = 100,
     save_every: int = 250,
-    continue_from: str = _NEW,
+    continue_from: str = inputs.NEW,
     class_prompt: str = "",
     class_count: int = 32,
     prior_weight: float = Settings.prior_weight,
@@ -206,7 +193,7 @@ def read_task(
         class_count,
         sample_every,
         save_every,
-        None if continue_from == _NEW else continue_from,
+        inputs.file_to_continue(continue_from),
     )
 
 

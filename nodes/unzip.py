@@ -108,6 +108,19 @@ class UnZipLoRA(io.ComfyNode):
                 inputs.sample_every(
                     "Draw a rough sample of both together on the node every so many steps; 0 for never."
                 ),
+                inputs.save_every(
+                    "Write both files every so many steps too; 0 for only at the end. An interrupt writes them as well."
+                ),
+                inputs.continue_from(
+                    "Either of the two files that a run of this node left: goes on from both, after their steps."
+                ),
+                io.Boolean.Input(
+                    "trained_as_used",
+                    default=True,
+                    optional=True,
+                    tooltip="Every other noisy copy of the picture has one prompt for both LoRAs, every fifth an empty "
+                    "one: so they are drawn with afterwards. Off: none, as published.",
+                ),
             ],
             hidden=[io.Hidden.prompt],
             outputs=[
@@ -145,6 +158,9 @@ class UnZipLoRA(io.ComfyNode):
         column_separation: bool = True,
         block_separation: bool = True,
         sample_every: int = 100,
+        save_every: int = 250,
+        continue_from: str = inputs.NEW,
+        trained_as_used: bool = True,
     ) -> io.NodeOutput:
         inputs.connected(model=model, clip=clip, vae=vae)
         in_range("merger_learning_rate", merger_learning_rate, 1e-8, 1.0)
@@ -172,7 +188,10 @@ class UnZipLoRA(io.ComfyNode):
                 prompt_separation,
                 column_separation,
                 block_separation,
+                trained_as_used,
                 sample_every,
+                save_every,
+                inputs.file_to_continue(continue_from),
                 made_by=provenance.workflow(cls.hidden),
             ),
         )

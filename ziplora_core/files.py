@@ -134,16 +134,25 @@ def check_tensors(name: str, tensors: Mapping[str, Tensor]) -> None:
     not one number, and a matrix without the ones that it is multiplied with.
     """
     for key, tensor in tensors.items():
-        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in _NUMBERS):
-            raise LoRAFileError(
-                f"'{name}' holds {str(tensor.dtype).removeprefix('torch.')} (tensor '{shown(key)}'), which is not "
-                "supported; save it as fp32, fp16 or bf16"
-            )
-        if tensor.is_floating_point() and not all_finite(tensor):
-            raise LoRAFileError(
-                f"'{name}' holds NaN or infinite numbers (tensor '{shown(key)}'): its training diverged; "
-                "use another epoch or file"
-            )
+        _check_numbers(name, key, tensor)
+    _check_together(name, tensors)
+
+
+def _check_numbers(name: str, key: str, tensor: Tensor) -> None:
+    if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in _NUMBERS):
+        raise LoRAFileError(
+            f"'{name}' holds {str(tensor.dtype).removeprefix('torch.')} (tensor '{shown(key)}'), which is not "
+            "supported; save it as fp32, fp16 or bf16"
+        )
+    if tensor.is_floating_point() and not all_finite(tensor):
+        raise LoRAFileError(
+            f"'{name}' holds NaN or infinite numbers (tensor '{shown(key)}'): its training diverged; "
+            "use another epoch or file"
+        )
+
+
+def _check_together(name: str, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
         if key.endswith(".alpha") and tensor.numel() != 1:
             raise LoRAFileError(
                 f"'{name}' is broken: '{shown(key)}' has shape {tuple(tensor.shape)}, expected one number; "
@@ -170,11 +179,12 @@ def read_lora_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             for name in file.keys():  # safe_open is not a mapping
                 tensors[name] = file.get_tensor(name).clone()  # it would change whenever the file does
+                _check_numbers(path.name, name, tensors[name])  # at once: while the processor still has it
     except (SafetensorError, OSError, RuntimeError) as error:
         raise LoRAFileError(
             f"'{path.name}' cannot be read as safetensors ({shown(str(error))}); download it again"
         ) from error
-    check_tensors(path.name, tensors)
+    _check_together(path.name, tensors)
     return tensors
 
 

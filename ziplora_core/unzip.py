@@ -19,6 +19,9 @@ Where paper and published code leave it open, what is chosen here, and why (figu
 - Layers of one LoRA's blocks have nothing of the other.
 - The overlap counts each m on its own columns, so it acts where columns are shared, which column separation excludes.
   Counted on all columns, it drives both to zero before the LoRAs have learned anything, and leaves only the blocks.
+- A half of the rows has one prompt for both LoRAs, a fifth an empty one (published code: none), since that is how they
+  are drawn with: in a graph one prompt goes to all, and guidance subtracts what they draw for another. Without, what a
+  prompt adds is learned too strongly, and guidance turns it into other colours.
 - Outside a LoRA's columns its file holds zeros. The mergers go into the files, as published code does only for both
   together: without them, a LoRA draws less of what it learned. So the zipped pair's coefficients are one in a LoRA's
   own columns and zero elsewhere, and the two files can simply be added.
@@ -27,7 +30,7 @@ Where paper and published code leave it open, what is chosen here, and why (figu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +45,15 @@ from .pair import Factors, LayerPair, LoRAPair
 from .solver import in_range
 
 CONCEPTS = ("content", "style")
+EMPTY = 0.2  # of the rows, where a LoRA is trained as it is used
+
+
+def rows_as_used(example: training.Example, whole: int, empty: int) -> training.Pictures:
+    """In turn with this example's prompt and with `whole`, one for both LoRAs; a share of them with an empty one."""
+    few = round(1 / EMPTY)
+    return training.Pictures(
+        [[replace(example, prompt=p)] * (few - 1) + [replace(example, prompt=empty)] for p in (example.prompt, whole)]
+    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,8 @@ class Settings(training.Settings):
 
 @dataclass(frozen=True)
 class Separations:
-    """contexts: concept -> its prompt's context (1, tokens, width), for the layers in `prompted`; None for one prompt.
+    """contexts: concept -> its prompt's context (1, tokens, width), for the layers in `prompted` and the rows with a
+    prompt in `parted`; None for one prompt.
 
     owners: layer -> the concept that alone changes it. columns: whether columns are given out.
     """
@@ -74,6 +87,14 @@ class Separations:
     prompted: Set[str] = frozenset()
     owners: Mapping[str, str] = field(default_factory=dict)
     columns: bool = True
+    parted: Set[int] = frozenset({0})
+
+
+def own_layers(
+    shapes: Mapping[str, tuple[int, int]], owners: Mapping[str, str]
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """Concept -> the layers that its LoRA has, with their shapes: all but the other's own."""
+    return {c: {n: shape for n, shape in shapes.items() if owners.get(n, c) == c} for c in CONCEPTS}
 
 
 class UnZip:
@@ -95,8 +116,7 @@ class UnZip:
         self.mergers: dict[str, dict[str, Tensor]] = {}
         self.masks: dict[str, dict[str, Tensor]] = {}
         self._every_column = not apart.columns
-        for number, concept in enumerate(CONCEPTS):
-            own = {name: shape for name, shape in shapes.items() if apart.owners.get(name, concept) == concept}
+        for number, (concept, own) in enumerate(own_layers(shapes, apart.owners).items()):
             seed = settings.seed + number * 2**32
             self.loras[concept] = training.TrainedLoRA(own, settings.rank, seed, device)
             self.mergers[concept] = {n: torch.ones(s[1], device=device, requires_grad=True) for n, s in own.items()}
@@ -113,7 +133,7 @@ class UnZip:
         return [{"params": factors, "lr": learning_rate}, {"params": mergers, "lr": self._settings.merger_rate}]
 
     def branch(self, rows: training.Rows | None = None) -> training.Adapted:
-        return _Branch(self, apart=rows is not None)
+        return _Branch(self, rows)
 
     def added(self, concept: str, name: str, x: Tensor) -> Tensor | None:
         """up · down · diag(m ⊙ mask) · x; None where this LoRA does nothing."""
@@ -128,12 +148,14 @@ class UnZip:
         m = self.mergers[concept][name]
         return m if self._every_column else m * self.masks[concept][name]
 
-    def context(self, concept: str, name: str, x: Tensor) -> Tensor:
-        """What a LoRA sees where the layer sees x."""
+    def context(self, concept: str, name: str, x: Tensor, rows: training.Rows | None) -> Tensor:
+        """What a LoRA sees where the layer sees x (rows, …)."""
         contexts = self._apart.contexts
-        if contexts is None or name not in self._apart.prompted:
+        if contexts is None or rows is None or name not in self._apart.prompted:
             return x
-        return contexts[concept].to(x).expand(len(x), -1, -1)
+        own = contexts[concept].to(x).expand(len(x), -1, -1)
+        parted = torch.tensor([prompt in self._apart.parted for prompt in rows.prompts], device=x.device)
+        return own if bool(parted.all()) else torch.where(parted[:, None, None], own, x)
 
     def penalty(self) -> Tensor | None:
         """λ · mean over layers of mean |m_c ⊙ m_s|, each on its own columns; None where no column has two owners."""
@@ -145,8 +167,8 @@ class UnZip:
     def before(self, step: int, probe: Callable[[], None]) -> None:
         """At the start of a period: give out columns."""
         settings = self._settings
-        period = max(1, settings.steps // settings.periods)
-        if not self._apart.columns or step % period or step >= period * settings.periods:
+        length = max(1, settings.steps // settings.periods)
+        if not self._apart.columns or step % length or step >= length * settings.periods:
             return
         parameters = [p for group in self.groups(0.0) for p in group["params"]]
         for parameter in parameters:
@@ -156,12 +178,13 @@ class UnZip:
             probe()
         finally:
             self._every_column = False
-        self._give_out()
+        self._give_out(step // length + 1)
         for parameter in parameters:
             parameter.grad = None
 
     @torch.no_grad()
-    def _give_out(self) -> None:
+    def _give_out(self, period: int) -> None:
+        """So many that each LoRA has its share for this period, the first being 1."""
         for name in self.shared:
             weight = self._weight(name)
             for concept in CONCEPTS:
@@ -173,8 +196,9 @@ class UnZip:
                         "in bf16 or fp32"
                     )
                 scores = scores.masked_fill(taken, -1.0)
-                count = min(round(self._settings.share * len(scores)), int((~taken).sum()))
-                self.masks[concept][name][scores.topk(count).indices] = True
+                mask = self.masks[concept][name]
+                count = period * round(self._settings.share * len(scores)) - int(mask.sum())
+                mask[scores.topk(max(0, min(count, int((~taken).sum())))).indices] = True
 
     @torch.no_grad()
     def score(self, concept: str, name: str, weight: Tensor) -> Tensor:
@@ -185,6 +209,21 @@ class UnZip:
         d_down = torch.zeros_like(down) if down.grad is None else down.grad
         change = (d_up @ down + up @ d_down) * m
         return ((weight + (up @ down) * m) * change).abs().sum(0)
+
+    @torch.no_grad()
+    def load(self, halves: Mapping[str, Mapping[str, Factors]]) -> None:
+        """Go on from what `pair` returned (concept -> layer -> factors): columns that hold numbers are a LoRA's own,
+        their mergers start from one again, and columns that nobody has are as the seed makes them.
+
+        Raises ValueError where they have other layers or another rank.
+        """
+        for concept, trained in self.loras.items():
+            training.check_fits(halves[concept], trained.down, self._settings.rank)
+            for name, f in halves[concept].items():
+                mask = self.masks[concept][name]
+                mask |= (f.down != 0).any(0).to(mask.device)
+                trained.up[name].copy_(f.up.float() * f.scale)
+                trained.down[name].copy_(torch.where(mask, f.down.float().to(mask.device), trained.down[name]))
 
     @torch.no_grad()
     def pair(self) -> LoRAPair:
@@ -203,14 +242,15 @@ class UnZip:
 
 
 class _Branch:
-    def __init__(self, unzip: UnZip, apart: bool):
-        self._unzip, self._apart = unzip, apart
+    """rows: of a pass of training; None as the LoRAs are used afterwards."""
+
+    def __init__(self, unzip: UnZip, rows: training.Rows | None):
+        self._unzip, self._rows = unzip, rows
 
     def layer(self, name: str, x: Tensor, base: Base, **_: Any) -> Tensor:
         y = frozen(x, base)
         for concept in CONCEPTS:
-            own = self._unzip.context(concept, name, x) if self._apart else x
-            added = self._unzip.added(concept, name, own)
+            added = self._unzip.added(concept, name, self._unzip.context(concept, name, x, self._rows))
             if added is not None:
                 y = y + added
         return y

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -377,6 +377,22 @@ def steps_done(name: str) -> int:
     return 0
 
 
+def check_fits(file: str, factors: dict[str, Factors], layers: Collection[str], settings: training.Settings) -> None:
+    """Raises ValueError where a run cannot go on from a file: it has other layers or another rank."""
+    try:
+        training.check_fits(factors, layers, settings.rank)
+    except ValueError as error:
+        raise ValueError(f"'{file}' {error}") from error
+
+
+def steps_before(file: str, settings: training.Settings) -> int:
+    """That a file has. Raises ValueError where none are left to do."""
+    done = steps_done(file)
+    if done >= settings.steps:
+        raise ValueError(f"'{file}' has {done} steps already; expected steps above that")
+    return done
+
+
 def train_concept(model, clip, vae, task: Task) -> Trained:
     """One LoRA from one concept's pictures, or two concepts' (joint training).
 
@@ -388,14 +404,9 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
     shapes = trained_layers(model.model, task.layers, task.b_lora)
     settings, first, start = task.settings, 0, None
     if task.go_on_from is not None:
-        fitted = fitting.fit_one(loras.load(task.go_on_from, 1.0), model.model)
-        start, first = fitted.factors, steps_done(task.go_on_from)
-        try:
-            training.check_fits(start, shapes, settings.rank)
-        except ValueError as error:
-            raise ValueError(f"'{task.go_on_from}' {error}") from error
-        if first >= settings.steps:
-            raise ValueError(f"'{task.go_on_from}' has {first} steps already; expected steps above that")
+        start = fitting.fit_one(loras.load(task.go_on_from, 1.0), model.model).factors
+        check_fits(task.go_on_from, start, shapes, settings)
+        first = steps_before(task.go_on_from, settings)
     about = {**task.made_by, "ziplora_settings": repr(settings), "ziplora_layers": task.layers}
     file = File(model, task.prefix, about)
     made = prepare(model, clip, vae, task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 from ...ziplora_core import training, unzip
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.direct import UNZIPLORA_BLOCKS, Blocks
-from ...ziplora_core.files import shown
+from ...ziplora_core.files import read_metadata, shown
 from ...ziplora_core.pair import Factors
 from ...ziplora_core.solver import in_range
 from . import fitting, loras, plan, predictor
@@ -32,8 +33,9 @@ _SMALL_WORDS = frozenset(  # which a prompt may have for itself
 @dataclass
 class Task:
     """prompts: "full", "content", "style". picture: IMAGE (1, H, W, 3). prompts_apart, columns_apart, blocks_apart: the
-    paper's three separations. blocks: each LoRA's own, SDXL's unless said otherwise. made_by: more metadata
-    for the files."""
+    paper's three separations. as_used: trained as the LoRAs are used (`unzip.rows_as_used`). sample_every, save_every:
+    steps; 0 for never. go_on_from: either file of an earlier run. blocks: each LoRA's own, SDXL's unless said
+    otherwise. made_by: more metadata for the files."""
 
     picture: Tensor
     prompts: dict[str, str]
@@ -43,7 +45,10 @@ class Task:
     prompts_apart: bool = True
     columns_apart: bool = True
     blocks_apart: bool = True
+    as_used: bool = True
     sample_every: int = 0
+    save_every: int = 0
+    go_on_from: str | None = None
     blocks: Blocks = field(default_factory=lambda: UNZIPLORA_BLOCKS)
     made_by: dict[str, str] = field(default_factory=dict)
 
@@ -63,6 +68,7 @@ def check(model, task: Task) -> None:
     """Raises ValueError for what can be refused before anything is loaded. model: the host's BaseModel."""
     in_range("resolution", task.resolution, 64, 4096)
     in_range("sample_every", task.sample_every, 0, 100_000)
+    in_range("save_every", task.save_every, 0, 100_000)
     for name, text in task.prompts.items():
         bridge.check_prompt("prompt" if name == "full" else f"{name}_prompt", text)
     _check_words(task.prompts)
@@ -126,21 +132,24 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     shapes = bridge.trained_layers(model.model, "attention")
     belongs = owners(shapes, task.blocks) if task.blocks_apart else {}
     about = {**task.made_by, "ziplora_settings": repr(settings)}
-    files = {
-        c: bridge.File(model, f"{task.prefix}_{c}", {**about, "ziplora_prompt": task.prompts[c]})
-        for c in unzip.CONCEPTS
-    }
+    start, first = None, 0
+    if task.go_on_from is not None:
+        start, first = _left(task.go_on_from, model.model, unzip.own_layers(shapes, belongs), settings)
+    files = _files(model, task, about)
     shown = bridge.Shown([task.picture], [task.prompts["full"]])
     made = bridge.prepare(model, clip, vae, bridge.Task([shown], settings, task.prefix, task.resolution))
     for concept in unzip.CONCEPTS:
         made.prompt(clip, task.prompts[concept])
+    if task.as_used:
+        whole, empty = (made.prompt(clip, text) for text in (task.prompts["full"], ""))
+        made.pictures = unzip.rows_as_used(made.pictures.sets[0][0], whole, empty)
     made.prompts, contexts = _contexts(made.prompts)
     history: list[training.Step] = []
     began = time.monotonic()
     kept: dict[str, Any] = {}
 
     def work(denoiser: bridge.Denoiser, pictures: training.Pictures, device: torch.device) -> None:
-        own = dict(zip(unzip.CONCEPTS, (c.to(device, copy=True) for c in contexts[1:]), strict=True))
+        own = dict(zip(unzip.CONCEPTS, (c.to(device, copy=True) for c in contexts[1:3]), strict=True))
         apart = unzip.Separations(
             own if task.prompts_apart else None,
             {name for name in shapes if _PROMPTED.search(name)},
@@ -148,17 +157,22 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
             task.columns_apart,
         )
         trained = unzip.UnZip(shapes, settings, apart, lambda name: _weight(denoiser.model, name, device), device)
-        progress = TrainingProgress(0, settings.steps)
+        if start is not None:
+            trained.load(start)
+        progress = TrainingProgress(first, settings.steps)
         history.clear()
 
         def on_step(step: training.Step) -> None:
             history.append(step)
             if task.sample_every and step.index % task.sample_every == 0:
                 progress.sample = bridge.picture(model, denoiser, made, trained, settings.seed)
+            if task.save_every and step.index % task.save_every == 0 and step.index < settings.steps:
+                for concept, factors in _halves(trained).items():
+                    files[concept].write(factors, step.index)
             progress.step(step)
 
         try:
-            training.train(trained, denoiser, pictures, settings, on_step)
+            training.train(trained, denoiser, pictures, settings, on_step, first)
         except BaseException:
             if history:
                 for concept, factors in _halves(trained).items():
@@ -179,6 +193,39 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     if not task.columns_apart:
         losses["overlap"] = [s.penalty for s in history]
     return Unzipped(sources, zipped, losses, report, [file.name for file in files.values()])
+
+
+_HALF, _OTHER = "ziplora_half", "ziplora_other_half"  # metadata: which concept's a file is, and the other's name
+
+
+def _files(model, task: Task, about: dict[str, str]) -> dict[str, bridge.File]:
+    """One for each concept, which names the other."""
+    files = {
+        c: bridge.File(model, f"{task.prefix}_{c}", {**about, "ziplora_prompt": task.prompts[c], _HALF: c})
+        for c in unzip.CONCEPTS
+    }
+    for one, other in (unzip.CONCEPTS, unzip.CONCEPTS[::-1]):
+        files[one].about[_OTHER] = os.path.basename(files[other].path)
+    return files
+
+
+def _left(
+    name: str, model, own: dict[str, dict[str, tuple[int, int]]], settings: unzip.Settings
+) -> tuple[dict[str, dict[str, Factors]], int]:
+    """What an earlier run left, from either of its files: concept -> layer -> factors, and the steps that both have.
+
+    own: concept -> the layers that it trains. Raises ValueError (LoRAFileError for a file) where they have others.
+    """
+    about = read_metadata(loras.lora_path(name))
+    if about.get(_HALF) not in unzip.CONCEPTS or not about.get(_OTHER):
+        raise ValueError(f"'{name}' is not UnZip LoRA's; continue_from takes either of the two files that a run left")
+    other = os.path.join(os.path.dirname(name), os.path.basename(about[_OTHER]))
+    names = {concept: name if concept == about[_HALF] else other for concept in unzip.CONCEPTS}
+    halves = {}
+    for concept, file in names.items():
+        halves[concept] = fitting.fit_one(loras.load(file, 1.0), model).factors
+        bridge.check_fits(file, halves[concept], own[concept], settings)
+    return halves, min(bridge.steps_before(file, settings) for file in names.values())
 
 
 def _weight(model, name: str, device: torch.device) -> Tensor:
@@ -218,12 +265,13 @@ def _report(
         for n, on in (("prompts", task.prompts_apart), ("columns", task.columns_apart), ("blocks", task.blocks_apart))
         if on
     ]
+    used = "; trained as used" if task.as_used else ""
     coefficients: Coefficients = trained.coefficients()
     return [
         *(f"written: {file.name}" for file in files.values()),
-        f"apart: {', '.join(apart) or 'nothing'}; {'; '.join(counts)}",
-        f"rank {settings.rank}, {len(history)} steps at rate {settings.learning_rate:g}, mergers at "
-        f"{settings.merger_rate:g}, lambda {settings.similarity_lambda:g}, seed {settings.seed}",
+        f"apart: {', '.join(apart) or 'nothing'}{used}; {'; '.join(counts)}",
+        f"rank {settings.rank}, steps {history[0].index} to {history[-1].index} at rate {settings.learning_rate:g}, "
+        f"mergers at {settings.merger_rate:g}, lambda {settings.similarity_lambda:g}, seed {settings.seed}",
         f"{bridge.loss_line(history)}; overlap {coefficients.overlap():.3f}",
         f"time: {seconds:.1f} s",
         planned.line(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -90,21 +92,33 @@ def test_a_layer_adds_the_masked_scaled_updates():
     torch.testing.assert_close(y.double(), x.double() @ expected.T, rtol=1e-5, atol=1e-5)
 
 
-def test_prompted_layers_see_their_own_prompt():
+def test_prompted_layers_see_their_own_prompt_in_parted_rows():
     contexts = {
         c: torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(i)) for i, c in enumerate(unzip.CONCEPTS)
     }
     both = filled(made(unzip.Separations(contexts, {"b"}, columns=False)))
     x = torch.randn(3, 4, 16)
-    expected = x.double() @ WEIGHTS["b"].double().T
+    parted = expected = x.double() @ WEIGHTS["b"].double().T
     for concept in unzip.CONCEPTS:
         update = dense(both, concept, "b") * both.mergers[concept]["b"]
-        expected = expected + contexts[concept].double() @ update.T
-    later = (
-        x.double() @ (WEIGHTS["b"].double() + sum(dense(both, c, "b") * both.mergers[c]["b"] for c in unzip.CONCEPTS)).T
-    )
-    torch.testing.assert_close(both.branch().layer("b", x, Base("b")).double(), later, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(both.branch(ROWS).layer("b", x, Base("b")).double(), expected, rtol=1e-5, atol=1e-5)
+        expected = expected + x.double() @ update.T
+        parted = parted + contexts[concept].double() @ update.T
+
+    def of(prompts):
+        rows = None if prompts is None else dataclasses.replace(ROWS, prompts=prompts)
+        return both.branch(rows).layer("b", x, Base("b")).double()
+
+    torch.testing.assert_close(of(None), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of((0, 0, 0)), parted, rtol=1e-5, atol=1e-5)
+    mixed = torch.stack([parted[0], expected[1], expected[2]])
+    torch.testing.assert_close(of((0, 3, 4)), mixed, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_as_used():
+    """Half parted, half whole, a fifth of each empty."""
+    pictures = unzip.rows_as_used(training.Example(torch.zeros(1, 1, 2, 2), 0), 3, 4)
+    counts = [[sum(e.prompt == prompt for e in part) / len(part) for prompt in (0, 3, 4)] for part in pictures.sets]
+    assert counts == [[0.8, 0, 0.2], [0, 0.8, 0.2]] and not pictures.priors
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -143,6 +157,40 @@ def test_the_pair_and_its_coefficients_are_the_trained_update():
     torch.testing.assert_close(y, x @ update.T, rtol=1e-4, atol=1e-4)
     for c, f in pair.layers["a"].halves():
         assert torch.equal(getattr(m, c)["a"], (f.down != 0).any(0).float())
+
+
+def test_goes_on_from_its_pair():
+    """What is drawn, whose columns are whose, and what is given out next are as they were."""
+    x = {n: torch.randn(5, s[1], generator=torch.Generator().manual_seed(7)) for n, s in SHAPES.items()}
+
+    def probe(both):
+        return lambda: sum(both.branch().layer(n, x[n], Base(n)).square().sum() for n in ("a", "b")).backward()
+
+    first = filled(made())
+    first.before(0, probe(first))
+    with torch.no_grad():
+        for c in unzip.CONCEPTS:  # mergers learn in a LoRA's own columns alone
+            for name, m in first.mergers[c].items():
+                m.masked_fill_(~first.masks[c][name], 1.0)
+    pair = first.pair()
+    halves = {
+        c: {n: getattr(layer, c) for n, layer in pair.layers.items() if getattr(layer, c)} for c in unzip.CONCEPTS
+    }
+    second = made()
+    second.load(halves)
+    second.before(0, probe(second))  # stopped after columns were given out: nothing more for this period
+    for name in SHAPES:
+        outputs = [both.branch().layer(name, x[name], Base(name)) for both in (first, second)]
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    for both in (first, second):
+        both.before(2, probe(both))
+    for c in unzip.CONCEPTS:
+        for name, mask in first.masks[c].items():
+            assert torch.equal(second.masks[c][name], mask), (c, name)
+            free = ~mask
+            assert torch.equal(second.loras[c].down[name][:, free], first.loras[c].down[name][:, free])
+    with pytest.raises(ValueError, match="rank 3; expected .* of rank 4"):
+        made(rank=4).load(halves)
 
 
 def test_settings_out_of_range_are_named():

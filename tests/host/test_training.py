@@ -42,15 +42,22 @@ def test_from_pictures_to_a_picture_and_on_from_the_file(server: ComfyServer) ->
     assert len(trained) == 2, "output/loras is a folder that the host loads LoRAs from"
 
     train = next(key for key, entry in prompt.items() if entry["inputs"].get("filename_prefix") == "loras/subject")
-    further, waiting = {train: copy.deepcopy(prompt[train])}, [train]  # only what this training needs
+    name = next(n for n in trained if n.startswith("subject"))
+    assert "steps: 5 to 6" in going_on(server, prompt, train, name, report=2)
+
+
+def going_on(server: ComfyServer, prompt: Prompt, train: str, name: str, report: int) -> str:
+    """The report of two steps more from a file: of this node and what it needs, nothing else."""
+    further, waiting = {train: copy.deepcopy(prompt[train])}, [train]
     while waiting:
         for value in prompt[waiting.pop()]["inputs"].values():
             if isinstance(value, list) and value[0] not in further:
                 further[value[0]] = copy.deepcopy(prompt[value[0]])
                 waiting.append(value[0])
-    further[train]["inputs"] |= {"continue_from": next(n for n in trained if n.startswith("subject")), "steps": 6}
-    further["shown"] = {"class_type": "PreviewAny", "inputs": {"source": [train, 2]}}
-    assert "steps: 5 to 6" in server.run(further).outputs["shown"]["text"][0]
+    steps = prompt[train]["inputs"]["steps"]
+    further[train]["inputs"] |= {"continue_from": name, "steps": steps + 2}
+    further["shown"] = {"class_type": "PreviewAny", "inputs": {"source": [train, report]}}
+    return server.run(further).outputs["shown"]["text"][0]
 
 
 def test_one_picture_taken_apart(server: ComfyServer) -> None:
@@ -65,6 +72,8 @@ def test_one_picture_taken_apart(server: ComfyServer) -> None:
     side_by_side = done.images(only(prompt, "SaveImage"))[0]
     assert side_by_side.shape[1] > 2.5 * side_by_side.shape[0] and np.std(side_by_side) > 5
     assert "apart: prompts, columns;" in done.outputs[only(prompt, "PreviewAny")]["text"][0]
+    for file in files:
+        assert "steps 5 to 6" in going_on(server, prompt, only(prompt, "UnZipLoRA"), file.name, report=3)
 
 
 @pytest.mark.parametrize(

@@ -450,7 +450,7 @@ def calls(draw):
                        "steps": odd_ints, "learning_rate": odd_floats, "merger_learning_rate": odd_floats,
                        "similarity_lambda": odd_floats, "column_share": odd_floats, "rank": odd_ints,
                        "batch_size": odd_ints, "resolution": odd_ints, "seed": odd_ints, "filename_prefix": prefixes,
-                       "sample_every": odd_ints}),
+                       "sample_every": odd_ints, "save_every": odd_ints, "continue_from": words}),
     ]))  # fmt: skip
     node, odd = call
     chosen = draw(st.sets(st.sampled_from(sorted(odd)), min_size=1, max_size=3))

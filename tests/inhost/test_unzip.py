@@ -6,6 +6,7 @@ import pytest
 import test_gradient
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from test_training import PixelsAsLatents, Words, output, patcher, pictures  # noqa: F401
 
 PROMPTS = {"full": "a sks dog in szn style", "content": "a sks dog", "style": "szn style"}
@@ -27,15 +28,19 @@ def take_apart(pack, patcher, asked):  # noqa: F811
 
 
 @pytest.mark.parametrize("room", [None, 0], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("apart", [True, False], ids=["three prompts", "one prompt"])
-def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher, room, apart):  # noqa: F811
+@pytest.mark.parametrize(
+    "changes",
+    [{"as_used": False}, {"batch_size": 6}, {"prompts_apart": False}],
+    ids=["three prompts", "as used", "one prompt"],
+)
+def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher, room, changes):  # noqa: F811
     """W0·x(full) + ΔW_c·x(content) + ΔW_s·x(style) formed densely, by ordinary autograd."""
     core, bridge = pack.ziplora_core, pack.nodes.bridge.unzip
     if room is not None:
         monkeypatch.setattr(pack.nodes.bridge.plan, "room_for", lambda model: room)
-    train, found = core.training.train, {}
+    train, found, told = core.training.train, {}, set()
 
-    def instead(trained, denoiser, given, settings, on_step):
+    def instead(trained, denoiser, given, settings, on_step, first):
         g = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for lora in trained.loras.values():
@@ -45,6 +50,7 @@ def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher
                 for mask in masks.values():
                     mask |= torch.rand(mask.shape, generator=g) < 0.4
         passes = core.training.step_rows(given, denoiser, settings, 0)
+        told.update(prompt for rows in passes for prompt in rows.prompts)
         with torch.enable_grad():
             loss, _ = core.training._gradient(trained, denoiser, passes, 1.0, False)
             expected, leaves = dense(patcher, denoiser, passes, trained)
@@ -62,7 +68,8 @@ def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher
         return train(trained, denoiser, given, settings, on_step)
 
     monkeypatch.setattr(core.training, "train", instead)
-    take_apart(pack, patcher, task(pack, prompts_apart=apart, steps=1))
+    take_apart(pack, patcher, task(pack, steps=1, **changes))
+    assert changes != {"batch_size": 6} or told == {0, 3, 4}, "parted, whole and empty"
     assert {concept for concept, _ in found} == {"content", "style"}
     for place in range(3):
         largest = max(float(grads[place][1].abs().max()) for grads in found.values())
@@ -81,7 +88,7 @@ def found_layers(found):
 
 def dense(patcher, denoiser, passes, trained):  # noqa: F811
     copied = test_gradient.plain_copy(patcher, torch.float32)
-    leaves, weights, total = {}, {}, 0.0
+    leaves, weights, total, now = {}, {}, 0.0, []
     for concept, lora in trained.loras.items():
         for name in lora.down:
             parts = (lora.up[name], lora.down[name], trained.mergers[concept][name])
@@ -99,8 +106,12 @@ def dense(patcher, denoiser, passes, trained):  # noqa: F811
             module = copied.get_submodule(name.removesuffix(".weight"))
 
             def forward(x, weight=weight, own=own, name=name):
-                added = [contexts[c].expand(len(x), -1, -1) @ update(c, name).T for c in own]
-                return x @ weight.T + sum(added)
+                parted = [prompt == 0 for prompt in now[-1].prompts]
+                y = x @ weight.T
+                for c in own:
+                    seen = torch.stack([contexts[c][0] if p else row for p, row in zip(parted, x, strict=True)])
+                    y = y + seen @ update(c, name).T
+                return y
 
             module.forward = forward
         else:
@@ -108,8 +119,9 @@ def dense(patcher, denoiser, passes, trained):  # noqa: F811
     for rows in passes:
         sigma = copied.model_sampling.sigmas[rows.timesteps]
         x = copied.model_sampling.noise_scaling(sigma, rows.noise, rows.latents, False)
-        c = denoiser._conditioning(rows.prompts[0], rows.latents[:1])
-        arguments = {k: (v.cond if hasattr(v, "cond") else v).clone() for k, v in c.items()}
+        now.append(rows)
+        each = [denoiser._conditioning(p, rows.latents[:1]) for p in rows.prompts]
+        arguments = {k: torch.cat([c[k].cond for c in each]).clone() for k in each[0]}
         options = {"optimized_attention_override": lambda f, *a, **k: test_gradient.plain_attention(*a, **k)}
         x0 = torch.func.functional_call(test_gradient.Apply(copied), weights, (x, sigma, arguments, options))
         eps = (x - x0) / sigma.view(-1, 1, 1, 1)
@@ -193,7 +205,8 @@ def test_refuses_in_one_sentence_before_anything_is_loaded(pack, patcher, monkey
         take_apart(pack, patcher, task(pack, **changes))
 
 
-def test_an_interrupt_leaves_both_files(pack, patcher, output, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("half", ["content", "style"])
+def test_an_interrupted_run_goes_on_from_either_file(pack, patcher, output, monkeypatch, half):  # noqa: F811
     import comfy.model_management as management
 
     rows = pack.ziplora_core.training.step_rows
@@ -206,9 +219,48 @@ def test_an_interrupt_leaves_both_files(pack, patcher, output, monkeypatch):  # 
     monkeypatch.setattr(pack.ziplora_core.training, "step_rows", strike)
     before = tiny.sample(patcher)
     with pytest.raises(management.InterruptProcessingException):
-        take_apart(pack, patcher, task(pack, steps=5))
+        take_apart(pack, patcher, task(pack, steps=6, learning_rate=3e-2))
     assert torch.equal(tiny.sample(patcher), before)
-    assert sorted(f.name for f in (output / "loras").iterdir()) == [
-        "apart_content_00001_.safetensors",
-        "apart_style_00001_.safetensors",
-    ]
+    files = {c: f"apart_{c}_00001_.safetensors" for c in ("content", "style")}
+    assert sorted(f.name for f in (output / "loras").iterdir()) == sorted(files.values())
+    left = {c: load_file(output / "loras" / name) for c, name in files.items()}
+
+    seen = []
+    monkeypatch.setattr(
+        pack.ziplora_core.training, "step_rows", lambda p, d, s, step: seen.append(step) or rows(p, d, s, step)
+    )
+    done = take_apart(pack, patcher, task(pack, steps=6, learning_rate=3e-2, go_on_from=files[half]))
+    assert seen == [2, 2, 3, 4, 4, 5], "each period starts with a step that only scores"
+    assert "steps 3 to 6" in done.report and len(done.loss_map["loss"]) == 4
+    for concept, source in done.pair.by_concept().items():
+        for key, tensor in left[concept].items():
+            if key.endswith("down.weight"):
+                assert (source.tensors[key] != 0).any(0)[(tensor != 0).any(0)].all(), f"{key}: a column was taken away"
+
+    with pytest.raises(ValueError, match="has 2 steps already; expected steps above that"):
+        take_apart(pack, patcher, task(pack, steps=2, go_on_from=files[half]))
+    with pytest.raises(ValueError, match=f"rank {RANK}; expected .* of rank 8"):
+        take_apart(pack, patcher, task(pack, steps=6, rank=8, go_on_from=files[half]))
+    with pytest.raises(ValueError, match="'apart_content_00001_.safetensors' has .* layers .*; expected the"):
+        named = {"content": ("output_blocks.1.1.",), "style": ("middle_block.",)}
+        take_apart(pack, patcher, task(pack, steps=6, blocks=named, go_on_from=files[half]))
+    other = files["style" if half == "content" else "content"]
+    (output / "loras" / other).unlink()
+    with pytest.raises(ValueError, match=f"'{other}' is missing"):
+        take_apart(pack, patcher, task(pack, steps=6, go_on_from=files[half]))
+
+
+def test_goes_on_only_from_its_own_files(pack, patcher, output):  # noqa: F811
+    (output / "loras").mkdir(exist_ok=True)
+    save_file({"lora_unet_a.lora_up.weight": torch.zeros(2, 2)}, output / "loras" / "other.safetensors")
+    with pytest.raises(ValueError, match="'other.safetensors' is not UnZip LoRA's; continue_from takes either"):
+        take_apart(pack, patcher, task(pack, go_on_from="other.safetensors"))
+
+
+def test_saves_both_on_the_way(pack, patcher, output, monkeypatch):  # noqa: F811
+    written = []
+    file = pack.nodes.bridge.training.File
+    write = file.write
+    monkeypatch.setattr(file, "write", lambda self, f, steps: written.append(steps) or write(self, f, steps))
+    take_apart(pack, patcher, task(pack, steps=5, save_every=2))
+    assert written == [2, 2, 4, 4, 5, 5]
