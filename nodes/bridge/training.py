@@ -360,14 +360,6 @@ class File:
         write_tensors(self.path, tensors, metadata)
         return tensors
 
-    def rescue(self, factors: dict[str, Factors], steps: int) -> None:
-        """Write where a run ended early, if it can be done: what ended it is the error to be seen."""
-        try:
-            self.write(factors, steps)
-            logging.info("ZipLoRA: the %d steps done so far are in %s.", steps, self.name)
-        except (ValueError, OSError) as error:
-            logging.warning("ZipLoRA: the %d steps done so far could not be written: %s", steps, error)
-
 
 def steps_done(name: str) -> int:
     """Of a file that was trained here; 0 for any other, also where its trainer counts its own."""
@@ -391,6 +383,51 @@ def steps_before(file: str, settings: training.Settings) -> int:
     if done >= settings.steps:
         raise ValueError(f"'{file}' has {done} steps already; expected steps above that")
     return done
+
+
+def follow(
+    model,
+    made: Prepared,
+    task: Any,
+    first: int,
+    trained: training.Trainable,
+    denoiser: Denoiser,
+    pictures: training.Pictures,
+    write: Callable[[int], str],
+) -> list[training.Step]:
+    """`training.train` from step `first` on, with progress and samples on the node and files on the way.
+
+    task: one with `settings`, `sample_every` and `save_every`. write: of the number of steps done, returns what it
+    wrote; called on the way, at the end, and where a run ends early, if it can be done: what ended it is the error to
+    be seen.
+    """
+    settings, done = task.settings, first
+    progress = TrainingProgress(first, settings.steps)
+
+    def on_step(step: training.Step) -> None:
+        nonlocal done
+        done = step.index
+        if task.sample_every and done % task.sample_every == 0:
+            progress.sample = picture(model, denoiser, made, trained, settings.seed)
+        if task.save_every and done % task.save_every == 0 and done < settings.steps:
+            write(done)
+        progress.step(step)
+
+    try:
+        history = training.train(trained, denoiser, pictures, settings, on_step, first)
+    except BaseException:
+        if done > first:
+            _rescue(write, done)
+        raise
+    write(settings.steps)
+    return history
+
+
+def _rescue(write: Callable[[int], str], steps: int) -> None:
+    try:
+        logging.info("ZipLoRA: the %d steps done so far are in %s.", steps, write(steps))
+    except (ValueError, OSError) as error:
+        logging.warning("ZipLoRA: the %d steps done so far could not be written: %s", steps, error)
 
 
 def train_concept(model, clip, vae, task: Task) -> Trained:
@@ -418,24 +455,12 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
         trained = training.TrainedLoRA(shapes, settings.rank, settings.seed, device)
         if start is not None:
             trained.load(start)
-        progress = TrainingProgress(first, settings.steps)
-        history.clear()
 
-        def on_step(step: training.Step) -> None:
-            history.append(step)
-            if task.sample_every and step.index % task.sample_every == 0:
-                progress.sample = picture(model, denoiser, made, trained, settings.seed)
-            if task.save_every and step.index % task.save_every == 0 and step.index < settings.steps:
-                file.write(trained.factors(), step.index)
-            progress.step(step)
+        def write(steps: int) -> str:
+            saved.update(file.write(trained.factors(), steps))
+            return file.name
 
-        try:
-            training.train(trained, denoiser, pictures, settings, on_step, first)
-        except BaseException:
-            if history:
-                file.rescue(trained.factors(), history[-1].index)
-            raise
-        saved.update(file.write(trained.factors(), settings.steps))
+        history[:] = follow(model, made, task, first, trained, denoiser, pictures, write)
 
     planned = run(model, made, shapes, settings, work)
     seconds = time.monotonic() - began

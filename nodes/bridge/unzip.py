@@ -22,7 +22,6 @@ from ...ziplora_core.solver import in_range
 from . import fitting, loras, plan, predictor
 from . import training as bridge
 from .frozen import cast
-from .progress import TrainingProgress
 
 _PROMPTED = re.compile(r"\.attn2\.to_[kv]\.weight$")
 _SMALL_WORDS = frozenset(  # which a prompt may have for itself
@@ -159,27 +158,13 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
         trained = unzip.UnZip(shapes, settings, apart, lambda name: _weight(denoiser.model, name, device), device)
         if start is not None:
             trained.load(start)
-        progress = TrainingProgress(first, settings.steps)
-        history.clear()
 
-        def on_step(step: training.Step) -> None:
-            history.append(step)
-            if task.sample_every and step.index % task.sample_every == 0:
-                progress.sample = bridge.picture(model, denoiser, made, trained, settings.seed)
-            if task.save_every and step.index % task.save_every == 0 and step.index < settings.steps:
-                for concept, factors in _halves(trained).items():
-                    files[concept].write(factors, step.index)
-            progress.step(step)
+        def write(steps: int) -> str:
+            halves = _halves(trained).items()
+            kept.update(tensors={c: files[c].write(f, steps) for c, f in halves}, unzip=trained)
+            return " and ".join(file.name for file in files.values())
 
-        try:
-            training.train(trained, denoiser, pictures, settings, on_step, first)
-        except BaseException:
-            if history:
-                for concept, factors in _halves(trained).items():
-                    files[concept].rescue(factors, history[-1].index)
-            raise
-        halves = _halves(trained).items()
-        kept.update(tensors={c: files[c].write(f, settings.steps) for c, f in halves}, unzip=trained)
+        history[:] = bridge.follow(model, made, task, first, trained, denoiser, pictures, write)
 
     planned = bridge.run(model, made, shapes, settings, work, loras_at_once=2)
     seconds = time.monotonic() - began
