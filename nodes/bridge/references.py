@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import comfy.model_management
 import comfy.sample
 import latent_preview
 import torch
@@ -100,21 +103,38 @@ def draw_plain(model, conditioning: list, asked: Asked, seed: int) -> Drawn | No
     guidance = 1.0 if distilled else GUIDANCE
     latents = comfy.sample.fix_empty_latent_channels(model, torch.zeros(shape))
     seed %= 2**64
-    samples = comfy.sample.sample(
-        model,
-        comfy.sample.prepare_noise(latents, seed),
-        STEPS,
-        guidance,
-        SAMPLER,
-        SCHEDULER,
-        conditioning,
-        zeros(conditioning),
-        latents,
-        callback=latent_preview.prepare_callback(model, STEPS),
-        disable_pbar=True,
-        seed=seed,
-    )
+    noise = comfy.sample.prepare_noise(latents, seed)
+
+    def sample(part: slice) -> Tensor:
+        return comfy.sample.sample(
+            model,
+            noise[part],
+            STEPS,
+            guidance,
+            SAMPLER,
+            SCHEDULER,
+            conditioning,
+            zeros(conditioning),
+            latents[part],
+            callback=latent_preview.prepare_callback(model, STEPS),
+            disable_pbar=True,
+            seed=seed,
+        )
+
+    samples = _at_once_or_one_by_one(sample, asked.count)
     return Drawn(samples, seed, guidance) if bool(torch.isfinite(samples).all()) else None
+
+
+def _at_once_or_one_by_one(sample: Callable[[slice], Tensor], count: int) -> Tensor:
+    """The same pictures where memory runs out for all of them together, in more time."""
+    try:
+        return sample(slice(None))
+    except Exception as error:
+        if count == 1 or not is_out_of_memory(error):
+            raise
+    logging.warning("ZipLoRA: not enough memory to draw %d pictures at once; one by one.", count)
+    comfy.model_management.soft_empty_cache()
+    return torch.cat([sample(slice(i, i + 1)) for i in range(count)])
 
 
 def zeros(conditioning: list) -> list:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
+from test_training import patcher  # noqa: F401
 
 PAIRS = (("mushroom", "ember"), ("icecream", "dusk"))
 
@@ -44,3 +46,26 @@ def test_retention_is_as_with_the_true_pictures(pack, content, style):
     print(content, style, direct, given, drawn_both, drawn_content)
     assert given < 0.6 * direct
     assert max(drawn_both, drawn_content) < 1.15 * given
+
+
+def test_the_same_pictures_one_by_one_where_memory_runs_out(pack, patcher, monkeypatch, caplog):  # noqa: F811
+    import comfy.model_management as management
+    import comfy.sample
+
+    references = pack.nodes.bridge.references
+    asked, prompt = references.Asked(3, 64), tiny.prompts()["content"]
+    with torch.inference_mode():
+        at_once = references.draw_plain(patcher, prompt, asked, 5).latents
+        sample, counts = comfy.sample.sample, []
+
+        def short_of_memory(model, noise, *rest, **given):
+            counts.append(len(noise))
+            if len(noise) > 1:
+                raise management.OOM_EXCEPTION("out of memory")
+            return sample(model, noise, *rest, **given)
+
+        monkeypatch.setattr(comfy.sample, "sample", short_of_memory)
+        one_by_one = references.draw_plain(patcher, prompt, asked, 5).latents
+    assert counts == [3, 1, 1, 1] and "not enough memory to draw 3 pictures at once; one by one" in caplog.text
+    torch.testing.assert_close(one_by_one, at_once, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(at_once[0], at_once[1])
