@@ -111,6 +111,9 @@ class Trainable(Protocol):
     def penalty(self) -> Tensor | None:
         """Added to the loss."""
 
+    def largest(self) -> str | None:
+        """The layer whose update is largest (‖up‖·‖down‖, not finite before all others); None where all are zero."""
+
     def before(self, step: int, probe: Callable[[], None]) -> None:
         """Called before a step (from 0). probe: adds the gradient of one batch's loss, without the penalty."""
 
@@ -151,6 +154,16 @@ class TrainedLoRA:
 
     def penalty(self) -> None:
         return None
+
+    def largest(self) -> str | None:
+        sizes = self.sizes()
+        return max(sizes, key=sizes.__getitem__) if any(sizes.values()) else None
+
+    @torch.no_grad()
+    def sizes(self) -> dict[str, float]:
+        """Layer -> ‖up‖·‖down‖, infinite where one of them is not finite."""
+        found = {n: float(torch.linalg.norm(up) * torch.linalg.norm(self.down[n])) for n, up in self.up.items()}
+        return {name: size if math.isfinite(size) else math.inf for name, size in found.items()}
 
     def before(self, step: int, probe: Callable[[], None]) -> None:
         pass
@@ -245,7 +258,7 @@ def train(
     """Adam on the mean squared error of the raw prediction (DreamBooth, Eq. 2), from step `first` on.
 
     Deterministic for a seed on one machine. What `on_step` or the denoiser raises ends the run, with `trained` as the
-    last step left it. Raises FloatingPointError where a loss is not finite.
+    last step left it. Raises FloatingPointError where a loss is not finite, with the layer of the largest update.
     """
     history: list[Step] = []
     with torch.inference_mode(False), torch.enable_grad():
@@ -259,8 +272,8 @@ def train(
                 found = _gradient(trained, denoiser, step_rows(pictures, denoiser, settings, step), scale, penalised)
                 if not math.isfinite(sum(found)):
                     raise FloatingPointError(
-                        f"step {step + 1}: the loss is not finite; lower learning_rate or load the model in bf16 or "
-                        "fp32"
+                        f"step {step + 1}: the loss is not finite{_largest(trained)}; lower learning_rate or load the "
+                        "model in bf16 or fp32"
                     )
                 return found
 
@@ -280,6 +293,11 @@ def train(
             if on_step is not None:
                 on_step(history[-1])
     return history
+
+
+def _largest(trained: Trainable) -> str:
+    layer = trained.largest()
+    return "" if layer is None else f"; the largest update is that of layer '{layer}'"
 
 
 def _gradient(

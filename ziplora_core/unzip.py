@@ -164,6 +164,11 @@ class UnZip:
         products = [(self.mergers["content"][n] * self.mergers["style"][n]).abs().mean() for n in self.shared]
         return self._settings.similarity_lambda * torch.stack(products).mean()
 
+    def largest(self) -> str | None:
+        sizes = {(c, n): size for c, trained in self.loras.items() for n, size in trained.sizes().items()}
+        concept, name = max(sizes, key=sizes.__getitem__)
+        return f"{name} ({concept})" if sizes[concept, name] else None
+
     def before(self, step: int, probe: Callable[[], None]) -> None:
         """At the start of a period: give out columns."""
         settings = self._settings

@@ -408,6 +408,32 @@ def test_every_family_is_trained(pack, monkeypatch, name):
     assert sum(done.loss_map["loss"][-4:]) < sum(done.loss_map["loss"][:4])
 
 
+def test_a_loss_that_is_not_finite_names_the_largest_update(pack, patcher, monkeypatch):
+    core = pack.ziplora_core.training
+    rows, spoiled = core.step_rows, "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"
+    lora, made = core.TrainedLoRA, []
+    monkeypatch.setattr(core, "TrainedLoRA", lambda *a: made.append(lora(*a)) or made[-1])
+
+    def spoil(pictures, denoiser, settings, step):
+        if step == 1:
+            with torch.no_grad():
+                made[0].up[spoiled].fill_(float("nan"))
+        return rows(pictures, denoiser, settings, step)
+
+    monkeypatch.setattr(core, "step_rows", spoil)
+    says = f"step 2: the loss is not finite; the largest update is that of layer '{spoiled}'; lower learning_rate"
+    with pytest.raises(FloatingPointError, match=says):
+        train(pack, patcher, task(pack, steps=3))
+    pair = pack.ziplora_core.unzip.UnZip
+    nothing = pair(
+        {spoiled: (4, 4)}, pack.ziplora_core.unzip.Settings(rank=2), pack.ziplora_core.unzip.Separations(), None
+    )
+    assert nothing.largest() is None
+    with torch.no_grad():
+        nothing.loras["style"].up[spoiled].fill_(1.0)
+    assert nothing.largest() == f"{spoiled} (style)"
+
+
 def test_a_run_that_diverges_says_so_and_not_what_it_could_not_save(pack, patcher, monkeypatch):
     """A rate at which the numbers leave half precision: the loss is what is named."""
     Step, core = pack.ziplora_core.training.Step, pack.ziplora_core.training
