@@ -22,6 +22,14 @@ def seed(tooltip: str) -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False, tooltip=tooltip)
 
 
+def training_steps(default: int, tooltip: str) -> io.Int.Input:
+    return io.Int.Input("steps", default=default, min=1, max=100_000, tooltip=tooltip)
+
+
+def training_rate(name: str, default: float, step: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=1e-8, max=1.0, step=step, round=False, tooltip=tooltip)
+
+
 def batch_size(tooltip: str) -> io.Int.Input:
     return io.Int.Input("batch_size", default=1, min=1, max=64, tooltip=tooltip)
 

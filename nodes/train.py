@@ -40,22 +40,10 @@ class TrainConceptLoRA(io.ComfyNode):
                     tooltip="The prompt that stands for them, with a rare word in it: 'a sks dog', 'a house in szn "
                     "style'. One line for all pictures, or a line for each.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=Settings.steps,
-                    min=1,
-                    max=100_000,
-                    tooltip="Updates, the paper's 1000. Too many, and the LoRA draws its pictures always.",
+                inputs.training_steps(
+                    Settings.steps, "Updates, the paper's 1000. Too many, and the LoRA draws its pictures always."
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=Settings.learning_rate,
-                    min=1e-8,
-                    max=1.0,
-                    step=1e-5,
-                    round=False,
-                    tooltip="Adam's rate, the paper's 5e-5.",
-                ),
+                inputs.training_rate("learning_rate", Settings.learning_rate, 1e-5, "Adam's rate, the paper's 5e-5."),
                 inputs.rank(Settings.rank, "Of the LoRA, the paper's 64; alpha is the rank."),
                 inputs.batch_size("Pictures per step. More is steadier, slower, and takes more memory."),
                 inputs.resolution(),

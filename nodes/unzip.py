@@ -32,30 +32,18 @@ class UnZipLoRA(io.ComfyNode):
                 ),
                 io.String.Input("content_prompt", default="", tooltip="What it shows, in the same words: 'a sks dog'."),
                 io.String.Input("style_prompt", default="", tooltip="How it shows it, in the same words: 'szn style'."),
-                io.Int.Input(
-                    "steps",
-                    default=Settings.steps,
-                    min=1,
-                    max=100_000,
-                    tooltip="Updates, the paper's 600. Columns are given out at the start of each third of them.",
+                inputs.training_steps(
+                    Settings.steps,
+                    "Updates, the paper's 600. Columns are given out at the start of each third of them.",
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=Settings.learning_rate,
-                    min=1e-8,
-                    max=1.0,
-                    step=1e-5,
-                    round=False,
-                    tooltip="Adam's rate for both LoRAs, the paper's 5e-5.",
+                inputs.training_rate(
+                    "learning_rate", Settings.learning_rate, 1e-5, "Adam's rate for both LoRAs, the paper's 5e-5."
                 ),
-                io.Float.Input(
+                inputs.training_rate(
                     "merger_learning_rate",
-                    default=Settings.merger_rate,
-                    min=1e-8,
-                    max=1.0,
-                    step=1e-3,
-                    round=False,
-                    tooltip="Adam's rate for the coefficients of the columns, the paper's 5e-3.",
+                    Settings.merger_rate,
+                    1e-3,
+                    "Adam's rate for the coefficients of the columns, the paper's 5e-3.",
                 ),
                 io.Float.Input(
                     "similarity_lambda",
