@@ -219,12 +219,8 @@ def of_zipped(zipped: Any) -> Halves:
 
 # --- blocks --------------------------------------------------------------------------------------------------------
 
-# What `blocks` found (B-LoRA, arXiv 2403.14572, Sec. 4.1, does so for SDXL): these carry shape, these style, no other
-# block carries either.
-BLOCKS = {
-    "content": ("output_blocks.1.1.", "output_blocks.2.1."),
-    "style": ("output_blocks.3.1.", "output_blocks.4.1."),
-}
+# What `blocks` found, as starts of layer names (B-LoRA, arXiv 2403.14572, Sec. 4.1, finds SDXL's so).
+BLOCKS = {concept: tuple(f"{name}." for name in names) for concept, names in miniature.BLOCKS.items()}
 
 
 def blocks(bench: Bench, seed: int = 3000) -> None:

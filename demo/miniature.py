@@ -40,6 +40,12 @@ UNET: dict[str, Any] = {
     "legacy": False,
 }
 
+# What draws what (`benchmarks/training.py blocks`): content's carry shape and no style, style's style and no shape.
+BLOCKS = {
+    "content": ("output_blocks.1.1", "output_blocks.2.1"),
+    "style": ("output_blocks.3.1", "output_blocks.4.1"),
+}
+
 
 def use_comfyui(path: str | None = None) -> None:
     """Puts a ComfyUI tree (argument, else COMFYUI_PATH) on sys.path, on the CPU unless CUDA is there.

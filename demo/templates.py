@@ -19,6 +19,7 @@ from demo import encoders, picture
 from demo.concepts import WHOLE
 from demo.gates import CFG
 from demo.manifest import Manifest, read_manifest
+from demo.miniature import BLOCKS
 from devhost import templates
 from devhost.base import make_base
 from devhost.server import ComfyServer, Prompt
@@ -29,7 +30,8 @@ PLACES = ("left", "top", "right")
 NEW_STYLE, NEW_SUBJECT = "flat", "a red star"  # of the base's own words
 TRAINING = {  # what the miniature learns well with, from one picture; its blocks are not SDXL's
     "TrainConceptLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 200},
-    "UnZipLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 450, "block_separation": False},
+    "UnZipLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 225}
+    | {f"{concept}_blocks": ", ".join(names) for concept, names in BLOCKS.items()},
 }
 
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
+from ..ziplora_core.direct import UNZIPLORA_BLOCKS
 from ..ziplora_core.solver import in_range
 from ..ziplora_core.unzip import Settings
 from . import inputs
 from .bridge import provenance
-from .bridge.unzip import Task, unzip_picture
+from .bridge.unzip import Task, read_blocks, unzip_picture
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
+
+_BLOCKS = {concept: ", ".join(name.rstrip(".") for name in names) for concept, names in UNZIPLORA_BLOCKS.items()}
+
+
+def _blocks(concept: str) -> io.String.Input:
+    return io.String.Input(
+        f"{concept}_blocks",
+        default=_BLOCKS[concept],
+        optional=True,
+        tooltip=f"For block_separation: the blocks that are {concept}'s alone, as their layers are named; SDXL's by "
+        "the paper. Another model needs its own.",
+    )
 
 
 class UnZipLoRA(io.ComfyNode):
@@ -109,6 +122,8 @@ class UnZipLoRA(io.ComfyNode):
                     tooltip="Every other noisy copy of the picture has one prompt for both LoRAs, every fifth an empty "
                     "one: so they are drawn with afterwards. Off: none, as published.",
                 ),
+                _blocks("content"),
+                _blocks("style"),
             ],
             hidden=[io.Hidden.prompt],
             outputs=[
@@ -149,6 +164,8 @@ class UnZipLoRA(io.ComfyNode):
         save_every: int = 250,
         continue_from: str = inputs.NEW,
         trained_as_used: bool = True,
+        content_blocks: str = _BLOCKS["content"],
+        style_blocks: str = _BLOCKS["style"],
     ) -> io.NodeOutput:
         inputs.connected(model=model, clip=clip, vae=vae)
         in_range("merger_learning_rate", merger_learning_rate, 1e-8, 1.0)
@@ -180,6 +197,7 @@ class UnZipLoRA(io.ComfyNode):
                 sample_every,
                 save_every,
                 inputs.file_to_continue(continue_from),
+                read_blocks(content_blocks, style_blocks),
                 made_by=provenance.workflow(cls.hidden),
             ),
         )

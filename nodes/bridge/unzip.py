@@ -6,6 +6,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,15 +113,34 @@ def _contexts(prompts: list[list]) -> tuple[list[list], list[Tensor]]:
     return [[[c, prompt[0][1]]] for c, prompt in zip(contexts, prompts, strict=True)], contexts
 
 
-def owners(layers: Any, blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[str, str]:
-    """Layer -> the concept that it belongs to alone. Raises ValueError where the model has not both LoRAs' blocks."""
-    found = {}
+def read_blocks(content: str, style: str) -> Blocks:
+    """Names of blocks, by commas or spaces, as starts of layer names."""
+    texts = {"content": content, "style": style}
+    return {c: tuple(f"{name.rstrip('.')}." for name in re.split(r"[,\s]+", text) if name) for c, text in texts.items()}
+
+
+def owners(layers: Collection[str], blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[str, str]:
+    """Layer -> the concept that it belongs to alone. Raises ValueError for a block that the model has not, a layer of
+    both concepts, and a concept without a block."""
+    found: dict[str, str] = {}
     for concept in unzip.CONCEPTS:
-        for name in layers:
-            if any(f".{block}" in name for block in blocks[concept]):
-                found[name] = concept
-    if set(found.values()) != set(unzip.CONCEPTS):
-        raise ValueError("this model has not SDXL's blocks; turn block_separation off")
+        if not blocks[concept]:
+            raise ValueError(f"{concept}_blocks is empty; name a block, or turn block_separation off")
+        for block in blocks[concept]:
+            inside = [name for name in layers if name.startswith(f"diffusion_model.{block}")]
+            if not inside:
+                others = ", ".join(
+                    sorted({n.removeprefix("diffusion_model.").split(".transformer_")[0] for n in layers})
+                )
+                raise ValueError(
+                    f"{concept}_blocks: this model has no attention in '{shown(block.rstrip('.'), 40)}'; name its own "
+                    f"blocks (it has {others}), or turn block_separation off"
+                )
+            if any(found.get(name, concept) != concept for name in inside):
+                raise ValueError(
+                    f"'{shown(block.rstrip('.'), 40)}' is in content_blocks and in style_blocks; choose one"
+                )
+            found |= dict.fromkeys(inside, concept)
     return found
 
 

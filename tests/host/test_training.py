@@ -71,7 +71,7 @@ def test_one_picture_taken_apart(server: ComfyServer) -> None:
         assert said.returncode == 0, said.stdout + said.stderr
     side_by_side = done.images(only(prompt, "SaveImage"))[0]
     assert side_by_side.shape[1] > 2.5 * side_by_side.shape[0] and np.std(side_by_side) > 5
-    assert "apart: prompts, columns;" in done.outputs[only(prompt, "PreviewAny")]["text"][0]
+    assert "apart: prompts, columns, blocks;" in done.outputs[only(prompt, "PreviewAny")]["text"][0]
     for file in files:
         assert "steps 5 to 6" in going_on(server, prompt, only(prompt, "UnZipLoRA"), file.name, report=3)
 

@@ -165,6 +165,28 @@ def test_blocks_that_a_task_names_belong_to_one_concept(pack, patcher):  # noqa:
         assert [concept for concept, _ in layer.halves()] == (own or ["content", "style"]), name
 
 
+def test_blocks_are_read_and_refused_by_name(pack, patcher):  # noqa: F811
+    bridge = pack.nodes.bridge.unzip
+    layers = pack.nodes.bridge.training.trained_layers(patcher.model, "attention")
+    said = bridge.read_blocks("output_blocks.1.1.\n middle_block", "output_blocks.0.1,output_blocks.2")
+    assert said == {
+        "content": ("output_blocks.1.1.", "middle_block."),
+        "style": ("output_blocks.0.1.", "output_blocks.2."),
+    }
+    found = bridge.owners(layers, said)
+    assert {c for n, c in found.items() if ".middle_block.1." in n} == {"content"}
+    assert {n for n in layers if ".output_blocks.2." in n} <= {n for n, c in found.items() if c == "style"}
+    for content, style, says in (
+        ("", "output_blocks.1", "content_blocks is empty; name a block, or turn block_separation off"),
+        ("output_blocks.1", "output_blocks.11",
+         r"style_blocks: this model has no attention in 'output_blocks.11'; "
+         r"name its own blocks \(it has input_blocks.*middle_block.1, .*\), or turn"),
+        ("middle_block", "middle_block.1", "'middle_block.1' is in content_blocks and in style_blocks; choose one"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            bridge.owners(layers, bridge.read_blocks(content, style))
+
+
 def test_the_zipped_pair_is_saved_and_loaded(pack, patcher, output, monkeypatch):  # noqa: F811
     import folder_paths
 
