@@ -450,7 +450,8 @@ def calls(draw):
                        "steps": odd_ints, "learning_rate": odd_floats, "merger_learning_rate": odd_floats,
                        "similarity_lambda": odd_floats, "column_share": odd_floats, "rank": odd_ints,
                        "batch_size": odd_ints, "resolution": odd_ints, "seed": odd_ints, "filename_prefix": prefixes,
-                       "sample_every": odd_ints, "save_every": odd_ints, "continue_from": words}),
+                       "sample_every": odd_ints, "save_every": odd_ints, "continue_from": words,
+                       "content_blocks": words, "style_blocks": words}),
     ]))  # fmt: skip
     node, odd = call
     chosen = draw(st.sets(st.sampled_from(sorted(odd)), min_size=1, max_size=3))
@@ -502,7 +503,8 @@ def run(pack, fuzz, models, zipped, node: str, odd: dict):
         "TrainConceptLoRA": {"model": model, "images": picture, **training, "layers": "attention"},
         "UnZipLoRA": {"model": model, "image": picture, **training, "content_prompt": "a sks dog",
                       "style_prompt": "szn style", "prompt": "a sks dog in szn style", "merger_learning_rate": 5e-3,
-                      "similarity_lambda": 0.5, "column_share": 10.0},
+                      "similarity_lambda": 0.5, "column_share": 10.0, "content_blocks": "output_blocks.0",
+                      "style_blocks": "output_blocks.1"},
     }[node]  # fmt: skip
     given = {**good, **odd}
     if node == "TrainConceptLoRA":  # its inputs are lists
