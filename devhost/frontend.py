@@ -26,6 +26,7 @@ SWITCHES = (
 # The graph can be replaced only once the start-up has put its own there.
 READY = "() => window.app?.extensionManager?.workflow?.activeWorkflow && window.app.graph && window.LiteGraph"
 
+_SMALLEST_TEXT = "LiteGraph.Canvas.MinFontSizeForLOD"  # pixels below which the canvas leaves texts out
 CLOSE_UP = """([kind, width, height]) => {
     const graph = window.app.graph, view = window.app.canvas.ds
     const node = graph.nodes.find(node => node.type === kind)
@@ -135,6 +136,7 @@ class Frontend:
     def close_up(self, kind: str, path: Path, size: tuple[int, int] = (1200, 700)) -> Path:
         """Save a picture of the first node of a type amid its neighbours, the graph's top edge no lower than theirs."""
         with self.bare(size):
+            self.page.evaluate(f"() => window.app.extensionManager.setting.set('{_SMALLEST_TEXT}', 0)")
             self.page.evaluate(CLOSE_UP, [kind, *size])
             self.page.wait_for_timeout(700)
             self.page.screenshot(path=str(path))

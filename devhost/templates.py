@@ -31,7 +31,7 @@ _TALL = {  # of nodes that show something when they have run, or a picture
     "LoadImage": 340,
     "ZipLoRAOptimize": 660,
     "TrainConceptLoRA": 840,
-    "UnZipLoRA": 980,
+    "UnZipLoRA": 920,
 }
 
 
