@@ -57,11 +57,13 @@ class Example:
 class Pictures:
     """What is learned from. sets: one for each concept (two for joint training), drawn from in turn.
 
-    priors: class pictures, for prior preservation; empty for none.
+    priors: class pictures, for prior preservation; empty for none. scored: whose prompt a probe must see
+    (`Trainable.before`), where it matters.
     """
 
     sets: Sequence[Sequence[Example]]
     priors: Sequence[Example] = ()
+    scored: Example | None = None
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,14 @@ def step_rows(pictures: Pictures, denoiser: Denoiser, settings: Settings, step: 
     return [_rows(parts) for parts in groups.values()]
 
 
+def _probed_rows(pictures: Pictures, denoiser: Denoiser, settings: Settings, step: int) -> list[Rows]:
+    """Those of the step, or, where none of them has the prompt that matters, of the picture with that one alone."""
+    rows, scored = step_rows(pictures, denoiser, settings, step), pictures.scored
+    if scored is None or any(scored.prompt in part.prompts for part in rows):
+        return rows
+    return step_rows(Pictures([[scored]]), denoiser, settings, step)
+
+
 def _any(examples: Sequence[Example], generator: torch.Generator) -> Example:
     return examples[int(torch.randint(len(examples), (), generator=generator))]
 
@@ -269,7 +279,8 @@ def train(
         while step < settings.steps:
 
             def gradient(penalised: bool, step: int = step, scale: float = scale) -> tuple[float, float]:
-                found = _gradient(trained, denoiser, step_rows(pictures, denoiser, settings, step), scale, penalised)
+                rows = step_rows if penalised else _probed_rows
+                found = _gradient(trained, denoiser, rows(pictures, denoiser, settings, step), scale, penalised)
                 if not math.isfinite(sum(found)):
                     raise FloatingPointError(
                         f"step {step + 1}: the loss is not finite{_largest(trained)}; lower learning_rate or load the "

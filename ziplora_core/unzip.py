@@ -49,11 +49,15 @@ EMPTY = 0.2  # of the rows, where a LoRA is trained as it is used
 
 
 def rows_as_used(example: training.Example, whole: int, empty: int) -> training.Pictures:
-    """In turn with this example's prompt and with `whole`, one for both LoRAs; a share of them with an empty one."""
+    """In turn with this example's prompt and with `whole`, one for both LoRAs; a share of them with an empty one.
+
+    Columns are never scored without the example's own.
+    """
     few = round(1 / EMPTY)
-    return training.Pictures(
-        [[replace(example, prompt=p)] * (few - 1) + [replace(example, prompt=empty)] for p in (example.prompt, whole)]
-    )
+    sets = [
+        [replace(example, prompt=p)] * (few - 1) + [replace(example, prompt=empty)] for p in (example.prompt, whole)
+    ]
+    return training.Pictures(sets, scored=example)
 
 
 @dataclass(frozen=True)

@@ -305,7 +305,9 @@ def run(
                 into = guider.inner_model.process_latent_in
                 return [training.Example(into(e.latents.float().clone()), e.prompt) for e in examples]
 
-            pictures = training.Pictures([own(part) for part in made.pictures.sets], own(made.pictures.priors))
+            given = made.pictures
+            scored = None if given.scored is None else own([given.scored])[0]
+            pictures = training.Pictures([own(part) for part in given.sets], own(given.priors), scored)
             denoiser = Denoiser(guider, model_options, injection)
             work(denoiser, pictures, patcher.load_device)
 

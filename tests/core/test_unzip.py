@@ -121,6 +121,24 @@ def test_rows_as_used():
     assert counts == [[0.8, 0, 0.2], [0, 0.8, 0.2]] and not pictures.priors
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_columns_are_scored_with_three_prompts(seed):
+    """Also where a batch of one would have an empty one there."""
+    seen = []
+
+    class Watched(Toy):
+        def __call__(self, rows, branch):
+            seen.append(rows.prompts)
+            return super().__call__(rows, branch)
+
+    settings = unzip.Settings(steps=6, rank=3, periods=3, seed=seed)
+    both = made(unzip.Separations(), seed=seed)
+    pictures = unzip.rows_as_used(training.Example(torch.zeros(1, 4, 3, 2), 0), 3, 4)
+    training.train(both, Watched(), pictures, settings)
+    assert len(seen) == 9 and [seen[i] for i in (0, 3, 6)] == [(0,)] * 3
+    assert {seen[i] for i in (2, 5, 8)} <= {(3,), (4,)}, "every other step is trained as used"
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_score_is_weight_times_what_a_step_does_to_it(fresh):
     """δW by taking the step, small, in float64."""
