@@ -81,8 +81,8 @@ class Settings(training.Settings):
 
 @dataclass(frozen=True)
 class Separations:
-    """contexts: concept -> its prompt's context (1, tokens, width), for the layers in `prompted` and the rows with a
-    prompt in `parted`; None for one prompt.
+    """contexts: concept -> its prompt's context (1, tokens, width), for the layers in `prompted` and the rows with the
+    prompt `parted`; None for one prompt.
 
     owners: layer -> the concept that alone changes it. columns: whether columns are given out.
     """
@@ -91,7 +91,7 @@ class Separations:
     prompted: Set[str] = frozenset()
     owners: Mapping[str, str] = field(default_factory=dict)
     columns: bool = True
-    parted: Set[int] = frozenset({0})
+    parted: int = 0
 
 
 def own_layers(
@@ -137,7 +137,11 @@ class UnZip:
         return [{"params": factors, "lr": learning_rate}, {"params": mergers, "lr": self._settings.merger_rate}]
 
     def branch(self, rows: training.Rows | None = None) -> training.Adapted:
-        return _Branch(self, rows)
+        contexts = self._apart.contexts
+        if contexts is None or rows is None:
+            return _Branch(self, None)
+        device = contexts["content"].device
+        return _Branch(self, torch.tensor([p == self._apart.parted for p in rows.prompts], device=device))
 
     def added(self, concept: str, name: str, x: Tensor) -> Tensor | None:
         """up · down · diag(m ⊙ mask) · x; None where this LoRA does nothing."""
@@ -152,14 +156,12 @@ class UnZip:
         m = self.mergers[concept][name]
         return m if self._every_column else m * self.masks[concept][name]
 
-    def context(self, concept: str, name: str, x: Tensor, rows: training.Rows | None) -> Tensor:
-        """What a LoRA sees where the layer sees x (rows, …)."""
+    def context(self, concept: str, name: str, x: Tensor, parted: Tensor | None) -> Tensor:
+        """What a LoRA sees where the layer sees x (rows, …): in parted rows (bool, one for each) its own prompt's."""
         contexts = self._apart.contexts
-        if contexts is None or rows is None or name not in self._apart.prompted:
+        if contexts is None or parted is None or name not in self._apart.prompted:
             return x
-        own = contexts[concept].to(x).expand(len(x), -1, -1)
-        parted = torch.tensor([prompt in self._apart.parted for prompt in rows.prompts], device=x.device)
-        return own if bool(parted.all()) else torch.where(parted[:, None, None], own, x)
+        return torch.where(parted[:, None, None], contexts[concept].to(x), x)
 
     def penalty(self) -> Tensor | None:
         """λ · mean over layers of mean |m_c ⊙ m_s|, each on its own columns; None where no column has two owners."""
@@ -251,15 +253,15 @@ class UnZip:
 
 
 class _Branch:
-    """rows: of a pass of training; None as the LoRAs are used afterwards."""
+    """parted: the rows of a pass in which each LoRA sees its own prompt; None where none does."""
 
-    def __init__(self, unzip: UnZip, rows: training.Rows | None):
-        self._unzip, self._rows = unzip, rows
+    def __init__(self, unzip: UnZip, parted: Tensor | None):
+        self._unzip, self._parted = unzip, parted
 
     def layer(self, name: str, x: Tensor, base: Base, **_: Any) -> Tensor:
         y = frozen(x, base)
         for concept in CONCEPTS:
-            added = self._unzip.added(concept, name, self._unzip.context(concept, name, x, self._rows))
+            added = self._unzip.added(concept, name, self._unzip.context(concept, name, x, self._parted))
             if added is not None:
                 y = y + added
         return y
