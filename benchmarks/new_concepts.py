@@ -12,8 +12,6 @@ A run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib
 import json
 import os
 import random
@@ -25,6 +23,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
 import torch
+from safetensors.torch import load_file
 
 from demo import world
 from demo.world import RGB, Part, Style
@@ -52,8 +51,10 @@ def _hue(hue: float, saturation: float, value: float) -> RGB:
 def _colours(rng: random.Random, count: int) -> list[RGB]:
     """Clearly different ones: hues spread over the circle, one of them light."""
     start = rng.random()
-    found = [_hue((start + i / count + rng.uniform(-0.08, 0.08)) % 1, rng.uniform(0.55, 0.95), rng.uniform(0.55, 0.95))
-             for i in range(count)]
+    found = [
+        _hue((start + i / count + rng.uniform(-0.08, 0.08)) % 1, rng.uniform(0.55, 0.95), rng.uniform(0.55, 0.95))
+        for i in range(count)
+    ]
     found[rng.randrange(count)] = _hue(rng.random(), rng.uniform(0.05, 0.3), rng.uniform(0.9, 1.0))
     rng.shuffle(found)
     return found
@@ -76,7 +77,9 @@ def stacked(rng: random.Random) -> tuple[Part, ...]:
 def winged(rng: random.Random) -> tuple[Part, ...]:
     """A body with the same part on both sides, and a head."""
     colours = _colours(rng, 3)
-    body = Part(rng.choice(["disc", "plate", "dome"]), 0.0, 0.15, rng.uniform(0.3, 0.45), rng.uniform(0.45, 0.7), colours[0])
+    body = Part(
+        rng.choice(["disc", "plate", "dome"]), 0.0, 0.15, rng.uniform(0.3, 0.45), rng.uniform(0.45, 0.7), colours[0]
+    )
     kind, height = rng.choice(["disc", "spike", "cone", "plate"]), rng.uniform(0.18, 0.45)
     lower = rng.choice([-0.05, 0.25])
     wings = [Part(kind, s * 0.64, lower, 0.34, height, colours[1]) for s in (-1, 1)]
@@ -98,7 +101,7 @@ def duotone(rng: random.Random) -> Style:
     ground1 = _hue(hue, rng.uniform(0.3, 0.8), value)
     ground2 = _hue(hue, rng.uniform(0.3, 0.8), value * (1.6 if dark_ground else 0.8))
     other = (hue + rng.uniform(0.3, 0.7)) % 1
-    low, high = ((0.6, 1.0) if dark_ground else (0.2, 0.6))
+    low, high = (0.6, 1.0) if dark_ground else (0.2, 0.6)
     lined = rng.random() < 0.6
     return Style(
         ground=rng.choice(world.GROUNDS),
@@ -254,7 +257,7 @@ def train(block: str) -> None:
     for concept in everything:
         note = folder / "work" / f"{concept.name}.json"
         if not note.exists():
-            lora.load_into(branches, importlib.import_module("safetensors.torch").load_file(str(folder / concept.file)))
+            lora.load_into(branches, load_file(str(folder / concept.file)))
             figures = check(model, jury, concept, folder / "work", seed=1000)
             concepts.draw_pictures(concept, str(folder))
             note.write_text(json.dumps(figures), encoding="utf-8")
