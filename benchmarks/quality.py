@@ -5,6 +5,7 @@
     python3 dev.py run benchmarks/quality.py --ablation --half choose --seeds 0 --results ablation.jsonl
     python3 dev.py run benchmarks/quality.py --table            only print what the results file holds
     python3 dev.py run benchmarks/quality.py --table --sheet quality.jpg    and the pictures beside each other
+    python3 dev.py run benchmarks/quality.py --block choose --seeds 0       on concepts of benchmarks/new_concepts.py
 
 Every merge is found, applied and sampled by the pack and the host, as for a user's model; classifiers that saw only
 true renderings judge the pictures. A run adds to the results file, so it can be stopped and continued.
@@ -29,6 +30,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
+from benchmarks import distances, new_concepts
 from benchmarks.quality_table import (
     CEILING,
     DETAILED,
@@ -64,6 +66,7 @@ class Job:
     pictures: int
     details: bool
     keep: Path | None = None  # a folder for the first pictures
+    block: str | None = None  # of new concepts; None: the demo's
 
     @property
     def pair(self) -> str:
@@ -75,10 +78,11 @@ class Job:
 
 def run_job(job: Job) -> list[Record]:
     """Find every merge of a pair, draw from each and judge the pictures."""
+    studio = _studio(job.block)
+    from benchmarks.candidates import CANDIDATES
     from benchmarks.methods import ABLATION, METHODS, Case
     from benchmarks.studio import core, fitting, loras
 
-    studio = _studio()
     content, style = studio.concepts[job.content], studio.concepts[job.style]
     sources = studio.sources(content, style)
     fitted = fitting.fit(sources, studio.model.model)
@@ -95,7 +99,7 @@ def run_job(job: Job) -> list[Record]:
         case = Case(fitted, joined, predictor, references, job.seed, oracle)
         for name in job.methods:
             if name != CEILING:
-                merges[name] = {**ABLATION, **METHODS}[name](case)
+                merges[name] = {**CANDIDATES, **ABLATION, **METHODS}[name](case)
         others = studio.other_references(content, style, job.seed)
         losses.extend(case.retention(list(merges.values()), r) for r in (references, others))
 
@@ -145,6 +149,7 @@ def pictures_of(studio, job: Job, method: str, zipped) -> Record:
     judged = {name: studio.judge.scores(part) for name, part in parts.items()}
     _keep(job, method, parts["pair"])
     found = {**of_pair(studio, job, judged["pair"]), **of_places(studio, job, judged["place"])}
+    found |= beside_truth(studio, job, parts["pair"])
     if details:
         alone, styled = judged["subject_alone"], judged["style_alone"]
         found["subject_alone"] = _mean(_right(studio, alone, "shape", [job.content] * few))
@@ -172,6 +177,7 @@ def true_renderings(studio, job: Job) -> Record:
     _keep(job, CEILING, pictures)
     found = of_pair(studio, job, studio.judge.scores(pictures))
     found |= of_places(studio, job, studio.judge.scores(world.render(placed)))
+    found |= beside_truth(studio, job, pictures)
     return {"pair": job.pair, "seed": job.seed, "method": CEILING, **found}
 
 
@@ -188,6 +194,13 @@ def of_pair(studio, job: Job, judged: Record) -> Record:
         "both": _mean(subject & styled),
         "distance": round(float(distance), 4),
     }
+
+
+def beside_truth(studio, job: Job, pictures: torch.Tensor) -> Record:
+    """Distances that no judge has a part in."""
+    true = studio.true_pictures(job.content, job.style)
+    found = {"colors": distances.of_colors(pictures, true), "structure": distances.of_structure(pictures, true)}
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def of_places(studio, job: Job, judged: Record) -> Record:
@@ -231,8 +244,12 @@ def _line(found: Record) -> str:
 _STUDIO: list[Any] = []
 
 
-def _studio():
+def _studio(block: str | None = None):
+    """The one of this process. A block's concepts take the demo's place, before anything imports the demo's."""
     if not _STUDIO:
+        if block is not None:
+            new_concepts.enter(block)
+            os.environ["ZIPLORA_MINIATURE"] = str(new_concepts.FOLDER / block)
         from benchmarks.studio import Studio
 
         _STUDIO.append(Studio())
@@ -254,31 +271,35 @@ def work_through(jobs: Sequence[Job], results: Path) -> None:
 
 def chosen_jobs(given: argparse.Namespace) -> list[Job]:
     """What is asked for and not in the results file yet."""
+    pairs = chosen_pairs(given)
+    if given.block:
+        _studio(given.block)  # before anything of the demo is imported
+    from benchmarks.candidates import CANDIDATES
     from benchmarks.methods import ABLATION, METHODS
 
-    pairs = chosen_pairs(given)
-    every = ABLATION if given.ablation else [*METHODS, CEILING]
+    every = ABLATION if given.ablation else [*CANDIDATES, CEILING] if given.candidates else [*METHODS, CEILING]
     methods = given.methods or (QUICK_METHODS if given.quick else every)
     seeds = given.seeds or (SEEDS[:1] if given.quick else SEEDS)
     done: set[tuple] = set()
     if given.results.exists():
         done = {(r["pair"], r["seed"], r["method"]) for r in read_records(given.results)}
     kept = kept_folder(given.results)
-    details = not (given.quick or given.ablation)
+    details = not (given.quick or given.ablation or given.candidates)
     jobs = []
     for seed in seeds:
         for content, style in pairs:
             missing = tuple(m for m in methods if (f"{content}+{style}", seed, m) not in done)
             if missing:
-                jobs.append(Job(content, style, seed, missing, given.pictures, details, kept))
+                jobs.append(Job(content, style, seed, missing, given.pictures, details, kept, given.block))
     return jobs
 
 
 def chosen_pairs(given: argparse.Namespace) -> list[tuple[str, str]]:
     from demo.manifest import read_manifest
 
-    trained = read_manifest()
-    pairs = [(c.name, s.name) for c in trained.subjects[:SUBJECTS] for s in trained.styles]
+    trained = read_manifest(new_concepts.FOLDER / given.block if given.block else None)
+    subjects = trained.subjects if given.block else trained.subjects[:SUBJECTS]
+    pairs = [(c.name, s.name) for c in subjects for s in trained.styles]
     if given.pairs:
         pairs = [tuple(p.split("+")) for p in given.pairs]
     elif given.quick:
@@ -295,8 +316,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two pairs, one seed, the methods that matter most")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--pairs", nargs="+", help="such as mushroom+ember; default: four subjects, every style")
+    parser.add_argument("--block", choices=new_concepts.BLOCKS, help="every pair of a block of new concepts")
     parser.add_argument("--half", choices=("choose", "confirm"), help="pairs to choose a method on, or to confirm it")
     parser.add_argument("--methods", nargs="+", help="names as in the table; default: all")
+    parser.add_argument("--candidates", action="store_true", help="variants of the layer-wise solve instead")
     parser.add_argument("--ablation", action="store_true", help="the ways that were tried for the default instead")
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--pictures", type=int, default=PICTURES, help="of each kind, per pair, method and seed")

@@ -55,6 +55,7 @@ class Studio:
         self.concepts = {t.name: t for t in [*self.manifest.subjects, *self.manifest.styles]}
         self._prompts: dict[str, list] = {}
         self._truth: dict[tuple[str, str], torch.Tensor] = {}
+        self._true_pictures: dict[tuple[str, str], torch.Tensor] = {}
 
     def prompt(self, *texts: str) -> list:
         """One CONDITIONING whose rows are the prompts, for a batch of as many pictures."""
@@ -90,12 +91,18 @@ class Studio:
         ready = {c: self.model.model.process_latent_in(found) for c, found in latents.items()}
         return core.solver.References(ready["content"], ready["style"])
 
+    def true_pictures(self, subject: str, style: str) -> torch.Tensor:
+        """True renderings of a subject in a style, B3HW in 0..1."""
+        if (subject, style) not in self._true_pictures:
+            rng = random.Random(f"truth {subject} {style}")
+            scenes = [world.subject_scene(subject, style, rng) for _ in range(TRUE_RENDERINGS)]
+            self._true_pictures = {(subject, style): world.render(scenes)}  # the last pair's: they are large
+        return self._true_pictures[subject, style]
+
     def true_features(self, subject: str, style: str) -> torch.Tensor:
         """The judge's mean features of true renderings of a subject in a style."""
         if (subject, style) not in self._truth:
-            rng = random.Random(f"truth {subject} {style}")
-            scenes = [world.subject_scene(subject, style, rng) for _ in range(TRUE_RENDERINGS)]
-            self._truth[subject, style] = self.judge.scores(world.render(scenes))["features"].mean(0)
+            self._truth[subject, style] = self.judge.scores(self.true_pictures(subject, style))["features"].mean(0)
         return self._truth[subject, style]
 
     def turned(self, zipped, style_strength: float):

@@ -1,0 +1,143 @@
+"""Merges that were tried for the default: variants of the layer-wise solve, all without backpropagation.
+
+python3 dev.py run benchmarks/quality.py --candidates --block choose --seeds 0 --results candidates.jsonl
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.methods import METHODS, Case, Merge, Method
+from benchmarks.studio import core
+
+Coefficients = core.coefficients.Coefficients
+layerwise = core.layerwise
+CONCEPTS = ("content", "style")
+Solve = Callable[[Any, dict[str, Tensor], dict[str, float]], Tensor]
+
+
+def softened(case: Case, mu: float) -> tuple[Any, Any]:
+    """(fitted, joined) of the pair after NP-LoRA; the case's own for mu = 0."""
+    if mu == 0:
+        return case.fitted, case.joined
+    pair = core.direct.np_lora(case.fitted.pair, mu)
+    joined = core.branch.JoinedPair(pair, case.joined.device, case.joined.dtype)
+    return replace(case.fitted, pair=pair), joined
+
+
+def layer_wise(
+    mu: float = 0.0, style: float = 1.0, ridge: float = 1.0, pull: float = 1.0, identity: float = 0.0
+) -> Method:
+    """The closed form, changed.
+
+    mu: of NP-LoRA, which softens the content LoRA first. style: how often the error under the style's reference counts.
+    ridge: pull towards `pull`. identity: share of the identity (of the same trace) in the moments.
+    """
+
+    def run(case: Case) -> Merge:
+        began = time.monotonic()
+        fitted, joined = softened(case, mu)
+        found: dict[str, dict[str, Tensor]] = {c: {} for c in CONCEPTS}
+        with torch.inference_mode(False), torch.no_grad():
+            moments = layerwise._record(
+                joined, case.predictor, case.references, case.seed, layerwise._DRAWS, joined.layers
+            )
+            for seen in moments.sums.values():
+                trace = seen.total.diagonal().mean()
+                seen.total = (1 - identity) * seen.total + identity * trace * torch.eye(len(seen.total)).to(seen.total)
+            for name in moments.source:
+                layer = joined.layers[name]
+                forms = moments.forms(name, layer)
+                direct = layerwise.error_at_direct(layer, forms)
+                weights = {c: 1 / e if e > 0 else 0.0 for c, e in direct.items()}
+                weights["style"] *= style
+                problem = layerwise.quadratic(layer, forms, weights)
+                solution = _pulled(problem, ridge, pull)
+                parts = torch.split(solution, layer.columns)
+                for (concept, _), part in zip(layerwise._halves(layer), parts, strict=True):
+                    found[concept][name] = part.float()
+        ones = Coefficients.ones(joined.pair)
+        merged = Coefficients({**ones.content, **found["content"]}, {**ones.style, **found["style"]})
+        return Merge(fitted, merged, time.monotonic() - began)
+
+    return run
+
+
+def _pulled(problem: Any, ridge: float, pull: float) -> Tensor:
+    """argmin of the problem + ridge · mean(diag Q) · ‖z − pull‖², by the core's own solve in z / pull."""
+    scaled = layerwise.Quadratic(problem.q * pull**2, problem.b * pull, problem.constant)
+    return pull * layerwise.solve(scaled, ridge)
+
+
+def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
+    """Routing on the rank axis: M = (Σ P_k G_k + λ G_0)(Σ G_k + λ G_0)⁻¹ with G_k = E_k[z zᵀ], z = A x, G_0 = A Aᵀ.
+
+    up = B, down = M A. λ (`weight`) → ∞ is the direct merge, λ → 0 SSR-Merge (arXiv 2606.10617).
+    """
+
+    def run(case: Case) -> Merge:
+        began = time.monotonic()
+        fitted, joined = softened(case, mu)
+        layers = dict(fitted.pair.layers)
+        with torch.inference_mode(False), torch.no_grad():
+            moments = layerwise._record(
+                joined, case.predictor, case.references, case.seed, layerwise._DRAWS, joined.layers
+            )
+            for name in moments.source:
+                layer = joined.layers[name]
+                if (
+                    layer.down.ndim > 2
+                    or fitted.pair.layers[name].content is None
+                    or fitted.pair.layers[name].style is None
+                ):
+                    continue
+                up, down, rank = layer.up.double(), layer.down.double(), layer.content_rank
+                outs = up.T @ up
+                grams = {}
+                for c in CONCEPTS:
+                    seen = moments.sums[moments.source[name], c].mean.double()
+                    grams[c] = down @ seen @ down.T
+                sizes = {c: float((outs * grams[c]).sum()) for c in CONCEPTS}
+                zero = down @ down.T
+                known = torch.zeros_like(zero)
+                wanted = torch.zeros_like(zero)
+                for c, part in (("content", slice(0, rank)), ("style", slice(rank, None))):
+                    share = (style if c == "style" else 1.0) / max(sizes[c], 1e-30)
+                    known += share * grams[c]
+                    wanted[part] += share * grams[c][part]
+                mean = known.diagonal().mean() / zero.diagonal().mean()
+                shift = weight * mean * zero
+                ridge = 1e-9 * known.diagonal().mean() * torch.eye(len(known), dtype=known.dtype)
+                m = torch.linalg.solve((known + shift + ridge).T, (wanted + shift + ridge).T).T
+                factors = core.pair.Factors(layer.up.float(), (m @ down).float())
+                layers[name] = core.pair.LayerPair(factors, None)
+        pair = core.pair.LoRAPair(layers)
+        return Merge(replace(fitted, pair=pair), Coefficients.ones(pair), time.monotonic() - began)
+
+    return run
+
+
+KNOWN = ("base model", "content LoRA", "style LoRA", "direct 1/1", "NP-LoRA", "default")
+CANDIDATES: dict[str, Method] = {
+    **{
+        name: METHODS[name] for name in ("base model", "content LoRA", "style LoRA", "direct 1/1", "NP-LoRA", "default")
+    },
+    "layer-wise": layer_wise(),
+    "layer-wise, style twice": layer_wise(style=2.0),
+    "NP .2": layer_wise(mu=0.2),
+    "NP .2, style twice": layer_wise(mu=0.2, style=2.0),
+    "NP .5": layer_wise(mu=0.5),
+    "NP .5, style twice": layer_wise(mu=0.5, style=2.0),
+    "NP 1": layer_wise(mu=1.0),
+    "pull .8": layer_wise(pull=0.8),
+    "half identity": layer_wise(identity=0.5),
+    "NP .5, half identity": layer_wise(mu=0.5, identity=0.5),
+    "routing": routing(),
+    "NP .5, routing": routing(mu=0.5),
+}
