@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
+from collections.abc import Sequence
 
 import torch
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from .miniature import write_safetensors
 
 SHAPE_NAMES = [*world.SHAPES, *world.SUBJECTS]
 STYLE_NAMES = list(world.STYLES)
+OTHER = "other"  # a class that a judge may have besides: any figure, or any style, that has no name here
 VIEW = 64  # the judges look at half size
 GRID = 4  # cells across, for the judge of places
 
@@ -106,19 +108,31 @@ def load_judge(path: str) -> Judge:
     return judge
 
 
-def draw(count: int, rng: random.Random, device: str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
+def draw(
+    count: int,
+    rng: random.Random,
+    device: str = "cpu",
+    shape_names: Sequence[str] = SHAPE_NAMES,
+    style_names: Sequence[str] = STYLE_NAMES,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """True renderings: (pictures as bytes, class numbers by judge), all pairs of shape and style equally likely.
 
     An object near the middle has no place: -1.
     """
     scenes, shapes, styles = [], [], []
     for _ in range(count):
-        shape, style = rng.randrange(len(SHAPE_NAMES)), rng.randrange(len(STYLE_NAMES))
-        name = SHAPE_NAMES[shape]
+        shape, style = rng.randrange(len(shape_names)), rng.randrange(len(style_names))
+        name = shape_names[shape]
+        known = style_names[style] if style_names[style] != OTHER else "flat"
         if name in world.SUBJECTS:
-            scenes.append(world.subject_scene(name, STYLE_NAMES[style], rng))
+            scene = world.subject_scene(name, known, rng)
+        elif name == OTHER:
+            scene = dataclasses.replace(world.shape_scene("circle", "red", known, rng), parts=world.random_figure(rng))
         else:
-            scenes.append(world.shape_scene(name, rng.choice(list(world.COLOURS)), STYLE_NAMES[style], rng))
+            scene = world.shape_scene(name, rng.choice(list(world.COLOURS)), known, rng)
+        if style_names[style] == OTHER:
+            scene = dataclasses.replace(scene, style=world.random_style(rng))
+        scenes.append(scene)
         shapes.append(shape)
         styles.append(style)
     chunk = 4 if device == "cpu" else 256
@@ -141,16 +155,24 @@ def _worsen(pictures: Tensor) -> Tensor:
     return (pictures * gain + noise).clamp(0, 1)
 
 
-def fit(path: str, device: str, pictures: int, steps: int, batch: int = 32) -> None:
+def fit(
+    path: str,
+    device: str,
+    pictures: int,
+    steps: int,
+    batch: int = 32,
+    shape_names: Sequence[str] = SHAPE_NAMES,
+    style_names: Sequence[str] = STYLE_NAMES,
+) -> None:
     """Trains the classifiers on `pictures` renderings, prints their accuracy on unseen ones, writes the file."""
     started = time.time()
     random.seed(50 + parallel.rank())
     torch.manual_seed(7)
     share = pictures // parallel.count()
-    images, truth = draw(share, random.Random(50 + parallel.rank()), device)
+    images, truth = draw(share, random.Random(50 + parallel.rank()), device, shape_names, style_names)
     judges = {
-        "shape": Classifier(len(SHAPE_NAMES)).to(device),
-        "style": Classifier(len(STYLE_NAMES)).to(device),
+        "shape": Classifier(len(shape_names)).to(device),
+        "style": Classifier(len(style_names)).to(device),
         "place": Classifier(len(world.PLACES), grid=GRID).to(device),
     }
     torch.manual_seed(70 + parallel.rank())
@@ -172,7 +194,7 @@ def fit(path: str, device: str, pictures: int, steps: int, batch: int = 32) -> N
     if parallel.rank() != 0:
         return
     state = {f"{name}.{k}": v for name, judge in judges.items() for k, v in judge.state_dict().items()}
-    names = {"shapes": " ".join(SHAPE_NAMES), "styles": " ".join(STYLE_NAMES)}
+    names = {"shapes": " ".join(shape_names), "styles": " ".join(style_names)}
     write_safetensors({k: v.cpu().half().contiguous() for k, v in state.items()}, path, names)
     for name, accuracy in unseen_accuracy(load_judge(path)).items():
         print(f"judge of {name}: {accuracy:.3f} of {UNSEEN} unseen renderings", flush=True)
@@ -183,7 +205,7 @@ UNSEEN = 512
 
 def unseen_accuracy(judge: Judge, seed: int = 999) -> dict[str, float]:
     """Share right of true renderings that no training saw, by judge; places of those that have one."""
-    pictures, truth = draw(UNSEEN, random.Random(seed))
+    pictures, truth = draw(UNSEEN, random.Random(seed), "cpu", judge.shape_names, judge.style_names)
     found = [judge.scores(part.float() / 255) for part in pictures.split(64)]
     accuracy = {}
     for name, numbers in truth.items():
