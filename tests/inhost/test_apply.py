@@ -97,7 +97,9 @@ def test_coefficients_equal_a_written_file_in_the_stock_loader(pack, tmp_path):
         key = "lora_unet_" + name.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
         file[f"{key}.lora_up.weight"], file[f"{key}.lora_down.weight"] = up.clone(), down.clone()
     save_file(file, tmp_path / "zipped.safetensors")
-    theirs = stock(patcher, load_file(tmp_path / "zipped.safetensors"), 0.8)
+    loaded = load_file(tmp_path / "zipped.safetensors")
+    loaded = {key: t.clone() for key, t in loaded.items()}  # out of the map, whose alignment sums may depend on
+    theirs = stock(patcher, loaded, 0.8)
     ours, _ = pack.nodes.bridge.apply.apply(patcher, None, zipped, 0.8)
     assert largest_difference(weights(ours), weights(theirs)) == 0.0
     assert torch.equal(tiny.sample(ours), tiny.sample(theirs))
