@@ -312,6 +312,13 @@ class ComfyServer:
 
         return int(psutil.Process(self.check_alive().pid).memory_info().rss)
 
+    def work(self) -> float:
+        """Seconds of processor time that the process has used: what it does takes as many on a busy machine."""
+        import psutil
+
+        used = psutil.Process(self.check_alive().pid).cpu_times()
+        return float(used.user + used.system)
+
     # Requests
 
     def get(self, path: str, **parameters: Any) -> Any:
@@ -362,7 +369,7 @@ class ComfyServer:
             return here and event.type == "executing" and event.data.get("node") is None
 
         # The websocket's last word about a prompt comes after its history entry.
-        if self.connection.wait_for(ended, 10.0) is None:
+        if self.connection.wait_for(ended, 60.0) is None:
             raise TimeoutError(f"The websocket never said that prompt {prompt_id} had ended.")
         return Result(self, prompt_id, history, self.events(prompt_id), seconds)
 
