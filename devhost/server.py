@@ -10,9 +10,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -461,10 +463,18 @@ class ComfyServer:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on now.
+
+    It lies below those that systems give to outgoing connections, for a server takes seconds to come and take it. The
+    numbers are the system's, so that processes with one seed do not all choose the same.
+    """
+    chance = random.SystemRandom()
+    while True:
+        port = chance.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
 
 
 def has_gpu() -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -158,3 +160,16 @@ def test_a_worker_that_dies_is_a_failure(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_suite_without_tests_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count, _ = shared_out(tmp_path, monkeypatch, "")
     assert str(count) == "0 passed, 1 failed"
+
+
+def test_ports_for_servers_are_free_and_no_connection_is_given_them() -> None:
+    from devhost.server import free_port
+
+    random.seed(0)
+    found = {free_port() for _ in range(20)}
+    random.seed(0)
+    again = {free_port() for _ in range(20)}
+    assert max(found) < 32_768 and found != again, "workers with one seed would choose the same"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", min(found)))
+        assert min(found) not in {free_port() for _ in range(200)}
