@@ -4,6 +4,8 @@
     python3 dev.py setup       a virtual environment and a real ComfyUI under .dev/
     python3 dev.py demo        zip a subject and a style LoRA inside ComfyUI, and write pictures
     python3 dev.py test        every test; paths and pytest's own options narrow it down
+                --quick        for the work between commits, under a minute: no server, nothing that takes long
+                --all          with every random case that a nightly run has time for
     python3 dev.py serve       a ComfyUI with the pack and the miniature model, to use by hand
     python3 dev.py lint        ruff and mypy
     python3 dev.py train       train the miniature model again from nothing (hours on a CPU)

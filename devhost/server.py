@@ -10,9 +10,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -312,6 +314,13 @@ class ComfyServer:
 
         return int(psutil.Process(self.check_alive().pid).memory_info().rss)
 
+    def work(self) -> float:
+        """Seconds of processor time that the process has used: what it does takes as many on a busy machine."""
+        import psutil
+
+        used = psutil.Process(self.check_alive().pid).cpu_times()
+        return float(used.user + used.system)
+
     # Requests
 
     def get(self, path: str, **parameters: Any) -> Any:
@@ -362,7 +371,7 @@ class ComfyServer:
             return here and event.type == "executing" and event.data.get("node") is None
 
         # The websocket's last word about a prompt comes after its history entry.
-        if self.connection.wait_for(ended, 10.0) is None:
+        if self.connection.wait_for(ended, 60.0) is None:
             raise TimeoutError(f"The websocket never said that prompt {prompt_id} had ended.")
         return Result(self, prompt_id, history, self.events(prompt_id), seconds)
 
@@ -454,10 +463,18 @@ class ComfyServer:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on now.
+
+    It lies below those that systems give to outgoing connections, for a server takes seconds to come and take it. The
+    numbers are the system's, so that processes with one seed do not all choose the same.
+    """
+    chance = random.SystemRandom()
+    while True:
+        port = chance.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
 
 
 def has_gpu() -> bool:

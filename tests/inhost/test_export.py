@@ -49,6 +49,7 @@ def written(folder, report):
     return path
 
 
+@pytest.mark.smoke
 def test_exact_export_in_the_stock_loader_is_the_zipped_pair(pack, zipped, output):
     patcher, pair = zipped
     tensors, report, _ = pack.nodes.bridge.export.export_file(pair, "loras/mine", 0, "fp32", "kohya")

@@ -80,6 +80,7 @@ def as_sources(pack, content, style):
     return loras.LoRASources(loras.LoRASource("content", content, 1.0), loras.LoRASource("style", style, 1.0))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_reads_as_the_same_factors(pack, name):
     model = tiny.tiny_patcher().model

@@ -148,6 +148,7 @@ def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher
             )
 
 
+@pytest.mark.smoke
 def test_the_file_is_a_lora_for_the_stock_loader(pack, patcher, output):
     """Its picture is that of the trained factors, formed densely into the weights."""
     import comfy.sd
