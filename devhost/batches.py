@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .proxy import CUT, HALF, HTML, JSON, LATE, Proxy
 from .server import ComfyServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,3 +105,56 @@ class LightBatch:
         assert drawn == {f"r{number}": 1 for number in range(self.count)}, [x for x in drawn.items() if x[1] != 1]
         left = list(self.results.rglob("*.part"))
         assert not left, left
+
+
+FATES = (502, CUT, LATE, HALF, 429, HTML, 500, JSON, 404)
+
+
+def one_in_twenty(request: Any, number: int) -> Any:
+    """The rule of a proxy that fails each twentieth request, in turn in every way."""
+    return FATES[number // 20 % len(FATES)] if number % 20 == 0 else None
+
+
+def network(server: ComfyServer, folder: Path, rows: int, socket_seconds: float = 5.0) -> str:
+    """Raises AssertionError where a row is not done once."""
+    batch = LightBatch(folder, f"network{rows}", rows)
+    began = time.monotonic()
+    with Proxy(server.url, one_in_twenty, socket_seconds) as proxy:
+        proxy.retry_after = "0"
+        status, said = batch.run(proxy.url, seconds=3600)
+        seconds = time.monotonic() - began
+    assert status == 0, said[-3000:]
+    batch.check(server)
+    kinds = Counter(line["status"] for line in batch.lines())
+    return (
+        f"{rows} rows in {seconds:.0f} s; {len(proxy.asked)} requests, {proxy.failed} failed by the proxy, "
+        f"{proxy.sockets} websockets; lines {dict(kinds)}; every row done once, drawn once, hashes right"
+    )
+
+
+def kills(server: ComfyServer, folder: Path, times: int, rows: int | None = None, seed: int = 0) -> str:
+    """Raises AssertionError where a row is lost, or done or drawn twice."""
+    rows = rows or times * 6
+    batch = LightBatch(folder, f"kills{times}", rows)
+    chance = random.Random(seed)
+    done: list[int] = []
+    began = time.monotonic()
+    while len(done) < times:
+        process = batch.start(server.url, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines = len(batch.lines())
+        working = chance.random() < 0.9  # from its first line on: the moments of its start are many, and much alike
+        while working and len(batch.lines()) == lines and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0.0, 0.4))
+        if process.poll() is not None:  # all rows were done; with more of them it has work again
+            raise RuntimeError("all rows were done before the last kill; ask for more rows")
+        process.kill()
+        process.wait()
+        done.append(len(batch.lines()) - lines)
+    status, said = batch.run(server.url, seconds=3600)
+    assert status == 0, said[-3000:]
+    batch.check(server)
+    return (
+        f"{times} kills, after {sum(done)} of {rows} rows, in {time.monotonic() - began:.0f} s; "
+        "no row lost, none done or drawn twice, hashes right"
+    )

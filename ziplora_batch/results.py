@@ -81,6 +81,7 @@ class Results:
         self._lock = disk.Lock(folder)
         self._log, self._queued = folder / "results.jsonl", folder / ".queued.jsonl"
         try:
+            disk.tidy(folder)
             self.batch = self._name()  # tells this batch's prompts from another's of the same content
             ended = set()
             for outcome in _lines(self._log, _outcome):
