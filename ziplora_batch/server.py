@@ -218,7 +218,7 @@ class Server:
                         raise Garbled(f"{self.name}: {place['filename']} came empty")
             return size, digest.hexdigest()
 
-        return await patiently(lambda: self._to.reached("GET", "view", get()), _TRIES, self.lost_after / 2)
+        return await patiently(lambda: self._to.reached("GET", "view", get()), _TRIES, self.lost_after)
 
     async def upload(self, picture: Path, name: str) -> str:
         """Put a picture into the server's input folder; the name that it has there.
