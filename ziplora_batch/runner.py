@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
@@ -97,9 +96,13 @@ class Batch:
 
     async def _meet(self, server: Server) -> None:
         """Who is there decides who may take what an earlier run left on another server."""
-        with contextlib.suppress(ServerError, asyncio.TimeoutError):
+        try:
             await asyncio.wait_for(server.queued(), 10)
             self._present.add(server.identity)
+        except Denied as error:
+            self._leave(server, error)
+        except (ServerError, asyncio.TimeoutError):
+            pass
 
     def _prompt_id(self, job: Job) -> str:
         """The same for the same attempt at the same job, whoever asks."""
@@ -141,6 +144,17 @@ class Batch:
                     return
                 if await self._all_ended_or(_PAUSE):
                     return
+
+    def _leave(self, server: Server, error: Denied) -> None:
+        """What may be on a server that does not let us in any more, perhaps done, is not drawn elsewhere: the next run
+        asks there again."""
+        for job in list(self._waiting):
+            known = self._known.get(job.key)
+            if known is not None and known.identity == server.identity:
+                self._waiting.remove(job)
+                del self._known[job.key]
+                said = f"it may have ended there, but {error}"
+                self._record(job, Outcome(job.key, UNFETCHED, server.url, known.prompt_id, ended=_now(), error=said))
 
     async def _clear(self, server: Server, left: dict[str, str]) -> None:
         """Stop prompts whose jobs have gone to another server meanwhile; the others are found again."""
@@ -243,6 +257,8 @@ class Batch:
                 self._waiting.appendleft(job)
                 if (known := self._known.get(job.key)) is not None:
                     left[known.prompt_id] = job.key
+            if isinstance(error, Denied):
+                self._leave(server, error)
             if self._present:
                 self._give_up_refused()
             self._changed.notify_all()

@@ -146,6 +146,21 @@ def test_a_server_that_wants_a_password_is_named_and_left(server: ComfyServer, b
     batch.check(server)
 
 
+def test_what_a_server_that_wants_a_password_may_have_done_is_not_drawn_elsewhere(
+    server: ComfyServer, batch: LightBatch
+):
+    with Proxy(server.url, lambda request, _: 401 if request.path.startswith("/history") else None) as proxy:
+        status, said = batch.run(proxy.url)
+        assert status == 2 and "HTTP 401" in said, said
+        assert [c["status"] for c in batch.cells()] == ["not fetched", "not run", "not run"]
+        status, said = batch.run(proxy.url, server.url)
+        assert status == 1 and [c["status"] for c in batch.cells()] == ["not fetched", "done", "done"], said
+        proxy.rule = lambda *_: None
+        assert batch.run(proxy.url)[0] == 0
+    batch.check(server)
+    assert "lost" not in {line["status"] for line in batch.lines()}
+
+
 def test_a_picture_that_cannot_be_had_is_fetched_later_and_not_drawn_again(server: ComfyServer, tmp_path: Path):
     batch = LightBatch(tmp_path / "batch", 5)
     fates = {"r0": 404, "r1": 401, "r2": HTML, "r3": 500}
