@@ -325,6 +325,8 @@ def test_folders_with_names_as_people_give_them(server: ComfyServer, batch: Ligh
         (f"{batch.mark}/subjects/{c}.safetensors", f"{batch.mark}/styles/{s}.safetensors") for c, s in pairs
     }
     for cell, (subject, style) in zip(cells, pairs, strict=True):
-        made = [np.asarray(Image.open(batch.results / name).convert("RGB")) for name in cell["files"].splitlines()]
+        made = [
+            np.asarray(Image.open(batch.results / name).convert("RGB")) for name in sorted(cell["files"].splitlines())
+        ]
         given = [Image.open(root / p) for p in (f"subjects/{subject}.png", f"styles/{style}.png")]
         assert all(map(np.array_equal, made, map(np.asarray, given))), cell["name"]
