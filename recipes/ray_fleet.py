@@ -37,7 +37,7 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0)  # seconds bef
 NEVER_ANSWERED = 2  # restarts of a server that has not answered yet: what it lacks will not come by itself
 STEADY = 60.0  # seconds of answering after which a server's earlier deaths count no more
 PATIENCE = 600.0  # seconds that a server may take to answer first
-_STOPPING = 20.0  # seconds
+_STOPPING = 10.0  # seconds
 
 
 class FleetError(RuntimeError):

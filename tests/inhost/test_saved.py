@@ -199,11 +199,11 @@ def test_np_loras_mu_is_the_files_own(pack, folders, pair, monkeypatch):
     patcher, zipped = pair
     saved, direct = pack.nodes.bridge.saved, pack.ziplora_core.direct
     update = {k: layer.content for k, layer in direct.np_lora(zipped.fitted.pair, 2.0).layers.items()}
-    monkeypatch.setattr(direct, "MU", 2.0, raising=False)
-    monkeypatch.setattr(direct.np_lora, "__defaults__", (2.0,))
-    merged = pack.nodes.bridge.direct.merge(patcher, zipped.sources, "NP-LoRA")
-    name = saved.save(merged, "direct")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "MU", 2.0, raising=False)
+        patch.setattr(direct.np_lora, "__defaults__", (2.0,))
+        merged = pack.nodes.bridge.direct.merge(patcher, zipped.sources, "NP-LoRA")
+        name = saved.save(merged, "direct")
     again = saved.load(patcher, name)
     assert again.method == "NP-LoRA" and again.settings == {"mu": 2.0}
     for key, layer in again.fitted.pair.layers.items():
