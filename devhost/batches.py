@@ -9,8 +9,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import random
 import subprocess
 import sys
+import time
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .proxy import CUT, HALF, HTML, JSON, LATE, Proxy
 from .server import ComfyServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,19 +29,23 @@ SIZE = 16
 
 
 class LightBatch:
-    """Rows for one client. mark: tells this batch's pictures from others' on the same server."""
+    """Rows for one client. gate: a file without which no row ends, for servers that have tests/gates."""
 
-    def __init__(self, folder: Path, mark: str, rows: int):
-        self.folder, self.mark, self.count = folder, mark, rows
+    def __init__(self, folder: Path, rows: int, gate: Path | None = None):
+        self.folder, self.count = folder, rows
+        self.mark = uuid.uuid4().hex[:8]  # tells this batch's pictures from others' on the same server
         self.results = folder / "results"
         folder.mkdir(parents=True, exist_ok=True)
-        graph = {
+        graph: dict[str, dict[str, Any]] = {
             "draw": {
                 "class_type": "EmptyImage",
                 "inputs": {"width": SIZE, "height": SIZE, "batch_size": 1, "color": 0},
             },
-            "save": {"class_type": "SaveImage", "inputs": {"images": ["draw", 0], "filename_prefix": mark}},
+            "save": {"class_type": "SaveImage", "inputs": {"images": ["draw", 0], "filename_prefix": self.mark}},
         }
+        if gate is not None:
+            graph["gate"] = {"class_type": "WaitAtGate", "inputs": {"value": ["draw", 0], "gate": str(gate)}}
+            graph["save"]["inputs"]["images"] = ["gate", 0]
         self.workflow, self.table = folder / "workflow.json", folder / "rows.jsonl"
         self.workflow.write_text(json.dumps(graph), encoding="utf-8")
         self.write([self.row(number) for number in range(rows)])
@@ -58,12 +66,19 @@ class LightBatch:
         return [*command, *addresses, "--results", str(self.results), *more]
 
     def start(self, *servers: str, more: tuple[str, ...] = (), **options: Any) -> subprocess.Popen[str]:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
-        return subprocess.Popen(self.command(*servers, more=more), cwd=ROOT, **{**pipes, **options})
+        return self.start_command(self.command(*servers, more=more), **options)
 
     def run(self, *servers: str, more: tuple[str, ...] = (), seconds: float = 300, **options: Any) -> tuple[int, str]:
         """(exit status, everything said)"""
-        process = self.start(*servers, more=more, **options)
+        return self.run_command(self.command(*servers, more=more), seconds, **options)
+
+    def start_command(self, command: list[str], **options: Any) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
+        return subprocess.Popen(command, cwd=ROOT, **{**pipes, **options})
+
+    def run_command(self, command: list[str], seconds: float = 300, **options: Any) -> tuple[int, str]:
+        """(exit status, everything said)"""
+        process = self.start_command(command, **options)
         said, _ = process.communicate(timeout=seconds)
         return process.returncode, said
 
@@ -81,6 +96,10 @@ class LightBatch:
         """How many pictures of each row a server has in its output folder, by the row's file prefix."""
         found = (server.base / "output" / self.mark).glob("*.png")
         return Counter(path.name.partition("_")[0] for path in found)
+
+    def kept(self) -> list[Path]:
+        """The picture of each row, in the results folder."""
+        return [self.results / cell["files"] for cell in self.cells()]
 
     def check(self, *servers: ComfyServer) -> None:
         """Every row done once, its picture there with its size, its hash and its colour; drawn once by all servers."""
@@ -102,3 +121,56 @@ class LightBatch:
         assert drawn == {f"r{number}": 1 for number in range(self.count)}, [x for x in drawn.items() if x[1] != 1]
         left = list(self.results.rglob("*.part"))
         assert not left, left
+
+
+FATES = (502, CUT, LATE, HALF, 429, HTML, 500, JSON, 404)
+
+
+def one_in_twenty(request: Any, number: int) -> Any:
+    """The rule of a proxy that fails each twentieth request, in turn in every way."""
+    return FATES[number // 20 % len(FATES)] if number % 20 == 0 else None
+
+
+def network(server: ComfyServer, folder: Path, rows: int, socket_seconds: float = 5.0) -> str:
+    """Raises AssertionError where a row is not done once."""
+    batch = LightBatch(folder, rows)
+    began = time.monotonic()
+    with Proxy(server.url, one_in_twenty, socket_seconds) as proxy:
+        proxy.retry_after = "0"
+        status, said = batch.run(proxy.url, seconds=3600)
+        seconds = time.monotonic() - began
+    assert status == 0, said[-3000:]
+    batch.check(server)
+    kinds = Counter(line["status"] for line in batch.lines())
+    return (
+        f"{rows} rows in {seconds:.0f} s; {len(proxy.asked)} requests, {proxy.failed} failed by the proxy, "
+        f"{proxy.sockets} websockets; lines {dict(kinds)}; every row done once, drawn once, hashes right"
+    )
+
+
+def kills(server: ComfyServer, folder: Path, times: int, rows: int | None = None, seed: int = 0) -> str:
+    """Raises AssertionError where a row is lost, or done or drawn twice."""
+    rows = rows or times * 6
+    batch = LightBatch(folder, rows)
+    chance = random.Random(seed)
+    done: list[int] = []
+    began = time.monotonic()
+    while len(done) < times:
+        process = batch.start(server.url, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines = len(batch.lines())
+        working = chance.random() < 0.9  # from its first line on: the moments of its start are many, and much alike
+        while working and len(batch.lines()) == lines and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0.0, 0.4))
+        if process.poll() is not None:  # all rows were done; with more of them it has work again
+            raise RuntimeError("all rows were done before the last kill; ask for more rows")
+        process.kill()
+        process.wait()
+        done.append(len(batch.lines()) - lines)
+    status, said = batch.run(server.url, seconds=3600)
+    assert status == 0, said[-3000:]
+    batch.check(server)
+    return (
+        f"{times} kills, after {sum(done)} of {rows} rows, in {time.monotonic() - began:.0f} s; "
+        "no row lost, none done or drawn twice, hashes right"
+    )

@@ -58,7 +58,6 @@ class Attempt:
             self._read(entry, outcome)
             await self._fetch(entry, outcome)
         except Refused as error:
-            self.known = None
             outcome.status, outcome.error = REFUSED, str(error)
         outcome.seconds = time.monotonic() - began
         outcome.ended = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -113,16 +112,21 @@ class Attempt:
             self.results.sending(self.job.key, self.server.url, prompt_id)
             self.known = Known(self.server.identity, prompt_id, since=time.time())
             await self.server.queue(prompt, prompt_id)
-        except TooLarge as error:
-            self.known = None
-            raise Refused(str(error)) from error
-        except (Denied, ServerLost):
+        except (Refused, Denied):
+            self._not_taken()
+            raise
+        except ServerLost:
             raise
         except ServerError as error:
-            if error.status and await self.server.alive():
-                self.known = None
+            if isinstance(error, TooLarge) or (error.status and await self.server.alive()):
+                self._not_taken()
                 raise Refused(str(error)) from error
             raise
+
+    def _not_taken(self) -> None:
+        if self.known is not None:
+            self.results.withdraw(self.job.key)
+            self.known = None
 
     async def _uploaded(self) -> Prompt:
         """The prompt, with the names that the server has for the job's own pictures."""

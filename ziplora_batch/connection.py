@@ -21,6 +21,7 @@ T = TypeVar("T")
 # Seconds. A total beside the silence that is allowed, or a byte now and then would keep a request waiting for good.
 SHORT = aiohttp.ClientTimeout(total=30, connect=10, sock_connect=10, sock_read=20)
 LONG = aiohttp.ClientTimeout(total=180, connect=10, sock_connect=10, sock_read=150)  # while prompts are validated
+FILE = 60.0  # for a file, and beside them:
 RATE = 100_000  # bytes a second, below which a file is not waited for
 _LONGEST_WAIT = 300.0  # of a Retry-After that is obeyed
 _OUT_OF_TIME = (asyncio.TimeoutError, TimeoutError)

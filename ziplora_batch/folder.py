@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import socket
 import uuid
 from collections.abc import Iterator
@@ -69,6 +70,13 @@ def written(path: Path) -> Iterator[BinaryIO]:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a client that died was still writing: hold the lock."""
+    for path in folder.rglob(".*.part"):
+        if re.fullmatch(r"\.[0-9a-f]{32}\.part", path.name):
+            path.unlink(missing_ok=True)
 
 
 def make(folder: Path) -> None:

@@ -81,13 +81,14 @@ class Results:
         self._lock = disk.Lock(folder)
         self._log, self._queued = folder / "results.jsonl", folder / ".queued.jsonl"
         try:
+            disk.tidy(folder)
             self.batch = self._name()  # tells this batch's prompts from another's of the same content
             ended = set()
             for outcome in _lines(self._log, _outcome):
                 self._count(outcome)
                 ended.add(outcome.prompt_id)
-            sent = [entry for entry in _lines(self._queued, lambda line: Sent(**line)) if entry.prompt_id not in ended]
-            self.sent = {entry.key: entry for entry in sent}
+            sent = {entry.key: entry for entry in _lines(self._queued, lambda line: Sent(**line))}  # the last of each
+            self.sent = {k: v for k, v in sent.items() if v.prompt_id and v.prompt_id not in ended}
             with disk.written(self._queued) as file:
                 file.writelines(map(_line, self.sent.values()))
         except BaseException:
@@ -131,6 +132,11 @@ class Results:
         entry = Sent(key, server, prompt_id, time.time())
         _append(self._queued, entry)
         self.sent[key] = entry
+
+    def withdraw(self, key: str) -> None:
+        """The prompt that was about to be queued was not taken, for certain. Raises OSError."""
+        _append(self._queued, Sent(key, "", "", time.time()))
+        self.sent.pop(key, None)
 
     def has(self, key: str, retry: bool = False) -> bool:
         """Whether a job needs no further run. retry: one that failed does."""

@@ -17,7 +17,7 @@ import aiohttp
 
 from . import progress
 from .address import Address, address
-from .connection import LONG, RATE, SHORT, Connection, looks, patiently, pause
+from .connection import FILE, LONG, RATE, SHORT, Connection, looks, patiently, pause
 from .errors import Denied, Failed, Forgotten, Garbled, NotFound, Refused, ServerError, ServerLost, Unreachable
 from .folder import written
 from .jobs import Prompt
@@ -128,8 +128,11 @@ class Server:
                 break
             except (Unreachable, Garbled, Failed, NotFound) as error:
                 settling = _may_have_arrived(error)
-                if settling is not None and await self.find(prompt_id, settling):
-                    return
+                try:
+                    if settling is not None and await self.find(prompt_id, settling):
+                        return
+                except Denied as denied:
+                    raise ServerLost(str(denied), dead=False) from error
                 if count >= _TRIES and (not error.dead or time.monotonic() - began >= self.lost_after):
                     raise
                 if settling is not None:
@@ -207,7 +210,7 @@ class Server:
             digest, size = hashlib.sha256(), 0
             async with self._to.open("GET", "view", timeout, params=place) as answer:
                 _check_kind(self.name, place["filename"], answer.content_type)
-                seconds = 60 + (answer.content_length or 60 * RATE) / RATE
+                seconds = FILE + (answer.content_length or FILE * RATE) / RATE
                 with written(path) as file:
 
                     async def read() -> int:
@@ -240,9 +243,8 @@ class Server:
         async def send() -> str:
             form = aiohttp.FormData(quote_fields=False)  # the host takes UTF-8, and would keep %20 as it is
             form.add_field("image", data, filename=plain(name), content_type="application/octet-stream")
-            timeout = aiohttp.ClientTimeout(
-                total=60 + len(data) / RATE, connect=10, sock_connect=10, sock_read=60 + len(data) / RATE
-            )
+            seconds = FILE + len(data) / RATE
+            timeout = aiohttp.ClientTimeout(total=seconds, connect=10, sock_connect=10, sock_read=seconds)
             return await self._to.ask("POST", "upload/image", read, timeout, data=form)
 
         return await patiently(send, _TRIES)
