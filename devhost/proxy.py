@@ -20,6 +20,7 @@ LATE = "late"  # the server does what is asked, and its answer is lost
 HALF = "half"  # half of the body comes
 HTML = "html"  # a page, of status 200
 JSON = "json"  # other JSON than anything expects, of status 200
+HOLD = "hold"  # it reaches the server once `released` is set, whether anyone still waits for the answer or not
 DRIP = "drip"  # a byte each half second, for good
 Rule = Callable[[web.Request, int], Any]  # of a request and its number: None (pass it on), a word above, or a status
 
@@ -35,6 +36,7 @@ class Proxy:
         self.retry_after: str | None = None  # header of the statuses that the proxy answers itself
         self.asked: list[tuple[str, str]] = []
         self.failed = 0
+        self.released = threading.Event()
         self.sockets = 0
         self.seen_headers: dict[str, str] = {}
         self._loop = asyncio.new_event_loop()
@@ -86,13 +88,15 @@ class Proxy:
             return await self._websocket(request)
         headers = {k: v for k, v in request.headers.items() if k.lower() not in _OURS}
         body = await request.read()
+        while fate == HOLD and not self.released.is_set():
+            await asyncio.sleep(0.01)
         url = f"{self.target}{request.path_qs}"
         async with self._session.request(request.method, url, headers=headers, data=body) as answer:
             found = await answer.read()
             kept = {k: v for k, v in answer.headers.items() if k.lower() not in _OURS}
         if fate == LATE:
             return self._cut(request)
-        if fate is None:
+        if fate in (None, HOLD):
             return web.Response(status=answer.status, headers=kept, body=found)
         response = web.StreamResponse(status=answer.status, headers={**kept, "Content-Length": str(len(found))})
         await response.prepare(request)

@@ -181,8 +181,9 @@ class Attempt:
             return False  # the next run finds it
 
     async def _stop(self, prompt_id: str) -> bool:
-        await self.server.cancel(prompt_id)
+        await self.server.settled()
         while True:
+            await self.server.cancel(prompt_id)  # again and again: one that comes as the prompt begins is lost
             entry = await self.server.history(prompt_id)
             if entry is not None:
                 return _interrupted(entry)  # else it had ended just before

@@ -8,7 +8,7 @@ import http
 import itertools
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import aiohttp
@@ -135,8 +135,8 @@ class _Answer:
 
 
 async def patiently(ask: Callable[[], Awaitable[T]], tries: int, seconds: float = 0.0, busy: float = 600.0) -> T:
-    """Ask until an answer comes. The last error is raised where asking again cannot help, and after so many tries over
-    so many seconds; a server that asks for time has it, `busy` seconds at most."""
+    """Ask until an answer comes. The last error is raised where asking again cannot help, and after so many tries; if
+    nobody answers, after so many seconds too; a server that asks for time has it, `busy` seconds at most."""
     began = time.monotonic()
     waited = 0.0
     failed = 0
@@ -150,7 +150,8 @@ async def patiently(ask: Callable[[], Awaitable[T]], tries: int, seconds: float 
             await asyncio.sleep(max(error.wait, 0.1))
         except ServerError as error:
             failed += 1
-            if not error.passing or (failed >= tries and time.monotonic() - began - waited >= seconds):
+            late = not error.dead or time.monotonic() - began - waited >= seconds
+            if not error.passing or (failed >= tries and late):
                 raise
             await asyncio.sleep(pause(failed))
 
@@ -160,20 +161,15 @@ def pause(failed: int) -> float:
     return min(0.1 * 2.0**failed, 5.0)
 
 
-def looks(seconds: float) -> Any:
-    """An asynchronous iterator of moments at which to look whether something has happened: now, and with growing
-    pauses until `seconds` are over."""
-
-    async def moments() -> Any:
-        end = time.monotonic() + seconds
-        for count in itertools.count(1):
-            yield count
-            left = end - time.monotonic()
-            if left <= 0:
-                return
-            await asyncio.sleep(min(pause(count), left))
-
-    return moments()
+async def looks(seconds: float) -> AsyncIterator[None]:
+    """Moments at which to look whether something has happened: now, and with growing pauses until the time is over."""
+    end = time.monotonic() + seconds
+    for count in itertools.count(1):
+        yield
+        left = end - time.monotonic()
+        if left <= 0:
+            return
+        await asyncio.sleep(min(pause(count), left))
 
 
 def _words(error: BaseException) -> str:

@@ -26,7 +26,6 @@ class Listener:
         self._prompt_id = ""
         self._heard: Heard = lambda node, value, end: None
         self._ended = asyncio.Event()
-        self.connections = 0
 
     def follow(self, prompt_id: str, heard: Heard) -> None:
         """Hear of this prompt from now on."""
@@ -47,7 +46,6 @@ class Listener:
                 timeout = aiohttp.ClientWSTimeout(ws_close=2.0)
                 opening = self._connection.session.ws_connect(self._url, heartbeat=30, max_msg_size=0, timeout=timeout)
                 socket = await asyncio.wait_for(opening, 10)
-                self.connections += 1
                 try:
                     async for message in socket:
                         failed = 0

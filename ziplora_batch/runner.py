@@ -97,8 +97,8 @@ class Batch:
 
     async def _meet(self, server: Server) -> None:
         """Who is there decides who may take what an earlier run left on another server."""
-        with contextlib.suppress(ServerError):
-            await server.queued(tries=1)
+        with contextlib.suppress(ServerError, asyncio.TimeoutError):
+            await asyncio.wait_for(server.queued(), 10)
             self._present.add(server.identity)
 
     def _prompt_id(self, job: Job) -> str:

@@ -41,6 +41,7 @@ class Server:
         self.url, self.name, self.identity = self.address.url, self.address.name, self.address.identity
         self.lost_after = lost_after
         self._client = uuid.uuid4().hex
+        self._sending: asyncio.Future[str] | None = None
         self._twice: set[str] = set()  # prompts that may have arrived twice
         self._to = Connection(self.address)
 
@@ -117,9 +118,12 @@ class Server:
             return str(answer["prompt_id"])
 
         async def send() -> str:
-            return await self._to.ask(
+            """Once begun it goes on though we are stopped, or nobody could tell whether it is still to arrive."""
+            request = self._to.ask(
                 "POST", "prompt", read, LONG, on_400=lambda answer: Refused(_words(answer)), json=body
             )
+            self._sending = asyncio.ensure_future(request)
+            return await asyncio.shield(self._sending)
 
         began = time.monotonic()
         for count in itertools.count(1):
@@ -141,6 +145,11 @@ class Server:
         if given != prompt_id:
             await self.cancel(given)
             raise Denied(f"{self.name} gives prompts ids of its own, by which no row is found again; update ComfyUI")
+
+    async def settled(self) -> None:
+        """Until no prompt is on its way any more."""
+        if self._sending is not None:
+            await asyncio.gather(self._sending, return_exceptions=True)
 
     async def cancel(self, prompt_id: str) -> None:
         """Take a prompt out of the queue, or interrupt it if it runs."""
@@ -226,7 +235,7 @@ class Server:
                         raise Garbled(f"{self.name}: {place['filename']} came empty")
             return size, digest.hexdigest()
 
-        return await patiently(lambda: self._to.reached("GET", "view", get()), _TRIES, self.lost_after / 2)
+        return await patiently(lambda: self._to.reached("GET", "view", get()), _TRIES, self.lost_after)
 
     async def upload(self, picture: Path, name: str) -> str:
         """Put a picture into the server's input folder; the name that it has there.

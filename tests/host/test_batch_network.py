@@ -21,7 +21,7 @@ from graphs import Concept, node
 from PIL import Image
 
 from devhost.batches import LightBatch, kills, network
-from devhost.proxy import CUT, DRIP, HTML, JSON, LATE, Proxy
+from devhost.proxy import CUT, DRIP, HOLD, HTML, JSON, LATE, Proxy
 from devhost.server import ComfyServer
 from ziplora_batch import connection
 from ziplora_batch import server as client
@@ -78,6 +78,34 @@ def test_a_second_client_on_one_folder_refuses(server: ComfyServer, batch: Light
         first.communicate(timeout=60)
         assert first.returncode == 130
     assert batch.run(server.url)[0] == 0
+    batch.check(server)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_prompt_that_arrives_after_its_client_has_ended_is_no_second_one(
+    server: ComfyServer, batch: LightBatch, sent: signal.Signals
+):
+    with Proxy(server.url, at("POST", "/prompt", HOLD, times=1)) as proxy:
+        first = batch.start(proxy.url)
+        while ("POST", "/prompt") not in proxy.asked:
+            assert first.poll() is None
+            time.sleep(0.02)
+        first.send_signal(sent)
+        if sent == signal.SIGINT:
+            proxy.released.set()  # it waits for this, so as not to leave a prompt behind
+            first.communicate(timeout=60)
+            assert first.returncode == 130
+            status, said = batch.run(proxy.url)
+        else:
+            first.wait()
+            asked = len(proxy.asked)
+            second = batch.start(proxy.url)
+            while ("GET", "/queue") not in proxy.asked[asked:]:
+                time.sleep(0.02)
+            proxy.released.set()
+            said, _ = second.communicate(timeout=60)
+            status = second.returncode
+    assert status == 0, said
     batch.check(server)
 
 
