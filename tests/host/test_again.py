@@ -31,7 +31,13 @@ def carrier(path: Path, prompt: dict[str, Any]) -> Path:
 
 def start(root: Path, file: Path, server: ComfyServer, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ziplora_batch", "again", str(file), "--server", server.url, *more]
-    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=root, preexec_fn=hears_ctrl_c, **pipes)
+
+
+def hears_ctrl_c() -> None:
+    """Also where the tests run in the background, whose processes ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(true: Callable[[], Any], seconds: float = 120.0) -> Any:

@@ -23,6 +23,8 @@ print("listens on", place, flush=True)
 class Queue(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200), self.end_headers(), self.wfile.write(b"{}")
+    def log_message(self, *words):
+        pass
 http.server.HTTPServer((place, port), Queue).serve_forever()
 """
 DIES = 'print("no such module: everything", flush=True); raise SystemExit(3)'
@@ -113,7 +115,12 @@ def start(root: Path, folder: Path, main: Path, *more: str) -> subprocess.Popen[
     command += [*more, "--", "run", "nothing.json", "--table", "nothing.csv"]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+    return subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=hears_ctrl_c, **pipes)
+
+
+def hears_ctrl_c() -> None:
+    """Also where the tests run in the background, whose processes ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_folder_without_comfyui_is_a_sentence(root: Path, tmp_path: Path):
@@ -129,7 +136,7 @@ def test_a_comfyui_that_cannot_start_ends_the_fleet_with_its_log(root: Path, tmp
     assert process.returncode == 2, said + errors
     found = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(found) == 1 and "ended with status 3, 3 times in a row" in found[0]
-    log = Path(errors.partition("its log: ")[2].splitlines()[0])
+    log = Path(errors.partition("\nits log: ")[2].splitlines()[0])
     assert log.read_text().count("no such module") == 3
     assert f"its log: {log}" in said and "Traceback" not in errors
 
