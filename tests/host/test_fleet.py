@@ -110,12 +110,23 @@ def test_pauses_between_starts_grow(fleet: ModuleType):
     assert list(fleet.PAUSES) == sorted(fleet.PAUSES) and fleet.PAUSES[0] >= 1 and fleet.PAUSES[-1] >= 60
 
 
-def start(root: Path, folder: Path, main: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(root / "recipes" / "ray_fleet.py"), "--comfyui", str(main), "--gpus-each", "0"]
-    command += [*more, "--", "run", "nothing.json", "--table", "nothing.csv"]
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=hears_ctrl_c, **pipes)
+@pytest.fixture
+def start(root: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """The recipe over a tree; what is left of it at the end is asked to stop."""
+    started = []
+
+    def begin(main: Path, *more: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(root / "recipes" / "ray_fleet.py"), "--comfyui", str(main), "--gpus-each", "0"]
+        command += [*more, "--", "run", "nothing.json", "--table", "nothing.csv"]
+        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=hears_ctrl_c, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.terminate()
+        process.wait()
 
 
 def hears_ctrl_c() -> None:
@@ -123,15 +134,15 @@ def hears_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_a_folder_without_comfyui_is_a_sentence(root: Path, tmp_path: Path):
-    process = start(root, tmp_path, tmp_path)
+def test_a_folder_without_comfyui_is_a_sentence(start: Callable[..., Any], tmp_path: Path):
+    process = start(tmp_path)
     assert process.communicate(timeout=120)[1] == f"error: there is no ComfyUI in {tmp_path}: it has no main.py\n"
     assert process.returncode == 2
 
 
-def test_a_comfyui_that_cannot_start_ends_the_fleet_with_its_log(root: Path, tmp_path: Path):
+def test_a_comfyui_that_cannot_start_ends_the_fleet_with_its_log(start: Callable[..., Any], tmp_path: Path):
     """Through Ray itself."""
-    process = start(root, tmp_path, tree(tmp_path / "tree", DIES), "--servers", "2")
+    process = start(tree(tmp_path / "tree", DIES), "--servers", "2")
     said, errors = process.communicate(timeout=300)
     assert process.returncode == 2, said + errors
     found = [line for line in errors.splitlines() if line.startswith("error: ")]
@@ -141,11 +152,9 @@ def test_a_comfyui_that_cannot_start_ends_the_fleet_with_its_log(root: Path, tmp
     assert f"its log: {log}" in said and "Traceback" not in errors
 
 
-def test_one_ctrl_c_ends_the_fleet_while_it_starts(root: Path, tmp_path: Path):
+def test_one_ctrl_c_ends_the_fleet_while_it_starts(start: Callable[..., Any], tmp_path: Path):
     """And its server, which knows nothing of it: no part of the fleet is left."""
     process = start(
-        root,
-        tmp_path,
         tree(tmp_path / "tree", f"import os\nopen('{tmp_path}/pid', 'w').write(str(os.getpid()))\n{HANGS}"),
     )
     line = process.stdout.readline() if process.stdout else ""
