@@ -49,10 +49,15 @@ def wait_until(true: Callable[[], Any], seconds: float = 120.0) -> Any:
     raise TimeoutError
 
 
-def known(server: ComfyServer) -> set[str]:
-    """Prompts that the server has run, runs or will run."""
+def of(server: ComfyServer, prompt: dict[str, Any], *parts: str) -> list[str]:
+    """Ids of this very prompt in parts of the queue, and in the history; others may use the server meanwhile."""
     queue = server.get("queue")
-    return set(server.get("history")) | {item[1] for part in queue.values() for item in part}
+    found = [item for part in parts if part in queue for item in queue[part]]
+    found += [entry["prompt"] for entry in server.get("history").values()] if "history" in parts else []
+    return [item[1] for item in found if item[2] == prompt]
+
+
+ANYWHERE = ("queue_running", "queue_pending", "history")
 
 
 def test_a_strangers_nodes_are_not_run_unasked(root: Path, server: ComfyServer, tmp_path: Path):
@@ -64,13 +69,13 @@ def test_a_strangers_nodes_are_not_run_unasked(root: Path, server: ComfyServer, 
             "SaveImageDataSetToFolder", images=["image", 0], folder_name=str(elsewhere), filename_prefix="left"
         ),
     }
-    file, before = carrier(tmp_path / "gift.png", graph), known(server)
+    file = carrier(tmp_path / "gift.png", graph)
     said, errors = (refused := start(root, file, server)).communicate(timeout=120)
     assert refused.returncode == 2, said + errors
     assert "nodes: EmptyImage, SaveImageDataSetToFolder" in said
     assert "'SaveImageDataSetToFolder', which writes into any folder that the workflow names" in errors
     assert "EmptyImage" not in errors and "--yes" in errors and len(errors.splitlines()) == 1
-    assert known(server) == before and not elsewhere.exists()
+    assert not of(server, graph, *ANYWHERE) and not elsewhere.exists()
     said, errors = (agreed := start(root, file, server, "--yes")).communicate(timeout=120)
     assert agreed.returncode == 2 and "wrote no .png file" in errors, said + errors
     assert [path.name for path in elsewhere.iterdir()] == ["left_00000.png"], "what it was refused for is true"
@@ -83,33 +88,34 @@ def test_every_node_of_the_host_that_writes_elsewhere_or_runs_code_is_known():
     assert "comfy_extras.nodes_dataset" in found and found <= set(trusted._RISKS)
 
 
+def long(content: Concept, style: Concept, seed: int) -> dict[str, Any]:
+    """No other test's."""
+    return zipped_picture(content, style, steps=100, solver="gradient", seed=seed)
+
+
 def test_stopping_takes_its_prompt_off_the_server(root: Path, server: ComfyServer, content: Concept, style: Concept):
-    file = carrier(server.base / "mine.png", zipped_picture(content, style, steps=100, solver="gradient"))
-    before = known(server)
-    process = start(root, file, server)
-    (mine,) = wait_until(lambda: [item[1] for item in server.get("queue")["queue_running"] if item[1] not in before])
+    graph = long(content, style, 160_001)
+    process = start(root, carrier(server.base / "mine.png", graph), server)
+    (mine,) = wait_until(lambda: of(server, graph, "queue_running"))
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 130, said + errors
     assert errors == "stopped; the prompt was cancelled on the server\n"
     entry = wait_until(lambda: server.get("history").get(mine))
-    assert [m[0] for m in entry["status"]["messages"]][-1] == "execution_interrupted"
-    assert not any(server.get("queue").values())
+    assert entry["status"]["messages"][-1][0] == "execution_interrupted"
+    assert not of(server, graph, "queue_running", "queue_pending")
 
 
 def test_stopping_takes_a_waiting_prompt_out_of_the_queue(
     root: Path, server: ComfyServer, content: Concept, style: Concept
 ):
-    graph = zipped_picture(content, style, steps=100, solver="gradient")
-    running = server.queue(
-        {**graph, "sampler": {**graph["sampler"], "inputs": {**graph["sampler"]["inputs"], "seed": 5}}}
-    )
-    before = known(server)
+    before, graph = (long(content, style, seed) for seed in (160_002, 160_003))
+    running = server.queue(before)
     process = start(root, carrier(server.base / "mine.png", graph), server)
-    (mine,) = wait_until(lambda: [item[1] for item in server.get("queue")["queue_pending"] if item[1] not in before])
+    wait_until(lambda: of(server, graph, "queue_pending"))
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     assert process.returncode == 130
-    assert mine not in known(server) and running in known(server)
-    server.interrupt()
-    wait_until(lambda: not any(server.get("queue").values()))
+    assert not of(server, graph, *ANYWHERE) and of(server, before, *ANYWHERE) == [running]
+    server.post("interrupt", {"prompt_id": running}).raise_for_status()
+    wait_until(lambda: of(server, before, "history"))
