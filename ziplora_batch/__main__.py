@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print(f"stopped; {asked.stopped}", file=sys.stderr)
         return 130
 
 
@@ -60,12 +60,20 @@ def _parser() -> argparse.ArgumentParser:
         help="seconds of failed requests, at least three, after which a server counts as lost (default: %(default)g)",
     )
     _takes_headers(run)
-    run.set_defaults(work=_run)
+    run.set_defaults(work=_run, stopped="the same command goes on from here")
     remake = commands.add_parser("again", help="make a result again from its own file, and compare")
     remake.add_argument("file", type=Path, help="a .png of Save Image, or a .safetensors that this pack wrote")
     remake.add_argument("--server", required=True, help="address of a ComfyUI that has the same files")
     _takes_headers(remake)
-    remake.set_defaults(work=lambda asked: again.again(asked.file, Server(asked.server, _headers(asked))))
+    remake.add_argument(
+        "--yes",
+        action="store_true",
+        help="also where the file wants nodes that are neither ComfyUI's own nor this pack's",
+    )
+    remake.set_defaults(
+        work=lambda asked: again.again(asked.file, Server(asked.server, _headers(asked)), asked.yes),
+        stopped="the prompt was cancelled on the server",
+    )
     return parser
 
 

@@ -57,8 +57,16 @@ class Row:
 def read_workflow(path: Path) -> Prompt:
     """A workflow in API form. Raises BatchError, also for a graph of the frontend."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return parse_workflow(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BatchError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def parse_workflow(text: str, path: str) -> Prompt:
+    """The same from its text. path: what an error calls it."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise BatchError(f"{path} cannot be read as JSON: {error}") from error
     if isinstance(found, dict) and "nodes" in found and "links" in found:
         raise BatchError(f"{path} is a graph of the frontend; export it with Workflow → Export (API)")

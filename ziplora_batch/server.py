@@ -73,6 +73,14 @@ class Server:
 
         return list(await self._get(f"object_info/{node}", read))
 
+    async def nodes(self) -> dict[str, str]:
+        """Each type of node that the server has, and the Python module that it comes from."""
+
+        def read(answer: dict[str, Any]) -> dict[str, str]:
+            return {str(node): str(info.get("python_module", "")) for node, info in answer.items()}
+
+        return dict(await self._get("object_info", read, timeout=LONG))
+
     async def history(self, prompt_id: str, tries: int = _TRIES) -> dict[str, Any] | None:
         """What is left of a prompt that has ended."""
 

@@ -177,9 +177,21 @@ def _metadata(zipped: loras.ZippedLoRA, layers, report: list[str]) -> dict[str, 
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.date": time.strftime("%Y-%m-%d"),
-        "modelspec.description": f"ZipLoRA of '{content.name}' (subject) and '{style.name}' (style), {zipped.method}; "
+        "modelspec.description": f"{_made(zipped)} of '{content.name}' (subject) and '{style.name}' (style); "
         + "; ".join(report),
     }
+
+
+def _made(zipped: loras.ZippedLoRA) -> str:
+    """What a merge is, by how it came about."""
+    mu = zipped.settings.get("mu")
+    names = {
+        loras.ZIPPED: "ZipLoRA",
+        "UnZipLoRA": "UnZipLoRA's pair",
+        "sum": "Direct merge (sum)",
+        "NP-LoRA": "NP-LoRA merge" + ("" if mu is None else f" (mu {mu:g})"),
+    }
+    return names.get(zipped.method, f"Merge by {zipped.method}")
 
 
 def export_file(

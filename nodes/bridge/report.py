@@ -33,10 +33,11 @@ class Outcome:
 
     @property
     def loss_map(self) -> dict[str, list[float]]:
-        """The loss of each step and its terms; without steps, what is left of each layer's error, as "loss"."""
+        """Each step's loss and its terms; without steps, as "loss" and "left", what is left of each layer's error."""
         steps = [step.losses for step in self.result.history]
         if not steps:
-            return {"loss": list(self.result.left.values())}
+            left = list(self.result.left.values())
+            return {"loss": left, "left": left}
         weight = self.settings.similarity_lambda
         return {
             "loss": [losses.total for losses in steps],

@@ -132,7 +132,10 @@ def load(model, name: str) -> loras.ZippedLoRA:
         if bound(source).sha256 != wanted.sha256:
             raise LoRAFileError(f"'{source.name}' has changed while '{name}' was loaded; queue again")
     fitted = fitting.fit(sources, model.model)
-    fitted = replace(fitted, pair=direct.prepared(fitted.pair, about.method))
+    try:
+        fitted = replace(fitted, pair=direct.prepared(fitted.pair, about.method, about.settings))
+    except ValueError as error:
+        raise LoRAFileError(f"'{name}' has broken metadata ({error}); merge the pair again and save it anew") from error
     saved.check_fits(name, coefficients, fitted.pair)
     return loras.ZippedLoRA(
         sources, fitted, coefficients, *about.dials, about.report, about.method, dict(about.settings)

@@ -192,3 +192,43 @@ def test_full_size_pair_is_saved_in_six_megabytes(pack, folders):
     name = pack.nodes.bridge.saved.save(loras.ZippedLoRA(sources, fitted, ones), "big")
     size = (folders / "output" / "ziplora" / name).stat().st_size
     assert 4 * 1_571_840 <= size <= 4 * 1_571_840 + 300_000
+
+
+def test_np_loras_mu_is_the_files_own(pack, folders, pair, monkeypatch):
+    """Read back by a pack whose default is another."""
+    patcher, zipped = pair
+    saved, direct = pack.nodes.bridge.saved, pack.ziplora_core.direct
+    update = {k: layer.content for k, layer in direct.np_lora(zipped.fitted.pair, 2.0).layers.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "MU", 2.0, raising=False)
+        patch.setattr(direct.np_lora, "__defaults__", (2.0,))
+        merged = pack.nodes.bridge.direct.merge(patcher, zipped.sources, "NP-LoRA")
+        name = saved.save(merged, "direct")
+    again = saved.load(patcher, name)
+    assert again.method == "NP-LoRA" and again.settings == {"mu": 2.0}
+    for key, layer in again.fitted.pair.layers.items():
+        assert torch.equal(layer.content.down, update[key].down), key
+
+
+def rewritten(folders, name, change):
+    """A saved file with other words about itself."""
+    path = folders / "output" / "ziplora" / name
+    with safe_open(str(path), "pt") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["ziplora"])
+    change(about)
+    save_file(load_file(path), path, {**metadata, "ziplora": json.dumps(about)})
+
+
+def test_files_from_before_mu_was_written_are_read_with_the_one_they_had(pack, folders, pair):
+    patcher, zipped = pair
+    saved, merged = pack.nodes.bridge.saved, pack.nodes.bridge.direct.merge(patcher, pair[1].sources, "NP-LoRA")
+    expected = pack.ziplora_core.direct.np_lora(zipped.fitted.pair, 0.5)
+    name = saved.save(merged, "direct")
+    rewritten(folders, name, lambda about: about.update(settings={}))
+    for key, layer in saved.load(patcher, name).fitted.pair.layers.items():
+        assert torch.equal(layer.content.down, expected.layers[key].content.down), key
+    for wrong in ("much", -1, None, float("nan"), True):
+        rewritten(folders, name, lambda about, wrong=wrong: about.update(settings={"mu": wrong}))
+        with pytest.raises(ValueError, match=f"'{name}' has broken metadata .mu is "):
+            saved.load(patcher, name)
