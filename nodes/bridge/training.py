@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ...ziplora_core import export, training
 from ...ziplora_core.direct import B_LORA_BLOCKS, Blocks
-from ...ziplora_core.files import check_writable, read_metadata, write_tensors
+from ...ziplora_core.files import read_metadata
 from ...ziplora_core.pair import Factors
 from ...ziplora_core.solver import in_range, one_of
+from ...ziplora_core.writing import write_tensors
 from . import fitting, keys, loras, paths, plan, predictor, references
 from .frozen import Injection, blocks
 from .progress import TrainingProgress
@@ -332,8 +333,7 @@ class File:
 
     def __init__(self, model, prefix: str, about: dict[str, str]):
         self.model, self.about = model, about
-        self.path = paths.next_path(prefix, folder_paths.get_output_directory(), ".safetensors")
-        check_writable(self.path)
+        self.path = paths.reserve(prefix, folder_paths.get_output_directory(), ".safetensors")
 
     @property
     def name(self) -> str:
@@ -432,6 +432,7 @@ def _rescue(write: Callable[[int], str], steps: int) -> None:
         logging.warning("ZipLoRA: the %d steps done so far could not be written: %s", steps, error)
 
 
+@paths.names_given_back()
 def train_concept(model, clip, vae, task: Task) -> Trained:
     """One LoRA from one concept's pictures, or two concepts' (joint training).
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import multiprocessing
 import os
+import re
 import struct
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ziplora_core.files import LoRAFileError, check_lora_file, read_lora_file, write_tensors
+from ziplora_core.files import LoRAFileError, check_lora_file, read_lora_file
+from ziplora_core.writing import write_tensors
 
 
 def good(path):
@@ -145,3 +151,79 @@ def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
         OSError, match=r"'b.safetensors' could not be written into the folder '.*file' \(.+\); see that"
     ):
         write_tensors(tmp_path / "file" / "b.safetensors", {"a": torch.ones(1)}, {})
+
+
+def shortened(path: str, before: int, answer: object) -> None:
+    """Read a file that another thread cuts off once `before` tensors have been read."""
+    import ziplora_core.files as files
+
+    torch.set_num_threads(1)  # those of the process that was forked are gone
+    check, seen = files._check_numbers, []
+
+    def check_and_cut(*given: object) -> None:
+        check(*given)
+        seen.append(given)
+        if len(seen) == before:
+            cut = threading.Thread(target=os.truncate, args=(path, 4096))
+            cut.start()
+            cut.join()
+
+    files._check_numbers = check_and_cut
+    try:
+        read_lora_file(path)
+    except LoRAFileError as error:
+        answer.put(str(error))  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the reader is a process of its own, forked")
+@pytest.mark.parametrize("before", [1, 3])
+def test_a_file_that_is_cut_off_while_it_is_read_is_a_sentence(tmp_path, before):
+    """Through a memory map the process would end without a word."""
+    path = tmp_path / "shrinking.safetensors"
+    save_file({f"l{i}.lora_{half}.weight": torch.ones(256, 256) for i in range(4) for half in ("up", "down")}, path)
+    fork = multiprocessing.get_context("fork")
+    answer = fork.SimpleQueue()
+    reader = fork.Process(target=shortened, args=(str(path), before, answer))
+    reader.start()
+    reader.join()
+    assert reader.exitcode == 0, "the reader was killed"
+    assert not answer.empty(), "it was read as if it were whole"
+    said = answer.get()
+    assert "'shrinking.safetensors' has become shorter while it was read" in said and "\n" not in said
+
+
+def test_a_disk_that_fails_is_a_sentence(tmp_path, monkeypatch):
+    path = good(tmp_path / "far away.safetensors")
+    for error, says in (
+        (OSError(5, "Input/output error"), "'far away.safetensors' cannot be read .Input/output error"),
+        (PermissionError(13, "Permission denied"), "'far away.safetensors' cannot be read .Permission denied"),
+        (FileNotFoundError(2, "No such file"), "'far away.safetensors' is missing"),
+    ):
+
+        def fail(*_: object, error: OSError = error, **__: object) -> None:
+            raise error
+
+        for place in ("fstat", "stat"):
+            with monkeypatch.context() as patch, pytest.raises(LoRAFileError, match=says):
+                patch.setattr(os, place, fail)
+                read_lora_file(path)
+
+
+def test_the_hash_is_of_the_bytes_that_were_read(tmp_path):
+    """In one pass: small files at once, large ones in a thread beside the reading."""
+    for rows in (3, 2200):
+        path, digest = tmp_path / f"{rows}.safetensors", hashlib.sha256()
+        g = torch.Generator().manual_seed(rows)
+        tensors = {f"l.lora_{half}.weight": torch.randn(rows, 1000, generator=g) for half in ("up", "down")}
+        save_file(tensors, path, {"about": "it"})
+        read = read_lora_file(path, digest)
+        assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_nothing_is_mapped_into_memory():
+    """Of what the library offers, these map files, and so does Python's own module."""
+    root = Path(__file__).resolve().parent.parent.parent
+    for path in [*root.glob("ziplora_core/*.py"), *root.glob("nodes/**/*.py")]:
+        mapped = re.search(r"\b(safe_open|load_file|load_torch_file|import mmap|from_file)\b", path.read_text("utf-8"))
+        assert mapped is None, f"{path.name} uses {mapped}"
