@@ -132,12 +132,12 @@ class OpenFile:
             for done in hashed:
                 done.result()
 
-    def _bytes(self, count: int) -> bytes:
+    def _bytes(self, count: int) -> bytearray:
         found = bytearray(count)
         self._fill(memoryview(found))
         if self._digest is not None:
             self._digest.update(found)
-        return bytes(found)
+        return found
 
     def _fill(self, block: memoryview) -> None:
         while block:

@@ -112,7 +112,7 @@ def text_encoder_layers(zipped: loras.ZippedLoRA, rank: int) -> tuple[dict[str, 
     parts: dict[str, dict[str, Factors]] = {}
     left_out = []
     for concept, source in zipped.sources.by_concept().items():
-        names = {k: keys.kohya_text_encoder(k) for k in map(keys.layer_name, source.tensors) if keys.is_text_encoder(k)}
+        names = keys.text_encoder_layers(source.tensors)
         for name, adapter in comfy.lora.load_lora(source.tensors, names, log_missing=False).items():
             if not fitting.is_plain(adapter):
                 left_out.append(f"'{source.title}': text-encoder layer '{name}' is no plain LoRA and is left out")

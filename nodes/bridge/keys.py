@@ -103,6 +103,19 @@ def kohya_text_encoder(layer: str) -> str:
     return layer
 
 
+def text_encoder_layers(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Text-encoder layer of a LoRA file -> kohya's name of it.
+
+    Of several names of one layer the last counts, as in the host's loader: names that it does not know come first,
+    then kohya's, then diffusers'.
+    """
+
+    def place(layer: str) -> int:
+        return 1 if layer.startswith("lora_te") else 2 if re.match(r"text_encoder(_2)?\.text_model\.", layer) else 0
+
+    return {k: kohya_text_encoder(k) for k in sorted(map(layer_name, filter(is_text_encoder, tensors)), key=place)}
+
+
 _FAMILIES = (  # what only one family's names hold, in this order
     ("Wan", r"blocks[._]\d+[._](?:cross_attn|self_attn)[._]"),
     ("HunyuanVideo", r"individual_token_refiner"),
