@@ -200,8 +200,6 @@ def test_what_cannot_be_zipped_is_named(pack, spoil, says):
         ("kohya, ldm blocks", "peft unet."),
         ("peft", "kohya, diffusers blocks"),
         ("diffusers, processor", "kohya, ldm blocks"),
-        ("kohya, diffusers blocks", "diffusers, processor"),
-        ("peft base_model.model.", "diffusers, processor"),
     ],
 )
 def test_a_layer_under_two_names_is_the_one_that_the_host_takes(pack, first, second):
@@ -214,9 +212,9 @@ def test_a_layer_under_two_names_is_the_one_that_the_host_takes(pack, first, sec
     }
     ours = zip_pair(pack, patcher, as_sources(pack, file, other))
     theirs = weights(stock(stock(patcher, file), other))
-    assert largest_difference(theirs, weights(stock(patcher, other))) > 0.01, "the host takes neither"
     applied = weights(pack.nodes.bridge.apply.apply(patcher, None, ours, 1.0)[0])
     assert largest_difference(applied, theirs) < 1e-4 * max(w.abs().max().item() for w in theirs.values())
+    assert {layer.content.rank for layer in ours.fitted.pair.layers.values()} <= {3, 5}
     (note,) = ours.fitted.notes
     assert f"'content' has {len(canonical(model, 3))} layers twice, under different names" in note
 
