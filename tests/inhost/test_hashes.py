@@ -80,6 +80,7 @@ def test_two_hosts_share_them(hashes, reads, tmp_path):
     "text",
     [b"", b"{", b"[]", b"\xff\xfe", b"[" * 9000, b'{"format": 1}', b'{"format": 1, "files": [1, [], [[]], "x", null]}',
      b'{"format": 1, "files": [["PATH", 1, 2, 3, 4, "no hash"], ["PATH", 1, 2, 3, [], 5]]}', b"9" * 5000],
+    ids=lambda text: ascii(text[:40]),
 )  # fmt: skip
 def test_a_damaged_file_is_written_anew(hashes, tmp_path, text):
     kept, path = tmp_path / "kept.json", tmp_path / "a"
