@@ -10,12 +10,15 @@ import re
 import struct
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from ziplora_core import files, saved
+from ziplora_core.coefficients import Coefficients
 from ziplora_core.files import LoRAFileError, check_lora_file, read_lora_file
 from ziplora_core.writing import write_tensors
 
@@ -153,43 +156,58 @@ def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
         write_tensors(tmp_path / "file" / "b.safetensors", {"a": torch.ones(1)}, {})
 
 
-def shortened(path: str, before: int, answer: object) -> None:
-    """Read a file that another thread cuts off once `before` tensors have been read."""
-    import ziplora_core.files as files
+def cut_off_while_read(path: Path, read: Callable[[Path], object], looks: str, before: int) -> str:
+    """What is said of a file that another thread cuts off once `before` of its tensors have been looked at.
 
-    torch.set_num_threads(1)  # those of the process that was forked are gone
-    check, seen = files._check_numbers, []
+    By a process of its own: through a memory map it would end without a word. looks: the function that looks at one.
+    """
 
-    def check_and_cut(*given: object) -> None:
-        check(*given)
-        seen.append(given)
-        if len(seen) == before:
-            cut = threading.Thread(target=os.truncate, args=(path, 4096))
-            cut.start()
-            cut.join()
+    def work() -> None:
+        torch.set_num_threads(1)  # those of the process that was forked are gone
+        module, name = (torch, looks) if hasattr(torch, looks) else (files, looks)
+        look, seen = getattr(module, name), []
 
-    files._check_numbers = check_and_cut
-    try:
-        read_lora_file(path)
-    except LoRAFileError as error:
-        answer.put(str(error))  # type: ignore[attr-defined]
+        def look_and_cut(*given: object) -> object:
+            seen.append(given)
+            if len(seen) == before:
+                cut = threading.Thread(target=os.truncate, args=(path, 4096))
+                cut.start()
+                cut.join()
+            return look(*given)
 
+        setattr(module, name, look_and_cut)
+        try:
+            read(path)
+        except LoRAFileError as error:
+            answer.put(str(error))
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the reader is a process of its own, forked")
-@pytest.mark.parametrize("before", [1, 3])
-def test_a_file_that_is_cut_off_while_it_is_read_is_a_sentence(tmp_path, before):
-    """Through a memory map the process would end without a word."""
-    path = tmp_path / "shrinking.safetensors"
-    save_file({f"l{i}.lora_{half}.weight": torch.ones(256, 256) for i in range(4) for half in ("up", "down")}, path)
     fork = multiprocessing.get_context("fork")
     answer = fork.SimpleQueue()
-    reader = fork.Process(target=shortened, args=(str(path), before, answer))
+    reader = fork.Process(target=work)
     reader.start()
     reader.join()
     assert reader.exitcode == 0, "the reader was killed"
     assert not answer.empty(), "it was read as if it were whole"
-    said = answer.get()
-    assert "'shrinking.safetensors' has become shorter while it was read" in said and "\n" not in said
+    return str(answer.get())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the reader is forked")
+@pytest.mark.parametrize("before", [1, 3])
+def test_a_file_that_is_cut_off_while_it_is_read_is_a_sentence(tmp_path, before):
+    path = tmp_path / "shrinking.safetensors"
+    save_file({f"l{i}.lora_{half}.weight": torch.ones(256, 256) for i in range(4) for half in ("up", "down")}, path)
+    said = cut_off_while_read(path, read_lora_file, "_check_numbers", before)
+    assert said.startswith("'shrinking.safetensors' has become shorter while it was read") and "\n" not in said
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the reader is forked")
+def test_a_saved_pair_that_is_cut_off_while_it_is_read_is_a_sentence(tmp_path):
+    path = tmp_path / "pair.safetensors"
+    file = saved.SavedLoRA("a", "0" * 64, 1, 1.0)
+    vectors = {f"layer {i}": torch.ones(2**16) for i in range(4)}
+    saved.write(path, Coefficients(vectors, vectors), saved.SavedZip(file, file, (1.0, 1.0), "zipped", {}, {}))
+    said = cut_off_while_read(path, saved.read, "isfinite", 2)
+    assert said.startswith("'pair.safetensors' has become shorter while it was read") and "\n" not in said
 
 
 def test_a_disk_that_fails_is_a_sentence(tmp_path, monkeypatch):
