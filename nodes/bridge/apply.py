@@ -57,7 +57,7 @@ def _text_encoder(clip, source: LoRASource, strength: float) -> None:
     good = {key: patch for key, patch in patches.items() if _fits(clip.cond_stage_model, key, patch)}
     if len(good) < len(patches):
         left = len(patches) - len(good)
-        logging.warning("ZipLoRA: %d text-encoder parts of '%s' do not fit and are left out.", left, source.name)
+        logging.warning("ZipLoRA: %d text-encoder parts of '%s' do not fit and are left out.", left, source.title)
     clip.add_patches(good, strength)
 
 
@@ -77,7 +77,7 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     in_range("strength", strength, -100, 100)
     if strength == 0:
         return model, clip
-    names = f"'{zipped.sources.content.name}' + '{zipped.sources.style.name}'"
+    names = f"'{zipped.sources.content.title}' + '{zipped.sources.style.title}'"
     model = model.clone()
     patches = {
         name: _adapter(layer, zipped.coefficients.content.get(name), zipped.coefficients.style.get(name))

@@ -60,8 +60,8 @@ def write(outcome: Outcome) -> str:
     pair, settings, result = outcome.fitted.pair, outcome.settings, outcome.result
     layers = ", ".join(f"{n} {kind}" for kind, n in pair.layer_counts().items() if n)
     lines = [
-        f"content: {outcome.sources.content.name} ({_ranks(*pair.ranks('content'))})",
-        f"style: {outcome.sources.style.name} ({_ranks(*pair.ranks('style'))})",
+        f"content: {outcome.sources.content.title} ({_ranks(*pair.ranks('content'))})",
+        f"style: {outcome.sources.style.title} ({_ranks(*pair.ranks('style'))})",
         f"layers: {layers}; {pair.coefficient_count:,} coefficients",
         f"solver: {settings.solver}, seed {settings.seed}; {result.stopped}",
     ]

@@ -46,7 +46,7 @@ def sparsify(model, name: str, percent: float) -> tuple[dict[str, Tensor], str]:
     worst = min(held, key=held.__getitem__)
     size, before = (sum(t.numel() * t.element_size() for t in d.values()) / 1e6 for d in (tensors, source.tensors))
     lines = [
-        f"'{name}': the largest {percent:g} % of each layer's elements, of {elements:,} in {len(held)} layers",
+        f"'{source.title}': the largest {percent:g} % of each layer's elements, of {elements:,} in {len(held)} layers",
         f"they hold {sum(held.values()) / len(held):.1%} of the energy on the mean, {held[worst]:.1%} in the least "
         f"('{worst}')",
         f"no longer of low rank: whole updates, {size:.0f} MB in fp16 (the file has {before:.0f} MB)",

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ...ziplora_core import export, training
 from ...ziplora_core.direct import B_LORA_BLOCKS, Blocks
-from ...ziplora_core.files import check_writable, read_metadata, write_tensors
+from ...ziplora_core.files import read_metadata
 from ...ziplora_core.pair import Factors
 from ...ziplora_core.solver import in_range, one_of
+from ...ziplora_core.writing import write_tensors
 from . import fitting, keys, loras, paths, plan, predictor, references
 from .frozen import Injection, blocks
 from .runs import Run
@@ -337,8 +338,7 @@ class File:
 
     def __init__(self, model, prefix: str, about: dict[str, str]):
         self.model, self.about, self.steps = model, about, 0
-        self.path = paths.next_path(prefix, folder_paths.get_output_directory(), ".safetensors")
-        check_writable(self.path)
+        self.path = paths.reserve(prefix, folder_paths.get_output_directory(), ".safetensors")
 
     @property
     def name(self) -> str:
@@ -399,6 +399,7 @@ def steps_before(file: str, settings: training.Settings) -> int:
     return done
 
 
+@paths.names_given_back()
 def train_concept(model, clip, vae, task: Task) -> Trained:
     """One LoRA from one concept's pictures, or two concepts' (joint training).
 

@@ -21,7 +21,7 @@ from ...ziplora_core.direct import UNZIPLORA_BLOCKS, Blocks
 from ...ziplora_core.files import read_metadata, shown
 from ...ziplora_core.pair import Factors
 from ...ziplora_core.solver import in_range
-from . import fitting, loras, plan, predictor
+from . import fitting, loras, paths, plan, predictor
 from . import training as bridge
 from .frozen import cast
 from .runs import Run
@@ -146,6 +146,7 @@ def owners(layers: Collection[str], blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[s
     return found
 
 
+@paths.names_given_back()
 def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     """model: ModelPatcher, unchanged. Raises as `training.train_concept`; both LoRAs are on disk whenever it ends."""
     check(model.model, task)

@@ -67,7 +67,7 @@ def fuzz(pack, tmp_path_factory):
 
     outside = tmp_path_factory.mktemp("fuzz")
     base = outside / "a" / "comfyui"
-    for name in ("loras", "output/ziplora", "output/loras", "temp"):
+    for name in ("loras", "output/ziplora", "output/loras", "temp/user"):
         (base / name).mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         registered = dict(folder_paths.folder_names_and_paths)
@@ -77,6 +77,7 @@ def fuzz(pack, tmp_path_factory):
         patch.setattr(folder_paths, "filename_list_cache", {})
         patch.setattr(folder_paths, "output_directory", str(base / "output"))
         patch.setattr(folder_paths, "temp_directory", str(base / "temp"))
+        patch.setattr(folder_paths, "user_directory", str(base / "temp" / "user"))
         patch.setattr(torch, "load", lambda *_, **__: Guard.tell("torch.load"))
         logging.disable(logging.CRITICAL)
         files = pack.ziplora_core.files

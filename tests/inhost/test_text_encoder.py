@@ -44,3 +44,28 @@ def test_applied_to_clip_as_the_stock_loader_does(pack, miniature):
     assert not torch.allclose(encoded(theirs), bare, atol=1e-3), "the LoRAs change nothing: this tests nothing"
     torch.testing.assert_close(encoded(ours), encoded(theirs))
     torch.testing.assert_close(encoded(clip), bare)
+
+
+def test_a_layer_under_two_names_is_exported_as_the_one_that_the_host_takes(pack, miniature):
+    import comfy.lora
+
+    patcher, clip = miniature.model, miniature.clip
+    loras, Coefficients = pack.nodes.bridge.loras, pack.ziplora_core.coefficients.Coefficients
+    kohya = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    names = (kohya, "text_encoder.text_model.encoder.layers.0.mlp.fc1", "base_model.model.text_encoder.text_model")
+    known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    out, columns = clip.cond_stage_model.state_dict()[known[kohya]].shape
+    for order in (names, names[::-1]):
+        file = tiny.full_size.attention_lora(patcher.model, 2, 1, torch.float32)
+        for name in order:
+            full = name.replace("text_model", "text_model.encoder.layers.0.mlp.fc1") if "base" in name else name
+            file[f"{full}.lora_up.weight"] = torch.full((out, 1), 1.0 + names.index(name))
+            file[f"{full}.lora_down.weight"] = torch.ones(1, columns)
+        (patch,) = comfy.lora.load_lora(file, known, log_missing=False).values()
+        other = tiny.full_size.attention_lora(patcher.model, 2, 2, torch.float32)
+        sources = loras.LoRASources(loras.LoRASource("content", file, 1.0), loras.LoRASource("style", other, 1.0))
+        fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
+        zipped = loras.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
+        tensors = pack.nodes.bridge.export.export_tensors(zipped, 0, "fp32", "kohya").tensors
+        delta = tensors[f"{kohya}.lora_up.weight"] @ tensors[f"{kohya}.lora_down.weight"]
+        torch.testing.assert_close(delta, patch.weights[0] @ patch.weights[1])
