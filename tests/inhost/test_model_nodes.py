@@ -115,7 +115,13 @@ def table_patcher(dtype: torch.dtype = torch.float32):
 @pytest.fixture
 def without_chance(monkeypatch):
     """Of what nodes draw by chance, the first: the witness draws for one row where we draw for two."""
-    monkeypatch.setattr(torch, "randint", lambda *args, size, **kwargs: torch.zeros(size, dtype=torch.int64))
+    real = torch.randint
+
+    def first(*args, **kwargs):
+        own = kwargs.get("generator") is not None  # of the solver, not of a node
+        return real(*args, **kwargs) if own else torch.zeros(kwargs["size"], dtype=torch.int64)
+
+    monkeypatch.setattr(torch, "randint", first)
 
 
 class Witness:
