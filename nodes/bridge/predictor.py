@@ -6,7 +6,8 @@ import copy
 import inspect
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -14,12 +15,14 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ...ziplora_core.branch import Branch, JoinedPair
 from ...ziplora_core.files import all_finite
 from ...ziplora_core.pair import LoRAPair
 from ...ziplora_core.solver import Batch, References
+from .foreign import is_patched, leave_out, patched_pass
 from .frozen import Injection, with_gradient
 
 _HALF_PRECISION_LOSS_SCALE = 1024.0  # fp16 cannot hold gradients of a mean over 65,536 outputs
@@ -143,6 +146,7 @@ class Network:
         self._injection = injection
         self._model_options = model_options
         self._device = guider.model_patcher.load_device
+        injection.is_patched = is_patched(guider.model_patcher, model_options)
         self._sigmas = self._model.model_sampling.sigmas.to(self._device).clone()
         self.timesteps = len(self._sigmas)
         self.loss_scale = _HALF_PRECISION_LOSS_SCALE if compute_dtype(self._model) == torch.float16 else 1.0
@@ -178,6 +182,13 @@ class Network:
         self._injection.branch = branch
         prepare_state(self._model.current_patcher, sigma, self._model_options)
         conditioning["transformer_options"] = self._transformer_options(sigma, len(x))
+        self._injection.begin_pass()
+        with patched_pass(sigma) if self._injection.is_patched else nullcontext():
+            x0 = self._apply_model(x, sigma, conditioning)
+        self._injection.check_pass()
+        return x0
+
+    def _apply_model(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
         wrapper = self._model_options.get("model_function_wrapper")
         if wrapper is None:
             return self._model.apply_model(x, sigma, **conditioning)
@@ -243,6 +254,19 @@ def _rows_that_take(need: int, model, shape: torch.Size) -> int:
     return max(2, math.ceil(need / one)) if one else 2
 
 
+@contextmanager
+def _renewed(injection: Injection, patcher) -> Iterator[None]:
+    """Whatever moves weights meanwhile, such as a VAE that needs room, has the host eject and inject what others
+    inject: their order is kept, ours is on top again."""
+    patcher.add_callback_with_key(
+        CallbacksMP.ON_INJECT_MODEL, "ziplora", lambda patcher: injection.renew(patcher.model)
+    )
+    try:
+        yield
+    finally:
+        patcher.remove_callbacks_with_key(CallbacksMP.ON_INJECT_MODEL, "ziplora")
+
+
 def with_network(
     model,
     injection: Injection,
@@ -258,10 +282,16 @@ def with_network(
     and outside inference mode. Whatever happens in it (return, exception, interrupt), no injected layer is left behind.
     """
     patcher = model.clone()
-    patcher.set_injections("ziplora", [injection.as_patcher_injection()])
+    leave_out(patcher)
 
     def prepared(guider, model_options: dict) -> None:
-        with torch.inference_mode(False), torch.no_grad(), with_gradient():
+        with (
+            injection.injected(guider.inner_model),
+            _renewed(injection, patcher),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            with_gradient(),
+        ):
             work(guider, patcher, model_options)
 
     try:
@@ -271,9 +301,8 @@ def with_network(
         guider.inner_set_conds(prompts)
         guider.sample(empty, empty, _Work(prepared), sigmas, seed=0, disable_pbar=True)
     finally:
-        patcher.eject_model()
-        injection.eject(patcher)
-        patcher.remove_injections("ziplora")
+        patcher.eject_model()  # a clone that goes away must not leave others' injections behind
+        injection.uncover()
 
 
 def with_predictor(
