@@ -1,4 +1,4 @@
-"""What a user sees while the optimise node works: one bar over everything, the time that is left, and what came of it."""
+"""What a user sees while the optimise node works: one bar over everything, the time left, and what came of it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_part_is_named_and_takes_its_share_of_the_bar(drawn: Result) -> No
 
 
 def test_the_time_that_is_left_is_on_the_node_and_in_the_log(drawn: Result) -> None:
-    said = [text for text in drawn.said("optimise") if "left" in text]
+    said = [text for text in drawn.said("optimise") if ", about " in text]
     assert said and all(re.search(r"\d+%, about \d+ (s|min) left$", text) for text in said)
     log = drawn.server.log()
     assert all(f"ZipLoRA: {part}; " in log for part in PARTS)
