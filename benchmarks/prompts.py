@@ -117,6 +117,8 @@ def table(records: Sequence[Record]) -> str:
             mine = [r["left"] for r in half if r["case"] == case and r["references"] == kind]
             cells.append(f"{sum(x < FIRES for x in mine)} of {len(mine)}")
         every = [r["left"] for r in records if r["case"] == case and r["references"] == kind]
+        if not every:
+            continue
         spread = f"{statistics.mean(every):.2f} ({min(every):.2f} to {max(every):.2f})"
         lines.append(f"| {case} | {kind} | {cells[0]} | {cells[1]} | {spread} |")
     for name, half in (("first half", chosen), ("other half", tried)):
