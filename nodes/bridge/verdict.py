@@ -12,7 +12,7 @@ from torch import Tensor
 from ...ziplora_core.prompts import PromptEffect
 from .report import Outcome
 
-_WIDTH, _LINE, _MARGIN, _GAP = 768, 24, 12, 6
+_WIDTH, _LINE, _MARGIN, _GAP = 512, 28, 10, 6
 _GROUND, _TEXT, _COLOURS = "#1b1b1f", "white", {"content": "#56b4e9", "style": "#e69f00"}
 
 
@@ -80,6 +80,6 @@ def _row(concept: str, pictures: Tensor) -> Image.Image:
 def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     """Pillow's own, in a size that can be read on a node; small where this Pillow has one size only."""
     try:
-        return ImageFont.load_default(17)
+        return ImageFont.load_default(20)
     except (TypeError, ImportError):
         return ImageFont.load_default()
