@@ -35,7 +35,7 @@ loras, fitting, predictor, bridge_apply = (
     getattr(PACK.nodes.bridge, n) for n in ("loras", "fitting", "predictor", "apply")
 )
 core = PACK.ziplora_core
-for _name in ("direct", "zipper"):
+for _name in ("direct", "prompts", "zipper"):
     importlib.import_module(f"{core.__name__}.{_name}")
 comfy.utils.set_progress_bar_enabled(False)
 SIDE = world.SIZE // 8

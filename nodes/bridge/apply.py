@@ -13,7 +13,8 @@ from torch import Tensor
 from ...ziplora_core.merge import merged_factors
 from ...ziplora_core.pair import LayerPair
 from ...ziplora_core.solver import in_range
-from . import fitting
+from . import fitting, text_encoders
+from .bar import tell
 from .loras import LoRASource, ZippedLoRA
 from .shapes import fits
 
@@ -87,6 +88,10 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     sources = zipped.sources.by_concept()
     for concept in sources:
         _patch(model, zipped.fitted.riders[concept], strength * zipped.strength(concept), names)
+    missing = text_encoders.left_out(zipped) if clip is None else None
+    if missing is not None:
+        logging.warning("ZipLoRA: %s.", missing)
+        tell(missing)
     if clip is not None:
         clip = clip.clone()
         for concept, source in sources.items():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import folder_paths
+import torch
 from torch import Tensor
 
 from ...ziplora_core.coefficients import Coefficients
@@ -97,15 +98,32 @@ def check(name: str) -> str | None:
 
 
 def load_pair(content: str, style: str, content_strength: float, style_strength: float) -> LoRASources:
-    """Read both files. Raises LoRAFileError, ValueError for a strength; warns where both are the same file."""
-    warnings = []
+    """Read both files. Raises LoRAFileError, also where both hold the same, and ValueError for a strength."""
     _check_strengths(content_strength, style_strength)
-    if lora_path(content) == lora_path(style):
-        warnings.append(
-            f"'{shown(content, 255)}' is both the content and the style LoRA: there is nothing to zip apart"
-        )
-        logging.warning("ZipLoRA: %s.", warnings[0])
-    return LoRASources(load(content, content_strength), load(style, style_strength), tuple(warnings))
+    refuse_one_file(content, style)
+    sources = LoRASources(load(content, content_strength), load(style, style_strength))
+    one, other = sources.content.tensors, sources.style.tensors
+    if one.keys() == other.keys() and all(_same(tensor, other[key]) for key, tensor in one.items()):
+        raise _same_file(content, style)
+    return sources
+
+
+def refuse_one_file(content: str, style: str) -> None:
+    """Raises LoRAFileError where both names lead to one file, or one to none. Reads nothing."""
+    if os.path.samefile(lora_path(content), lora_path(style)):
+        raise _same_file(content, style)
+
+
+def _same_file(content: str, style: str) -> LoRAFileError:
+    which = f"'{content}' is" if content == style else f"'{content}' and '{style}' hold the same LoRA, which would be"
+    return LoRAFileError(
+        f"{which} both the content and the style LoRA, so there is nothing to zip; choose the subject's file in "
+        "content_lora and the style's in style_lora"
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def pair(content: dict, style: dict, content_strength: float, style_strength: float) -> LoRASources:

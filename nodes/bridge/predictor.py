@@ -21,9 +21,10 @@ from torch import Tensor
 from ...ziplora_core.branch import Branch, JoinedPair
 from ...ziplora_core.files import all_finite
 from ...ziplora_core.pair import LoRAPair
-from ...ziplora_core.solver import Batch, References
+from ...ziplora_core.solver import EMPTY, OTHER, Batch, References
 from .foreign import is_patched, leave_out, patched_pass
 from .frozen import Injection, with_gradient
+from .prompts import zeros
 
 _HALF_PRECISION_LOSS_SCALE = 1024.0  # fp16 cannot hold gradients of a mean over 65,536 outputs
 _UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks")
@@ -215,25 +216,37 @@ class HostPredictor(Network):
 
     def __init__(self, guider, model_options: dict, injection: Injection, references: References):
         super().__init__(guider, model_options, injection)
-        self._conds = {
-            "content": self.encode("content", references.content),
-            "style": self.encode("style", references.style),
-        }
-        one_row = [self._rows(concept, 1) for concept in ("content", "style")]
+        self._references = {"content": references.content, "style": references.style}
+        self._conds = {(c, c): self.encode(c, latents) for c, latents in self._references.items()}
+        one_row = [self._rows(concept, concept, 1) for concept in ("content", "style")]
         self.joins = comfy.samplers.cond_equal_size(*one_row)
 
-    def _rows(self, concept: str, rows: int) -> dict[str, Any]:
-        return {k: v.process_cond(batch_size=rows, area=None) for k, v in self._conds[concept].items()}
+    def _rows(self, concept: str, prompt: str, rows: int) -> dict[str, Any]:
+        """One of the guider's prompts for rows of a concept's references."""
+        if (concept, prompt) not in self._conds:
+            self._conds[concept, prompt] = self.encode(prompt, self._references[concept])
+        return {k: v.process_cond(batch_size=rows, area=None) for k, v in self._conds[concept, prompt].items()}
 
-    def _conditioning(self, is_style: Tensor) -> dict[str, Any]:
+    def _conditioning(self, batch: Batch) -> dict[str, Any]:
         """Conditioning of a batch whose content rows come before its style rows, joined as the host joins."""
-        style_rows = int(is_style.sum())
-        counts = {"content": len(is_style) - style_rows, "style": style_rows}
-        return comfy.samplers.cond_cat([self._rows(c, n) for c, n in counts.items() if n])
+        style_rows = int(batch.is_style.sum())
+        counts = {"content": len(batch.is_style) - style_rows, "style": style_rows}
+        names = {c: c for c in counts}
+        if batch.prompt == OTHER:
+            names = {"content": "style", "style": "content"}
+        elif batch.prompt == EMPTY:
+            names = {c: f"{c} {EMPTY}" for c in counts}
+        return comfy.samplers.cond_cat([self._rows(c, names[c], n) for c, n in counts.items() if n])
 
     def __call__(self, batch: Batch, branch: Branch) -> Tensor:
         x, sigma = self.noised(batch.latents, batch.noise, batch.timesteps)
-        (raw,) = self.raw(x, sigma, self.denoised(x, sigma, self._conditioning(batch.is_style), branch))
+        (raw,) = self.raw(x, sigma, self.denoised(x, sigma, self._conditioning(batch), branch))
+        return raw
+
+    def target(self, batch: Batch) -> Tensor:
+        """The raw prediction with which the model would find the clean latents."""
+        x, sigma = self.noised(batch.latents, batch.noise, batch.timesteps)
+        (raw,) = self.raw(x, sigma, batch.latents.to(x))
         return raw
 
 
@@ -334,4 +347,5 @@ def with_predictor(
         work(predict, joined, references)
 
     prompts = {concept: conditioning[concept] for concept in ("content", "style")}
+    prompts |= {f"{concept} {EMPTY}": zeros(prompt) for concept, prompt in prompts.items()}
     with_network(model, injection, prompts, latents["content"].shape[1:], need, prepared)

@@ -69,3 +69,43 @@ def test_a_layer_under_two_names_is_exported_as_the_one_that_the_host_takes(pack
         tensors = pack.nodes.bridge.export.export_tensors(zipped, 0, "fp32", "kohya").tensors
         delta = tensors[f"{kohya}.lora_up.weight"] @ tensors[f"{kohya}.lora_down.weight"]
         torch.testing.assert_close(delta, patch.weights[0] @ patch.weights[1])
+
+
+def test_report_and_apply_say_where_a_text_encoder_part_is_left_out(pack, miniature, caplog):
+    """Only of the file that has one; not where clip is connected, nor where its LoRA is dialled to nothing."""
+    import comfy.lora
+
+    patcher, clip, bridge = miniature.model, miniature.clip, pack.nodes.bridge
+    loras, core = bridge.loras, pack.ziplora_core
+    rich = with_text_encoder(patcher, clip, 1)
+    plain = {k: v for k, v in with_text_encoder(patcher, clip, 2).items() if not k.startswith("lora_te")}
+    sources = loras.LoRASources(
+        loras.LoRASource("rich.safetensors", rich, 1.0), loras.LoRASource("p.safetensors", plain, 1.0)
+    )
+    fitted = bridge.fitting.fit(sources, patcher.model)
+    ones = core.coefficients.Coefficients.ones(fitted.pair)
+    known = comfy.lora.load_lora(rich, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}), log_missing=False)
+    assert len(known) == bridge.text_encoders.parts(sources.content) > 0 == bridge.text_encoders.parts(sources.style)
+
+    outcome = bridge.report.Outcome(sources, fitted, core.solver.Settings(), ones, core.solver.Result(ones))
+    report = bridge.report.write(outcome)
+    assert f"'rich.safetensors' also changes the text encoder ({len(known)} layers)" in report
+    assert "a prompt does not tell which text encoder made it" in report and "'p.safetensors' also" not in report
+
+    def warned(connected, **dials) -> bool:
+        caplog.clear()
+        bridge.apply.apply(patcher, connected, loras.ZippedLoRA(sources, fitted, ones, **dials), 1.0)
+        return "clip is not connected: the text-encoder part of 'rich.safetensors' is left out" in caplog.text
+
+    assert warned(None) and not warned(clip) and not warned(None, content_strength=0.0)
+
+
+def test_nothing_is_said_of_files_without_one(pack, miniature, caplog):
+    bridge, core, patcher = pack.nodes.bridge, pack.ziplora_core, miniature.model
+    sources = tiny.sources(pack, patcher.model)
+    fitted = bridge.fitting.fit(sources, patcher.model)
+    ones = core.coefficients.Coefficients.ones(fitted.pair)
+    outcome = bridge.report.Outcome(sources, fitted, core.solver.Settings(), ones, core.solver.Result(ones))
+    assert "text encoder" not in bridge.report.write(outcome)
+    bridge.apply.apply(patcher, None, bridge.loras.ZippedLoRA(sources, fitted, ones), 1.0)
+    assert "clip is not connected" not in caplog.text
