@@ -21,3 +21,11 @@ class Mutant:
     new: str
     tests: tuple[str, ...]
     harmless: str = ""
+
+
+def faults(file: str, tests: tuple[str, ...], *rows: tuple[str, ...]) -> list[Mutant]:
+    """Mutants of one file. rows: (name, old, new), or with the reason why it is harmless as a fourth."""
+    return [
+        Mutant(f"{file.split('/')[-1].removesuffix('.py')}: {row[0]}", file, row[1], row[2], tests, *row[3:])
+        for row in rows
+    ]

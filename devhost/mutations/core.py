@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from . import Mutant
-
-MERGE = ("tests/core/test_merge.py",)
+from . import Mutant, core_algebra, core_files, core_solvers, core_training
 
 MUTANTS: list[Mutant] = [
-    Mutant(
-        "merge: up without its scale",
-        "ziplora_core/merge.py",
-        "up[:, part].mul_(factors.scale)",
-        "up[:, part].mul_(1.0)",
-        MERGE,
-    ),
+    *core_algebra.MUTANTS,
+    *core_solvers.MUTANTS,
+    *core_training.MUTANTS,
+    *core_files.MUTANTS,
 ]
