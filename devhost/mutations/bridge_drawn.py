@@ -17,7 +17,6 @@ MUTANTS = [
             "(1.0, 1.0) if concept",
         ),
         ("references are drawn without guidance", "guidance = 1.0 if distilled else GUIDANCE", "guidance = 1.0"),
-        ("a distilled model is guided twice", "guidance = 1.0 if distilled else GUIDANCE", "guidance = GUIDANCE"),
         ("both concepts start from one noise", '{"content": 0, "style": 1}', '{"content": 0, "style": 0}'),
         ("references that are NaN are used", "if bool(torch.isfinite(samples).all()) else None", ""),
         (

@@ -42,7 +42,6 @@ MUTANTS = [
             "if len(prefix.encode()) > _LONGEST:",
             "if len(prefix) > _LONGEST:",
         ),
-        ("names may hold control characters", "if _NO_NAME.search(prefix):", "if False:"),
     ),
     *faults(
         "nodes/bridge/provenance.py",

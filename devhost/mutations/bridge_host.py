@@ -5,6 +5,10 @@ from __future__ import annotations
 from . import faults
 
 HOST = ("tests/inhost/test_contracts_host.py",)
+HOST_FAMILIES = (
+    "tests/inhost/test_contracts_host.py",
+    "tests/inhost/test_families.py::test_gradient_is_that_of_autograd_over_copied_weights",
+)
 PLAN = ("tests/inhost/test_contracts_plan.py",)
 DRAWN = ("tests/inhost/test_contracts_drawn.py",)
 
@@ -30,8 +34,12 @@ MUTANTS = [
             ),
             ("class _Convolution(_Layer):\n    def backward(self, grad: Tensor, shape: torch.Size) -> Tensor:\n"),
         ),
-        ("what a block adds to is not copied for its norm", "if changes_inputs:", "if False:"),
         ("layers that cannot be injected go unnoticed", "if missing:", "if False:"),
+    ),
+    *faults(
+        "nodes/bridge/frozen.py",
+        HOST_FAMILIES,
+        ("what a block adds to is not copied for its norm", "if changes_inputs:", "if False:"),
     ),
     *faults(
         "nodes/bridge/frozen.py",
@@ -82,12 +90,6 @@ MUTANTS = [
             'self.encode("style", references.content)',
         ),
         (
-            "rows are said to be of the negative prompt",
-            '"cond_or_uncond"] = [0] * rows',
-            '"cond_or_uncond"] = [1] * rows',
-        ),
-        ("infinite ranges of a prompt are taken", "and all(map(math.isfinite, ranges))", ""),
-        (
             "latents of a nested kind or of no space are taken",
             "latents.is_nested or not 4 <= latents.ndim <= most or ",
             "",
@@ -117,7 +119,6 @@ MUTANTS = [
             "outcome.result, outcome.retention = kept, []",
             "outcome.retention = []",
         ),
-        ("a prompt of another model is not named", "raise found from error", "raise error"),
     ),
     *faults(
         "nodes/bridge/optimise.py",

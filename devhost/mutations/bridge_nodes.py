@@ -17,15 +17,6 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/load.py",
-        NODES,
-        (
-            "Load LoRA Pair swaps the files",
-            "loras.load_pair(content_lora, style_lora, ",
-            "loras.load_pair(style_lora, content_lora, ",
-        ),
-    ),
-    *faults(
         "nodes/optimize.py",
         NODES,
         ("the ridge is ignored", "rule, solver, ridge)", "rule, solver)"),
@@ -36,11 +27,6 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/report.py",
-        NODES,
-        ("the two layouts swapped", "layout == _APART", "layout != _APART"),
-    ),
-    *faults(
         "nodes/scores.py",
         NODES,
         (
@@ -48,11 +34,6 @@ MUTANTS = [
             "style_references, clip_vision, dino, clip, prompt))",
             "style_references, dino, clip_vision, clip, prompt))",
         ),
-    ),
-    *faults(
-        "nodes/sheet.py",
-        NODES,
-        ("the seed of the sides is ignored", "random.Random(seed)", "random.Random(0)"),
     ),
     *faults(
         "nodes/style.py",
@@ -66,7 +47,6 @@ MUTANTS = [
     *faults(
         "nodes/train.py",
         NODES,
-        ("the weight of the class pictures is ignored", "batch_size, seed, prior_weight),", "batch_size, seed),"),
         (
             "samples and saves swapped",
             ("        sample_every,\n        save_every,\n"),
@@ -87,11 +67,6 @@ MUTANTS = [
             '"content": style_prompt, "style": content_prompt}',
         ),
         ("percent are taken for parts", "share=column_share / 100", "share=column_share / 1000"),
-        (
-            "two separations swapped",
-            ("                prompt_separation,\n                column_separation,\n"),
-            ("                column_separation,\n                prompt_separation,\n"),
-        ),
     ),
     *faults(
         "nodes/figures.py",

@@ -5,6 +5,10 @@ from __future__ import annotations
 from . import faults
 
 PAIRS = ("tests/inhost/test_contracts_pairs.py",)
+PAIRS_DENSE_FORMATS = (
+    "tests/inhost/test_contracts_pairs.py",
+    "tests/inhost/test_dense_formats.py::test_base_weights_are_read_without_what_the_host_has_patched_in",
+)
 FILES = ("tests/inhost/test_contracts_files.py",)
 
 MUTANTS = [
@@ -49,11 +53,6 @@ MUTANTS = [
         ),
         ("dense updates may be NaN", "if not all_finite(delta):", "if False:"),
         (
-            "dense updates are made from a weight that is patched",
-            "backups[0][key].weight if backups else",
-            "comfy.utils.get_attr(model, key) if backups else",
-        ),
-        (
             "of two updates of one weight one is kept",
             "found if key not in self.factors else _side_by_side(self.factors[key], found)",
             "found",
@@ -64,6 +63,15 @@ MUTANTS = [
             "whole.narrow(axis, 0, length)",
         ),
         ("what the model lacks is not told", "unused += fitting.absent", "unused += []"),
+    ),
+    *faults(
+        "nodes/bridge/fitting.py",
+        PAIRS_DENSE_FORMATS,
+        (
+            "dense updates are made from a weight that is patched",
+            "backups[0][key].weight if backups else",
+            "comfy.utils.get_attr(model, key) if backups else",
+        ),
     ),
     *faults(
         "nodes/bridge/keys.py",
@@ -104,13 +112,11 @@ MUTANTS = [
             '("content", content, content_strength), ("style", style, style_strength)',
             '("content", content, style_strength), ("style", style, content_strength)',
         ),
-        ("a style strength of any size is taken", 'in_range("style_strength", style, -100, 100)', "pass"),
         ("LoRAs of other nodes are taken unchecked", "check_tensors(name, tensors)", "pass"),
     ),
     *faults(
         "nodes/bridge/shapes.py",
         PAIRS,
         ("a product of matrices that do not meet fits", "if rank and rank == right.shape[0] else 0", "if rank else 0"),
-        ("a DoRA scale of any size fits", "(scale is not None and scale.numel() not in shape[:2])", "False"),
     ),
 ]

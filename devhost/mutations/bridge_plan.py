@@ -30,20 +30,13 @@ MUTANTS = [
             "sum(self.inside[recomputed:]) + again",
             "sum(self.inside[recomputed:])",
         ),
-        ("both references cost as one", "passes = 2 if together else 1", "passes = 1"),
         ("the whole room is spent", "spend = int(_USED * room)", "spend = room"),
         (
             "the smaller reference is planned for",
             "max(latents.values(), key=lambda samples",
             "min(latents.values(), key=lambda samples",
         ),
-        ("the smaller reference is rehearsed", "max(latents, key=lambda c", "min(latents, key=lambda c"),
         ("the weights' own room is not kept free", "free - model.model_size() - ", "free - "),
-        (
-            "other models count as in the way",
-            "free += sum(e.model_loaded_memory()",
-            "free += 0 * sum(e.model_loaded_memory()",
-        ),
         ("the host's reserve is spent", " - management.extra_reserved_memory()", ""),
         ("numbers that are trained are left out", "fixed = _TRAINED * numbers", "fixed = 0"),
         (

@@ -37,16 +37,10 @@ MUTANTS = [
             "settings.batch_size",
         ),
         (
-            "the picture of a sample is not of the VAE's space",
-            "model.model.process_latent_out(latents.cpu())",
-            "latents.cpu()",
-        ),
-        (
             "the last tenth of the losses is the first",
             "(history[:tenth], history[-tenth:])",
             "(history[:tenth], history[:tenth])",
         ),
-        ("an alpha channel is encoded", "frame[..., :3].movedim(-1, 1)", "frame.movedim(-1, 1)"),
     ),
     *faults(
         "nodes/bridge/unzip.py",
@@ -64,11 +58,6 @@ MUTANTS = [
             "halves, min(bridge.steps_before",
             "halves, max(bridge.steps_before",
         ),
-    ),
-    *faults(
-        "nodes/bridge/progress.py",
-        TRAINING,
-        ("the running mean starts too low", "/ min(i, over)", "/ over"),
     ),
     *faults(
         "nodes/bridge/scores.py",

@@ -84,6 +84,26 @@ def test_one_pair_on_two_models_is_each_models_own(pack, patcher):
         assert largest_difference(ours, theirs) < 1e-4
 
 
+def test_whole_strength_dials_and_coefficients_act_each_on_its_own(pack, patcher):
+    """Coefficients that are the same for all columns are a strength: with two loaders, and bias differences too."""
+    files = [
+        attention(patcher, rank, rank) | {"lora_unet_out_2.diff_b": torch.full((4,), float(rank))} for rank in (2, 3)
+    ]
+    sources = as_sources(pack, *files)
+    sources = replace(sources, content=replace(sources.content, strength=0.6))
+    zipped = zip_pair(pack, patcher, sources)
+    zipped = replace(
+        zipped,
+        coefficients=zipped.coefficients.scaled(content=0.5, style=2.0),
+        content_strength=0.5,
+        style_strength=2.0,
+    )
+    ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 0.8)[0])
+    theirs = weights(stock(stock(patcher, files[0], 0.8 * 0.6 * 0.5), files[1], 0.8 * 2.0))
+    assert largest_difference(theirs, weights(patcher)) > 0.01
+    assert largest_difference(ours, theirs) < 1e-4
+
+
 def test_dials_belong_to_their_concept(pack, patcher):
     sources = tiny.sources(pack, patcher.model, strengths=(0.5, 2.0))
     zipped = replace(zip_pair(pack, patcher, sources), content_strength=0.25, style_strength=1.5)
