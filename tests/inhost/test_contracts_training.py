@@ -185,15 +185,14 @@ def test_a_steady_loss_is_shown_as_it_is(pack):
 
 
 def taken_apart(pack, monkeypatch, patcher, asked, clip=WORDS):  # noqa: F811
-    """(the UnZip that is trained, denoiser, pictures) as the run hands them to the core."""
+    """(the UnZip that is trained, contexts of each set of examples, what the run gives)."""
     core, found = pack.ziplora_core.training, []
     real = core.train
 
     def watch(trained, denoiser, given, *rest, **named):
         found.append((trained, denoiser, given))
-        passes = core.step_rows(given, denoiser, asked.settings, 0)
-        contexts = {p: denoiser._guider.conds[str(p)][0]["cross_attn"] for rows in passes for p in rows.prompts}
-        found.append([contexts[p] for rows in passes for p in rows.prompts])
+        conds = denoiser._guider.conds
+        found.append([[conds[str(e.prompt)][0]["cross_attn"].cpu() for e in examples] for examples in given.sets])
         return real(trained, denoiser, given, *rest, **named)
 
     monkeypatch.setattr(core, "train", watch)
@@ -207,24 +206,22 @@ def said(clip, text):
 
 
 def test_each_lora_sees_its_own_prompt_and_the_empty_one_is_seldom(pack, monkeypatch, patcher):  # noqa: F811
-    asked = unzip_task(pack, steps=1, batch_size=20)
-    trained, contexts, _ = taken_apart(pack, monkeypatch, patcher, asked)
+    trained, sets, _ = taken_apart(pack, monkeypatch, patcher, unzip_task(pack, steps=1))
     for concept in ("content", "style"):
         own = trained._apart.contexts[concept].cpu()
         assert torch.equal(own.reshape(-1, own.shape[-1]), said(WORDS, PROMPTS[concept])[0])
-    empty = sum(torch.equal(c.cpu(), said(WORDS, "")) for c in contexts)
-    full = sum(torch.equal(c.cpu(), said(WORDS, PROMPTS["full"])) for c in contexts)
-    assert empty + full == 20 and 0 < empty < 10
+    for contexts in sets:
+        empty, full = (sum(torch.equal(c, said(WORDS, t)) for c in contexts) for t in ("", PROMPTS["full"]))
+        assert empty + full == len(contexts) and 0 < empty < full
+    assert len(sets) == 2
 
 
 def test_prompts_of_different_lengths_are_repeated_to_one(pack, monkeypatch, patcher):  # noqa: F811
-    prompts = {"full": "a sks dog in szn style", "content": "a sks dog", "style": "szn style"}
-    for name in prompts:
-        changed = {n: f"{text} long" if n in (name, "full") else text for n, text in prompts.items()}
-        if name == "full":
-            continue
-        trained, contexts, done = taken_apart(pack, monkeypatch, patcher, unzip_task(pack, changed, steps=1), Lengths())
-        assert {c.shape[-2] for c in [*trained._apart.contexts.values(), *contexts]} == {154}
+    for name in ("content", "style"):
+        changed = {n: f"{text} long" if n in (name, "full") else text for n, text in PROMPTS.items()}
+        asked = unzip_task(pack, changed, steps=1)
+        trained, sets, done = taken_apart(pack, monkeypatch, patcher, asked, Lengths())
+        assert {c.shape[-2] for contexts in (trained._apart.contexts.values(), *sets) for c in contexts} == {154}
         other = "style" if name == "content" else "content"
         own, once = trained._apart.contexts[other].cpu(), said(Lengths(), changed[other])
         assert torch.equal(own.reshape(-1, own.shape[-1]), once.repeat(1, 2, 1)[0])
