@@ -46,8 +46,8 @@ MUTANTS = [
         PLAN,
         (
             "the last blocks are run again instead of the first",
-            "set(blocks(patcher.model)[: self.recomputed])",
-            "set(blocks(patcher.model)[self.recomputed :])",
+            "set(all_blocks[: self.recomputed])",
+            "set(all_blocks[self.recomputed :])",
         ),
     ),
     *faults(
@@ -86,8 +86,8 @@ MUTANTS = [
         ),
         (
             "the style prompt is told the content picture's size",
-            'self.encode("style", references.style)',
-            'self.encode("style", references.content)',
+            "self.encode(prompt, self._references[concept])",
+            'self.encode(prompt, self._references["content"])',
         ),
         (
             "latents of a nested kind or of no space are taken",
