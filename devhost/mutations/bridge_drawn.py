@@ -20,14 +20,18 @@ MUTANTS = [
         ("both concepts start from one noise", '{"content": 0, "style": 1}', '{"content": 0, "style": 0}'),
         ("references that are NaN are used", "if bool(torch.isfinite(samples).all()) else None", ""),
         (
-            "the emptied prompt keeps its pooled output",
-            '"pooled_output": torch.zeros_like(pooled)',
-            '"pooled_output": pooled',
-        ),
-        (
             "thumbnails are not of the model's own space",
             "ready = form.process_in(latents.float())",
             "ready = latents.float()",
+        ),
+    ),
+    *faults(
+        "nodes/bridge/prompts.py",
+        DRAWN,
+        (
+            "the emptied prompt keeps its pooled output",
+            '"pooled_output": torch.zeros_like(pooled)',
+            '"pooled_output": pooled',
         ),
     ),
     *faults(
@@ -35,8 +39,8 @@ MUTANTS = [
         DRAWN,
         (
             "the share is of what zipping left",
-            "after[concept] / before[concept] if before[concept]",
-            "before[concept] / after[concept] if before[concept]",
+            "after[concept] / before[concept]:.0%",
+            "before[concept] / after[concept]:.0%",
         ),
         ("the overlap in the loss map lacks its weight", "weight * losses.overlap for", "losses.overlap for"),
         ("no help is reported as help", "if sum(after.values()) >= sum(before.values()):", "if False:"),

@@ -86,8 +86,8 @@ MUTANTS = [
         ),
         (
             "the style prompt is told the content picture's size",
-            "self.encode(prompt, self._references[concept])",
-            'self.encode(prompt, self._references["content"])',
+            "self.encode(c, latents) for c, latents in",
+            "self.encode(c, references.content) for c, latents in",
         ),
         (
             "latents of a nested kind or of no space are taken",
@@ -125,8 +125,8 @@ MUTANTS = [
         DRAWN,
         (
             "all references are drawn from the content prompt",
-            "drawing.draw(model, sources, fitted, concept, conditioning[concept]",
-            'drawing.draw(model, sources, fitted, concept, conditioning["content"]',
+            "model, sources, fitted, concept, conditioning[concept], asked",
+            'model, sources, fitted, concept, conditioning["content"], asked',
         ),
     ),
 ]
