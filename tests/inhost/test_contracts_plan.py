@@ -92,10 +92,17 @@ def test_a_tenth_of_the_room_stays_free(pack, patcher, monkeypatch):
     assert (enough.together, enough.recomputed) == (True, 0) and tight.need < need
 
 
-def test_the_larger_reference_counts_whichever_it_is(pack, patcher, workspace):
-    pair = pair_of(pack, patcher)
-    first, second, both = (planned(pack, patcher, sides=s, pair=pair) for s in ((8, 24), (24, 8), (24, 24)))
-    assert first.need == second.need == both.need > planned(pack, patcher, sides=(8, 8), pair=pair).need
+def test_the_larger_reference_counts_whichever_it_is(pack, patcher, monkeypatch, workspace):
+    pair, latents = pair_of(pack, patcher), {side: torch.randn(1, 4, side, side) for side in (8, 24)}
+    with torch.inference_mode():
+        kept = [
+            pack.nodes.bridge.plan.rehearse(patcher, pair, tiny.prompts(), {"content": latents[a], "style": latents[b]})
+            for a, b in ((24, 8), (24, 24))
+        ]
+    assert kept[0] == kept[1]
+    rehearsed_as(pack, monkeypatch)
+    needs = [planned(pack, patcher, sides=sides, pair=pair).need for sides in ((8, 24), (24, 8), (24, 24), (8, 8))]
+    assert needs[0] == needs[1] == needs[2] > needs[3]
 
 
 def test_one_reference_at_a_time_is_carried_out(pack, patcher):
