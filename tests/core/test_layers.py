@@ -180,6 +180,17 @@ def test_np_lora_as_the_menu_names_it():
     assert all(bool((m == 1).all()) for m in (*ones.content.values(), *ones.style.values()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_directions_that_only_rounding_makes_belong_to_no_style(dtype):
+    """The same update by more factors than it has rank: as many directions, and the same."""
+    style = toy_pair().layers["first"].style
+    mixed = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    longer = Factors((style.up @ mixed).to(dtype), (torch.linalg.pinv(mixed) @ style.down).to(dtype), style.scale)
+    few, many = direct.row_space(style), direct.row_space(longer)
+    assert many.shape == few.shape == (5, 3)
+    torch.testing.assert_close(many @ many.T, few @ few.T, rtol=1e-5, atol=1e-5)
+
+
 def test_files_of_a_convolution_and_a_linear_layer():
     """As loaders multiply them: (alpha / rank) · up · down, up as wide as down has axes."""
     layers = {
