@@ -171,26 +171,35 @@ def test_a_gradient_that_never_is_finite_ends_it():
         optimise(joined, predictor, toy_references(), Settings(steps=15, objective=PAPER))
 
 
+def even(value):
+    return lambda columns: torch.full((columns,), value)
+
+
+def in_turn(first, second):
+    return lambda columns: torch.tensor([first, second]).repeat(columns)[:columns]
+
+
+def symmetric(columns):
+    return torch.linspace(-1, 1, columns)
+
+
 @pytest.mark.parametrize(
     ("content", "style", "closed"),
     [
-        ([0.9], [0.9], False),
-        ([0.07], [0.07], False),
-        ([0.007], [0.007], True),
-        ([0.7, -0.7], [0.7, 0.7], False),  # signs cancel
-        ([1.0, 0.0], [0.0, 1.0], True),
+        (even(0.9), even(0.9), False),
+        (even(0.07), even(0.07), False),
+        (even(0.007), even(0.007), True),
+        (symmetric, even(0.7), False),  # signs cancel in each layer
+        (in_turn(1.0, 0.0), in_turn(0.0, 1.0), True),
     ],
+    ids=["open", "nearly closed", "closed", "signs cancel", "closed in turn"],
 )
 def test_ends_early_where_the_zip_is_closed_and_nowhere_else(content, style, closed):
     joined = JoinedPair(toy_pair(), dtype=torch.float64)
-    pattern = {"content": content, "style": style}
-
-    def alternating(concept, side):
-        values = torch.tensor(pattern[concept])
-        return {n: values[torch.arange(len(m)) % len(values)] for n, m in side.items()}
-
     ones = Coefficients.ones(joined.pair)
-    start = Coefficients(alternating("content", ones.content), alternating("style", ones.style))
+    start = Coefficients(
+        {n: content(len(m)) for n, m in ones.content.items()}, {n: style(len(m)) for n, m in ones.style.items()}
+    )
     settings = Settings(steps=3, learning_rate=1e-8)
     result = optimise(joined, ToyPredictor(), toy_references(), settings, start=start)
     assert len(result.history) == (1 if closed else 3)
