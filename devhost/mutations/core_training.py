@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import faults
 
 TRAINING = ("tests/core/test_training.py", "tests/core/test_unzip.py")
-UNZIP = ("tests/core/test_unzip.py", "tests/core/test_training.py")
+UNZIP = ("tests/core/test_unzip.py", "tests/core/test_unzip_columns.py")
 
 MUTANTS = [
     *faults(
