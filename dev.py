@@ -95,7 +95,7 @@ def lint(rest: list[str]) -> int:
 
 
 def mutants(rest: list[str]) -> int:
-    return run_mutants(set_up(), rest)
+    return run_mutants(rest)
 
 
 def train(rest: list[str]) -> int:

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .install import DEV, ROOT, THREADS, Host
+from .install import DEV, ROOT, THREADS, Host, set_up
 from .mutations import Mutant, bridge, core
 
 LISTS = {"core": core.MUTANTS, "bridge": bridge.MUTANTS}
@@ -61,7 +61,7 @@ class Row:
         return sum(self.counts.get(kind, 0) for kind in kinds)
 
 
-def run_mutants(host: Host, arguments: list[str]) -> int:
+def run_mutants(arguments: list[str]) -> int:
     """The command: 0 where every fault fits and enough are caught."""
     parser = argparse.ArgumentParser(
         "dev.py mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,7 +89,7 @@ def run_mutants(host: Host, arguments: list[str]) -> int:
             print(f"{mutant.file}: {mutant.name}" + (f" (harmless: {mutant.harmless})" if mutant.harmless else ""))
     else:
         try:
-            outcomes += run_all(host, wanted, max(1, given.jobs))
+            outcomes += run_all(set_up(), wanted, max(1, given.jobs))
         except TestsFail as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

@@ -121,7 +121,7 @@ class UnZip:
         self.masks: dict[str, dict[str, Tensor]] = {}
         self._every_column = not apart.columns
         for number, (concept, own) in enumerate(own_layers(shapes, apart.owners).items()):
-            seed = settings.seed + number * 2**32
+            seed = settings.seed + number * 2**31  # of a seed, torch's generator looks at the low 32 bits alone
             self.loras[concept] = training.TrainedLoRA(own, settings.rank, seed, device)
             self.mergers[concept] = {n: torch.ones(s[1], device=device, requires_grad=True) for n, s in own.items()}
             whole = {n: not apart.columns or n in apart.owners for n in own}

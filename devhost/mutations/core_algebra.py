@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from . import faults
 
-ANALYSIS = ("tests/core/test_analysis.py",)
-BRANCH = ("tests/core/test_frozen.py", "tests/core/test_objective.py", "tests/core/test_solver.py")
-COEFFICIENTS = ("tests/core/test_analysis.py", "tests/core/test_merge.py", "tests/core/test_solver.py")
-MERGE = ("tests/core/test_merge.py",)
-DIRECT = ("tests/core/test_direct.py",)
-EXPORT = ("tests/core/test_export.py",)
-OBJECTIVE = ("tests/core/test_objective.py", "tests/core/test_solver.py")
-SCORES = ("tests/core/test_analysis.py",)
-SPARSE = ("tests/core/test_sparse.py",)
+ANALYSIS = ("tests/core/test_analysis.py", "tests/core/test_layers.py")
+BRANCH = (
+    "tests/core/test_layers.py",
+    "tests/core/test_frozen.py",
+    "tests/core/test_objective.py",
+    "tests/core/test_solver.py",
+)
+COEFFICIENTS = ("tests/core/test_analysis.py", "tests/core/test_merge.py", "tests/core/test_formulas.py")
+MERGE = ("tests/core/test_merge.py", "tests/core/test_formulas.py")
+DIRECT = ("tests/core/test_direct.py", "tests/core/test_layers.py")
+EXPORT = ("tests/core/test_export.py", "tests/core/test_layers.py")
+OBJECTIVE = ("tests/core/test_formulas.py", "tests/core/test_objective.py", "tests/core/test_solver.py")
+SCORES = ("tests/core/test_formulas.py",)
+SPARSE = ("tests/core/test_sparse.py", "tests/core/test_layers.py")
 
 MUTANTS = [
     *faults(
@@ -133,7 +138,7 @@ MUTANTS = [
     *faults(
         "ziplora_core/direct.py",
         DIRECT,
-        ("NP-LoRA's default strength", "mu: float = 0.5", "mu: float = 1.0"),
+        ("NP-LoRA's default strength", " = 0.5", " = 1.0"),
         ("strength is the share", "mu / (1 + mu)", "mu"),
         ("rank cut too coarse", "values.max() * 1e-7", "values.max() * 1e-2"),
         ("rank not cut", "values.max() * 1e-7", "values.max() * 1e-20"),
@@ -142,7 +147,6 @@ MUTANTS = [
         ("blocks swapped", "1.0 if inside(n, own) else 0.0", "0.0 if inside(n, own) else 1.0"),
         ("the rest is kept by both", "else elsewhere for n in side", "else 1.0 for n in side"),
         ("NP-LoRA is the sum", '"NP-LoRA": lambda pair: (np_lora(pair), ', '"NP-LoRA": lambda pair: (pair, '),
-        ("coefficients of another pair", 'np_lora(pair) if method == "NP-LoRA" else pair', "pair"),
         ("UnZipLoRA's last block", '"output_blocks.4.", "output_blocks.5."', '"output_blocks.4."'),
         ("blocks that are not there", "if not any(inside(name, blocks) for name in pair.layers)", "if not pair.layers"),
     ),

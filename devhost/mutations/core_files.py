@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from . import faults
 
-FILES = ("tests/core/test_files.py",)
-SAVED = ("tests/core/test_files.py",)
+FILES = ("tests/core/test_files.py", "tests/core/test_file_numbers.py")
+SAVED = ("tests/core/test_file_numbers.py",)
 
 MUTANTS = [
     *faults(
@@ -35,11 +35,7 @@ MUTANTS = [
         ("names in one case", "    re.IGNORECASE,\n", ""),
         ("unprintable characters shown", "c if c.isprintable() else", "c if True else"),
         ("long names shown whole", "text if len(text) <= most else", "text if True else"),
-        ("hash of the first block", "while block := file.read(2**20):", "if block := file.read(2**20):"),
-        ("what is not contiguous is not written", "{k: t.contiguous() for k, t in tensors.items()}", "dict(tensors)"),
-        ("metadata not written", "temporary, dict(metadata))", "temporary, {})"),
         ("float8 refused", ", torch.float8_e5m2)", ")"),
-        ("metadata is a tensor", 'if k != "__metadata__"', 'if k != "metadata"'),
         (
             "NaN accepted",
             "tensor.is_floating_point() and not all_finite(tensor)",
@@ -50,11 +46,7 @@ MUTANTS = [
             "tensor.is_complex() or (tensor.is_floating_point()",
             "(tensor.is_floating_point()",
         ),
-        ("cut off and not noticed", "if size < expected:", "if size < 8:"),
         ("any length of header", 'text.count(b",") + text.count(b":") > _MAX_VALUES', "len(text) > 2**63"),
-        ("not synced", "os.fsync(file.fileno())", "file.fileno()"),
-        ("rubbish left behind", "if os.path.exists(temporary):", "if temporary is None:"),
-        ("checked in another folder", "tempfile.TemporaryFile(dir=path.parent)", "tempfile.TemporaryFile()"),
     ),
     *faults(
         "ziplora_core/saved.py",
@@ -76,9 +68,7 @@ MUTANTS = [
             'for c in ("style", "content"))\n        dials',
         ),
         ("format of another version", 'if found["format"] != FORMAT', 'if not found["format"]'),
-        ("NaN accepted", " or not bool(torch.isfinite(m).all())", ""),
-        ("matrices accepted", " or m.ndim != 1", ""),
-        ("other numbers accepted", " or m.dtype != torch.float32", ""),
+        ("NaN accepted", "not bool(torch.isfinite(m).all())", "m is None"),
         ("too few columns accepted", "if here != there", "if here > there"),
         ("more layers accepted", "for layer in [*wanted, *found]", "for layer in wanted"),
         ("fewer layers accepted", "for layer in [*wanted, *found]", "for layer in found"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from . import faults
 
-SOLVER = ("tests/core/test_solver.py", "tests/core/test_objective.py")
-LAYERWISE = ("tests/core/test_layerwise.py",)
-ZIPPER = ("tests/core/test_solver.py",)
+SOLVER = ("tests/core/test_solver.py", "tests/core/test_objective.py", "tests/core/test_descent.py")
+LAYERWISE = ("tests/core/test_layerwise.py", "tests/core/test_layerwise_merge.py")
+ZIPPER = ("tests/core/test_solver.py", "tests/core/test_descent.py")
 
 MUTANTS = [
     *faults(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from . import faults
 
-TRAINING = ("tests/core/test_unzip.py",)
-UNZIP = ("tests/core/test_unzip.py",)
+TRAINING = ("tests/core/test_training.py", "tests/core/test_unzip.py")
+UNZIP = ("tests/core/test_unzip.py", "tests/core/test_unzip_columns.py")
 
 MUTANTS = [
     *faults(
@@ -143,17 +143,9 @@ MUTANTS = [
         ("score signed", "* change).abs().sum(0)", "* change).sum(0).abs()"),
         ("scale lost when going on", "f.up.float() * f.scale", "f.up.float()"),
         ("columns lost when going on", "mask |= (f.down != 0).any(0).to(mask.device)", "pass"),
-        (
-            "mergers not in the files",
-            "(self.mergers[concept][name] * self.masks[concept][name]).cpu()",
-            "self.masks[concept][name].float().cpu()",
-        ),
-        (
-            "all columns in the files",
-            "(self.mergers[concept][name] * self.masks[concept][name]).cpu()",
-            "self.mergers[concept][name].cpu()",
-        ),
-        ("two LoRAs of one start", "seed = settings.seed + number * 2**32", "seed = settings.seed"),
+        ("mergers not in the files", "factors.down * kept)", "factors.down * self.masks[concept][name].cpu())"),
+        ("all columns in the files", "factors.down * kept)", "factors.down * self.mergers[concept][name].cpu())"),
+        ("two LoRAs of one start", "seed = settings.seed + number * 2**31", "seed = settings.seed + 0 * number"),
         ("every layer is everyone's", "if owners.get(n, c) == c}", "if n}"),
         ("own layers have no columns", "not apart.columns or n in apart.owners", "not apart.columns"),
         ("a gradient that is not finite ranks columns", "if not all_finite(scores)", "if not len(scores)"),
