@@ -41,7 +41,7 @@ class Outcome:
         steps = [step.losses for step in self.result.history]
         if not steps:
             left = list(self.result.left.values())
-            return {"loss": left, "left": left}
+            return {"loss": left, "left": left} if left else {"loss": []}
         weight = self.settings.similarity_lambda
         return {
             "loss": [losses.total for losses in steps],
