@@ -306,12 +306,14 @@ def test_nothing_is_unpickled(pack, fuzz, models, what, ending):
     """Whatever a file is called: it is safetensors, or it is refused. Training goes on from a LoRA of any name."""
     files = {**OTHERS, "a LoRA": to_bytes(lora(torch.Generator(), next(iter(UNET)), 32, 32), {"ziplora_settings": ""})}
     name = f"file.{ending}"
-    path = fuzz.base / "loras" / name
+    path, beside = (fuzz.base / "loras" / n for n in (name, f"beside.{ending}"))
     path.write_bytes(files[what])
+    beside.write_bytes(to_bytes(lora(torch.Generator().manual_seed(1), next(iter(UNET)), 32, 32)))
     try:
         for node, odd in (
             ("SparsifyLoRA", {"lora": name}),
-            ("LoadLoRAPair", {"content_lora": name, "style_lora": name}),
+            ("LoadLoRAPair", {"content_lora": name, "style_lora": beside.name}),
+            ("LoadLoRAPair", {"content_lora": beside.name, "style_lora": name}),
         ):
             result = fuzz("unpickling", lambda n=node, o=odd: run(pack, fuzz, models, None, n, o), (name,))
             assert (result is not None) == (what == "a LoRA")
@@ -319,6 +321,7 @@ def test_nothing_is_unpickled(pack, fuzz, models, what, ending):
         assert done == 0
     finally:
         path.unlink()
+        beside.unlink()
 
 
 @given(data=st.data())

@@ -136,7 +136,7 @@ class Witness:
         self.outputs: list[Tensor] = []
         self.copied.diffusion_model.register_forward_hook(lambda module, args, made: self.outputs.append(made))
         self.options = {} if left_out else dict(patched.model_options["transformer_options"])
-        self.conditioning = predict._conds
+        self.conditioning = {c: predict._conds[c, c] for c in ("content", "style")}
 
     def raw(self, concept: str, x: Tensor, sigma: Tensor, updates: dict[str, Tensor]) -> Tensor:
         arguments = {
