@@ -131,13 +131,15 @@ def test_two_passes_a_step_and_only_one_has_a_gradient(pack):
     settings = pack.ziplora_core.solver.Settings(steps=steps, solver="gradient")
     held_out = 4 * 3  # draws of a teacher, the direct merge and the zipped pair
     direct = 4 * 2  # what the direct merge loses, which the balanced objective is relative to
+    prompts = 3 * 2 * 3  # draws, with each LoRA and without, of three prompts: none wakes LoRAs of random numbers
     with torch.inference_mode():
         pack.nodes.bridge.optimise.optimise(
             patcher, tiny.sources(pack, patcher.model), tiny.prompts(), tiny.latents(), settings
         )
     record.remove()
     assert {rows for rows, _ in passes} == {2}
-    assert [grad for _, grad in passes] == [False] * direct + [False, True] * steps + [False] * held_out
+    measured = [False] * (held_out + prompts)
+    assert [grad for _, grad in passes] == [False] * direct + [False, True] * steps + measured
 
 
 @pytest.mark.parametrize("recomputed", [0, 2, 99])
