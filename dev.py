@@ -4,8 +4,11 @@
     python3 dev.py setup       a virtual environment and a real ComfyUI under .dev/
     python3 dev.py demo        zip a subject and a style LoRA inside ComfyUI, and write pictures
     python3 dev.py test        every test; paths and pytest's own options narrow it down
+                --quick        for the work between commits, under a minute: no server, nothing that takes long
+                --all          with every random case that a nightly run has time for
     python3 dev.py serve       a ComfyUI with the pack and the miniature model, to use by hand
     python3 dev.py lint        ruff and mypy
+    python3 dev.py mutants     deliberate faults, each against the tests that should notice it (minutes to an hour)
     python3 dev.py train       train the miniature model again from nothing (hours on a CPU)
     python3 dev.py workflows   write workflows/ and workflows/api/ through the real frontend, and what nodes say
     python3 dev.py validate    every graph through comfy-cli's validator
@@ -29,6 +32,7 @@ import sys
 from devhost.base import MissingMiniature, make_base
 from devhost.chromium import ensure_chromium
 from devhost.install import DEV, ROOT, THREADS, Host, SetupError, freeze, set_up
+from devhost.mutants import run_mutants
 from devhost.suites import run_suites
 
 # What set-up and the tests leave under .dev/.
@@ -43,6 +47,7 @@ def main(arguments: list[str]) -> int:
         "test": test,
         "serve": serve,
         "lint": lint,
+        "mutants": mutants,
         "train": train,
         "workflows": workflows,
         "validate": validate,
@@ -87,6 +92,10 @@ def lint(rest: list[str]) -> int:
     host = set_up()
     checks = [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy", "ziplora_core")]
     return max(python(host, "-m", *check) for check in checks)
+
+
+def mutants(rest: list[str]) -> int:
+    return run_mutants(rest)
 
 
 def train(rest: list[str]) -> int:

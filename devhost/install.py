@@ -38,6 +38,8 @@ TOOLS = (
     "requests",
     "websocket-client",
     "pytest",
+    "pytest-xdist",
+    "execnet",  # of pytest-xdist
     "pathspec",
     "ruff",
     "mypy",

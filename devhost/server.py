@@ -10,9 +10,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -35,6 +37,7 @@ from .install import THREADS, current_host
 # Flags of ComfyUI that exclude --cpu and each other.
 DEVICE_FLAGS = {"--cpu", "--gpu-only", "--highvram", "--normalvram", "--lowvram", "--novram"}
 PREVIEW_FRAMES = {1, 2, 4}  # binary websocket messages that carry a preview picture
+TEXT_FRAME = 3  # one that carries text to be shown on a node
 
 Prompt = dict[str, dict[str, Any]]
 
@@ -134,6 +137,10 @@ class Result:
             if event.type == "progress" and str(event.data.get("node")) == str(node)
         ]
 
+    def said(self, node: str | int) -> list[str]:
+        """Every text that was shown on a node while it ran, in order."""
+        return [e.data["text"] for e in self.events if e.type == "progress_text" and e.data["node"] == str(node)]
+
     @property
     def previews(self) -> int:
         """Number of preview pictures that came over the websocket."""
@@ -176,8 +183,12 @@ class Listener:
                 event = Event(parsed["type"], parsed.get("data") or {}, time.monotonic())
             else:
                 number = int.from_bytes(message[:4], "big")
-                kind = "preview" if number in PREVIEW_FRAMES else "binary"
-                event = Event(kind, {"number": number, "bytes": len(message)}, time.monotonic())
+                said = {}
+                if number == TEXT_FRAME:
+                    end = 8 + int.from_bytes(message[4:8], "big")
+                    said = {"node": message[8:end].decode(), "text": message[end:].decode()}
+                kind = "progress_text" if said else "preview" if number in PREVIEW_FRAMES else "binary"
+                event = Event(kind, {"number": number, "bytes": len(message), **said}, time.monotonic())
             with self.changed:
                 self.events.append(event)
                 self.changed.notify_all()
@@ -312,6 +323,13 @@ class ComfyServer:
 
         return int(psutil.Process(self.check_alive().pid).memory_info().rss)
 
+    def work(self) -> float:
+        """Seconds of processor time that the process has used: what it does takes as many on a busy machine."""
+        import psutil
+
+        used = psutil.Process(self.check_alive().pid).cpu_times()
+        return float(used.user + used.system)
+
     # Requests
 
     def get(self, path: str, **parameters: Any) -> Any:
@@ -362,7 +380,7 @@ class ComfyServer:
             return here and event.type == "executing" and event.data.get("node") is None
 
         # The websocket's last word about a prompt comes after its history entry.
-        if self.connection.wait_for(ended, 10.0) is None:
+        if self.connection.wait_for(ended, 60.0) is None:
             raise TimeoutError(f"The websocket never said that prompt {prompt_id} had ended.")
         return Result(self, prompt_id, history, self.events(prompt_id), seconds)
 
@@ -403,6 +421,21 @@ class ComfyServer:
         event = self.connection.wait_for(reached, timeout)
         if event is None:
             raise TimeoutError(f"Node {node} did not reach progress {value} within {timeout:.0f} s.\n{self.log_tail()}")
+        return event
+
+    def wait_for_text(self, prompt_id: str, node: str | int, start: str, timeout: float = 300.0) -> Event:
+        """The event in which a node shows a text that begins so. The prompt is the one that runs, or will run next."""
+
+        def shown(event: Event) -> bool:
+            here = event.type == "progress_text" and event.data["node"] == str(node)
+            return here and event.data["text"].startswith(start)
+
+        with self.connection.changed:
+            of_prompt = (i for i, e in enumerate(self.connection.events) if e.data.get("prompt_id") == prompt_id)
+            first = next(of_prompt, len(self.connection.events))
+        event = self.connection.wait_for(shown, timeout, first)
+        if event is None:
+            raise TimeoutError(f"Node {node} did not say '{start}…' within {timeout:.0f} s.\n{self.log_tail()}")
         return event
 
     def interrupt(self) -> None:
@@ -454,10 +487,18 @@ class ComfyServer:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on now.
+
+    It lies below those that systems give to outgoing connections, for a server takes seconds to come and take it. The
+    numbers are the system's, so that processes with one seed do not all choose the same.
+    """
+    chance = random.SystemRandom()
+    while True:
+        port = chance.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
 
 
 def has_gpu() -> bool:

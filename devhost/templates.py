@@ -198,8 +198,9 @@ class _Parts:
         self.checkpoint = self.graph.add("CheckpointLoaderSimple", ckpt_name=MODEL)
         self.model, self.clip, self.vae = (self.checkpoint[slot] for slot in range(3))
 
-    def text(self, text: str, title: str | None = None) -> Link:
-        return self.graph.add("CLIPTextEncode", title, clip=self.clip, text=text)[0]
+    def text(self, text: str, title: str | None = None, clip: Link | None = None) -> Link:
+        """clip: None stands for the checkpoint's own, as of training prompts."""
+        return self.graph.add("CLIPTextEncode", title, clip=clip or self.clip, text=text)[0]
 
     def pair(self, subject: str, style: str) -> Link:
         return self.graph.add("LoadLoRAPair", content_lora=subject, style_lora=style)[0]
@@ -215,22 +216,27 @@ class _Parts:
             drawn_size=SIDE,
         )
 
-    def canvas(self, pictures: int = 1) -> tuple[Link, Link]:
-        """(negative prompt, empty latent)"""
-        empty = self.graph.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=pictures)
-        return self.text("", "What not to draw"), empty[0]
+    def canvas(self, pictures: int = 1) -> Link:
+        """An empty latent."""
+        return self.graph.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=pictures)[0]
 
-    def apply(self, zipped: Link) -> Link:
-        return self.graph.add("ApplyZippedLoRA", model=self.model, zipped_lora=zipped)[0]
+    def apply(self, zipped: Link) -> tuple[Link, Link]:
+        """(model, clip) with a zipped pair: prompts that are drawn with this model are encoded with this clip."""
+        applied = self.graph.add("ApplyZippedLoRA", model=self.model, zipped_lora=zipped, clip=self.clip)
+        return applied[0], applied[1]
 
-    def picture(self, model: Link, prompt: Link, canvas: tuple[Link, Link], title: str | None = None) -> Link:
-        negative, empty = canvas
+    def prompts(self, clip: Link, words: str, title: str = "What to draw") -> tuple[Link, Link]:
+        """(what to draw, what not to draw)"""
+        return self.text(words, title, clip), self.text("", "What not to draw", clip)
+
+    def picture(self, model: Link, prompts: tuple[Link, Link], empty: Link, title: str | None = None) -> Link:
+        """prompts: what to draw, and what not."""
         sampled = self.graph.add(
             "KSampler",
             title,
             model=model,
-            positive=prompt,
-            negative=negative,
+            positive=prompts[0],
+            negative=prompts[1],
             latent_image=empty,
             steps=30,
             cfg=5.0,
@@ -284,8 +290,8 @@ def no_pictures() -> Graph:
     made = _Parts(
         "ziplora_no_pictures",
         "# Zip without reference pictures\n\nThe latents of **ZipLoRA Optimize** are not connected, so each LoRA draws "
-        "four pictures from its own training prompt first. They show on the node; their seeds are in the report."
-        + _REPLACE,
+        "four pictures from its own training prompt first. They show on the node when it is done; the report has their "
+        "seeds." + _REPLACE,
     )
     made.graph.column("Zip")
     zipped = made.zip(_SUBJECT, _STYLE)
@@ -293,10 +299,10 @@ def no_pictures() -> Graph:
     made.graph.add("PreviewAny", "Report", source=zipped[2])
     made.graph.add("ZippedLoRAReport", zipped_lora=zipped[0], loss_map=zipped[1])
     made.graph.column("Draw")
-    prompt, canvas = made.text(drawn(_SUBJECT, _STYLE), "What to draw"), made.canvas()
-    model = made.apply(zipped[0])
+    model, clip = made.apply(zipped[0])
+    prompts, empty = made.prompts(clip, drawn(_SUBJECT, _STYLE)), made.canvas()
     made.graph.column("Picture")
-    return made.save(made.picture(model, prompt, canvas))
+    return made.save(made.picture(model, prompts, empty))
 
 
 def style_strength() -> Graph:
@@ -307,13 +313,14 @@ def style_strength() -> Graph:
     )
     made.graph.column("Zip")
     zipped = made.zip(_SUBJECT, _STYLE)
-    made.graph.column("Draw")
-    prompt, canvas = made.text(drawn(_SUBJECT, _STYLE), "What to draw"), made.canvas()
+    empty = made.canvas()
     pictures = []
     for strength in (0.0, 0.4, 0.7, 1.0):
         made.graph.column(f"Style {strength:g}")
         dial = made.graph.add("StyleStrength", zipped_lora=zipped[0], style_strength=strength)
-        pictures.append(made.picture(made.apply(dial[0]), prompt, canvas, f"Style {strength:g}"))
+        model, clip = made.apply(dial[0])
+        prompts = made.prompts(clip, drawn(_SUBJECT, _STYLE))
+        pictures.append(made.picture(model, prompts, empty, f"Style {strength:g}"))
     made.graph.column("Side by side")
     return made.save(made.beside(pictures))
 
@@ -323,11 +330,12 @@ def _prompts_of_one_zip(made: _Parts, wanted: list[tuple[str, str, str, str | No
     made.graph.column("Zip")
     zipped = made.zip(_SUBJECT, _STYLE)
     made.graph.column("Apply")
-    canvas, model = made.canvas(), made.apply(zipped[0])
+    empty, (model, clip) = made.canvas(), made.apply(zipped[0])
+    negative = made.text("", "What not to draw", clip)
     pictures = []
     for heading, words, of_prompt, of_sampler in wanted:
         made.graph.column(heading)
-        pictures.append(made.picture(model, made.text(words, of_prompt), canvas, of_sampler))
+        pictures.append(made.picture(model, (made.text(words, of_prompt, clip), negative), empty, of_sampler))
     made.graph.column("Side by side")
     return made.save(made.beside(pictures))
 
@@ -366,7 +374,7 @@ def against_direct() -> Graph:
         "is the direct merge of the same LoRAs, with the same seeds (the paper's Fig. 1 and 5)." + _REPLACE,
     )
     made.graph.column("Draw")
-    canvas = made.canvas()
+    empty = made.canvas()
     rows: tuple[list[Link], list[Link]] = ([], [])
     for subject in SUBJECTS:
         for style in STYLES:
@@ -374,9 +382,10 @@ def against_direct() -> Graph:
             zipped = made.zip(subject, style)
             pair = zipped.inputs["lora_pair"]
             direct = made.graph.add("DirectMergeLoRA", model=made.model, lora_pair=pair)
-            prompt = made.text(drawn(subject, style), "What to draw")
-            for row, merge in zip(rows, (zipped[0], direct[0]), strict=True):
-                row.append(made.picture(made.apply(merge), prompt, canvas))
+            applied = [made.apply(merge[0]) for merge in (zipped, direct)]
+            prompts = made.prompts(applied[0][1], drawn(subject, style))  # both merges give the text encoder the same
+            for row, (model, _) in zip(rows, applied, strict=True):
+                row.append(made.picture(model, prompts, empty))
     made.graph.column("Side by side")
     return made.save(made.beside([made.beside(row) for row in rows], "down"))
 
@@ -386,7 +395,8 @@ def export() -> Graph:
         "ziplora_export",
         "# Keep it, and take it elsewhere\n\n**Save Zipped LoRA** keeps the coefficients alone, a few megabytes, bound "
         "to the two files. **Export Merged LoRA** writes one ordinary LoRA for any program, here at half the rank; the "
-        "picture is drawn with it through the stock *Load LoRA Model*." + _REPLACE,
+        "picture is drawn with it through the stock *Load LoRA Model*, which has no clip: **Apply Zipped LoRA** is "
+        "here for that." + _REPLACE,
     )
     made.graph.column("Zip")
     zipped = made.zip(_SUBJECT, _STYLE)
@@ -397,10 +407,11 @@ def export() -> Graph:
     )
     made.graph.add("PreviewAny", "What was written", source=exported[1])
     made.graph.column("Draw")
-    prompt, canvas = made.text(drawn(_SUBJECT, _STYLE), "What to draw"), made.canvas()
     model = made.graph.add("LoraModelLoader", model=made.model, lora=exported[0], strength_model=1.0)
+    _, clip = made.apply(zipped[0])  # Load LoRA Model has no clip
+    prompts, empty = made.prompts(clip, drawn(_SUBJECT, _STYLE)), made.canvas()
     made.graph.column("Picture")
-    return made.save(made.picture(model[0], prompt, canvas))
+    return made.save(made.picture(model[0], prompts, empty))
 
 
 def scores() -> Graph:
@@ -419,11 +430,11 @@ def scores() -> Graph:
     direct = made.graph.add("DirectMergeLoRA", model=made.model, lora_pair=zipped.inputs["lora_pair"])
     made.graph.column("Draw")
     words = drawn(_SUBJECT, _STYLE)
-    prompt, canvas = made.text(words, "What to draw"), made.canvas(4)
-    models = [made.apply(merge[0]) for merge in (zipped, direct)]
+    applied = [made.apply(merge[0]) for merge in (zipped, direct)]
+    prompts, empty = made.prompts(applied[0][1], words), made.canvas(4)  # both give the text encoder the same
     made.graph.column("Pictures")
     methods = ("Zipped", "Direct merge")
-    pictures = [made.picture(model, prompt, canvas, method) for model, method in zip(models, methods, strict=True)]
+    pictures = [made.picture(model, prompts, empty, how) for (model, _), how in zip(applied, methods, strict=True)]
     made.graph.column("Compare with")
     subject, style = made.references()
     vision = made.graph.add("CLIPVisionLoader", clip_name=CLIP)
@@ -491,21 +502,22 @@ def from_pictures() -> Graph:
         drawn_size=SIDE,
     )
     made.graph.column("Draw")
-    prompt, canvas = made.text(drawn(_SUBJECT, _STYLE), "What to draw"), made.canvas()
-    model = made.apply(zipped[0])
+    model, clip = made.apply(zipped[0])
+    prompts, empty = made.prompts(clip, drawn(_SUBJECT, _STYLE)), made.canvas()
     made.graph.column("Picture")
-    return made.save(made.picture(model, prompt, canvas))
+    return made.save(made.picture(model, prompts, empty))
 
 
 def _apart(made: _Parts, zipped: Link, wanted: dict[str, tuple[str, float, float]]) -> Graph:
     """A picture for each: heading -> (words, dials of content and style)."""
     made.graph.column("Draw")
-    canvas = made.canvas()
+    empty = made.canvas()
     pictures = []
     for heading, (words, content, style) in wanted.items():
         made.graph.column(heading)
         dial = made.graph.add("StyleStrength", zipped_lora=zipped, style_strength=style, content_strength=content)
-        pictures.append(made.picture(made.apply(dial[0]), made.text(words, "What to draw"), canvas, heading))
+        model, clip = made.apply(dial[0])
+        pictures.append(made.picture(model, made.prompts(clip, words), empty, heading))
     made.graph.column("Side by side")
     return made.save(made.beside(pictures))
 

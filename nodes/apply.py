@@ -31,12 +31,16 @@ class ApplyZippedLoRA(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Only where a LoRA file has text-encoder parts: they are added here as a LoRA loader does.",
+                    tooltip="The checkpoint's text encoder. Where a LoRA file has a text-encoder part, it is added "
+                    "here as a LoRA loader does; not connected, it is left out, and the node says so.",
                 ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the zipped pair."),
-                io.Clip.Output(display_name="clip", tooltip="The text encoder with both files' parts, if connected."),
+                io.Clip.Output(
+                    display_name="clip",
+                    tooltip="The text encoder with both files' parts, if connected: encode what to draw with it.",
+                ),
             ],
         )
 

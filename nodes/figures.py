@@ -132,15 +132,21 @@ def losses(axes: Axes, subject: Subject) -> None:
     known = subject.losses
     if not known.get("loss"):
         return _nothing(axes, title, "no losses: connect loss_map of ZipLoRA Optimize")
-    if "content" not in known:  # the layer-wise solve: one number for each layer
-        axes.plot(list(known["loss"]), color=CONTENT, linewidth=1.2)
+    if "left" in known:  # the layer-wise solve: one number for each layer
+        axes.plot(list(known["left"]), color=CONTENT, linewidth=1.2)
         axes.set_ylim(bottom=0)
         return _label(axes, "What is left of each layer's error", "layer", "of the direct merge's", legend=False)
-    steps = range(1, len(known["content"]) + 1)
+    if "content" in known:
+        curves = [("content", CONTENT, "content"), ("style", STYLE, "style")]
+    else:  # of training: this pack's, or any other's
+        title = "Training loss over the steps"
+        curves = [("loss", CONTENT, "training loss")]
+    if "overlap" in known:
+        curves.append(("overlap", BOTH, "overlap x lambda"))
+    steps = known.get("step") or range(1, len(known["loss"]) + 1)
     marker = "o" if len(steps) == 1 else None
-    axes.plot(steps, known["content"], color=CONTENT, linewidth=1.2, marker=marker, label="content")
-    axes.plot(steps, known["style"], color=STYLE, linewidth=1.2, marker=marker, label="style")
-    axes.plot(steps, known["overlap"], color=BOTH, linewidth=1.2, marker=marker, label="overlap x lambda")
+    for name, colour, label in curves:
+        axes.plot(steps, known[name], color=colour, linewidth=1.2, marker=marker, label=label)
     axes.set_ylim(bottom=0)
     _label(axes, title, "step", "loss")
 

@@ -57,7 +57,13 @@ class LoadLoRAPair(io.ComfyNode):
         # at both inputs, so it says which one is meant. A name that another node makes is not known yet (None).
         names = {"content_lora": content_lora, "style_lora": style_lora}
         checked = {socket: loras.check(name) for socket, name in names.items() if name is not None}
-        return "; ".join(f"{name}: {problem}" for name, problem in checked.items() if problem) or True
+        problems = [f"{name}: {problem}" for name, problem in checked.items() if problem]
+        if None not in names.values() and not problems:
+            try:
+                loras.refuse_one_file(content_lora, style_lora)
+            except loras.LoRAFileError as error:
+                problems = [str(error)]
+        return "; ".join(problems) or True
 
     @classmethod
     def fingerprint_inputs(cls, content_lora: str | None, style_lora: str | None, **_):

@@ -52,14 +52,14 @@ class ZipLoRAOptimize(io.ComfyNode):
                     lazy=True,
                     optional=True,
                     tooltip="Reference pictures of the subject, VAE-encoded: one is enough, a batch is welcome. Not "
-                    "connected: the content LoRA draws some from its prompt.",
+                    "connected: the content LoRA draws some from its prompt, and the node shows them when it is done.",
                 ),
                 io.Latent.Input(
                     "style_latents",
                     lazy=True,
                     optional=True,
                     tooltip="Reference pictures of the style, VAE-encoded: one is enough, a batch is welcome. Not "
-                    "connected: the style LoRA draws some from its prompt.",
+                    "connected: the style LoRA draws some from its prompt, and the node shows them when it is done.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -147,7 +147,7 @@ class ZipLoRAOptimize(io.ComfyNode):
                 io.String.Output(
                     display_name="report",
                     tooltip="What was found: layers, ranks, retention before and after on noise "
-                    "that was not trained on, overlap, time.",
+                    "that was not trained on, whether each prompt wakes its LoRA, overlap, time.",
                 ),
             ],
         )

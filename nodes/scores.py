@@ -48,6 +48,9 @@ class ZipLoRAScores(io.ComfyNode):
         cls, images, subject_references, style_references, clip_vision, dino, prompt: str, clip=None
     ) -> io.NodeOutput:
         inputs.connected(clip_vision=clip_vision, dino=dino, **{} if clip is None else {"clip": clip})
+        pictures = {"images": images, "subject_references": subject_references, "style_references": style_references}
+        for name, picture in pictures.items():
+            check_pictures(name, [picture])
         found = summary(score(images, subject_references, style_references, clip_vision, dino, clip, prompt))
         lines = [f"{len(images)} pictures"]
         lines += [f"{name} alignment: {of['mean']:.4f} (spread {of['spread']:.4f})" for name, of in found.items()]

@@ -18,6 +18,21 @@ if TYPE_CHECKING:
 DEVICE = os.environ.get("ZIPLORA_TEST_DEVICE", "cpu")  # "auto" takes the GPU that ComfyUI finds
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file that share servers go to one worker together, unless marks of their own say otherwise."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Take off the group that a worker has put behind a test's name: names that are shown can be run again."""
+    if hasattr(report, "node") and report.nodeid.rfind("@") > report.nodeid.rfind("]"):
+        report.nodeid = report.nodeid.rpartition("@")[0]
+
+
 @pytest.fixture(scope="session")
 def make_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ComfyServer]]:
     """Start servers, each on a new base directory with pack and miniature; all are stopped at the end.

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import os
 import sys
-from contextlib import AsyncExitStack
+from collections.abc import Mapping
 from pathlib import Path
 
 from . import again, jobs
+from .address import HEADERS, addresses, read_headers
+from .errors import ServerError
 from .results import Results
 from .runner import Batch
-from .server import Server, ServerLost
+from .server import LOST_AFTER, Server
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,11 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     try:
         return asyncio.run(asked.work(asked))
-    except (jobs.BatchError, ServerLost, OSError) as error:
+    except (jobs.BatchError, OSError) as error:  # a ServerError is one
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print(f"stopped; {asked.stopped}", file=sys.stderr)
         return 130
 
 
@@ -49,51 +53,96 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--retry-errors", action="store_true", help="run those again that failed")
     run.add_argument("--patience", type=float, default=600.0, help="seconds without any server before giving up")
-    run.set_defaults(work=_run)
+    run.add_argument(
+        "--lost-after",
+        type=float,
+        default=LOST_AFTER,
+        help="seconds of failed requests, at least three, after which a server counts as lost (default: %(default)g)",
+    )
+    _takes_headers(run)
+    run.set_defaults(work=_run, stopped="the same command goes on from here")
     remake = commands.add_parser("again", help="make a result again from its own file, and compare")
     remake.add_argument("file", type=Path, help="a .png of Save Image, or a .safetensors that this pack wrote")
     remake.add_argument("--server", required=True, help="address of a ComfyUI that has the same files")
-    remake.set_defaults(work=lambda asked: again.again(asked.file, Server(asked.server)))
+    _takes_headers(remake)
+    remake.add_argument(
+        "--yes",
+        action="store_true",
+        help="also where the file wants nodes that are neither ComfyUI's own nor this pack's",
+    )
+    remake.set_defaults(
+        work=lambda asked: again.again(asked.file, Server(asked.server, _headers(asked)), asked.yes),
+        stopped="the prompt was cancelled on the server",
+    )
     return parser
+
+
+def _takes_headers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--header",
+        action="append",
+        default=[],
+        metavar="NAME:VALUE",
+        help="sent with every request to every server, e.g. 'Authorization: Bearer …'; or in the environment variable "
+        f"{HEADERS}, a header a line, where no list of processes shows it. A server's user and password belong into "
+        "its address: https://user:password@host",
+    )
+
+
+def _headers(asked: argparse.Namespace) -> Mapping[str, str]:
+    return read_headers(asked.header, os.environ)
 
 
 async def _run(asked: argparse.Namespace) -> int:
     workflow = jobs.read_workflow(asked.workflow)
-    async with AsyncExitStack() as stack:
-        servers = [await stack.enter_async_context(Server(url)) for url in dict.fromkeys(asked.server)]
-        if asked.table and not (asked.subjects or asked.styles or asked.prompt):
-            rows = jobs.read_table(asked.table)
-        elif asked.subjects and asked.styles and not asked.table:
-            rows = jobs.cross(asked.subjects, asked.styles, asked.prompt)
-            await _as_listed(rows, workflow, servers)
-        else:
-            raise jobs.BatchError("give either --table, or --subjects and --styles (and perhaps --prompt)")
-        made = jobs.make(workflow, rows, asked.files)
-        results = Results(asked.results)
-        ended = await Batch(made, servers, results, asked.patience, asked.retry_errors).run()
-    failed = [job for job in made if not results.has(job.key, retry=True)]
+    places = addresses(asked.server, _headers(asked))
+    if asked.table and not (asked.subjects or asked.styles or asked.prompt):
+        rows = jobs.read_table(asked.table)
+    elif asked.subjects and asked.styles and not asked.table:
+        rows = jobs.cross(asked.subjects, asked.styles, asked.prompt)
+    else:
+        raise jobs.BatchError("give either --table, or --subjects and --styles (and perhaps --prompt)")
+    with contextlib.closing(Results(asked.results)) as results:
+        async with contextlib.AsyncExitStack() as stack:
+            servers = [await stack.enter_async_context(Server(p, lost_after=asked.lost_after)) for p in places]
+            if asked.subjects:
+                await _as_listed(rows, workflow, servers)
+            made = jobs.make(workflow, rows, asked.files)
+            ended = await Batch(made, servers, results, asked.patience, asked.retry_errors).run()
+        failed = [job for job in made if not results.has(job.key, retry=True)]
     print(f"{len(made) - len(failed)} of {len(made)} done; see {asked.results / 'results.csv'}")
     return 0 if not failed else 1 if ended else 2
 
 
 async def _as_listed(rows: list[jobs.Row], workflow: jobs.Prompt, servers: list[Server]) -> None:
     """Local LoRA files by the names that a server has for them: the one that ends as the local path does."""
+    meant: dict[str, Path] = {}
     for column in ("content_lora", "style_lora"):
         node, name = jobs.target(workflow, column)
         listed = await _choices(servers, workflow[node]["class_type"], name)
         for row in rows:
-            file = row.files.pop(row.values[column])
-            row.values[column] = jobs.listed_name(file, listed)
-            row.files[row.values[column]] = file
+            file = row.files[column]
+            row.values[column] = found = jobs.listed_name(file, listed)
+            other = meant.setdefault(found, file)
+            if jobs.sha256(other) != jobs.sha256(file):
+                raise jobs.BatchError(
+                    f"{other} and {file} would both be '{found}' on the server, which lists no other of that name; "
+                    "rename one of them, there too"
+                )
 
 
 async def _choices(servers: list[Server], node: str, name: str) -> list[str]:
+    """What the first server lists that has such a node. Raises ServerError where none answers."""
+    failed: ServerError | None = None
     for server in servers:
         try:
-            return await server.choices(node, name)
-        except ServerLost as error:
-            lost = error
-    raise lost
+            if listed := await server.choices(node, name):
+                return listed
+        except ServerError as error:
+            failed = error
+    if failed is not None:
+        raise failed
+    return []
 
 
 if __name__ == "__main__":

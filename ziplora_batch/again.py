@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
+import contextlib
 import re
 import tempfile
 import uuid
 from pathlib import Path
 from typing import Any
 
-from .jobs import BatchError, Prompt, read_workflow
-from .server import Refused, Server
+from . import carried, trusted
+from .carried import Tensors
+from .connection import looks
+from .errors import BatchError, Refused, ServerError
+from .jobs import Prompt
+from .server import Server
+
+_CANCELLING = 20.0  # seconds that it may take in all
+_NOTICING = 5.0  # seconds that a node may take to notice that it is interrupted
 
 
-async def again(file: Path, server: Server) -> int:
+async def again(file: Path, server: Server, yes: bool = False) -> int:
     """Queue the workflow that a file carries and say whether the same came out: 0 where it is the same, bit for bit.
 
-    Raises BatchError, ServerLost.
+    yes: whatever nodes it has. Raises BatchError, also for nodes that nobody has agreed to, and ServerError.
     """
-    prompt = carried(file)
+    prompt = carried.workflow(file)
+    print("nodes:", ", ".join(map(trusted.plain, trusted.node_types(prompt))), flush=True)
     async with server:
+        if not yes:
+            _check_trusted(file, trusted.doubts(prompt, await server.nodes()))
         await server.forget()
-        prompt_id = str(uuid.uuid4())
-        async with server.listening() as socket:
-            try:
-                await server.queue(prompt, prompt_id)
-            except Refused as error:
-                raise BatchError(f"{server.name} does not accept the workflow of {file.name}: {error}") from error
-            entry = await server.follow(socket, prompt_id)
-        failed = dict(entry["status"]["messages"]).get("execution_error")
-        if failed is not None:
-            raise BatchError(f"the workflow of {file.name} failed: {failed['exception_message'].strip()}")
+        try:
+            entry = await _run(prompt, server)
+        except Refused as error:
+            raise BatchError(f"{server.name} does not accept the workflow of {file.name}: {error}") from error
+        _check_success(file, entry)
         made = [f for shown in entry["outputs"].values() for f in _files(shown) if _same_kind(f["filename"], file)]
         if not made:
             raise BatchError(f"the workflow of {file.name} wrote no {file.suffix} file")
         with tempfile.TemporaryDirectory() as folder:
             found = []
             for number, written in enumerate(made):
-                path = Path(folder) / f"{number}{file.suffix}"
+                path = Path(folder) / f"{number}{carried.kind(file)}"
                 await server.fetch(written, path)
                 found.append((difference(file, path), written["filename"]))
     if any(said is None for said, _ in found):
@@ -48,47 +54,44 @@ async def again(file: Path, server: Server) -> int:
     return 1
 
 
-def carried(file: Path) -> Prompt:
-    """The workflow in API form that a file carries. Raises BatchError."""
-    said = _metadata(file).get("prompt")
-    if said is None:
-        raise BatchError(f"{file} carries no workflow: it was written with --disable-metadata, or by other means")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / file.name
-        path.write_text(said, encoding="utf-8")
-        return read_workflow(path)
+def _check_trusted(file: Path, doubts: list[str]) -> None:
+    if doubts:
+        raise BatchError(
+            f"{file} wants nodes that are not run unasked: {'; '.join(doubts)}. Where you trust whoever made the file, "
+            "add --yes"
+        )
 
 
-def _metadata(file: Path) -> dict[str, str]:
-    if not file.is_file():
-        raise BatchError(f"{file} is missing")
-    if file.suffix == ".safetensors":
-        return _safetensors(file)[0].get("__metadata__", {})
-    if file.suffix == ".png":
-        return dict(_image(file).info)
-    raise BatchError(f"{file} is neither a .png nor a .safetensors")
-
-
-def _image(file: Path) -> Any:
-    from PIL import Image
-
+async def _run(prompt: Prompt, server: Server) -> dict[str, Any]:
+    """The history of a prompt once it has ended. What ends the wait before, Ctrl-C too, cancels it there."""
+    prompt_id = str(uuid.uuid4())
+    sending = asyncio.ensure_future(server.queue(prompt, prompt_id))
     try:
-        with Image.open(file) as image:
-            image.load()
-            return image
-    except OSError as error:
-        raise BatchError(f"{file} cannot be read: {error}") from error
+        await asyncio.shield(sending)  # or one could not tell whether it is still to arrive there
+        async with server.listening() as listener:
+            return await server.follow(listener, prompt_id)
+    except BaseException:
+
+        async def cancel() -> None:
+            await sending
+            async for _ in looks(_NOTICING):  # an interrupt that comes as a prompt begins is lost
+                await server.cancel(prompt_id)
+                if prompt_id not in await server.queued():
+                    return
+
+        with contextlib.suppress(Refused, ServerError, asyncio.TimeoutError):
+            await asyncio.wait_for(cancel(), _CANCELLING)
+        raise
 
 
-def _safetensors(file: Path) -> tuple[dict[str, Any], bytes]:
-    """(header, numbers)"""
-    data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    try:
-        header = json.loads(data[8 : 8 + length])
-    except ValueError as error:
-        raise BatchError(f"{file} is no safetensors file") from error
-    return header, data[8 + length :]
+def _check_success(file: Path, entry: dict[str, Any]) -> None:
+    status = entry.get("status") or {}
+    if status.get("status_str", "success") == "success":
+        return
+    said = [m[1] for m in status.get("messages") or [] if isinstance(m, list) and m[:1] == ["execution_error"]]
+    if not said:
+        raise BatchError(f"the workflow of {file.name} was interrupted on the server")
+    raise BatchError(f"the workflow of {file.name} failed: {str(_table(said[0]).get('exception_message')).strip()}")
 
 
 def _files(shown: dict[str, Any]) -> list[dict[str, str]]:
@@ -107,39 +110,32 @@ def _same_kind(name: str, file: Path) -> bool:
 
 def difference(before: Path, after: Path) -> str | None:
     """What tells two files apart in their numbers, in words; None where nothing does."""
-    if before.suffix == ".png":
-        old, new = (_image(path).convert("RGB") for path in (before, after))
+    if carried.kind(before) == ".png":
+        old, new = (carried.image(path).convert("RGB") for path in (before, after))
         if old.size != new.size:
             return f"{old.size[0]} x {old.size[1]} pixels before, {new.size[0]} x {new.size[1]} now"
         count = sum(a != b for a, b in zip(old.tobytes(), new.tobytes(), strict=True))
         return f"{count:,} of {len(old.tobytes()):,} values" if count else None
-    (old, old_data), (new, new_data) = (_safetensors(path) for path in (before, after))
-    names = [name for name in {**old, **new} if name != "__metadata__"]
-    others = [name for name in names if _tensor(old, old_data, name) != _tensor(new, new_data, name)]
+    was, now = Tensors.read(before), Tensors.read(after)
+    names = list(dict.fromkeys([*was.entries, *now.entries]))
+    others = [name for name in names if was.tensor(name) != now.tensor(name)]
     if not others:
         return None
-    return f"{len(others):,} of {len(names):,} tensors, the first '{others[0]}'{_why(old, new)}"
+    return f"{len(others):,} of {len(names):,} tensors, the first '{others[0]}'{_why(was, now)}"
 
 
-def _tensor(header: dict[str, Any], data: bytes, name: str) -> tuple[Any, ...] | None:
-    if name not in header:
-        return None
-    start, end = header[name]["data_offsets"]
-    return header[name]["dtype"], header[name]["shape"], data[start:end]
-
-
-def _why(old: dict[str, Any], new: dict[str, Any]) -> str:
+def _why(old: Tensors, new: Tensors) -> str:
     """Inputs and versions that changed between two files, from what they say of themselves."""
     said = []
-    before, after = (_about(header.get("__metadata__", {})) for header in (old, new))
+    before, after = old.about(), new.about()
     for concept in ("content", "style"):
-        was, now = (about.get(concept, {}).get("sha256", "") for about in (before, after))
-        if was != now:
-            said.append(f"the {concept} LoRA '{before.get(concept, {}).get('name')}' is another file now")
-    versions = [about.get("versions", {}) for about in (before, after)]
-    said.extend(f"{k} {v} then, {versions[1].get(k)} now" for k, v in versions[0].items() if versions[1].get(k) != v)
+        was, now = (_table(about.get(concept)) for about in (before, after))
+        if was.get("sha256", "") != now.get("sha256", ""):
+            said.append(f"the {concept} LoRA '{was.get('name')}' is another file now")
+    then, today = (_table(about.get("versions")) for about in (before, after))
+    said.extend(f"{k} {v} then, {today.get(k)} now" for k, v in then.items() if today.get(k) != v)
     return "".join(f"; {words}" for words in said)
 
 
-def _about(metadata: dict[str, str]) -> dict[str, Any]:
-    return {**json.loads(metadata.get("ziplora", "{}")), **json.loads(metadata.get("ziplora_pair", "{}"))}
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

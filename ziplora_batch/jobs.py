@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from . import folder as disk
+from .errors import BatchError
+from .names import plain, relative
 
 Prompt = dict[str, dict[str, Any]]
 
@@ -24,10 +29,6 @@ CHAINS = {
     "style_picture": ("style_latents", "image"),
     "prompt": ("positive", "text"),
 }
-
-
-class BatchError(ValueError):
-    """The batch cannot start. The message names the file, the row or the column, and says what to do."""
 
 
 @dataclass(eq=False)
@@ -45,7 +46,8 @@ class Job:
 
 @dataclass
 class Row:
-    """values: column -> value. files: value -> the local file that it names, where there is one."""
+    """values: column -> value. files: column -> the local file that it names, where there is one. uploads: value -> a
+    local picture that servers are to have by this name."""
 
     values: dict[str, Any]
     files: dict[str, Path] = field(default_factory=dict)
@@ -55,8 +57,16 @@ class Row:
 def read_workflow(path: Path) -> Prompt:
     """A workflow in API form. Raises BatchError, also for a graph of the frontend."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return parse_workflow(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BatchError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def parse_workflow(text: str, path: str) -> Prompt:
+    """The same from its text. path: what an error calls it."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise BatchError(f"{path} cannot be read as JSON: {error}") from error
     if isinstance(found, dict) and "nodes" in found and "links" in found:
         raise BatchError(f"{path} is a graph of the frontend; export it with Workflow → Export (API)")
@@ -78,10 +88,7 @@ def read_table(path: Path) -> list[Row]:
 
     Raises BatchError.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BatchError(f"{path} cannot be read: {error}") from error
+    text = _text(path)
     rows = list(_jsonl(path, text) if path.suffix.lower() in (".jsonl", ".ndjson") else _csv(path, text))
     if not rows:
         raise BatchError(f"{path} has no rows")
@@ -89,7 +96,7 @@ def read_table(path: Path) -> list[Row]:
 
 
 def _csv(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
@@ -101,7 +108,7 @@ def _csv(path: Path, text: str) -> Iterator[dict[str, Any]]:
 
 
 def _jsonl(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -126,19 +133,19 @@ def cross(subjects: Path, styles: Path, drawn: str | None) -> list[Row]:
             said: dict[str, str] = {}
             for concept, file in (("content", content), ("style", style)):
                 row.values[f"{concept}_lora"] = file.name
-                row.files[file.name] = file
+                row.files[f"{concept}_lora"] = file
                 words = file.with_suffix(".txt")
                 if words.is_file():
-                    said[concept] = row.values[f"{concept}_prompt"] = words.read_text(encoding="utf-8").strip()
+                    said[concept] = row.values[f"{concept}_prompt"] = _text(words).strip()
                 picture = next((p for e in PICTURES if (p := file.with_suffix(e)).is_file()), None)
                 if picture is not None:
-                    name = f"{sha256(picture)[:12]}_{picture.name}"
+                    name = plain(f"{sha256(picture)[:12]}_{picture.name}")
                     row.values[f"{concept}_picture"] = name
                     row.uploads[name] = picture
             if drawn is not None:
                 try:
                     row.values["prompt"] = drawn.format(**said)
-                except (KeyError, IndexError, ValueError) as error:
+                except (LookupError, ValueError, AttributeError) as error:
                     raise BatchError(
                         f"--prompt '{drawn}' needs a text file beside each LoRA, and no braces but {{content}} and "
                         f"{{style}}: {error!r} for {row.values[NAME]}"
@@ -147,10 +154,17 @@ def cross(subjects: Path, styles: Path, drawn: str | None) -> list[Row]:
     return rows
 
 
-def _loras(folder: Path) -> list[Path]:
-    found = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BatchError(f"{path} cannot be read: {error}") from error
+
+
+def _loras(place: Path) -> list[Path]:
+    found = sorted(place.rglob("*.safetensors")) if place.is_dir() else []
     if not found:
-        raise BatchError(f"{folder} holds no .safetensors")
+        raise BatchError(f"{place} holds no .safetensors")
     return found
 
 
@@ -182,7 +196,8 @@ def make(workflow: Prompt, rows: Iterable[Row], folders: Iterable[Path] = ()) ->
         for node in prompt.values():
             node.pop("_meta", None)
         label = str(row.values.get(NAME) or " + ".join(str(v) for k, v in row.values.items() if k.endswith("_lora")))
-        key = _key(prompt, {**_found(prompt, folders), **row.files, **row.uploads})
+        own = {str(row.values[column]): file for column, file in row.files.items()}
+        key = _key(prompt, {**_found(prompt, folders), **own, **row.uploads})
         jobs.append(Job(number, label or f"row {number}", dict(row.values), prompt, key, row.uploads))
     return jobs
 
@@ -251,9 +266,17 @@ def _like(value: Any, old: Any, where: str) -> Any:
 
 
 def _found(prompt: Prompt, folders: Iterable[Path]) -> dict[str, Path]:
-    texts = {v for node in prompt.values() for v in node["inputs"].values() if isinstance(v, str) and 0 < len(v) < 1024}
-    candidates = ((text, folder / text) for text in texts for folder in folders if "\0" not in text)
-    return {text: path for text, path in candidates if path.is_file()}
+    """Inputs that are plain relative names of files in a folder: a prompt is none, however it begins, and what lies
+    elsewhere on this machine is nobody's business."""
+    texts = {v for node in prompt.values() for v in node["inputs"].values() if isinstance(v, str) and relative(v)}
+    return {text: path for text in texts for folder in folders if _is_file(path := folder / text)}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long a name for this disk, which is therefore none of its files
+        return False
 
 
 def _key(prompt: Prompt, files: Mapping[str, Path]) -> str:
@@ -269,8 +292,4 @@ def sha256(path: Path) -> str:
 
 @cache
 def _sha256(path: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return disk.sha256(path)

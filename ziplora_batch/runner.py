@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import re
 import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
 
+from .address import identity
+from .attempt import Attempt, Known
+from .errors import Denied, ServerError
 from .jobs import Job
-from .results import DONE, ERROR, INTERRUPTED, LOST, REFUSED, Outcome, Results
-from .server import Refused, Server, ServerLost
+from .progress import Listener
+from .results import DONE, ERROR, INTERRUPTED, LOST, REFUSED, UNFETCHED, Outcome, Results
+from .server import Server
 
 _SPACE = uuid.UUID("3b0a7bd0-9a1c-5b3e-8c55-3c4f5d2a7e11")
 _DEATHS = 3  # so often may a server go while it runs a job, before the job is to blame
+_STRIKES = 3  # so often may a server that answers not end a job, before it is asked no more
 _PAUSE = 2.0  # seconds between two looks at a server that is gone
+
+
+class _Deadly(Exception):
+    """Too many servers were lost while they ran a job."""
 
 
 @dataclass
@@ -37,8 +44,9 @@ class Batch:
     _waiting: deque[Job] = field(default_factory=deque, init=False)
     _running: dict[str, Job] = field(default_factory=dict, init=False)
     _refused: dict[str, dict[str, str]] = field(default_factory=dict, init=False)
-    _found: dict[str, str] = field(default_factory=dict, init=False)
-    _present: set[str] = field(default_factory=set, init=False)
+    _known: dict[str, Known] = field(default_factory=dict, init=False)  # by key: what may be on a server
+    _present: set[str] = field(default_factory=set, init=False)  # identities of the servers that answer
+    _absent: dict[str, str] = field(default_factory=dict, init=False)  # why a server does not, by its name
 
     async def run(self) -> bool:
         """Whether every job has ended, in whatever way; each is in the results."""
@@ -49,9 +57,8 @@ class Batch:
         self._total = total
         self._changed = asyncio.Condition()
         try:
-            await asyncio.gather(*(self._adopt(server) for server in self.servers))
-            found = [job for job in self._waiting if self._prompt_id(job) in self._found]
-            self._waiting = deque(found + [job for job in self._waiting if job not in found])
+            self._remember()
+            await asyncio.gather(*(self._meet(server) for server in self.servers))
             workers = [
                 asyncio.create_task(self._work(server, tqdm(position=number, disable=self.quiet, leave=False)))
                 for number, server in enumerate(self.servers, 1)
@@ -68,15 +75,34 @@ class Batch:
                 await asyncio.gather(*workers, watch, return_exceptions=True)
         finally:
             total.close()
-            self.results.table(self.jobs)
+            self.results.table(self.jobs, "; ".join(dict.fromkeys(self._absent.values())))
         return not self._waiting and not self._running
 
-    async def _adopt(self, server: Server) -> None:
-        """Find prompts of an earlier run of ours, that a server still works on or has ended since."""
-        with contextlib.suppress(ServerLost):
-            there = await server.queued() | await server.ended()
-            self._found.update({i: server.url for i in map(self._prompt_id, self._waiting) if i in there})
-            self._present.add(server.url)
+    def _remember(self) -> None:
+        """What earlier runs left on the servers comes first: prompts, and pictures."""
+        ours = {server.identity for server in self.servers}
+        for job in self._waiting:
+            sent, last = self.results.sent.get(job.key), self.results.last.get(job.key)
+            if sent is not None:
+                known = Known(identity(sent.server), sent.prompt_id, since=sent.when)
+            elif last is not None and (last.status == DONE or (last.status == UNFETCHED and not self.retry)):
+                known = Known(identity(last.server), last.prompt_id)
+            else:
+                continue
+            if known.identity in ours:
+                self._known[job.key] = known
+        found = [job for job in self._waiting if job.key in self._known]
+        self._waiting = deque(found + [job for job in self._waiting if job.key not in self._known])
+
+    async def _meet(self, server: Server) -> None:
+        """Who is there decides who may take what an earlier run left on another server."""
+        try:
+            await asyncio.wait_for(server.queued(), 10)
+            self._present.add(server.identity)
+        except Denied as error:
+            self._leave(server, error)
+        except (ServerError, asyncio.TimeoutError):
+            pass
 
     def _prompt_id(self, job: Job) -> str:
         """The same for the same attempt at the same job, whoever asks."""
@@ -92,27 +118,51 @@ class Batch:
         logging.error("no server has answered for %.0f s; the rest is not run", self.patience)
 
     async def _work(self, server: Server, bar: Any) -> None:
-        stale: set[str] = set()
+        left: dict[str, str] = {}  # prompt id -> key, of jobs that ran here when the server was lost
+        strikes = 0  # jobs in a row that it did not end, though something answered there
         while True:
             try:
-                async with server.listening() as socket:
-                    for prompt_id in stale:
-                        await server.cancel(prompt_id)
-                    stale.clear()
-                    self._present.add(server.url)
+                await server.queued()
+                await self._clear(server, left)
+                self._present.add(server.identity)
+                self._absent.pop(server.name, None)
+                async with server.listening() as listener:
                     while (job := await self._take(server)) is not None:
-                        prompt_id = self._prompt_id(job)
-                        stale.add(prompt_id)
-                        outcome = await self._one(server, socket, job, prompt_id, bar)
-                        stale.discard(prompt_id)
-                        await self._end(server, job, outcome)
+                        await self._run(server, listener, job, bar)
+                        strikes = 0
                     return
-            except ServerLost as error:
-                self._present.discard(server.url)
+            except ServerError as error:
+                self._present.discard(server.identity)
+                if self._absent.get(server.name) != str(error):
+                    tqdm.write(str(error))
+                self._absent[server.name] = str(error)
                 bar.set_description_str(f"{server.name}: gone")
-                await self._lost(server, str(error))
+                strikes += server.url in self._running and not error.dead
+                await self._put_back(server, left, error)
+                if isinstance(error, Denied) or strikes >= _STRIKES:
+                    logging.error("%s is not asked again", server.name)
+                    return
                 if await self._all_ended_or(_PAUSE):
                     return
+
+    def _leave(self, server: Server, error: Denied) -> None:
+        """What may be on a server that does not let us in any more, perhaps done, is not drawn elsewhere: the next run
+        asks there again."""
+        for job in list(self._waiting):
+            known = self._known.get(job.key)
+            if known is not None and known.identity == server.identity:
+                self._waiting.remove(job)
+                del self._known[job.key]
+                said = f"it may have ended there, but {error}"
+                self._record(job, Outcome(job.key, UNFETCHED, server.url, known.prompt_id, ended=_now(), error=said))
+
+    async def _clear(self, server: Server, left: dict[str, str]) -> None:
+        """Stop prompts whose jobs have gone to another server meanwhile; the others are found again."""
+        for prompt_id, key in list(left.items()):
+            known = self._known.get(key)
+            if known is None or (known.identity, known.prompt_id) != (server.identity, prompt_id):
+                await server.cancel(prompt_id)
+            del left[prompt_id]
 
     async def _take(self, server: Server) -> Job | None:
         """The next job for this server; None when all have ended."""
@@ -128,16 +178,14 @@ class Batch:
                 await self._changed.wait()
 
     def _may(self, server: Server, job: Job) -> bool:
-        """Whether this server is one for a job: none that has refused it, nor while another still works on it."""
-        elsewhere = self._found.get(self._prompt_id(job)) if self._found else None
-        if elsewhere not in (None, server.url) and elsewhere in self._present:
+        """Whether this server is one for a job: none that has refused it, nor while another may still work on it."""
+        known = self._known.get(job.key)
+        if known is not None and known.identity != server.identity and known.identity in self._present:
             return False
         return server.url not in self._refused.get(job.key, {})
 
-    async def _one(self, server: Server, socket: Any, job: Job, prompt_id: str, bar: Any) -> Outcome:
-        """One attempt. Raises ServerLost; cancels the prompt where we are cancelled."""
-        began = time.monotonic()
-        outcome = Outcome(job.key, DONE, server.url, prompt_id)
+    async def _run(self, server: Server, listener: Listener, job: Job, bar: Any) -> None:
+        """One attempt, to its end. Raises ServerError; stops the prompt where we are cancelled."""
 
         def heard(node: str, value: int, end: int) -> None:
             kind = job.prompt.get(node, {}).get("class_type", node)
@@ -147,56 +195,43 @@ class Batch:
 
         bar.reset(1)
         bar.set_description_str(f"{server.name}: {job.name}")
+        known = self._known.get(job.key)
+        attempt = Attempt(server, job, self.results, lambda: self._prompt_id(job))
         try:
-            if self._found.pop(prompt_id, None) != server.url:
-                for name, picture in job.uploads.items():
-                    await server.upload(picture, name)
-                await server.queue(job.prompt, prompt_id)
-            entry = await server.follow(socket, prompt_id, heard)
-            await self._read(server, job, entry, outcome)
-        except Refused as error:
-            outcome.status, outcome.error = REFUSED, str(error)
+            if known is not None and known.identity == server.identity:
+                attempt.known = known
+            elif known is not None and known.why:
+                self._died(job, known, f"{known.why}; it goes to another server")
+            outcome = await attempt.run(listener, heard, lambda known, why: self._died(job, known, why))
+        except _Deadly as error:
+            outcome = Outcome(job.key, ERROR, server.url, ended=_now(), error=str(error))
         except asyncio.CancelledError:
-            self.results.add(Outcome(job.key, INTERRUPTED, server.url, prompt_id, error="stopped with the batch"))
-            with contextlib.suppress(ServerLost, asyncio.TimeoutError):
-                await asyncio.wait_for(server.cancel(prompt_id), 5)
+            if await attempt.stop():
+                prompt_id = attempt.known.prompt_id if attempt.known else ""
+                self.results.add(Outcome(job.key, INTERRUPTED, server.url, prompt_id, error="stopped with the batch"))
             raise
-        outcome.seconds = time.monotonic() - began
-        outcome.ended = _now()
-        return outcome
+        except ServerError as error:
+            self._known.pop(job.key, None)
+            if attempt.known is not None:
+                self._known[job.key] = replace(attempt.known, why=str(error), dead=error.dead)
+            raise
+        await self._end(server, job, outcome)
 
-    async def _read(self, server: Server, job: Job, entry: dict[str, Any], outcome: Outcome) -> None:
-        """Status, texts and files from a history entry."""
-        texts = []
-        folder = self.results.folder / "files" / f"{_plain(job.name)} {job.key[:8]}"
-        for shown in entry["outputs"].values():
-            texts.extend(str(text) for text in shown.get("text") or [])
-            for kind, entries in shown.items():
-                for file in entries if isinstance(entries, list) else []:
-                    if not isinstance(file, dict) or file.get("type") != "output" or "filename" not in file:
-                        continue
-                    if kind == "images":
-                        folder.mkdir(parents=True, exist_ok=True)
-                        path = folder / _plain(file["filename"])
-                        await server.fetch(file, path)
-                        outcome.files.append(path.relative_to(self.results.folder).as_posix())
-                    else:
-                        outcome.saved.append("/".join(filter(None, (file.get("subfolder"), file["filename"]))))
-        outcome.report = "\n\n".join(dict.fromkeys(texts))
-        status = entry.get("status") or {}
-        if status.get("status_str") != "success":
-            messages = dict(status.get("messages") or [])
-            failed = messages.get("execution_error")
-            if failed is None:
-                outcome.status, outcome.error = INTERRUPTED, "interrupted on the server"
-            else:
-                node = f"{failed.get('node_type')} ({failed.get('node_id')})"
-                text = str(failed.get("exception_message", "")).strip()
-                outcome.status, outcome.error = ERROR, f"{node}: {failed.get('exception_type')}: {text}"
+    def _died(self, job: Job, known: Known, why: str) -> None:
+        """A prompt is given up that was on a server which is gone or has forgotten it. Raises _Deadly."""
+        self._known.pop(job.key, None)
+        if known.dead:
+            url = next((server.url for server in self.servers if server.identity == known.identity), known.identity)
+            self.results.add(Outcome(job.key, LOST, url, known.prompt_id, error=why))
+            tqdm.write(f"{job.name}: {why}")
+            deaths = self.results.deaths[job.key]
+            if deaths >= _DEATHS:
+                raise _Deadly(f"{deaths} servers were lost while they ran it; the last: {why}")
 
     async def _end(self, server: Server, job: Job, outcome: Outcome) -> None:
         async with self._changed:
             del self._running[server.url]
+            self._known.pop(job.key, None)
             if outcome.status == REFUSED:
                 self._refused.setdefault(job.key, {})[server.url] = outcome.error
                 self._waiting.append(job)  # another server may have what this one lacks
@@ -207,25 +242,23 @@ class Batch:
 
     def _give_up_refused(self) -> None:
         """What every server that is there has refused."""
-        for job in [j for j in self._waiting if self._present <= self._refused.get(j.key, {}).keys()]:
+        there = {server.url for server in self.servers if server.identity in self._present}
+        for job in [j for j in self._waiting if there <= self._refused.get(j.key, {}).keys()]:
             refusals = self._refused[job.key]
             self._waiting.remove(job)
             said = "; ".join(dict.fromkeys(refusals.values()))
             self._record(job, Outcome(job.key, REFUSED, " ".join(refusals), ended=_now(), error=said))
 
-    async def _lost(self, server: Server, why: str) -> None:
-        """What the server was running goes back to the front of the queue, unless servers keep dying of it."""
+    async def _put_back(self, server: Server, left: dict[str, str], error: ServerError) -> None:
+        """What the server was running goes back to the front of the queue."""
         async with self._changed:
             job = self._running.pop(server.url, None)
             if job is not None:
-                self.results.add(Outcome(job.key, LOST, server.url, self._prompt_id(job), error=why))
-                deaths = self.results.deaths[job.key]
-                if deaths < _DEATHS:
-                    self._waiting.appendleft(job)
-                    tqdm.write(f"{job.name}: {why}; it goes to another server")
-                else:
-                    said = f"{deaths} servers were lost while they ran it; the last: {why}"
-                    self._record(job, Outcome(job.key, ERROR, server.url, ended=_now(), error=said))
+                self._waiting.appendleft(job)
+                if (known := self._known.get(job.key)) is not None:
+                    left[known.prompt_id] = job.key
+            if isinstance(error, Denied):
+                self._leave(server, error)
             if self._present:
                 self._give_up_refused()
             self._changed.notify_all()
@@ -244,8 +277,3 @@ class Batch:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _plain(name: str) -> str:
-    """A name that every file system takes."""
-    return re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", name).strip(" .")[:100] or "_"

@@ -4,164 +4,273 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import hashlib
+import itertools
+import mimetypes
+import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from . import progress
+from .address import Address, address
+from .connection import FILE, LONG, RATE, SHORT, Connection, looks, patiently, pause
+from .errors import Denied, Failed, Forgotten, Garbled, NotFound, Refused, ServerError, ServerLost, Unreachable
+from .folder import written
 from .jobs import Prompt
+from .names import plain
 
-_TROUBLE = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
+__all__ = ["Denied", "Forgotten", "Refused", "Server", "ServerError", "ServerLost"]
 
-
-class ServerLost(ConnectionError):
-    """The server is gone, or has forgotten the prompt."""
-
-
-class Refused(ValueError):
-    """The server does not accept a prompt: its own words."""
+LOST_AFTER = 30.0  # seconds of failed requests, three of them at least, after which a server counts as lost
+_TRIES = 3
+_SETTLING = 3.0  # seconds that a server may take over a request whose answer we did not get
+_SILENT = SHORT.sock_read
 
 
 class Server:
-    """An async context manager. Every method raises ServerLost where the server does not answer as a server does."""
+    """An async context manager. Every method raises a ServerError where the server does not answer as a server does;
+    questions are asked three times before that."""
 
-    def __init__(self, url: str):
-        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
-        self.name = self.url.partition("://")[2]
+    def __init__(self, where: str | Address, headers: Mapping[str, str] | None = None, lost_after: float = LOST_AFTER):
+        """Raises BatchError where the address cannot be one. headers: sent with every request."""
+        self.address = where if isinstance(where, Address) else address(where, headers)
+        self.url, self.name, self.identity = self.address.url, self.address.name, self.address.identity
+        self.lost_after = lost_after
         self._client = uuid.uuid4().hex
+        self._sending: asyncio.Future[str] | None = None
+        self._twice: set[str] = set()  # prompts that may have arrived twice
+        self._to = Connection(self.address)
 
     async def __aenter__(self) -> Server:
-        timeout = aiohttp.ClientTimeout(total=None, connect=10, sock_connect=10, sock_read=60)
-        self._session = aiohttp.ClientSession(timeout=timeout)
+        await self._to.__aenter__()
         return self
 
     async def __aexit__(self, *details: object) -> None:
-        await self._session.close()
+        await self._to.__aexit__(*details)
 
-    async def _ask(self, method: str, path: str, **options: Any) -> Any:
-        try:
-            async with self._session.request(method, f"{self.url}/{path}", **options) as answer:
-                body = await answer.read()
-                if answer.status == 400 and path == "prompt":
-                    raise Refused(_words(json.loads(body)))
-                answer.raise_for_status()
-                return json.loads(body) if body else None
-        except Refused:
-            raise
-        except (*_TROUBLE, ValueError) as error:
-            raise ServerLost(f"{self.name}: {type(error).__name__} {error}".strip()) from error
+    async def _get(self, path: str, read: Any, tries: int = _TRIES, **options: Any) -> Any:
+        return await patiently(lambda: self._to.ask("GET", path, read, **options), tries)
 
     async def alive(self) -> bool:
         """Whether it answers."""
         try:
-            await self._ask("GET", "queue")
-        except ServerLost:
+            await self.queued()
+        except ServerError:
             return False
         return True
 
     async def choices(self, node: str, name: str) -> list[str]:
         """What a combo input lists; empty where the server has no such node or input."""
-        info = (await self._ask("GET", f"object_info/{node}") or {}).get(node, {}).get("input", {})
-        kind, *rest = {**info.get("required", {}), **info.get("optional", {})}.get(name, [[]])
-        return list(kind if isinstance(kind, list) else rest[0].get("options", []) if rest else [])
+
+        def read(answer: dict[str, Any]) -> list[str]:
+            info = answer.get(node, {}).get("input", {})
+            kind, *rest = {**info.get("required", {}), **info.get("optional", {})}.get(name, [[]])
+            return [str(c) for c in (kind if isinstance(kind, list) else rest[0].get("options", []) if rest else [])]
+
+        return list(await self._get(f"object_info/{node}", read))
+
+    async def nodes(self) -> dict[str, str]:
+        """Each type of node that the server has, and the Python module that it comes from."""
+
+        def read(answer: dict[str, Any]) -> dict[str, str]:
+            return {str(node): str(info.get("python_module", "")) for node, info in answer.items()}
+
+        return dict(await self._get("object_info", read, timeout=LONG))
+
+    async def history(self, prompt_id: str, tries: int = _TRIES) -> dict[str, Any] | None:
+        """What is left of a prompt that has ended."""
+
+        def read(answer: dict[str, Any]) -> dict[str, Any] | None:
+            entry = answer.get(prompt_id)
+            if entry is None:
+                return None
+            if not isinstance(entry["outputs"], dict) or not isinstance(entry.get("status"), dict | None):
+                raise TypeError("no history entry")
+            return dict(entry)
+
+        return await self._get(f"history/{prompt_id}", read, tries)
+
+    async def queued(self, tries: int = _TRIES) -> set[str]:
+        """Ids of the prompts that wait or run."""
+        parts = ("queue_running", "queue_pending")
+        return set(await self._get("queue", lambda queue: [str(item[1]) for p in parts for item in queue[p]], tries))
+
+    async def find(self, prompt_id: str, settling: float = 0.0) -> bool:
+        """Whether the server has a prompt, in the queue or in the history. settling: seconds that it may still take to
+        put it there."""
+        async for _ in looks(settling):
+            if prompt_id in await self.queued() or await self.history(prompt_id) is not None:
+                return True
+        return False
 
     async def queue(self, prompt: Prompt, prompt_id: str) -> None:
-        """Raises Refused where validation fails."""
-        await self._ask("POST", "prompt", json={"prompt": prompt, "prompt_id": prompt_id, "client_id": self._client})
+        """Put a prompt into the queue, once: where the answer is lost, it is looked for before it is sent again.
 
-    async def history(self, prompt_id: str) -> dict[str, Any] | None:
-        """What is left of a prompt that has ended."""
-        return (await self._ask("GET", f"history/{prompt_id}") or {}).get(prompt_id)
+        Raises Refused where validation fails.
+        """
+        body = {"prompt": prompt, "prompt_id": prompt_id, "client_id": self._client}
 
-    async def queued(self) -> set[str]:
-        """Ids of the prompts that wait or run."""
-        queue = await self._ask("GET", "queue")
-        return {item[1] for part in ("queue_running", "queue_pending") for item in queue[part]}
+        def read(answer: dict[str, Any]) -> str:
+            return str(answer["prompt_id"])
 
-    async def ended(self) -> set[str]:
-        """Ids of the last prompts that have ended."""
-        return set(await self._ask("GET", "history", params={"max_items": 1000}))
+        async def send() -> str:
+            """Once begun it goes on though we are stopped, or nobody could tell whether it is still to arrive."""
+            request = self._to.ask(
+                "POST", "prompt", read, LONG, on_400=lambda answer: Refused(_words(answer)), json=body
+            )
+            self._sending = asyncio.ensure_future(request)
+            return await asyncio.shield(self._sending)
+
+        began = time.monotonic()
+        for count in itertools.count(1):
+            try:
+                given = await patiently(send, 1)
+                break
+            except (Unreachable, Garbled, Failed, NotFound) as error:
+                settling = _may_have_arrived(error)
+                try:
+                    if settling is not None and await self.find(prompt_id, settling):
+                        return
+                except Denied as denied:
+                    raise ServerLost(str(denied), dead=False) from error
+                if count >= _TRIES and (not error.dead or time.monotonic() - began >= self.lost_after):
+                    raise
+                if settling is not None:
+                    self._twice.add(prompt_id)
+                await asyncio.sleep(pause(count))
+        if given != prompt_id:
+            await self.cancel(given)
+            raise Denied(f"{self.name} gives prompts ids of its own, by which no row is found again; update ComfyUI")
+
+    async def settled(self) -> None:
+        """Until no prompt is on its way any more."""
+        if self._sending is not None:
+            await asyncio.gather(self._sending, return_exceptions=True)
 
     async def cancel(self, prompt_id: str) -> None:
         """Take a prompt out of the queue, or interrupt it if it runs."""
-        await self._ask("POST", "queue", json={"delete": [prompt_id]})
-        await self._ask("POST", "interrupt", json={"prompt_id": prompt_id})
+        await self.unqueue(prompt_id)
+        await self._post("interrupt", {"prompt_id": prompt_id})
+
+    async def unqueue(self, prompt_id: str) -> None:
+        """Take a prompt out of the queue, if it waits there."""
+        await self._post("queue", {"delete": [prompt_id]})
 
     async def forget(self) -> None:
         """Unload models and forget cached outputs, so that the next prompt is run whole."""
-        await self._ask("POST", "free", json={"unload_models": True, "free_memory": True})
+        await self._post("free", {"unload_models": True, "free_memory": True})
 
-    @contextlib.asynccontextmanager
-    async def listening(self) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
-        try:
-            socket = await self._session.ws_connect(
-                f"{self.url}/ws?clientId={self._client}", heartbeat=60, max_msg_size=0
-            )
-        except (*_TROUBLE, ValueError) as error:
-            raise ServerLost(f"{self.name}: {type(error).__name__} {error}".strip()) from error
-        try:
-            yield socket
-        finally:
-            await socket.close()
+    async def _post(self, path: str, body: Any) -> None:
+        await patiently(lambda: self._to.ask("POST", path, lambda answer: None, json=body), _TRIES)
+
+    def listening(self) -> contextlib.AbstractAsyncContextManager[progress.Listener]:
+        """Hear of progress meanwhile, for `follow`."""
+        return progress.listening(self._to, self._client)
 
     async def follow(
         self,
-        socket: aiohttp.ClientWebSocketResponse,
+        listener: progress.Listener,
         prompt_id: str,
-        heard: Callable[[str, int, int], None] = lambda node, value, end: None,
+        heard: progress.Heard = lambda node, value, end: None,
     ) -> dict[str, Any]:
-        """The history of a prompt once it has ended. heard: (node id, value, maximum) of its progress."""
+        """The history of a prompt once it has ended. heard: (node id, value, maximum) of its progress.
+
+        Raises ServerLost after several failed looks over `lost_after` seconds, Forgotten where the server knows nothing
+        of the prompt, Denied.
+        """
+        listener.follow(prompt_id, heard)
+        failed, unknown, calm, since = 0, 0, 0, time.monotonic()
         while True:
-            known = prompt_id in await self.queued()
-            entry = await self.history(prompt_id)
-            if entry is not None:
-                return entry
-            if not known:
-                raise ServerLost(f"{self.name} has forgotten the prompt")
-            await self._listen(socket, prompt_id, heard)
+            try:
+                entry = await self.history(prompt_id, tries=1)
+                if entry is None and prompt_id not in await self.queued(tries=1):
+                    entry = await self.history(prompt_id, tries=1)  # it may have ended between the two
+                    unknown = 0 if entry is not None else unknown + 1
+                if entry is not None:
+                    if prompt_id in self._twice:
+                        await self.unqueue(prompt_id)
+                        self._twice.discard(prompt_id)
+                    return entry
+                failed, calm = 0, calm + 1
+            except ServerError as error:
+                failed += 1
+                since = time.monotonic() if failed == 1 else since
+                if not error.passing:
+                    raise
+                if failed >= _TRIES and time.monotonic() - since >= self.lost_after:
+                    raise ServerLost(f"{error} ({failed} times in a row)", error.dead) from error
+            if unknown >= 2:
+                raise Forgotten(f"{self.name} has forgotten the prompt")
+            await listener.until_ended(pause(failed or unknown or calm))
 
-    async def _listen(self, socket: aiohttp.ClientWebSocketResponse, prompt_id: str, heard: Any) -> None:
-        """Until the prompt ends, or for ten seconds, since a message may have been missed."""
+    async def fetch(self, entry: Mapping[str, str], path: Path) -> tuple[int, str]:
+        """Write a file that an output names, whole and onto the disk, or not at all: its size and SHA-256.
 
-        async def hear() -> None:
-            async for message in socket:
-                event = json.loads(message.data) if message.type == aiohttp.WSMsgType.TEXT else {}
-                data = event.get("data") or {}
-                if data.get("prompt_id") != prompt_id:
-                    continue
-                if event["type"] == "progress":
-                    heard(str(data["node"]), int(data["value"]), int(data["max"]))
-                elif event["type"] == "executing" and data.get("node") is None:
-                    return
-            raise ServerLost(f"{self.name} closed the connection")
+        Raises ServerError, and OSError where the disk takes it not.
+        """
+        place = {k: str(entry.get(k) or "") for k in ("filename", "subfolder", "type")}
+        timeout = aiohttp.ClientTimeout(total=None, connect=10, sock_connect=10, sock_read=_SILENT)
 
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(hear(), 10)
+        async def get() -> tuple[int, str]:
+            digest, size = hashlib.sha256(), 0
+            async with self._to.open("GET", "view", timeout, params=place) as answer:
+                _check_kind(self.name, place["filename"], answer.content_type)
+                seconds = FILE + (answer.content_length or FILE * RATE) / RATE
+                with written(path) as file:
 
-    async def fetch(self, entry: dict[str, str], path: Path) -> None:
-        """Write a file that an output names, whole or not at all."""
-        partial = path.with_name(f".{path.name}.part")
-        place = {k: entry.get(k, "") for k in ("filename", "subfolder", "type")}
-        try:
-            async with self._session.get(f"{self.url}/view", params=place) as answer:
-                answer.raise_for_status()
-                with partial.open("wb") as file:
-                    async for block in answer.content.iter_chunked(1 << 20):
-                        file.write(block)
-            partial.replace(path)
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:  # an OSError is of the disk here
-            raise ServerLost(f"{self.name}: {type(error).__name__} {error}".strip()) from error
-        finally:
-            partial.unlink(missing_ok=True)
+                    async def read() -> int:
+                        done = 0
+                        async for block in answer.content.iter_chunked(1 << 20):
+                            file.write(block)
+                            digest.update(block)
+                            done += len(block)
+                        return done
 
-    async def upload(self, picture: Path, name: str) -> None:
-        """Put a picture into the server's input folder."""
-        form = aiohttp.FormData({"overwrite": "true"})
-        form.add_field("image", picture.read_bytes(), filename=name)
-        await self._ask("POST", "upload/image", data=form)
+                    size = await asyncio.wait_for(self._to.reached("GET", "view", read()), seconds)
+                    if not size:
+                        raise Garbled(f"{self.name}: {place['filename']} came empty")
+            return size, digest.hexdigest()
+
+        return await patiently(lambda: self._to.reached("GET", "view", get()), _TRIES, self.lost_after)
+
+    async def upload(self, picture: Path, name: str) -> str:
+        """Put a picture into the server's input folder; the name that it has there.
+
+        The server keeps what it has: of the same content the same file, of another a new name.
+        """
+        data = picture.read_bytes()
+
+        def read(answer: dict[str, Any]) -> str:
+            if not answer["name"]:
+                raise ValueError("no name")
+            return "/".join(filter(None, (str(answer.get("subfolder") or ""), str(answer["name"]))))
+
+        async def send() -> str:
+            form = aiohttp.FormData(quote_fields=False)  # the host takes UTF-8, and would keep %20 as it is
+            form.add_field("image", data, filename=plain(name), content_type="application/octet-stream")
+            seconds = FILE + len(data) / RATE
+            timeout = aiohttp.ClientTimeout(total=seconds, connect=10, sock_connect=10, sock_read=seconds)
+            return await self._to.ask("POST", "upload/image", read, timeout, data=form)
+
+        return await patiently(send, _TRIES)
+
+
+def _may_have_arrived(error: ServerError) -> float | None:
+    """Seconds after which it is known whether a request that failed so has done its work; None where it has not."""
+    if isinstance(error, NotFound) or (isinstance(error, Unreachable) and not error.sent):
+        return None
+    return _SETTLING if error.status in (0, 502, 504) else 0.0
+
+
+def _check_kind(server: str, name: str, kind: str) -> None:
+    """A picture must come as one: a page that asks for a password is none."""
+    expected = mimetypes.guess_type(name)[0] or ""
+    if kind in ("text/html", "application/json") and expected != kind:
+        raise Garbled(f"{server}: {name} came as {kind}")
 
 
 def _words(answer: dict[str, Any]) -> str:

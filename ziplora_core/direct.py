@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,10 @@ def row_space(factors: Factors) -> Tensor:
     return kept.T
 
 
-def np_lora(pair: LoRAPair, mu: float = 0.5) -> LoRAPair:
+MU = 0.5  # NP-LoRA's, which files written before they said theirs have too
+
+
+def np_lora(pair: LoRAPair, mu: float = MU) -> LoRAPair:
     """NP-LoRA (arXiv 2511.11051): soften the content update inside the style update's row space.
 
     A_c' = A_c − μ/(1+μ) · A_c V Vᵀ, V = `row_space` of the layer's style update; μ → ∞ projects it away. The rank
@@ -81,6 +86,19 @@ METHODS: dict[str, Callable[[LoRAPair], tuple[LoRAPair, Coefficients]]] = {
 }
 
 
-def prepared(pair: LoRAPair, method: str) -> LoRAPair:
-    """The pair that a method's coefficients belong to: only NP-LoRA's is not the files' own."""
-    return np_lora(pair) if method == "NP-LoRA" else pair
+def settings(method: str) -> dict[str, Any]:
+    """What a file says of a merge beside its method, so that `prepared` makes the same again."""
+    return {"mu": MU} if method == "NP-LoRA" else {}
+
+
+def prepared(pair: LoRAPair, method: str, settings: Mapping[str, Any]) -> LoRAPair:
+    """The pair that a method's coefficients belong to: only NP-LoRA's is not the files' own.
+
+    settings: as the file says them. Raises ValueError for a mu that is no finite number from 0 on.
+    """
+    if method != "NP-LoRA":
+        return pair
+    mu = settings.get("mu", MU)
+    if isinstance(mu, bool) or not isinstance(mu, int | float) or not 0 <= mu < math.inf:
+        raise ValueError(f"mu is {mu!r:.40}; expected a finite number, 0 or more")
+    return np_lora(pair, mu)

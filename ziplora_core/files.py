@@ -1,28 +1,35 @@
-"""LoRA files: read, or refused with a sentence; written whole or not at all."""
+"""LoRA files: read, or refused with a sentence."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import stat
 import struct
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
+from concurrent import futures
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-_UNFINISHED = ".ziplora.part"  # ends the name of a file that is being written; no loader lists it
-_ABANDONED = 3600.0  # seconds
 _MAX_HEADER = 100 * 1024 * 1024  # the format's own limit
 _MAX_VALUES = 500_000  # in a header: a hundred times what a LoRA has, and still parsed within a second
+_MOST_AXES = 16
+_WORTH_A_THREAD = 2**24  # bytes to hash
+DTYPES = {  # by the format's names
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
 _LORA_NAME = re.compile(
     r"lora|lycoris|hada_|lokr_|oft_|dora_scale|\.[ab][12]\.weight$|\.diff(_b)?$|\.set_weight$|\.[wb]_norm$",
     re.IGNORECASE,
@@ -39,49 +46,165 @@ def shown(text: str, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def _header(path: Path) -> dict[str, dict[str, object]]:
-    """The file's table of tensors, after checking that the file is as long as its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands in a file: bytes from `start` to `end`, counted from the first after the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class OpenFile:
+    """A safetensors file that is open: its table of tensors, in the order of the file, and its metadata.
+
+    Read plainly. A memory map, as the library's own readers use it, ends the whole process where a file is cut off
+    while it is read, or its disk goes away; a plain read raises, or returns too little, and both become a sentence.
+    """
+
+    def __init__(self, name: str, file: io.FileIO, digest: hashlib._Hash | None) -> None:
+        """name: for errors. digest: updated with every byte of the file, in order, once `tensors` is used up."""
+        self.name, self._file, self._digest = name, file, digest
+        self.places, self.metadata = self._header()
+
+    def _header(self) -> tuple[dict[str, Place], dict[str, str]]:
+        name, size = self.name, os.fstat(self._file.fileno()).st_size
+        start = self._bytes(min(8, size))
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= _MAX_HEADER or length > size - 8:
             raise LoRAFileError(
-                f"'{path.name}' is not a safetensors file, or it is cut off ({size:,} bytes); "
+                f"'{name}' is not a safetensors file, or it is cut off ({size:,} bytes); "
                 "choose a .safetensors LoRA or download it again"
             )
-        text = file.read(length)
+        text = self._bytes(length)
         if text.count(b",") + text.count(b":") > _MAX_VALUES:
-            raise LoRAFileError(
-                f"'{path.name}' is no LoRA: its header of {length:,} bytes lists too much; choose another"
-            )
+            raise LoRAFileError(f"'{name}' is no LoRA: its header of {length:,} bytes lists too much; choose another")
         try:
-            header = json.loads(text)
+            header = json.loads(text.decode(), parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise LoRAFileError(
-                f"'{path.name}' is not a safetensors file (its header is not JSON); choose a .safetensors LoRA"
+                f"'{name}' is not a safetensors file (its header is not JSON); choose a .safetensors LoRA"
             ) from error
-    if not isinstance(header, dict):
-        raise LoRAFileError(f"'{path.name}' is not a safetensors file (its header is no table of tensors)")
-    tensors = {k: v for k, v in header.items() if k != "__metadata__"}
-    try:
-        ends = [v["data_offsets"][1] for v in tensors.values()]
-        if not all(isinstance(end, int) and 0 <= end < 2**63 for end in ends):
-            raise ValueError("offsets are no places in a file")
-    except (TypeError, KeyError, IndexError, ValueError) as error:
-        raise LoRAFileError(f"'{path.name}' has a broken safetensors header; download it again") from error
-    expected = 8 + length + max(ends, default=0)
-    if size < expected:
-        raise LoRAFileError(f"'{path.name}' is cut off: {size:,} bytes found, {expected:,} expected; download it again")
-    return tensors
+        if not isinstance(header, dict):
+            raise LoRAFileError(f"'{name}' is not a safetensors file (its header is no table of tensors)")
+        try:
+            metadata = _metadata(header.pop("__metadata__", None))
+            places = {key: _place(name, key, entry) for key, entry in header.items()}
+            "".join(places).encode()  # half a character cannot be
+            places = dict(sorted(places.items(), key=lambda item: (item[1].start, item[1].end)))
+            end = 0
+            for place in places.values():
+                if place.start != end:
+                    raise ValueError("holes, or tensors that overlap")
+                end = place.end
+        except (TypeError, KeyError, ValueError) as error:
+            if isinstance(error, LoRAFileError):
+                raise
+            raise LoRAFileError(
+                f"'{name}' cannot be read: its safetensors header is broken; download it again"
+            ) from error
+        expected = 8 + length + end
+        if size != expected:
+            raise LoRAFileError(
+                f"'{name}' is {'cut off' if size < expected else 'longer than its header says'}: {size:,} bytes "
+                f"found, {expected:,} expected; download it again"
+            )
+        return places, metadata
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor on the CPU, in memory of its own, read when it is asked for. Raises LoRAFileError, OSError."""
+        large = self._digest is not None and sum(p.end - p.start for p in self.places.values()) > _WORTH_A_THREAD
+        with futures.ThreadPoolExecutor(1) if large else contextlib.nullcontext() as pool:
+            hashed: list[futures.Future[None]] = []
+            for key, place in self.places.items():
+                try:
+                    tensor = torch.empty(place.shape, dtype=place.dtype, device="cpu")
+                    block = bytes_of(tensor)
+                except RuntimeError as error:  # no such shape, or no memory
+                    raise LoRAFileError(f"'{self.name}' cannot be read ({shown(str(error))})") from error
+                self._fill(block)
+                if pool is not None and self._digest is not None:  # beside the reading: both let other threads go on
+                    hashed.append(pool.submit(self._digest.update, block))
+                elif self._digest is not None:
+                    self._digest.update(block)
+                yield key, tensor
+            for done in hashed:
+                done.result()
+
+    def _bytes(self, count: int) -> bytearray:
+        found = bytearray(count)
+        self._fill(memoryview(found))
+        if self._digest is not None:
+            self._digest.update(found)
+        return found
+
+    def _fill(self, block: memoryview) -> None:
+        while block:
+            count = self._file.readinto(block)
+            if not count:
+                raise LoRAFileError(
+                    f"'{self.name}' has become shorter while it was read; wait until it is written whole, then queue "
+                    "again"
+                )
+            block = block[count:]
 
 
-def check_safetensors(path: str | os.PathLike[str]) -> None:
-    """Refuse, from its header alone, what is no whole safetensors file. Raises LoRAFileError."""
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _metadata(found: object) -> dict[str, str]:
+    """Raises ValueError for what is no table of texts."""
+    table = {} if found is None else found
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise ValueError("metadata are texts by name")
+    return table
+
+
+def _place(name: str, key: str, entry: Mapping[str, Any]) -> Place:
+    """Raises TypeError, KeyError or ValueError for what is no place, LoRAFileError for numbers of another kind."""
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end)) or len(shape) > _MOST_AXES:
+        raise ValueError("sizes and offsets are whole numbers")
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise _unsupported(name, key, shown(str(entry["dtype"]), 20))
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError("a tensor has other bytes than its shape")
+    return Place(dtype, shape, start, end)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, without a copy."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def opened(
+    path: str | os.PathLike[str], digest: hashlib._Hash | None = None, instead: str = "choose another file"
+) -> Iterator[OpenFile]:
+    """Open a safetensors file and check its header: a few milliseconds, nothing allocated for its numbers.
+
+    instead: what to do where there is no file. Raises LoRAFileError for a file that is missing, cut off or no
+    safetensors file, and for whatever goes wrong while it is open: a disk that fails, a file that becomes shorter.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise LoRAFileError(f"'{path.name}' is missing; choose another file")
-    _header(path)
+    name = shown(path.name, 255)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise FileNotFoundError
+        with open(path, "rb", buffering=0) as file:
+            yield OpenFile(name, file, digest)
+    except LoRAFileError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise LoRAFileError(f"'{name}' is missing; {instead}") from error
+    except OSError as error:
+        raise LoRAFileError(
+            f"'{name}' cannot be read ({shown(error.strerror or str(error))}); see that its disk is there and that "
+            "you may read it, then queue again"
+        ) from error
 
 
 def check_lora_file(path: str | os.PathLike[str]) -> None:
@@ -89,16 +212,20 @@ def check_lora_file(path: str | os.PathLike[str]) -> None:
 
     Raises LoRAFileError for a missing, truncated or non-safetensors file, or one without any LoRA key.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise LoRAFileError(f"'{path.name}' is missing; put it into the loras folder or choose another file")
-    names = _header(path)
-    if not any(_LORA_NAME.search(name) for name in names):
-        examples = ", ".join(map(shown, sorted(names)[:2])) or "it is empty"
-        raise LoRAFileError(
-            f"'{path.name}' holds no LoRA: none of its {len(names)} tensors has a LoRA name "
-            f"({examples}); choose a LoRA file, not a checkpoint or embedding"
-        )
+    with _opened_lora(path):
+        pass
+
+
+@contextlib.contextmanager
+def _opened_lora(path: str | os.PathLike[str], digest: hashlib._Hash | None = None) -> Iterator[OpenFile]:
+    with opened(path, digest, "put it into the loras folder or choose another file") as file:
+        if not any(_LORA_NAME.search(name) for name in file.places):
+            examples = ", ".join(map(shown, sorted(file.places)[:2])) or "it is empty"
+            raise LoRAFileError(
+                f"'{file.name}' holds no LoRA: none of its {len(file.places)} tensors has a LoRA name "
+                f"({examples}); choose a LoRA file, not a checkpoint or embedding"
+            )
+        yield file
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -140,15 +267,18 @@ def check_tensors(name: str, tensors: Mapping[str, Tensor]) -> None:
 
 def _check_numbers(name: str, key: str, tensor: Tensor) -> None:
     if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in _NUMBERS):
-        raise LoRAFileError(
-            f"'{name}' holds {str(tensor.dtype).removeprefix('torch.')} (tensor '{shown(key)}'), which is not "
-            "supported; save it as fp32, fp16 or bf16"
-        )
+        raise _unsupported(name, key, str(tensor.dtype).removeprefix("torch."))
     if tensor.is_floating_point() and not all_finite(tensor):
         raise LoRAFileError(
             f"'{name}' holds NaN or infinite numbers (tensor '{shown(key)}'): its training diverged; "
             "use another epoch or file"
         )
+
+
+def _unsupported(name: str, key: str, kind: str) -> LoRAFileError:
+    return LoRAFileError(
+        f"'{name}' holds {kind} (tensor '{shown(key)}'), which is not supported; save it as fp32, fp16 or bf16"
+    )
 
 
 def _check_together(name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -167,113 +297,26 @@ def _check_together(name: str, tensors: Mapping[str, Tensor]) -> None:
                 )
 
 
-def read_lora_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a LoRA file on the CPU, in the file's dtypes.
+def read_lora_file(path: str | os.PathLike[str], digest: hashlib._Hash | None = None) -> dict[str, Tensor]:
+    """All tensors of a LoRA file on the CPU, in the file's dtypes, read and checked in one pass.
 
-    Raises LoRAFileError as `check_lora_file` and `check_tensors` do.
+    digest: updated with every byte of the file. Raises LoRAFileError as `check_lora_file` and `check_tensors` do.
     """
-    check_lora_file(path)
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            for name in file.keys():  # safe_open is not a mapping
-                tensors[name] = file.get_tensor(name).clone()  # it would change whenever the file does
-                _check_numbers(path.name, name, tensors[name])  # at once: while the processor still has it
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise LoRAFileError(
-            f"'{path.name}' cannot be read as safetensors ({shown(str(error))}); download it again"
-        ) from error
-    _check_together(path.name, tensors)
+    with _opened_lora(path, digest) as file:
+        for name, tensors[name] in file.tensors():
+            _check_numbers(file.name, name, tensors[name])  # at once: while the processor still has it
+    _check_together(file.name, tensors)
     return tensors
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """What a file says of itself. Raises LoRAFileError for what is no safetensors file."""
-    check_safetensors(path)
-    path = Path(path)
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise LoRAFileError(
-            f"'{path.name}' cannot be read as safetensors ({shown(str(error))}); download it again"
-        ) from error
+    with opened(path) as file:
+        return file.metadata
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
     with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically: under another name in the same folder, flushed, then renamed.
-
-    Raises OSError where the folder is missing, read-only or full; nothing is left behind then.
-    """
-    with whole_or_not_at_all(path) as temporary:
-        try:
-            save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, dict(metadata))
-        except SafetensorError as error:  # its writer's way to say that the disk is full
-            raise OSError(str(error)) from error
-
-
-@contextlib.contextmanager
-def whole_or_not_at_all(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A name in the same folder to write under; flushed and renamed to `path` after the block, unless it raised.
-
-    Raises OSError where the folder is missing, read-only or full; nothing is left behind then. What a process that
-    was killed has left there is cleared away.
-    """
-    path = Path(path)
-    with _named(path):
-        _clear(path.parent)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent)
-        os.close(handle)
-        try:
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises OSError, before long work, where a file could not be written after it: the folder is not there or
-    read-only."""
-    path = Path(path)
-    with _named(path), tempfile.TemporaryFile(dir=path.parent):
-        pass
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """What cannot be written is said with its file and folder."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"'{path.name}' could not be written into the folder '{Path(*path.parent.parts[-2:])}' "
-            f"({error.strerror or error}); see that it is there, writable and not full, then queue again"
-        ) from error
-
-
-def _clear(folder: Path) -> None:
-    """Delete what was begun here long ago and never finished: its writer is gone."""
-    for left in folder.glob(f".*{_UNFINISHED}"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _ABANDONED:
-                left.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -248,6 +248,11 @@ def moments_at_most(pair: LoRAPair) -> int:
     return total
 
 
+def passes(pair: LoRAPair, budget: int) -> int:
+    """About how many passes over both references `merge` takes; fewer where layers share their inputs."""
+    return 1 + _DRAWS * max(1, math.ceil(moments_at_most(pair) / budget))
+
+
 def _chunks(joined: JoinedPair, source: Mapping[str, str], budget: int) -> Iterator[list[str]]:
     """Layers in groups whose moments fit into `budget` bytes; layers with one input stay together."""
     groups: dict[str, list[str]] = {}

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .coefficients import Coefficients
-from .files import LoRAFileError, check_safetensors, shown, write_tensors
+from .files import LoRAFileError, OpenFile, opened, shown
 from .pair import LoRAPair
+from .writing import write_tensors
 
 FORMAT = "ziplora 1"
 _KEY = "ziplora"  # in the file's metadata: everything but the numbers, as JSON
@@ -78,58 +76,52 @@ def write(
 
 
 def read_about(path: str | os.PathLike[str]) -> SavedZip:
-    """What a file says of itself, without its numbers. Raises LoRAFileError as `read` does."""
-    path = Path(path)
-    with _opened(path) as file:
-        return _about(path, file.metadata() or {})
+    """What a file says of itself, from its header alone. Raises LoRAFileError as `read` does, but for numbers."""
+    with opened(path) as file:
+        return _about(file)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Coefficients, SavedZip]:
     """Raises LoRAFileError for a file that is cut off, no file of this pack, or of a format that it does not know."""
-    path = Path(path)
     sides: dict[str, dict[str, torch.Tensor]] = {"content": {}, "style": {}}
-    with _opened(path) as file:
-        about = _about(path, file.metadata() or {})
-        for key in file.keys():  # safe_open is not a mapping
+    with opened(path) as file:
+        about = _about(file)
+        for key, m in file.tensors():
             concept, _, name = key.partition(".")
-            m = file.get_tensor(key).clone()  # it would change whenever the file does
-            if concept not in sides or m.ndim != 1 or m.dtype != torch.float32 or not bool(torch.isfinite(m).all()):
-                raise LoRAFileError(
-                    f"'{path.name}' holds no usable coefficients at '{shown(key)}'; zip the pair again and save it anew"
-                )
+            if not bool(torch.isfinite(m).all()):
+                raise _unusable(file, key)
             sides[concept][name] = m
     return Coefficients(sides["content"], sides["style"]), about
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    check_safetensors(path)
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            yield file
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise LoRAFileError(
-            f"'{path.name}' cannot be read ({shown(str(error))}); zip the pair again and save it anew"
-        ) from error
+def _unusable(file: OpenFile, key: str) -> LoRAFileError:
+    return LoRAFileError(
+        f"'{file.name}' holds no usable coefficients at '{shown(key)}'; zip the pair again and save it anew"
+    )
 
 
-def _about(path: Path, metadata: Mapping[str, str]) -> SavedZip:
-    if _KEY not in metadata:
-        raise LoRAFileError(f"'{path.name}' is no zipped pair: choose a file that Save Zipped LoRA wrote")
+def _about(file: OpenFile) -> SavedZip:
+    if _KEY not in file.metadata:
+        raise LoRAFileError(f"'{file.name}' is no zipped pair: choose a file that Save Zipped LoRA wrote")
     try:
-        found = json.loads(metadata[_KEY])
+        found = json.loads(file.metadata[_KEY])
         if found["format"] != FORMAT:
             raise LoRAFileError(
-                f"'{path.name}' has format '{shown(str(found['format']))}', this version reads '{FORMAT}'; "
+                f"'{file.name}' has format '{shown(str(found['format']))}', this version reads '{FORMAT}'; "
                 "update the pack"
             )
         content, style = (SavedLoRA(**found.pop(c)) for c in ("content", "style"))
         dials = found.pop("dials")
-        return SavedZip(content, style, (float(dials[0]), float(dials[1])), **found)
+        about = SavedZip(content, style, (float(dials[0]), float(dials[1])), **found)
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, LoRAFileError):
             raise
-        raise LoRAFileError(f"'{path.name}' has broken metadata; zip the pair again and save it anew") from error
+        raise LoRAFileError(f"'{file.name}' has broken metadata; zip the pair again and save it anew") from error
+    for key, place in file.places.items():
+        named = key.partition(".")[0] in ("content", "style")
+        if not named or len(place.shape) != 1 or place.dtype != torch.float32:
+            raise _unusable(file, key)
+    return about
 
 
 def check_fits(name: str, coefficients: Coefficients, pair: LoRAPair) -> None:

@@ -19,11 +19,13 @@ from .pair import LoRAPair
 
 _HELD_OUT = 0x5EED  # added to the seed: noise for measuring is never noise that was trained on
 _ZERO_OVERLAP = 1e-4  # mean |m_c ⊙ m_s|; Adam reaches zero only nearly
+DRAWS = 4  # noisy latents of each reference that a retention is measured on
 MAX_SKIPPED = 12  # updates in a row that may be lost to an overflow in half precision
 
 
 SOLVERS = ("layerwise, then gradient", "gradient", "layerwise")
 _BETAS_FROM_START = (0.8, 0.999)  # few steps: less memory of the first ones
+OWN, EMPTY, OTHER = "own", "empty", "other"  # prompts of a row: its concept's, none, the other concept's
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, however many are taken
 
 
@@ -84,13 +86,15 @@ class Batch:
     """Rows of one forward pass. The predictor noises them with its own schedule.
 
     latents, noise: (rows, C, *space) float32. timesteps: (rows,) int64 in [0, predictor.timesteps).
-    is_style: (rows,) bool, which reference and prompt a row belongs to; content rows come first.
+    is_style: (rows,) bool, which reference and prompt a row belongs to; content rows come first. prompt: which one
+    all rows are seen with, OWN but where prompts are compared.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     is_style: Tensor
+    prompt: str = OWN
 
 
 class Predictor(Protocol):
@@ -98,7 +102,8 @@ class Predictor(Protocol):
 
     timesteps: number of training timesteps. joins: whether content and style rows may share a pass.
     loss_scale: factor on the loss before backward (1 except where half precision would underflow).
-    Calling it returns the raw prediction (rows, C, *space), float32 or wider, differentiable in the branch.
+    Calling it returns the raw prediction (rows, C, *space), float32 or wider, differentiable in the branch. `target`
+    gives the raw prediction that would find a batch's own clean latents.
     """
 
     timesteps: int
@@ -106,6 +111,8 @@ class Predictor(Protocol):
     loss_scale: float
 
     def __call__(self, batch: Batch, branch: Branch) -> Tensor: ...
+
+    def target(self, batch: Batch) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -346,7 +353,7 @@ def measure_retention(
     references: References,
     candidates: Sequence[Coefficients],
     seed: int,
-    draws: int = 4,
+    draws: int = DRAWS,
     retention: Callable[[Tensor, Tensor], Tensor] = norm,
     merged: JoinedPair | None = None,
 ) -> list[dict[str, float]]:

@@ -110,6 +110,9 @@ class Trainable(Protocol):
     def branch(self, rows: Rows | None) -> Adapted:
         """For a pass of training; for None, as the LoRA is used afterwards."""
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that a run changes, always in the same order."""
+
     def penalty(self) -> Tensor | None:
         """Added to the loss."""
 
@@ -150,6 +153,9 @@ class TrainedLoRA:
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
         return [{"params": self.parameters(), "lr": learning_rate}]
+
+    def tensors(self) -> list[Tensor]:
+        return self.parameters()
 
     def branch(self, rows: Rows | None = None) -> Adapted:
         return _Branch(self)
@@ -264,17 +270,18 @@ def train(
     settings: Settings,
     on_step: Callable[[Step], None] | None = None,
     first: int = 0,
+    adam: torch.optim.Adam | None = None,
 ) -> list[Step]:
     """Adam on the mean squared error of the raw prediction (DreamBooth, Eq. 2), from step `first` on.
 
-    Deterministic for a seed on one machine. What `on_step` or the denoiser raises ends the run, with `trained` as the
-    last step left it. Raises FloatingPointError where a loss is not finite, with the layer of the largest update.
+    adam: of the groups of `trained`, where it has a past or is to be kept; None for a new one. Deterministic for a seed
+    on one machine. What `on_step` or the denoiser raises ends the run, with `trained` as the last step left it. Raises
+    FloatingPointError where a loss is not finite, with the layer of the largest update.
     """
     history: list[Step] = []
     with torch.inference_mode(False), torch.enable_grad():
-        groups = trained.groups(settings.learning_rate)
-        parameters = [p for group in groups for p in group["params"]]
-        adam = torch.optim.Adam(groups)
+        adam = adam or torch.optim.Adam(trained.groups(settings.learning_rate))
+        parameters = [p for group in adam.param_groups for p in group["params"]]
         scale, skipped, step = float(denoiser.loss_scale), 0, first
         while step < settings.steps:
 

@@ -121,7 +121,7 @@ class UnZip:
         self.masks: dict[str, dict[str, Tensor]] = {}
         self._every_column = not apart.columns
         for number, (concept, own) in enumerate(own_layers(shapes, apart.owners).items()):
-            seed = settings.seed + number * 2**32
+            seed = settings.seed + number * 2**31  # of a seed, torch's generator looks at the low 32 bits alone
             self.loras[concept] = training.TrainedLoRA(own, settings.rank, seed, device)
             self.mergers[concept] = {n: torch.ones(s[1], device=device, requires_grad=True) for n, s in own.items()}
             whole = {n: not apart.columns or n in apart.owners for n in own}
@@ -135,6 +135,10 @@ class UnZip:
         factors = [p for trained in self.loras.values() for p in trained.parameters()]
         mergers = [m for by_layer in self.mergers.values() for m in by_layer.values()]
         return [{"params": factors, "lr": learning_rate}, {"params": mergers, "lr": self._settings.merger_rate}]
+
+    def tensors(self) -> list[Tensor]:
+        parts = [p for trained in self.loras.values() for p in trained.parameters()]
+        return parts + [t for of in (self.mergers, self.masks) for by_layer in of.values() for t in by_layer.values()]
 
     def branch(self, rows: training.Rows | None = None) -> training.Adapted:
         contexts = self._apart.contexts
@@ -242,7 +246,7 @@ class UnZip:
         layers: dict[str, dict[str, Factors]] = {}
         for concept, trained in self.loras.items():
             for name, factors in trained.factors().items():
-                kept = (self.mergers[concept][name] * self.masks[concept][name]).cpu()
+                kept = self.mergers[concept][name].cpu() * self.masks[concept][name].cpu()  # a device may be full
                 layers.setdefault(name, {})[concept] = Factors(factors.up, factors.down * kept)
         return LoRAPair({name: LayerPair(**halves) for name, halves in layers.items()})
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from ...ziplora_core.merge import merged_factors
 from ...ziplora_core.pair import LayerPair
 from ...ziplora_core.solver import in_range
-from . import fitting
+from . import fitting, text_encoders
+from .bar import tell
 from .loras import LoRASource, ZippedLoRA
 from .shapes import fits
 
@@ -57,7 +58,7 @@ def _text_encoder(clip, source: LoRASource, strength: float) -> None:
     good = {key: patch for key, patch in patches.items() if _fits(clip.cond_stage_model, key, patch)}
     if len(good) < len(patches):
         left = len(patches) - len(good)
-        logging.warning("ZipLoRA: %d text-encoder parts of '%s' do not fit and are left out.", left, source.name)
+        logging.warning("ZipLoRA: %d text-encoder parts of '%s' do not fit and are left out.", left, source.title)
     clip.add_patches(good, strength)
 
 
@@ -77,7 +78,7 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     in_range("strength", strength, -100, 100)
     if strength == 0:
         return model, clip
-    names = f"'{zipped.sources.content.name}' + '{zipped.sources.style.name}'"
+    names = f"'{zipped.sources.content.title}' + '{zipped.sources.style.title}'"
     model = model.clone()
     patches = {
         name: _adapter(layer, zipped.coefficients.content.get(name), zipped.coefficients.style.get(name))
@@ -87,6 +88,10 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     sources = zipped.sources.by_concept()
     for concept in sources:
         _patch(model, zipped.fitted.riders[concept], strength * zipped.strength(concept), names)
+    missing = text_encoders.left_out(zipped) if clip is None else None
+    if missing is not None:
+        logging.warning("ZipLoRA: %s.", missing)
+        tell(missing)
     if clip is not None:
         clip = clip.clone()
         for concept, source in sources.items():

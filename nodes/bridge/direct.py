@@ -14,4 +14,13 @@ def merge(model, sources: loras.LoRASources, method: str) -> loras.ZippedLoRA:
     one_of("method", method, direct.METHODS)
     fitted = fitting.fit(sources, model.model)
     pair, coefficients = direct.METHODS[method](fitted.pair)
-    return loras.ZippedLoRA(sources, replace(fitted, pair=pair), coefficients, report=f"merge: {method}", method=method)
+    settings = direct.settings(method)
+    said = "".join(f", {name} {value:g}" for name, value in settings.items())
+    return loras.ZippedLoRA(
+        sources,
+        replace(fitted, pair=pair),
+        coefficients,
+        report=f"merge: {method}{said}",
+        method=method,
+        settings=settings,
+    )

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...ziplora_core import export
 from ...ziplora_core.export import ExportLayer
-from ...ziplora_core.files import write_tensors
 from ...ziplora_core.merge import merged_factors
 from ...ziplora_core.pair import Factors, LayerPair
+from ...ziplora_core.writing import write_tensors
 from . import fitting, keys, loras, paths
 
 FORMATS = ("kohya", "diffusers")
@@ -112,10 +112,10 @@ def text_encoder_layers(zipped: loras.ZippedLoRA, rank: int) -> tuple[dict[str, 
     parts: dict[str, dict[str, Factors]] = {}
     left_out = []
     for concept, source in zipped.sources.by_concept().items():
-        names = {k: keys.kohya_text_encoder(k) for k in map(keys.layer_name, source.tensors) if keys.is_text_encoder(k)}
+        names = keys.text_encoder_layers(source.tensors)
         for name, adapter in comfy.lora.load_lora(source.tensors, names, log_missing=False).items():
             if not fitting.is_plain(adapter):
-                left_out.append(f"'{source.name}': text-encoder layer '{name}' is no plain LoRA and is left out")
+                left_out.append(f"'{source.title}': text-encoder layer '{name}' is no plain LoRA and is left out")
                 continue
             dialled = replace(source, strength=zipped.strength(concept))
             parts.setdefault(name, {})[concept] = fitting.low_rank(dialled, name, adapter)
@@ -165,7 +165,7 @@ def _metadata(zipped: loras.ZippedLoRA, layers, report: list[str]) -> dict[str, 
     family = zipped.fitted.names.family
     content, style = zipped.sources.content, zipped.sources.style
     rank = str(max(layer.rank for layer in layers.values()))
-    title = f"{os.path.splitext(content.name)[0]} + {os.path.splitext(style.name)[0]}"
+    title = f"{os.path.splitext(content.title)[0]} + {os.path.splitext(style.title)[0]}"
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
@@ -177,17 +177,30 @@ def _metadata(zipped: loras.ZippedLoRA, layers, report: list[str]) -> dict[str, 
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.date": time.strftime("%Y-%m-%d"),
-        "modelspec.description": f"ZipLoRA of '{content.name}' (subject) and '{style.name}' (style), {zipped.method}; "
+        "modelspec.description": f"{_made(zipped)} of '{content.title}' (subject) and '{style.title}' (style); "
         + "; ".join(report),
     }
 
 
+def _made(zipped: loras.ZippedLoRA) -> str:
+    """What a merge is, by how it came about."""
+    mu = zipped.settings.get("mu")
+    names = {
+        loras.ZIPPED: "ZipLoRA",
+        "UnZipLoRA": "UnZipLoRA's pair",
+        "sum": "Direct merge (sum)",
+        "NP-LoRA": "NP-LoRA merge" + ("" if mu is None else f" (mu {mu:g})"),
+    }
+    return names.get(zipped.method, f"Merge by {zipped.method}")
+
+
+@paths.names_given_back()
 def export_file(
     zipped: loras.ZippedLoRA, prefix: str, rank: int, dtype: str, form: str, made_by: dict[str, str] | None = None
 ) -> tuple[dict[str, Tensor], str, str]:
     """Write the file below the output folder; (LORA_MODEL, report, the file's name). made_by: more metadata."""
     exported = export_tensors(zipped, rank, dtype, form)
-    path = paths.next_path(prefix, folder_paths.get_output_directory(), ".safetensors")
+    path = paths.reserve(prefix, folder_paths.get_output_directory(), ".safetensors")
     write_tensors(path, exported.tensors, {**exported.metadata, **(made_by or {})})
     name = os.path.relpath(path, folder_paths.get_output_directory())
     return exported.lora_model, "  \n".join([f"written: {name}", *exported.report]), name

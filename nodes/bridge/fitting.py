@@ -47,6 +47,7 @@ class Fitting:
     riders: dict[str, Any] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # a note on tensors that fit no layer
     absent: list[str] = field(default_factory=list)  # what a file changes and the model has not
+    doubled: list[tuple[str, str]] = field(default_factory=list)  # names passed over for others of the same layer
     dense: dict[str, list[str]] = field(default_factory=dict)  # kind of update -> layers kept as ΔW itself
     eyes: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
@@ -60,7 +61,7 @@ class Fitting:
         part = weight if place is None else weight.narrow(*place)
         if reshapes(patch):
             raise LoRAFileError(
-                f"'{self.source.name}' changes the shape of layer '{key}'; a zipped pair cannot: use another file"
+                f"'{self.source.title}' changes the shape of layer '{key}'; a zipped pair cannot: use another file"
             )
         if not (is_plain(patch) and part.ndim > 1) and not fits(patch, part.shape):
             raise _other_model(self.source, key, _kind(patch), part.shape)
@@ -101,10 +102,16 @@ class Fitting:
 
     def notes(self) -> list[str]:
         lines = []
+        if self.doubled:
+            over, used = self.doubled[0]
+            lines.append(
+                f"'{self.source.title}' has {len(self.doubled)} layers twice, under different names; only one "
+                f"counts, as in ComfyUI's own LoRA loader: e.g. '{shown(used)}', not '{shown(over)}'"
+            )
         for kind, layers in self.dense.items():
             size = sum(self.factors[k].down.numel() * self.factors[k].down.element_size() for k in set(layers))
             lines.append(
-                f"{len(layers)} layers of '{self.source.name}' are {kind}, not of low rank: their updates are kept "
+                f"{len(layers)} layers of '{self.source.title}' are {kind}, not of low rank: their updates are kept "
                 f"whole, {size / 1e6:.0f} MB, and more while optimising"
             )
         return lines
@@ -163,13 +170,13 @@ def _base_weight(model, key: str) -> Tensor:
 
 def _other_model(source: LoRASource, key: str, kind: str, shape: torch.Size) -> LoRAFileError:
     return LoRAFileError(
-        f"'{source.name}' was made for another model{_guess(source)}: its {kind} at layer '{key}' does not fit a "
+        f"'{source.title}' was made for another model{_guess(source)}: its {kind} at layer '{key}' does not fit a "
         f"weight of shape {tuple(shape)}; choose a LoRA of the same model family"
     )
 
 
 def _broken(source: LoRASource, key: str, why: str) -> LoRAFileError:
-    return LoRAFileError(f"'{source.name}' is broken at layer '{key}': {why}; download it again")
+    return LoRAFileError(f"'{source.title}' is broken at layer '{key}': {why}; download it again")
 
 
 def _guess(source: LoRASource) -> str:
@@ -199,7 +206,7 @@ def _reshaped(source: LoRASource, key: str, found: Factors, shape: torch.Size) -
     columns = found.down.numel() // found.rank
     if found.up.shape[0] != shape[0] or columns != math.prod(shape[1:]):
         raise LoRAFileError(
-            f"'{source.name}' was made for another model{_guess(source)}: its layer '{key}' changes a weight of shape "
+            f"'{source.title}' was made for another model{_guess(source)}: its layer '{key}' changes a weight of shape "
             f"({found.up.shape[0]}, {columns}), this model's is {tuple(shape)}; "
             "choose a LoRA of the same model family"
         )
@@ -225,12 +232,14 @@ def _side_by_side(a: Factors, b: Factors) -> Factors:
 
 def fit_one(source: LoRASource, model) -> Fitting:
     """One file on the layers of a model. Raises LoRAFileError where it fits no layer, or another model's layers."""
-    names = keys.unet_keys(model)
+    hosts, more = keys.unet_keys(model)
     fitting = Fitting(source, model)
     with torch.no_grad():
-        for target, patch in comfy.lora.load_lora(source.tensors, names, log_missing=False).items():
+        patches, others = (comfy.lora.load_lora(source.tensors, names, log_missing=False) for names in (hosts, more))
+        for target, patch in {**others, **patches}.items():
             fitting.add(target, patch)
-    fitting.unused = _unused(source, model, names, fitting)
+    fitting.unused = _unused(source, model, {**hosts, **more}, fitting)
+    fitting.doubled = keys.doubled(source.tensors, hosts, more)
     return fitting
 
 
@@ -239,14 +248,14 @@ def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[st
     if not fitting.factors:
         example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))
         raise LoRAFileError(
-            f"'{source.name}' has no layer that fits this model ({type(model).__name__}){_guess(source)}: "
+            f"'{source.title}' has no layer that fits this model ({type(model).__name__}){_guess(source)}: "
             f"found e.g. '{example}'; "
             "choose a LoRA of the same model family"
         )
     unused += fitting.absent
     if not unused:
         return []
-    return [f"{len(unused)} tensors of '{source.name}' fit no layer and are not used, e.g. '{shown(unused[0])}'"]
+    return [f"{len(unused)} tensors of '{source.title}' fit no layer and are not used, e.g. '{shown(unused[0])}'"]
 
 
 _fitted: weakref.WeakKeyDictionary[LoRASources, tuple[weakref.ref, FittedPair]] = weakref.WeakKeyDictionary()

@@ -16,12 +16,13 @@ import comfy.rmsnorm
 import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.patcher_extension import PatcherInjection
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...ziplora_core.branch import Branch
 from ...ziplora_core.frozen import Base, frozen
+from .foreign import Given, Rerun, run_again_in_backward
+from .replaced import Replaced, is_replaced
 
 _CONV_INPUT = {
     1: torch.nn.grad.conv1d_input,
@@ -179,61 +180,112 @@ class Injection:
 
     Set `branch` before each forward pass; leave it until the backward pass is done, which may run blocks again.
     layers: names as in LoRAPair (`diffusion_model.….weight`). recomputed: of how many transformer blocks, from the
-    first, only the input is kept for backward, which runs them again.
+    first, only the input is kept for backward, which runs them again. is_patched: whether others' code runs in a pass.
+
+    The host never hears of it: it ejects injections in the order in which they came, and so puts the dead forward of
+    one over the live one of another.
     """
 
     def __init__(self, layers: Iterable[str], recomputed: int = 0):
         self.branch: Branch | None = None
         self.recomputed = recomputed
+        self.is_patched = False
         self._layers = set(layers)
         self._changes_inputs = True
-        self._undo: list[tuple[torch.nn.Module, Any]] = []
+        self._injected: list[Replaced] = []
+        self._covered: list[Replaced] = []
+        self._ran: set[int] = set()
+        self._running: frozenset[int] | None = None
 
-    def as_patcher_injection(self) -> PatcherInjection:
-        return PatcherInjection(inject=self.inject, eject=self.eject)
+    @contextlib.contextmanager
+    def injected(self, model: torch.nn.Module) -> Iterator[None]:
+        """Inject into a BaseModel as it is now, with what others have injected; afterwards it is as it was.
 
-    def inject(self, patcher) -> None:
-        """Raises ValueError where a layer of the pair is not one that can be injected; undoes itself then."""
+        Raises ValueError where a layer of the pair is not one that can be injected.
+        """
+        self._running = None
+        try:
+            self._inject(model)
+            yield
+        finally:
+            self._eject()
+            self.branch = None
+
+    def renew(self, model: torch.nn.Module) -> None:
+        """Inject anew, where the host has just taken off and put back what others inject. Nothing when not injected."""
+        if self._injected:
+            self._eject()
+            self._inject(model)
+
+    def uncover(self) -> None:
+        """Restore the modules that another pack had wrapped when this ended, and has freed since."""
+        self._covered = [forward for forward in self._covered if not forward.restore()]
+
+    def begin_pass(self) -> None:
+        self._ran.clear()
+
+    def check_pass(self) -> None:
+        """Raises ValueError where the pass did not run the transformer blocks that the first one ran."""
+        ran = frozenset(self._ran)
+        self._running = self._running or ran
+        missing = len(self._running - ran)
+        if missing or not ran:
+            found = "the network" if not ran else f"{missing} of its {len(self._running)} parts"
+            raise ValueError(
+                f"another node on the model answered a pass without running {found}, as caches do that make sampling "
+                "faster; take it off the model that is connected here"
+            )
+
+    def _inject(self, model: torch.nn.Module) -> None:
         found = set()
         # The U-Net adds to nothing that autograd keeps; the host's transformers add to a block's input in place.
-        self._changes_inputs = not isinstance(patcher.model.diffusion_model, UNetModel)
-        again = set(blocks(patcher.model)[: self.recomputed])
-        try:
-            for path, module in patcher.model.named_modules():
-                forward = _checkpointed(module.forward) if module in again else self._replacement(path, module)
-                if forward is None or not path.startswith("diffusion_model"):
-                    continue
-                self._undo.append((module, module.__dict__.get("forward")))
-                module.forward = forward
+        self._changes_inputs = not isinstance(model.diffusion_model, UNetModel)
+        all_blocks = blocks(model)
+        again = set(all_blocks[: self.recomputed])
+        parts = {inner: number for number, block in enumerate(all_blocks, 1) for inner in block.modules()}
+        for path, module in list(model.named_modules()):
+            if not path.startswith("diffusion_model"):
+                continue
+            forward = self._checkpointed(module.forward) if module in again else self._replacement(path, module)
+            if forward is not None:
+                if module not in again:
+                    forward = self._noted(forward, parts.get(module, 0))
+                self._injected.append(Replaced(module, forward))
                 found.add(f"{path}.weight")
-            missing = sorted(self._layers - found)
-            if missing:
-                raise ValueError(
-                    f"{len(missing)} layers of the pair are of a kind that cannot be zipped, e.g. '{missing[0]}'; "
-                    "use LoRAs that change linear and convolution layers"
-                )
-        except BaseException:
-            self.eject(patcher)
-            raise
+        missing = sorted(self._layers - found)
+        if missing:
+            raise ValueError(
+                f"{len(missing)} layers of the pair are of a kind that cannot be zipped, e.g. '{missing[0]}'; "
+                "use LoRAs that change linear and convolution layers"
+            )
 
-    def eject(self, patcher) -> None:
-        while self._undo:
-            module, previous = self._undo.pop()
-            if previous is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = previous
-        self.branch = None
+    def _eject(self) -> None:
+        """The module's forward is restored only where it is still this one: what others put over it is theirs."""
+        while self._injected:
+            forward = self._injected.pop()
+            forward.end()
+            if not forward.restore():
+                self._covered.append(forward)
+
+    def _noted(self, forward: Callable[..., Tensor], part: int) -> Callable[..., Tensor]:
+        def run(*args, **kwargs):
+            self._ran.add(part)
+            return forward(*args, **kwargs)
+
+        return run
 
     def _replacement(self, path: str, module: torch.nn.Module) -> Callable[..., Tensor] | None:
-        forward, name = module.forward, f"{path}.weight"
+        forward, name, replaced = module.forward, f"{path}.weight", is_replaced(module)
         if isinstance(module, _CONV) and not isinstance(module, torch.nn.modules.conv._ConvTransposeNd):
-            return self._frozen(name, _Convolution(module, forward), _convolution_options(module))
+            options = _convolution_options(module)
+            plain = self._frozen(name, _Convolution(module, forward), options)
+            return self._through(path, forward, plain, options) if replaced else plain
         if isinstance(module, torch.nn.Linear) or (
             isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
         ):
-            return self._frozen(name, _Linear(module, forward), {})
-        if isinstance(module, _NORMS):
+            plain = self._frozen(name, _Linear(module, forward), {})
+            return self._through(path, forward, plain, {}) if replaced else plain
+        if isinstance(module, _NORMS) and not replaced:
             return lambda x: _norm(module, x, forward, self._changes_inputs)
         leaf = next(module.children(), None) is None
         if leaf and any(p is not None for p in module._parameters.values()):
@@ -245,17 +297,33 @@ class Injection:
             return lambda x: frozen(x, base)
         return lambda x: frozen(x, base) if self.branch is None else self.branch.layer(name, x, base, **convolution)
 
+    def _through(
+        self, path: str, forward: Callable[..., Tensor], plain: Callable[..., Tensor], convolution: dict[str, Any]
+    ) -> Callable[[Tensor], Tensor]:
+        """A layer with another pack's forward, whose gradient is not that of the layer's weight alone."""
 
-def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def again(*args, **kwargs):
-        """On copies: what is kept to run the block again must not be what the block adds to in place."""
-        return forward(*map(_copied, args), **{name: _copied(value) for name, value in kwargs.items()})
+        def run(x: Tensor) -> Tensor:
+            if not (torch.is_grad_enabled() and x.requires_grad):
+                return plain(x)
+            y = Rerun.apply(x, forward, path)
+            if self.branch is None or f"{path}.weight" not in self._layers:
+                return y
+            return self.branch.layer(f"{path}.weight", x, Given(y), **convolution) + (y - y.detach())
 
-    def run(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        if "transformer_options" in kwargs:  # the host rewrites this dict from block to block
-            kwargs["transformer_options"] = dict(kwargs["transformer_options"])
-        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return run
 
-    return run
+    def _checkpointed(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def again(*args, **kwargs):
+            """On copies: what is kept to run the block again must not be what the block adds to in place."""
+            return forward(*map(_copied, args), **{name: _copied(value) for name, value in kwargs.items()})
+
+        def run(*args, **kwargs):
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            if "transformer_options" in kwargs:  # the host rewrites this dict from block to block
+                kwargs["transformer_options"] = dict(kwargs["transformer_options"])
+            if self.is_patched:
+                return run_again_in_backward(again, *args, **kwargs)
+            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return run

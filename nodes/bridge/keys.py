@@ -19,6 +19,7 @@ _SUFFIX = re.compile(
     r"|\.lora_linear_layer\.(?:up|down)\.weight|\.alpha|\.dora_scale|\.reshape_weight|\.diff|\.diff_b|\.[wb]_norm"
     r"|\.set_weight|\.hada_[wt]\d(?:_[ab])?|\.lokr_[wt]\d(?:_[ab])?|\.oft_\w+|\.rescale|\.[ab][12]\.weight)$"
 )
+_BESIDE_AN_UPDATE = (".alpha", ".diff_b", ".b_norm", ".dora_scale", ".reshape_weight", ".rescale")
 _TEXT_ENCODER = re.compile(r"^(?:lora_te|lora_prior_te|text_encoder|text_encoders|te\d?[._]|base_model\.model\.text)")
 
 
@@ -31,17 +32,36 @@ def is_text_encoder(key: str) -> bool:
     return _TEXT_ENCODER.match(key) is not None
 
 
-def unet_keys(model) -> dict[str, str | tuple]:
+Names = dict[str, str | tuple]
+
+
+def unet_keys(model) -> tuple[Names, Names]:
     """Layer name in a LoRA file -> weight of this model (`diffusion_model.….weight`, or a slice of one).
 
-    model: the host's BaseModel. The host's own map, and every diffusers name under every peft prefix.
+    model: the host's BaseModel. (The host's own map, every other diffusers name under every peft prefix).
     """
-    names = comfy.lora.model_lora_keys_unet(model, {})
+    hosts, more = comfy.lora.model_lora_keys_unet(model, {}), {}
     for key, target in comfy.utils.unet_to_diffusers(model.model_config.unet_config).items():
         if key.endswith(".weight"):
             for prefix in _DIFFUSERS_PREFIXES:
-                names.setdefault(f"{prefix}{key.removesuffix('.weight')}", f"diffusion_model.{target}")
-    return names
+                name = f"{prefix}{key.removesuffix('.weight')}"
+                if name not in hosts:
+                    more[name] = f"diffusion_model.{target}"
+    return hosts, more
+
+
+def doubled(tensors: Mapping[str, Tensor], hosts: Names, more: Names) -> list[tuple[str, str]]:
+    """Layers whose update a file has under several names: (one that is passed over, the one that counts).
+
+    It counts what the host's loader takes: the last of its own names; where it knows none of them, the last of ours.
+    """
+    there = {layer_name(key) for key in tensors if not key.endswith(_BESIDE_AN_UPDATE)}
+    found: dict[str | tuple, list[str]] = {}
+    for names in (more, hosts):
+        for name, target in names.items():
+            if name in there:
+                found.setdefault(target, []).append(name)
+    return [(name, several[-1]) for several in found.values() for name in several[:-1]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +101,19 @@ def kohya_text_encoder(layer: str) -> str:
         if pattern.match(layer):
             return prefix + pattern.sub("", layer).replace(".", "_")
     return layer
+
+
+def text_encoder_layers(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Text-encoder layer of a LoRA file -> kohya's name of it.
+
+    Of several names of one layer the last counts, as in the host's loader: names that it does not know come first,
+    then kohya's, then diffusers'.
+    """
+
+    def place(layer: str) -> int:
+        return 1 if layer.startswith("lora_te") else 2 if re.match(r"text_encoder(_2)?\.text_model\.", layer) else 0
+
+    return {k: kohya_text_encoder(k) for k in sorted(map(layer_name, filter(is_text_encoder, tensors)), key=place)}
 
 
 _FAMILIES = (  # what only one family's names hold, in this order

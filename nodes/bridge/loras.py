@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import folder_paths
+import torch
 from torch import Tensor
 
 from ...ziplora_core.coefficients import Coefficients
-from ...ziplora_core.files import LoRAFileError, check_tensors, read_lora_file, shown
+from ...ziplora_core.files import LoRAFileError, check_lora_file, check_tensors, read_lora_file, shown
 from ...ziplora_core.solver import in_range
+from . import hashes
 
 if TYPE_CHECKING:
     from .fitting import FittedPair
@@ -24,13 +26,19 @@ ZIPPED = "zipped"
 class LoRASource:
     """One LoRA file as read: its name in the loras folder, tensors on the CPU, and the strength it is used at.
 
-    version: `fingerprint` of the file when it was read; None where the tensors come from elsewhere.
+    version, sha256: of the file as it was read; None where the tensors come from elsewhere.
     """
 
     name: str
     tensors: dict[str, Tensor] = field(repr=False)  # the host keeps what an error's inputs look like
     strength: float
-    version: tuple[str, int, int] | None = None
+    version: hashes.Version | None = None
+    sha256: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The name, fit for a line of a report, a table or an error: a file's may hold line breaks."""
+        return shown(self.name, 255)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,36 +83,47 @@ def lora_path(name: str) -> str:
     return path
 
 
-def fingerprint(name: str) -> tuple[str, int, int]:
-    """Path, size and modification time: changes when the file does."""
-    path = lora_path(name)
-    status = os.stat(path)
-    return path, status.st_size, status.st_mtime_ns
-
-
-_seen_good: set[tuple[str, int, int]] = set()
+def fingerprint(name: str) -> hashes.Version:
+    """Changes when the file does. Raises LoRAFileError where there is none."""
+    return hashes.version(lora_path(name))
 
 
 def check(name: str) -> str | None:
-    """One sentence on why this file cannot be used, or None. Reads a file's numbers once per version of it."""
+    """One sentence on why this file cannot be used, or None. Reads its header alone: the server waits meanwhile."""
     try:
-        seen = fingerprint(name)
-        if seen not in _seen_good:
-            read_lora_file(seen[0])
-            _seen_good.add(seen)
+        check_lora_file(lora_path(name))
     except LoRAFileError as error:
         return str(error)
     return None
 
 
 def load_pair(content: str, style: str, content_strength: float, style_strength: float) -> LoRASources:
-    """Read both files. Raises LoRAFileError, ValueError for a strength; warns where both are the same file."""
-    warnings = []
+    """Read both files. Raises LoRAFileError, also where both hold the same, and ValueError for a strength."""
     _check_strengths(content_strength, style_strength)
-    if lora_path(content) == lora_path(style):
-        warnings.append(f"'{content}' is both the content and the style LoRA: there is nothing to zip apart")
-        logging.warning("ZipLoRA: %s.", warnings[0])
-    return LoRASources(load(content, content_strength), load(style, style_strength), tuple(warnings))
+    refuse_one_file(content, style)
+    sources = LoRASources(load(content, content_strength), load(style, style_strength))
+    one, other = sources.content.tensors, sources.style.tensors
+    if one.keys() == other.keys() and all(_same(tensor, other[key]) for key, tensor in one.items()):
+        raise _same_file(content, style)
+    return sources
+
+
+def refuse_one_file(content: str, style: str) -> None:
+    """Raises LoRAFileError where both names lead to one file, or one to none. Reads nothing."""
+    if os.path.samefile(lora_path(content), lora_path(style)):
+        raise _same_file(content, style)
+
+
+def _same_file(content: str, style: str) -> LoRAFileError:
+    which = f"'{content}' is" if content == style else f"'{content}' and '{style}' hold the same LoRA, which would be"
+    return LoRAFileError(
+        f"{which} both the content and the style LoRA, so there is nothing to zip; choose the subject's file in "
+        "content_lora and the style's in style_lora"
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def pair(content: dict, style: dict, content_strength: float, style_strength: float) -> LoRASources:
@@ -126,9 +145,15 @@ def _check_strengths(content: float, style: float) -> None:
 
 
 def load(name: str, strength: float) -> LoRASource:
-    """Read one file. Raises LoRAFileError."""
-    version = fingerprint(name)
-    tensors = read_lora_file(version[0])
+    """Read one file, and its hash in the same pass where it is not known. Raises LoRAFileError."""
+    path, version = lora_path(name), fingerprint(name)
+    file = hashes.key(path)
+    known = hashes.HASHES.known(file)
+    digest = hashlib.sha256() if known is None else None
+    tensors = read_lora_file(path, digest)
     if fingerprint(name) != version:
-        raise LoRAFileError(f"'{name}' has changed while it was read; queue again")
-    return LoRASource(name, tensors, strength, version)
+        raise LoRAFileError(f"'{shown(name, 255)}' has changed while it was read; queue again")
+    if digest is not None:
+        known = digest.hexdigest()
+        hashes.HASHES.remember(file, known)
+    return LoRASource(name, tensors, strength, version, known)

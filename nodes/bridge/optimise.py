@@ -10,12 +10,13 @@ from dataclasses import asdict, replace
 from functools import partial
 
 import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
-from ...ziplora_core import analysis, solver, zipper
+from ...ziplora_core import analysis, prompts, solver, zipper
 from ...ziplora_core.branch import JoinedPair
 from ...ziplora_core.coefficients import Coefficients
-from . import fitting, loras, plan, predictor, saved
+from . import fitting, loras, plan, predictor, saved, verdict
 from . import references as drawing
 from .progress import Progress
 from .report import Outcome, write
@@ -57,24 +58,30 @@ def optimise(
     fitted = fitting.fit(sources, model.model)
     ones = Coefficients.ones(fitted.pair)
     outcome = Outcome(sources, fitted, settings, before=ones)
+    without = [concept for concept in latents if concept not in samples]
 
     def work(
         planned: plan.Plan, predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References
     ) -> None:
         began = time.monotonic()
-        progress = Progress(settings.gradient_steps)
+        progress.start(planned.moments)
+        counted = progress.counted(predict)
         outcome.result = zipper.close(
-            joined, predict, references, settings, progress.step, progress.layer, planned.moments
+            joined, counted, references, settings, progress.step, progress.layer, planned.moments
         )
         outcome.seconds = time.monotonic() - began
+        progress.measuring()
         outcome.retention = solver.measure_retention(
-            joined, predict, references, [ones, outcome.result.coefficients], settings.seed
+            joined, counted, references, [ones, outcome.result.coefficients], settings.seed
         )
         _check_finite(outcome)
+        progress.prompts()
+        outcome.prompts = prompts.measure(joined, counted, references, settings.seed)
 
     if settings.steps == 0:
         outcome.result = solver.direct_merge(fitted.pair)
     else:
+        progress = Progress(settings, fitted.pair, without, drawing.Drawn.rows(asked))
 
         def attempt(planned: plan.Plan) -> None:
             predictor.with_predictor(
@@ -89,8 +96,11 @@ def optimise(
             )
 
         with _explained(model, conditioning):
-            for concept in [c for c in latents if c not in samples]:
-                drawn = drawing.draw(model, sources, fitted, concept, conditioning[concept], asked, settings.seed)
+            for concept in without:
+                watch = partial(progress.drawing, concept)
+                drawn = drawing.draw(
+                    model, sources, fitted, concept, conditioning[concept], asked, settings.seed, watch
+                )
                 outcome.drawn[concept], samples[concept] = drawn, drawn.latents
             room = plan.room_for(model)
             planned = plan.make(model, fitted.pair, conditioning, samples, settings, room)
@@ -100,9 +110,14 @@ def optimise(
                 raise FloatingPointError(f"{error}; {_rescue(outcome, error.kept)}") from error
             outcome.again = outcome.plan != planned
     with torch.inference_mode(False):
-        outcome.alignment = [analysis.column_alignment(fitted.pair, c) for c in (ones, outcome.result.coefficients)]
-    zipped = _zipped(outcome)
-    return zipped, outcome.loss_map, zipped.report, _shown(model, outcome)
+        for coefficients in (ones, outcome.result.coefficients):
+            throw_exception_if_processing_interrupted()
+            outcome.alignment.append(analysis.column_alignment(fitted.pair, coefficients))
+    zipped, drawn = _zipped(outcome), _shown(model, outcome)
+    if settings.steps:
+        lines = verdict.lines(outcome)
+        progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, drawn))
+    return zipped, outcome.loss_map, zipped.report, _pictures(drawn)
 
 
 def _zipped(outcome: Outcome) -> loras.ZippedLoRA:
@@ -145,6 +160,11 @@ def _explained(model, conditioning: dict[str, list]) -> Iterator[None]:
         raise
 
 
-def _shown(model, outcome: Outcome) -> Tensor | None:
-    shown = [drawing.thumbnails(model, drawn.latents) for drawn in outcome.drawn.values()]
-    return torch.cat([t for t in shown if t is not None]) if any(t is not None for t in shown) else None
+def _shown(model, outcome: Outcome) -> dict[str, Tensor]:
+    """Rough pictures of the references that were drawn, by concept."""
+    shown = {concept: drawing.thumbnails(model, drawn.latents) for concept, drawn in outcome.drawn.items()}
+    return {concept: pictures for concept, pictures in shown.items() if pictures is not None}
+
+
+def _pictures(shown: dict[str, Tensor]) -> Tensor | None:
+    return torch.cat(list(shown.values())) if shown else None

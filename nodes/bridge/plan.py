@@ -189,12 +189,8 @@ class Stage:
     @contextlib.contextmanager
     def injected(self, recomputed: int = 0) -> Iterator[None]:
         self.injection.recomputed = recomputed
-        self.injection.inject(self.patcher)
-        try:
-            with torch.inference_mode(False), with_gradient():
-                yield
-        finally:
-            self.injection.eject(self.patcher)
+        with self.injection.injected(self.base), torch.inference_mode(False), with_gradient():
+            yield
 
     def batch(self, *concepts: str) -> Batch:
         """One row of each concept."""

@@ -6,7 +6,8 @@ import copy
 import inspect
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -14,13 +15,16 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ...ziplora_core.branch import Branch, JoinedPair
 from ...ziplora_core.files import all_finite
 from ...ziplora_core.pair import LoRAPair
-from ...ziplora_core.solver import Batch, References
+from ...ziplora_core.solver import EMPTY, OTHER, Batch, References
+from .foreign import is_patched, leave_out, patched_pass
 from .frozen import Injection, with_gradient
+from .prompts import zeros
 
 _HALF_PRECISION_LOSS_SCALE = 1024.0  # fp16 cannot hold gradients of a mean over 65,536 outputs
 _UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks")
@@ -143,6 +147,7 @@ class Network:
         self._injection = injection
         self._model_options = model_options
         self._device = guider.model_patcher.load_device
+        injection.is_patched = is_patched(guider.model_patcher, model_options)
         self._sigmas = self._model.model_sampling.sigmas.to(self._device).clone()
         self.timesteps = len(self._sigmas)
         self.loss_scale = _HALF_PRECISION_LOSS_SCALE if compute_dtype(self._model) == torch.float16 else 1.0
@@ -178,6 +183,13 @@ class Network:
         self._injection.branch = branch
         prepare_state(self._model.current_patcher, sigma, self._model_options)
         conditioning["transformer_options"] = self._transformer_options(sigma, len(x))
+        self._injection.begin_pass()
+        with patched_pass(sigma) if self._injection.is_patched else nullcontext():
+            x0 = self._apply_model(x, sigma, conditioning)
+        self._injection.check_pass()
+        return x0
+
+    def _apply_model(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
         wrapper = self._model_options.get("model_function_wrapper")
         if wrapper is None:
             return self._model.apply_model(x, sigma, **conditioning)
@@ -204,25 +216,37 @@ class HostPredictor(Network):
 
     def __init__(self, guider, model_options: dict, injection: Injection, references: References):
         super().__init__(guider, model_options, injection)
-        self._conds = {
-            "content": self.encode("content", references.content),
-            "style": self.encode("style", references.style),
-        }
-        one_row = [self._rows(concept, 1) for concept in ("content", "style")]
+        self._references = {"content": references.content, "style": references.style}
+        self._conds = {(c, c): self.encode(c, latents) for c, latents in self._references.items()}
+        one_row = [self._rows(concept, concept, 1) for concept in ("content", "style")]
         self.joins = comfy.samplers.cond_equal_size(*one_row)
 
-    def _rows(self, concept: str, rows: int) -> dict[str, Any]:
-        return {k: v.process_cond(batch_size=rows, area=None) for k, v in self._conds[concept].items()}
+    def _rows(self, concept: str, prompt: str, rows: int) -> dict[str, Any]:
+        """One of the guider's prompts for rows of a concept's references."""
+        if (concept, prompt) not in self._conds:
+            self._conds[concept, prompt] = self.encode(prompt, self._references[concept])
+        return {k: v.process_cond(batch_size=rows, area=None) for k, v in self._conds[concept, prompt].items()}
 
-    def _conditioning(self, is_style: Tensor) -> dict[str, Any]:
+    def _conditioning(self, batch: Batch) -> dict[str, Any]:
         """Conditioning of a batch whose content rows come before its style rows, joined as the host joins."""
-        style_rows = int(is_style.sum())
-        counts = {"content": len(is_style) - style_rows, "style": style_rows}
-        return comfy.samplers.cond_cat([self._rows(c, n) for c, n in counts.items() if n])
+        style_rows = int(batch.is_style.sum())
+        counts = {"content": len(batch.is_style) - style_rows, "style": style_rows}
+        names = {c: c for c in counts}
+        if batch.prompt == OTHER:
+            names = {"content": "style", "style": "content"}
+        elif batch.prompt == EMPTY:
+            names = {c: f"{c} {EMPTY}" for c in counts}
+        return comfy.samplers.cond_cat([self._rows(c, names[c], n) for c, n in counts.items() if n])
 
     def __call__(self, batch: Batch, branch: Branch) -> Tensor:
         x, sigma = self.noised(batch.latents, batch.noise, batch.timesteps)
-        (raw,) = self.raw(x, sigma, self.denoised(x, sigma, self._conditioning(batch.is_style), branch))
+        (raw,) = self.raw(x, sigma, self.denoised(x, sigma, self._conditioning(batch), branch))
+        return raw
+
+    def target(self, batch: Batch) -> Tensor:
+        """The raw prediction with which the model would find the clean latents."""
+        x, sigma = self.noised(batch.latents, batch.noise, batch.timesteps)
+        (raw,) = self.raw(x, sigma, batch.latents.to(x))
         return raw
 
 
@@ -243,6 +267,19 @@ def _rows_that_take(need: int, model, shape: torch.Size) -> int:
     return max(2, math.ceil(need / one)) if one else 2
 
 
+@contextmanager
+def _renewed(injection: Injection, patcher) -> Iterator[None]:
+    """Whatever moves weights meanwhile, such as a VAE that needs room, has the host eject and inject what others
+    inject: their order is kept, ours is on top again."""
+    patcher.add_callback_with_key(
+        CallbacksMP.ON_INJECT_MODEL, "ziplora", lambda patcher: injection.renew(patcher.model)
+    )
+    try:
+        yield
+    finally:
+        patcher.remove_callbacks_with_key(CallbacksMP.ON_INJECT_MODEL, "ziplora")
+
+
 def with_network(
     model,
     injection: Injection,
@@ -258,10 +295,16 @@ def with_network(
     and outside inference mode. Whatever happens in it (return, exception, interrupt), no injected layer is left behind.
     """
     patcher = model.clone()
-    patcher.set_injections("ziplora", [injection.as_patcher_injection()])
+    leave_out(patcher)
 
     def prepared(guider, model_options: dict) -> None:
-        with torch.inference_mode(False), torch.no_grad(), with_gradient():
+        with (
+            injection.injected(guider.inner_model),
+            _renewed(injection, patcher),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            with_gradient(),
+        ):
             work(guider, patcher, model_options)
 
     try:
@@ -271,9 +314,8 @@ def with_network(
         guider.inner_set_conds(prompts)
         guider.sample(empty, empty, _Work(prepared), sigmas, seed=0, disable_pbar=True)
     finally:
-        patcher.eject_model()
-        injection.eject(patcher)
-        patcher.remove_injections("ziplora")
+        patcher.eject_model()  # a clone that goes away must not leave others' injections behind
+        injection.uncover()
 
 
 def with_predictor(
@@ -305,4 +347,5 @@ def with_predictor(
         work(predict, joined, references)
 
     prompts = {concept: conditioning[concept] for concept in ("content", "style")}
+    prompts |= {f"{concept} {EMPTY}": zeros(prompt) for concept, prompt in prompts.items()}
     with_network(model, injection, prompts, latents["content"].shape[1:], need, prepared)

@@ -19,7 +19,9 @@ from . import fitting, loras
 from .apply import apply
 from .plan import is_out_of_memory
 from .predictor import attention_with_gradient
+from .prompts import zeros
 
+Watch = Callable[[float, Image.Image | None], None]
 STEPS, GUIDANCE, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
 _OTHER_SEED = {"content": 0, "style": 1}  # two concepts, two noises
 
@@ -48,6 +50,11 @@ class Drawn:
     seed: int
     guidance: float
 
+    @staticmethod
+    def rows(asked: Asked) -> int:
+        """About how many rows go through the network for so many references: with guidance, two a step each."""
+        return 2 * STEPS * asked.count
+
     def line(self, concept: str) -> str:
         count, height, width = len(self.latents), *self.latents.shape[-2:]
         return (
@@ -64,18 +71,19 @@ def draw(
     conditioning: list,
     asked: Asked,
     seed: int,
+    watch: Watch | None = None,
 ) -> Drawn:
     """Latents that one LoRA draws at its strength from its own prompt.
 
-    model: ModelPatcher, unchanged. Progress shows as any sampler's; an interrupt passes through. The negative prompt
-    is zeros, as Conditioning Zero Out makes them.
+    model: ModelPatcher, unchanged. watch: as of `draw_plain`. The negative prompt is zeros, as Conditioning Zero Out
+    makes them.
     """
     ones = Coefficients.ones(fitted.pair)
     alone = ones.scaled(style=0.0) if concept == "content" else ones.scaled(content=0.0)
     dials = (1.0, 0.0) if concept == "content" else (0.0, 1.0)
     patched, _ = apply(model, None, loras.ZippedLoRA(sources, fitted, alone, *dials), 1.0)
     try:
-        drawn = draw_plain(patched, conditioning, asked, seed + _OTHER_SEED[concept])
+        drawn = draw_plain(patched, conditioning, asked, seed + _OTHER_SEED[concept], watch)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -91,8 +99,12 @@ def draw(
     return drawn
 
 
-def draw_plain(model, conditioning: list, asked: Asked, seed: int) -> Drawn | None:
-    """Latents that a model draws from a prompt; None where they are not finite. model: ModelPatcher, unchanged."""
+def draw_plain(model, conditioning: list, asked: Asked, seed: int, watch: Watch | None = None) -> Drawn | None:
+    """Latents that a model draws from a prompt; None where they are not finite. model: ModelPatcher, unchanged.
+
+    watch: hears after each step how much is done, 0 to 1, and sees a rough picture where the host previews; what it
+    raises ends the drawing, as an interrupt does. Without it the progress shows as any sampler's.
+    """
     model = model.clone()
     if model.load_device.type == "cpu":  # the host's choice there cuts attention into pieces
         options = model.model_options.setdefault("transformer_options", {})
@@ -106,6 +118,7 @@ def draw_plain(model, conditioning: list, asked: Asked, seed: int) -> Drawn | No
     noise = comfy.sample.prepare_noise(latents, seed)
 
     def sample(part: slice) -> Tensor:
+        start, stop, _ = part.indices(asked.count)
         return comfy.sample.sample(
             model,
             noise[part],
@@ -116,13 +129,26 @@ def draw_plain(model, conditioning: list, asked: Asked, seed: int) -> Drawn | No
             conditioning,
             zeros(conditioning),
             latents[part],
-            callback=latent_preview.prepare_callback(model, STEPS),
+            callback=_callback(model, watch, start / asked.count, (stop - start) / asked.count),
             disable_pbar=True,
             seed=seed,
         )
 
     samples = _at_once_or_one_by_one(sample, asked.count)
     return Drawn(samples, seed, guidance) if bool(torch.isfinite(samples).all()) else None
+
+
+def _callback(model, watch: Watch | None, before: float, mine: float) -> Callable[..., None]:
+    """The sampler's, of pictures that are so much of all of them, after so many others."""
+    if watch is None:
+        return latent_preview.prepare_callback(model, STEPS)
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def callback(step: int, x0: Tensor, _: Tensor, steps: int) -> None:
+        preview = previewer.decode_latent_to_preview_image("JPEG", x0)[1] if previewer else None
+        watch(before + mine * (step + 1) / steps, preview)
+
+    return callback
 
 
 def _at_once_or_one_by_one(sample: Callable[[slice], Tensor], count: int) -> Tensor:
@@ -135,16 +161,6 @@ def _at_once_or_one_by_one(sample: Callable[[slice], Tensor], count: int) -> Ten
     logging.warning("ZipLoRA: not enough memory to draw %d pictures at once; one by one.", count)
     comfy.model_management.soft_empty_cache()
     return torch.cat([sample(slice(i, i + 1)) for i in range(count)])
-
-
-def zeros(conditioning: list) -> list:
-    """The same prompt emptied, as Conditioning Zero Out does it."""
-    pairs = []
-    for context, options in conditioning:
-        pooled = options.get("pooled_output")
-        zeroed = {**options, "pooled_output": torch.zeros_like(pooled)} if pooled is not None else dict(options)
-        pairs.append([torch.zeros_like(context), zeroed])
-    return pairs
 
 
 def thumbnails(model, latents: Tensor) -> Tensor | None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
+import comfy.model_management
 import comfyui_version
 import folder_paths
 import torch
 
 from ...ziplora_core import __version__, direct, saved
-from ...ziplora_core.files import LoRAFileError, sha256, shown
-from . import fitting, loras, paths
+from ...ziplora_core.files import LoRAFileError, shown
+from . import fitting, hashes, loras, paths
 
 FOLDER = "ziplora"
 
@@ -23,26 +27,16 @@ def register_folder() -> None:
     folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
 
-_hashes: dict[tuple[str, int, int], str] = {}
-
-
-def file_hash(version: tuple[str, int, int]) -> str:
-    """SHA-256 of a file, computed once per version of it (path, size, modification time)."""
-    if version not in _hashes:
-        _hashes[version] = sha256(version[0])
-    return _hashes[version]
-
-
 def bound(source: loras.LoRASource) -> saved.SavedLoRA:
     """A LoRA file by name and hash. Raises LoRAFileError where it has changed since it was read."""
-    if source.version is None:
+    if source.version is None or source.sha256 is None:
         raise LoRAFileError(
-            f"{source.name} comes from another node, not from a file that the coefficients could be bound to; load its "
-            "file with Load LoRA Pair and zip again, or use Export Merged LoRA"
+            f"{source.title} comes from another node, not from a file that the coefficients could be bound to; load "
+            "its file with Load LoRA Pair and zip again, or use Export Merged LoRA"
         )
     if loras.fingerprint(source.name) != source.version:
-        raise LoRAFileError(f"'{source.name}' has changed since it was loaded; queue again, then save")
-    return saved.SavedLoRA(source.name, file_hash(source.version), source.version[1], source.strength)
+        raise LoRAFileError(f"'{source.title}' has changed since it was loaded; queue again, then save")
+    return saved.SavedLoRA(source.name, source.sha256, source.version.size, source.strength)
 
 
 def versions() -> dict[str, str]:
@@ -50,6 +44,7 @@ def versions() -> dict[str, str]:
     return {"ziplora": __version__, "comfyui": comfyui_version.__version__, "torch": torch.__version__}
 
 
+@paths.names_given_back()
 def save(zipped: loras.ZippedLoRA, prefix: str, made_by: dict[str, str] | None = None) -> str:
     """Write the coefficients below output/ziplora; returns the file's name as Load Zipped LoRA lists it.
 
@@ -67,28 +62,38 @@ def save(zipped: loras.ZippedLoRA, prefix: str, made_by: dict[str, str] | None =
         report=zipped.report,
     )
     folder = os.path.join(folder_paths.get_output_directory(), FOLDER)
-    path = paths.next_path(prefix, folder, ".safetensors")
+    path = paths.reserve(prefix, folder, ".safetensors")
     saved.write(path, zipped.coefficients, about, made_by)
     return os.path.relpath(path, folder)
 
 
-def _find(wanted: saved.SavedLoRA, of: str) -> str:
-    """The name, in the loras folders, of the file with a hash: its old name first, then every file of its size."""
-    changed = False
+def _of_its_size(wanted: saved.SavedLoRA) -> Iterator[str]:
+    """Names, in the loras folders, of files as large as one that a pair was zipped from: its old name first.
+
+    From the file system's entries alone: nothing is read. What cannot even be looked at is left out.
+    """
     names = folder_paths.get_filename_list("loras")
     for name in [wanted.name, *(n for n in names if n != wanted.name)]:
-        path = folder_paths.get_full_path("loras", name)
-        if path is None or os.path.getsize(path) != wanted.size:
-            changed |= path is not None and name == wanted.name
-            continue
-        if file_hash(loras.fingerprint(name)) == wanted.sha256:
-            return name
-        changed |= name == wanted.name
+        with suppress(LoRAFileError):
+            if loras.fingerprint(name).size == wanted.size:
+                yield name
+
+
+def _find(wanted: saved.SavedLoRA, of: str) -> str:
+    """The name, in the loras folders, of the file with a hash: its old name first, then every file of its size.
+
+    Reads every file whose hash is not known yet; one that cannot be read is passed over. Raises LoRAFileError.
+    """
+    for name in _of_its_size(wanted):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        with suppress(OSError, LoRAFileError):
+            if hashes.HASHES.of(loras.lora_path(name)) == wanted.sha256:
+                return name
+    changed = folder_paths.get_full_path("loras", wanted.name) is not None
     what = "has changed since" if changed else "is missing: it is in no loras folder under any name"
     raise LoRAFileError(
-        f"'{of}' was zipped from '{shown(wanted.name)}' (SHA-256 {shown(wanted.sha256, 12)}), which {what}; "
-        + ("restore the file" if changed else "put it back")
-        + ", or zip the pair again"
+        f"'{shown(of, 255)}' was zipped from '{shown(wanted.name)}' (SHA-256 {shown(wanted.sha256, 12)}), "
+        f"which {what}; " + ("restore the file" if changed else "put it back") + ", or zip the pair again"
     )
 
 
@@ -101,23 +106,29 @@ def zipped_path(name: str) -> str:
 
 
 def check(name: str) -> str | None:
-    """One sentence on why this file cannot be loaded, or None."""
+    """One sentence on why this file cannot be loaded, or None. Reads its header alone: the server waits meanwhile.
+
+    Its LoRA files are looked for when the node runs: whether one of them is right, only all its bytes can tell.
+    """
     try:
-        _, about = saved.read(zipped_path(name))
-        for wanted in (about.content, about.style):
-            _find(wanted, name)
+        saved.read_about(zipped_path(name))
     except LoRAFileError as error:
         return str(error)
     return None
 
 
-def fingerprint(name: str) -> list[tuple[str, int, int]]:
-    """Changes when the file or one of its LoRA files does."""
+def fingerprint(name: str) -> list[Any]:
+    """Changes when the file or one of its LoRA files does; a LoRA's is the one of its old name, or else one of those
+    of its size."""
     path = zipped_path(name)
-    status = os.stat(path)
     about = saved.read_about(path)
-    bound = [loras.fingerprint(_find(wanted, name)) for wanted in (about.content, about.style)]
-    return [(path, status.st_size, status.st_mtime_ns), *bound]
+    found: list[Any] = [hashes.version(path)]
+    for wanted in (about.content, about.style):
+        alike = (loras.fingerprint(other) for other in _of_its_size(wanted))
+        first = next(alike, None)
+        in_place = first is not None and first.path == folder_paths.get_full_path("loras", wanted.name)
+        found.append([first] if in_place else [first, *alike])
+    return found
 
 
 def load(model, name: str) -> loras.ZippedLoRA:
@@ -130,9 +141,12 @@ def load(model, name: str) -> loras.ZippedLoRA:
     sources = loras.load_pair(found["content"], found["style"], about.content.strength, about.style.strength)
     for source, wanted in ((sources.content, about.content), (sources.style, about.style)):
         if bound(source).sha256 != wanted.sha256:
-            raise LoRAFileError(f"'{source.name}' has changed while '{name}' was loaded; queue again")
+            raise LoRAFileError(f"'{source.title}' has changed while '{shown(name, 255)}' was loaded; queue again")
     fitted = fitting.fit(sources, model.model)
-    fitted = replace(fitted, pair=direct.prepared(fitted.pair, about.method))
+    try:
+        fitted = replace(fitted, pair=direct.prepared(fitted.pair, about.method, about.settings))
+    except ValueError as error:
+        raise LoRAFileError(f"'{name}' has broken metadata ({error}); merge the pair again and save it anew") from error
     saved.check_fits(name, coefficients, fitted.pair)
     return loras.ZippedLoRA(
         sources, fitted, coefficients, *about.dials, about.report, about.method, dict(about.settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
@@ -21,12 +20,13 @@ from torch import Tensor
 
 from ...ziplora_core import export, training
 from ...ziplora_core.direct import B_LORA_BLOCKS, Blocks
-from ...ziplora_core.files import check_writable, read_metadata, write_tensors
+from ...ziplora_core.files import read_metadata
 from ...ziplora_core.pair import Factors
 from ...ziplora_core.solver import in_range, one_of
+from ...ziplora_core.writing import write_tensors
 from . import fitting, keys, loras, paths, plan, predictor, references
 from .frozen import Injection, blocks
-from .progress import TrainingProgress
+from .runs import Run
 
 _ATTENTION = re.compile(r"\.(?:attn\d?|attention|self_attn|cross_attn|img_attn|txt_attn)\.")
 LAYERS = ("attention", "all linear", "B-LoRA", "B-LoRA content block", "B-LoRA style block")
@@ -156,7 +156,10 @@ def check_pictures(name: str, pictures: Sequence[Tensor]) -> None:
         raise ValueError(f"{name} holds no picture; connect at least one")
     for batch in pictures:
         if batch.ndim != 4 or min(batch.shape[1:3]) < _EVERY or batch.shape[-1] < 3:
-            raise ValueError(f"{name} has shape {tuple(batch.shape)}; expected pictures of at least 8 x 8 pixels")
+            raise ValueError(
+                f"{name} has shape {tuple(batch.shape)}; expected pictures of at least 8 x 8 pixels with red, green "
+                "and blue: (pictures, height, width, 3)"
+            )
         if not bool(torch.isfinite(batch).all()):
             raise ValueError(f"{name} holds NaN or infinite numbers; check the node that made the picture")
 
@@ -328,12 +331,14 @@ def lora_tensors(model, factors: dict[str, Factors], dtype: torch.dtype = torch.
 
 
 class File:
-    """One LoRA file of a run, written again and again, whole or not at all. Its name is chosen once."""
+    """One LoRA file of a run, written again and again, whole or not at all. Its name is chosen once.
+
+    steps: how many the file has; it is never replaced by one with fewer.
+    """
 
     def __init__(self, model, prefix: str, about: dict[str, str]):
-        self.model, self.about = model, about
-        self.path = paths.next_path(prefix, folder_paths.get_output_directory(), ".safetensors")
-        check_writable(self.path)
+        self.model, self.about, self.steps = model, about, 0
+        self.path = paths.reserve(prefix, folder_paths.get_output_directory(), ".safetensors")
 
     @property
     def name(self) -> str:
@@ -350,7 +355,10 @@ class File:
         return None
 
     def write(self, factors: dict[str, Factors], steps: int) -> dict[str, Tensor]:
+        """The tensors, which go into the file unless a try before has left more steps there."""
         tensors = lora_tensors(self.model, factors)
+        if steps < self.steps:
+            return tensors
         rank = str(next(iter(factors.values())).rank)
         metadata = {
             "ss_network_module": "networks.lora",
@@ -360,7 +368,11 @@ class File:
             **self.about,
         }
         write_tensors(self.path, tensors, metadata)
+        self.steps = steps
         return tensors
+
+    def said(self) -> str:
+        return f"{self.name} ({self.steps} steps)"
 
 
 def steps_done(name: str) -> int:
@@ -387,51 +399,7 @@ def steps_before(file: str, settings: training.Settings) -> int:
     return done
 
 
-def follow(
-    model,
-    made: Prepared,
-    task: Any,
-    first: int,
-    trained: training.Trainable,
-    denoiser: Denoiser,
-    pictures: training.Pictures,
-    write: Callable[[int], str],
-) -> list[training.Step]:
-    """`training.train` from step `first` on, with progress and samples on the node and files on the way.
-
-    task: one with `settings`, `sample_every` and `save_every`. write: of the number of steps done, returns what it
-    wrote; called on the way, at the end, and where a run ends early, if it can be done: what ended it is the error to
-    be seen.
-    """
-    settings, done = task.settings, first
-    progress = TrainingProgress(first, settings.steps)
-
-    def on_step(step: training.Step) -> None:
-        nonlocal done
-        done = step.index
-        if task.sample_every and done % task.sample_every == 0:
-            progress.sample = picture(model, denoiser, made, trained, settings.seed)
-        if task.save_every and done % task.save_every == 0 and done < settings.steps:
-            write(done)
-        progress.step(step)
-
-    try:
-        history = training.train(trained, denoiser, pictures, settings, on_step, first)
-    except BaseException:
-        if done > first:
-            _rescue(write, done)
-        raise
-    write(settings.steps)
-    return history
-
-
-def _rescue(write: Callable[[int], str], steps: int) -> None:
-    try:
-        logging.info("ZipLoRA: the %d steps done so far are in %s.", steps, write(steps))
-    except (ValueError, OSError) as error:
-        logging.warning("ZipLoRA: the %d steps done so far could not be written: %s", steps, error)
-
-
+@paths.names_given_back()
 def train_concept(model, clip, vae, task: Task) -> Trained:
     """One LoRA from one concept's pictures, or two concepts' (joint training).
 
@@ -449,7 +417,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
     about = {**task.made_by, "ziplora_settings": repr(settings), "ziplora_layers": task.layers}
     file = File(model, task.prefix, about)
     made = prepare(model, clip, vae, task)
-    history: list[training.Step] = []
+    training_run = Run(first)
     saved: dict[str, Tensor] = {}
     began = time.monotonic()
 
@@ -460,15 +428,17 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
 
         def write(steps: int) -> str:
             saved.update(file.write(trained.factors(), steps))
-            return file.name
+            return file.said()
 
-        history[:] = follow(model, made, task, first, trained, denoiser, pictures, write)
+        def sample() -> Image.Image:
+            return picture(model, denoiser, made, trained, settings.seed)
+
+        training_run.follow(task, trained, denoiser, pictures, write, sample)
 
     planned = run(model, made, shapes, settings, work)
     seconds = time.monotonic() - began
-    report = [f"written: {file.name}", *_lines(task, made, shapes, history, seconds), planned.line()]
-    losses = {"loss": [step.loss for step in history]}
-    return Trained(saved, losses, "  \n".join(report), file.name)
+    report = [f"written: {file.name}", *_lines(task, made, shapes, training_run.history, seconds), planned.line()]
+    return Trained(saved, training_run.loss_map(), "  \n".join(report), file.name)
 
 
 def _lines(task: Task, made: Prepared, shapes: dict, history: Sequence[training.Step], seconds: float) -> list[str]:

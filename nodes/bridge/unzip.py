@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from PIL import Image
 from torch import Tensor
 
 from ...ziplora_core import training, unzip
@@ -20,9 +21,10 @@ from ...ziplora_core.direct import UNZIPLORA_BLOCKS, Blocks
 from ...ziplora_core.files import read_metadata, shown
 from ...ziplora_core.pair import Factors
 from ...ziplora_core.solver import in_range
-from . import fitting, loras, plan, predictor
+from . import fitting, loras, paths, plan, predictor
 from . import training as bridge
 from .frozen import cast
+from .runs import Run
 
 _PROMPTED = re.compile(r"\.attn2\.to_[kv]\.weight$")
 _SMALL_WORDS = frozenset(  # which a prompt may have for itself
@@ -144,6 +146,7 @@ def owners(layers: Collection[str], blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[s
     return found
 
 
+@paths.names_given_back()
 def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     """model: ModelPatcher, unchanged. Raises as `training.train_concept`; both LoRAs are on disk whenever it ends."""
     check(model.model, task)
@@ -163,7 +166,7 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
         whole, empty = (made.prompt(clip, text) for text in (task.prompts["full"], ""))
         made.pictures = unzip.rows_as_used(made.pictures.sets[0][0], whole, empty)
     made.prompts, contexts = _contexts(made.prompts)
-    history: list[training.Step] = []
+    training_run = Run(first)
     began = time.monotonic()
     kept: dict[str, Any] = {}
 
@@ -182,19 +185,22 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
         def write(steps: int) -> str:
             halves = _halves(trained).items()
             kept.update(tensors={c: files[c].write(f, steps) for c, f in halves}, unzip=trained)
-            return " and ".join(file.name for file in files.values())
+            return " and ".join(file.said() for file in files.values())
 
-        history[:] = bridge.follow(model, made, task, first, trained, denoiser, pictures, write)
+        def sample() -> Image.Image:
+            return bridge.picture(model, denoiser, made, trained, settings.seed)
+
+        training_run.follow(task, trained, denoiser, pictures, write, sample)
 
     planned = bridge.run(model, made, shapes, settings, work, loras_at_once=2)
-    seconds = time.monotonic() - began
+    seconds, history = time.monotonic() - began, training_run.history
     sources = loras.LoRASources(*(_source(files[c], kept["tensors"][c]) for c in unzip.CONCEPTS))
     fitted = fitting.fit(sources, model.model)
     learned = kept["unzip"].coefficients()
     report = "  \n".join(_report(task, files, kept["unzip"], history, seconds, planned))
     about = {"settings": repr(settings), "prompts": task.prompts}
     zipped = loras.ZippedLoRA(sources, fitted, learned, report=report, method="UnZipLoRA", settings=about)
-    losses = {"loss": [s.loss for s in history]}
+    losses = training_run.loss_map()
     if not task.columns_apart:
         losses["overlap"] = [s.penalty for s in history]
     return Unzipped(sources, zipped, losses, report, [file.name for file in files.values()])

@@ -54,6 +54,23 @@ def kept() -> Callable[..., None]:
     return keep
 
 
+@pytest.fixture(scope="session")
+def page_of_all(browser: Browser, session_server: ComfyServer) -> Iterator[Frontend]:
+    from devhost.frontend import Frontend
+
+    opened = Frontend(browser, session_server)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def shared_frontend(page_of_all: Frontend, server: ComfyServer) -> Iterator[Frontend]:
+    """One page for all tests that only load graphs and look at them. A script error on it fails the test."""
+    page_of_all.errors.clear()
+    yield page_of_all
+    assert not page_of_all.errors, f"the page threw: {page_of_all.errors}"
+
+
 @pytest.fixture
 def frontend(browser: Browser, server: ComfyServer) -> Iterator[Frontend]:
     """A fresh page of the frontend, ready for a graph. A script error on the page fails the test."""

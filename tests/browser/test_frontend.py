@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from devhost.frontend import Frontend
 
 
-def test_frontend_offers_the_nodes(frontend: Frontend) -> None:
-    assert set(NODES) <= set(frontend.node_types())
+def test_frontend_offers_the_nodes(shared_frontend: Frontend) -> None:
+    assert set(NODES) <= set(shared_frontend.node_types())
 
 
 def test_every_graph_has_its_api_file_and_none_is_left_over() -> None:
@@ -26,6 +26,8 @@ def test_every_graph_has_its_api_file_and_none_is_left_over() -> None:
 
 
 @pytest.mark.parametrize("ui_file", workflows.ui_files(), ids=lambda path: path.stem)
-def test_api_file_is_what_the_frontend_makes_of_the_graph(frontend: Frontend, ui_file: Path) -> None:
+def test_api_file_is_what_the_frontend_makes_of_the_graph(shared_frontend: Frontend, ui_file: Path) -> None:
     written = workflows.api_file(ui_file).read_text(encoding="utf-8")
-    assert written == workflows.generate(frontend, ui_file), "run `python3 dev.py workflows` and commit what it writes"
+    assert written == workflows.generate(shared_frontend, ui_file), (
+        "run `python3 dev.py workflows` and commit what it writes"
+    )

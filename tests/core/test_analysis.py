@@ -82,8 +82,19 @@ def test_elements_are_those_of_whole_rows():
     found = sampled_elements(pair, "style", rows=100)
     torch.testing.assert_close(found.sort().values, every.float().sort().values)
     some = sampled_elements(pair, "style", rows=2, seed=3)
-    assert len(some) < len(every) and torch.isin(some, found).all()
     assert torch.equal(some, sampled_elements(pair, "style", rows=2, seed=3))
+    start = 0
+    for layer in pair.layers.values():
+        f = dict(layer.halves()).get("style")
+        if f is None:
+            continue
+        whole = (f.scale * torch.einsum("or,ri...->oi...", f.up.double(), f.down.double())).flatten(1)
+        rows = some[start : start + 2 * whole.shape[1]].reshape(2, -1)
+        start += rows.numel()
+        nearest = torch.cdist(rows.double(), whole).argmin(1)
+        assert nearest[0] != nearest[1]
+        torch.testing.assert_close(rows, whole[nearest].float())  # another product: equal but for its rounding
+    assert start == len(some) < len(every)
 
 
 def test_share_of_energy():

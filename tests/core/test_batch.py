@@ -1,4 +1,4 @@
-"""From a table to prompts, and what a folder of results counts."""
+"""From a table to prompts, and which files count."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from ziplora_batch import again, jobs
-from ziplora_batch.results import DONE, ERROR, INTERRUPTED, LOST, Outcome, Results
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SDXL = ROOT / "workflows" / "api" / "ziplora_sdxl.json"
@@ -131,21 +130,51 @@ def test_names_of_a_server_are_found_from_local_paths(tmp_path: Path) -> None:
         jobs.listed_name(tmp_path / "wolf.safetensors", listed)
 
 
-def test_results_count_across_runs_and_survive_a_torn_line(tmp_path: Path) -> None:
-    results = Results(tmp_path)
-    for key, status in (("a", DONE), ("b", ERROR), ("c", INTERRUPTED), ("d", LOST), ("d", LOST)):
-        results.add(Outcome(key, status))
-    with (tmp_path / "results.jsonl").open("ab") as log:
-        log.write(b'{"key": "e", "stat')  # the client died here
-    again_ = Results(tmp_path)
-    assert [again_.has(k) for k in "abcde"] == [True, True, False, False, False]
-    assert [again_.has(k, retry=True) for k in "ab"] == [True, False]
-    assert again_.deaths == {"d": 2} and again_.attempts["d"] == 2
-    again_.add(Outcome("e", DONE))
-    assert Results(tmp_path).has("e"), "the line after the torn one is lost"
-    (tmp_path / "results.jsonl").write_text("nonsense\n", encoding="utf-8")
-    with pytest.raises(jobs.BatchError, match="line 1, is no result"):
-        Results(tmp_path)
+def hashed(monkeypatch: pytest.MonkeyPatch, prompt: jobs.Prompt, *folders: Path) -> set[Path]:
+    """Files that are read for a job's key."""
+    read: set[Path] = set()
+    monkeypatch.setattr(jobs, "sha256", lambda path: read.add(path) or "hash")
+    jobs.make(prompt, [jobs.Row({})], folders)
+    return read
+
+
+def test_only_plain_names_below_the_named_folders_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, outside = tmp_path / "input", tmp_path / "secret.txt"
+    (inside / "sub").mkdir(parents=True)
+    for path in (inside / "dog.png", inside / "sub" / "日本 1.png", outside):
+        path.write_bytes(b"x")
+    texts = [
+        "dog.png",
+        "sub/日本 1.png",
+        str(outside),
+        "../secret.txt",
+        "sub/../dog.png",
+        "~/x",
+        "é" * 200,
+        "a\0b",
+        ".",
+    ]
+    prompt = {str(n): {"class_type": "T", "inputs": {"text": text}} for n, text in enumerate(texts)}
+    assert hashed(monkeypatch, prompt, inside) == {inside / "dog.png", inside / "sub" / "日本 1.png"}
+
+
+def test_subject_and_style_may_have_one_file_name(workflow: jobs.Prompt, tmp_path: Path) -> None:
+    for side in ("subjects", "styles"):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "dog.safetensors").write_bytes(side.encode())
+        (tmp_path / side / f"dog{'.png' if side == 'styles' else '.jpg'}").write_bytes(b"the same picture")
+    (row,) = jobs.cross(tmp_path / "subjects", tmp_path / "styles", None)
+    assert {c: f.parent.name for c, f in row.files.items()} == {"content_lora": "subjects", "style_lora": "styles"}
+    row.values |= {"content_lora": "subjects/dog.safetensors", "style_lora": "styles/dog.safetensors"}
+    first = jobs.make(workflow, [row])[0].key
+    (tmp_path / "subjects" / "dog.safetensors").write_bytes(b"another one")
+    assert jobs.make(workflow, [row])[0].key != first
+
+
+def test_a_line_separator_in_a_cell_ends_no_row(tmp_path: Path) -> None:
+    for name, text in (("t.jsonl", '{"prompt": "a\u2028b\x85c"}\n'), ("t.csv", "prompt,x\na\u2028b\x85c,1\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert [row.values["prompt"] for row in jobs.read_table(tmp_path / name)] == ["a\u2028b\x85c"]
 
 
 def test_differences_of_files_are_said(tmp_path: Path) -> None:

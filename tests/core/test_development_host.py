@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +33,7 @@ def test_every_package_asked_for_is_pinned() -> None:
     assert {canonical(line) for line in asked} <= pinned
 
 
+@pytest.mark.slow
 def test_finished_set_up_is_found_at_once() -> None:
     assert install.is_ready(install.current_host()), "run `python3 dev.py setup` first"
     seconds = []
@@ -72,6 +75,7 @@ def test_missing_miniature_is_named(tmp_path: Path) -> None:
         find_miniature(tmp_path)
 
 
+@pytest.mark.slow
 def test_report_counts_every_outcome(tmp_path: Path) -> None:
     source = "import pytest\n"
     source += "def test_a(): pass\ndef test_b(): pass\ndef test_c(): assert False\ndef test_d(): pytest.skip('x')\n"
@@ -88,3 +92,84 @@ def test_arguments_choose_suites_and_keep_options() -> None:
     assert chosen == {"core": [f"{folder / 'core'}::test_x"]}
     assert options == ["-k", "pair", "-x"]
     assert list(suites.split_arguments([])[0]) == ["core", "inhost", "host", "browser"]
+
+
+def test_whole_suites_are_shared_out_and_chosen_tests_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suites, "cores", lambda: 3)
+    tests = install.ROOT / "tests"
+    plan = suites.make_plan([])
+    assert [plan.workers(suite) for suite in suites.SUITES] == [3, 3, 3, 3] and not plan.narrowed
+    for words in ([f"{tests / 'core'}"], [f"{tests / 'core'}", "-x"], ["--all", f"{tests / 'core'}"]):
+        assert suites.make_plan(words).workers("core") == 3
+    for words in ([f"{tests / 'core' / 'test_merge.py'}"], [f"{tests / 'core'}", "-s"], ["--pdb"], ["-n0"]):
+        plan = suites.make_plan(words)
+        assert plan.workers("core") == 1 and plan.narrowed, words
+    quick = suites.make_plan(["--quick"])
+    assert list(quick.paths) == ["core", "inhost"] and not quick.narrowed
+    assert suites.make_plan(["--all"]).every_case and not suites.make_plan(["--all"]).narrowed
+    with pytest.raises(SystemExit, match="exclude each other"):
+        suites.make_plan(["--quick", "--all"])
+    monkeypatch.setattr(suites, "cores", lambda: 64)
+    assert suites.make_plan([]).workers("host") == suites.MOST_WORKERS
+
+
+SHARED_OUT = """
+import os, pytest
+def test_a(request): request.node.user_properties.append(("drawn", 2))
+def test_b(request): request.node.user_properties.append(("drawn", 0.5))
+@pytest.mark.parametrize("n", range(4))
+def test_n(n): pass
+def test_dies():
+    if hasattr(os, "dies"): os.kill(os.getpid(), 9)
+"""
+
+
+def shared_out(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> tuple[suites.Count, dict[str, Path]]:
+    """A suite "host" of one file, run by two workers as `dev.py test` runs it."""
+    tests = folder / "tests" / "host"
+    tests.mkdir(parents=True)
+    (tests / "test_sample.py").write_text(source)
+    for name in ("conftest.py", "pytest.ini"):
+        (folder / "tests" / name).write_text((install.ROOT / "tests" / name).read_text(encoding="utf-8"))
+    monkeypatch.setattr(suites, "ROOT", folder)
+    monkeypatch.setattr(suites, "DEV", folder)
+    monkeypatch.setattr(suites, "cores", lambda: 2)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    count = suites.run_suite(install.current_host(), "host", suites.Plan({"host": [str(tests)]}))
+    return count, {"host": suites.report_of("host")}
+
+
+@pytest.mark.slow
+def test_results_of_workers_are_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, reports = shared_out(tmp_path, monkeypatch, SHARED_OUT)
+    assert str(count) == "7 passed, 0 failed"
+    assert suites.figures(reports) == {"drawn": 2.5}
+    shown = suites.slowest(reports).splitlines()
+    assert len(shown) == 7
+    assert all(re.search(r" s  tests/host/test_sample\.py::test_[a-z]+(\[\d\])?$", line) for line in shown)
+    assert len(suites.slowest(reports, 3).splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, _ = shared_out(tmp_path, monkeypatch, SHARED_OUT.replace('if hasattr(os, "dies"): ', ""))
+    assert count.failed >= 1 and count.passed == 6
+
+
+@pytest.mark.slow
+def test_a_suite_without_tests_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, _ = shared_out(tmp_path, monkeypatch, "")
+    assert str(count) == "0 passed, 1 failed"
+
+
+def test_ports_for_servers_are_free_and_no_connection_is_given_them() -> None:
+    from devhost.server import free_port
+
+    random.seed(0)
+    found = {free_port() for _ in range(20)}
+    random.seed(0)
+    again = {free_port() for _ in range(20)}
+    assert max(found) < 32_768 and found != again, "workers with one seed would choose the same"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", min(found)))
+        assert min(found) not in {free_port() for _ in range(200)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import toy_pair
 
-from ziplora_core.direct import METHODS, np_lora, prepared, row_space
+from ziplora_core.direct import METHODS, np_lora, prepared, row_space, settings
 from ziplora_core.pair import LoRAPair
 
 
@@ -61,7 +61,7 @@ def test_blocks_go_to_one_concept(method, content, style, rest):
         block = ".".join(name.split(".")[1:3])
         weights = (found.content[name].unique().item(), found.style[name].unique().item())
         assert weights == ((1.0, 0.0) if block in content else (0.0, 1.0) if block in style else (rest, rest)), name
-    assert prepared(pair, method) is pair
+    assert prepared(pair, method, {}) is pair
 
 
 def test_block_presets_need_sdxl():
@@ -72,7 +72,7 @@ def test_block_presets_need_sdxl():
 def test_prepared_is_the_pair_that_a_methods_coefficients_belong_to():
     for method in ("sum", "NP-LoRA"):
         pair, found = METHODS[method](toy_pair())
-        again = prepared(toy_pair(), method)
+        again = prepared(toy_pair(), method, settings(method))
         for name, layer in pair.layers.items():
             for (_, mine), (_, theirs) in zip(layer.halves(), again.layers[name].halves(), strict=True):
                 assert torch.equal(mine.down, theirs.down) and mine.rank == theirs.rank

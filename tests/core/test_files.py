@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import multiprocessing
 import os
+import re
 import struct
+import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ziplora_core.files import LoRAFileError, check_lora_file, read_lora_file, write_tensors
+from ziplora_core import files, saved
+from ziplora_core.coefficients import Coefficients
+from ziplora_core.files import LoRAFileError, check_lora_file, read_lora_file
+from ziplora_core.writing import write_tensors
 
 
 def good(path):
@@ -145,3 +154,94 @@ def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
         OSError, match=r"'b.safetensors' could not be written into the folder '.*file' \(.+\); see that"
     ):
         write_tensors(tmp_path / "file" / "b.safetensors", {"a": torch.ones(1)}, {})
+
+
+def cut_off_while_read(path: Path, read: Callable[[Path], object], looks: str, before: int) -> str:
+    """What is said of a file that another thread cuts off once `before` of its tensors have been looked at.
+
+    By a process of its own: through a memory map it would end without a word. looks: the function that looks at one.
+    """
+
+    def work() -> None:
+        torch.set_num_threads(1)  # those of the process that was forked are gone
+        module, name = (torch, looks) if hasattr(torch, looks) else (files, looks)
+        look, seen = getattr(module, name), []
+
+        def look_and_cut(*given: object) -> object:
+            seen.append(given)
+            if len(seen) == before:
+                cut = threading.Thread(target=os.truncate, args=(path, 4096))
+                cut.start()
+                cut.join()
+            return look(*given)
+
+        setattr(module, name, look_and_cut)
+        try:
+            read(path)
+        except LoRAFileError as error:
+            answer.put(str(error))
+
+    fork = multiprocessing.get_context("fork")
+    answer = fork.SimpleQueue()
+    reader = fork.Process(target=work)
+    reader.start()
+    reader.join()
+    assert reader.exitcode == 0, "the reader was killed"
+    assert not answer.empty(), "it was read as if it were whole"
+    return str(answer.get())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the reader is forked")
+@pytest.mark.parametrize("before", [1, 3])
+def test_a_file_that_is_cut_off_while_it_is_read_is_a_sentence(tmp_path, before):
+    path = tmp_path / "shrinking.safetensors"
+    save_file({f"l{i}.lora_{half}.weight": torch.ones(256, 256) for i in range(4) for half in ("up", "down")}, path)
+    said = cut_off_while_read(path, read_lora_file, "_check_numbers", before)
+    assert said.startswith("'shrinking.safetensors' has become shorter while it was read") and "\n" not in said
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the reader is forked")
+def test_a_saved_pair_that_is_cut_off_while_it_is_read_is_a_sentence(tmp_path):
+    path = tmp_path / "pair.safetensors"
+    file = saved.SavedLoRA("a", "0" * 64, 1, 1.0)
+    vectors = {f"layer {i}": torch.ones(2**16) for i in range(4)}
+    saved.write(path, Coefficients(vectors, vectors), saved.SavedZip(file, file, (1.0, 1.0), "zipped", {}, {}))
+    said = cut_off_while_read(path, saved.read, "isfinite", 2)
+    assert said.startswith("'pair.safetensors' has become shorter while it was read") and "\n" not in said
+
+
+def test_a_disk_that_fails_is_a_sentence(tmp_path, monkeypatch):
+    path = good(tmp_path / "far away.safetensors")
+    for error, says in (
+        (OSError(5, "Input/output error"), "'far away.safetensors' cannot be read .Input/output error"),
+        (PermissionError(13, "Permission denied"), "'far away.safetensors' cannot be read .Permission denied"),
+        (FileNotFoundError(2, "No such file"), "'far away.safetensors' is missing"),
+    ):
+
+        def fail(*_: object, error: OSError = error, **__: object) -> None:
+            raise error
+
+        for place in ("fstat", "stat"):
+            with monkeypatch.context() as patch, pytest.raises(LoRAFileError, match=says):
+                patch.setattr(os, place, fail)
+                read_lora_file(path)
+
+
+def test_the_hash_is_of_the_bytes_that_were_read(tmp_path):
+    """In one pass: small files at once, large ones in a thread beside the reading."""
+    for rows in (3, 2200):
+        path, digest = tmp_path / f"{rows}.safetensors", hashlib.sha256()
+        g = torch.Generator().manual_seed(rows)
+        tensors = {f"l.lora_{half}.weight": torch.randn(rows, 1000, generator=g) for half in ("up", "down")}
+        save_file(tensors, path, {"about": "it"})
+        read = read_lora_file(path, digest)
+        assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_nothing_is_mapped_into_memory():
+    """Of what the library offers, these map files, and so does Python's own module."""
+    root = Path(__file__).resolve().parent.parent.parent
+    for path in [*root.glob("ziplora_core/*.py"), *root.glob("nodes/**/*.py")]:
+        mapped = re.search(r"\b(safe_open|load_file|load_torch_file|import mmap|from_file)\b", path.read_text("utf-8"))
+        assert mapped is None, f"{path.name} uses {mapped}"

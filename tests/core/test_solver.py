@@ -33,6 +33,7 @@ def run(settings=None, predictor=None, pair=None, references=None, on_step=None)
     )
 
 
+@pytest.mark.slow
 def test_learns_on_noise_it_never_saw():
     joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
     settings = Settings(steps=25, learning_rate=0.03, similarity_lambda=0.0)

@@ -16,11 +16,9 @@ import numpy as np
 from graphs import BASE, Concept, Link, Prompt, node, optimised, picture, zipped_picture
 from safetensors.torch import load_file
 
-from devhost.install import current_host
 from devhost.server import ComfyServer, Event, ExecutionFailed, Result
 
 FAULTS = Path(__file__).resolve().parent.parent / "faults"
-THROTTLED = "PROGRESS_THROTTLE" in (current_host().tree / "comfy" / "utils.py").read_text(encoding="utf-8")
 FAST = {"solver": "gradient", "objective": "paper", "steps": 1}  # passes: teacher, student, 12 on held-out noise
 MEMORY = 0.02  # resident bytes may differ by so much of them
 

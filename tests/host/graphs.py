@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from devhost.base import CHECKPOINT
-from devhost.install import current_host
+from devhost.server import Result
 
 Prompt = dict[str, dict[str, Any]]
 Link = list[Any]
@@ -80,14 +80,29 @@ def stock_loader(lora: str, model: Link, strength: float = 1.0) -> dict[str, Any
     return node("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=strength)
 
 
-def is_whole_run(seen: list[tuple[int, int]], steps: int) -> bool:
-    """Whether these are the progress events of one optimisation: a layer of the miniature's 72 or a step each, on one
-    bar. Newer hosts send the first and the last, and leave out those that follow another too soon."""
-    total = LAYERS + steps
-    every = [(done, total) for done in range(1, total + 1)]
-    if "PROGRESS_THROTTLE" not in (current_host().tree / "comfy" / "utils.py").read_text(encoding="utf-8"):
-        return seen == every
-    return seen[:1] + seen[-1:] == [every[0], every[-1]] and seen == [event for event in every if event in seen]
+def marks(result: Result) -> list[str]:
+    """What the optimise node said of its last layer and of each step, in order: "layer 72 of 72", "step 1 of 3"."""
+    found = (re.match(r"layer (\d+) of \1\b|step \d+ of \d+", text) for text in result.said("optimise"))
+    return [mark[0] for mark in found if mark is not None]
+
+
+def expected_marks(done: int, steps: int) -> list[str]:
+    """The same of so many layers and steps done: all layers or none come first."""
+    layers, taken = divmod(done, LAYERS) if done >= LAYERS else (0, done)
+    return [f"layer {LAYERS} of {LAYERS}"] * layers + [f"step {i + 1} of {steps}" for i in range(taken)]
+
+
+def is_one_bar(seen: list[tuple[int, int]], ended: bool = True) -> bool:
+    """Whether a node's progress events never fall, have one maximum, and reach it last and only once, if they ended."""
+    values = [value for value, _ in seen]
+    most = {maximum for _, maximum in seen}
+    rises = bool(values) and values == sorted(values) and len(most) == 1
+    return rises and values.count(most.pop()) == ended
+
+
+def is_whole_run(result: Result, steps: int) -> bool:
+    """Whether the optimise node told of one whole run: all of the miniature's layers, every step, on one bar."""
+    return is_one_bar(result.progress("optimise")) and marks(result) == expected_marks(LAYERS + steps, steps)
 
 
 def optimised(content: Concept, style: Concept, model: Link = BASE, **settings: Any) -> Prompt:

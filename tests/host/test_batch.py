@@ -21,11 +21,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from devhost.base import make_base
+from devhost.batches import LightBatch
 from devhost.install import current_host
+from devhost.proxy import Proxy
 from devhost.server import ComfyServer, free_port
 
 Row = dict[str, Any]
 SEEDS = itertools.count(100)
+GATES = Path(__file__).resolve().parent.parent / "gates"
 COLUMNS = ("content_lora", "style_lora", "content_prompt", "style_prompt", "content_picture", "style_picture")
 
 
@@ -48,6 +51,14 @@ class Bench:
         self.prompt = zipped_picture(content, style, steps=steps)
         self.workflow, self.table = folder / "workflow.json", folder / "pairs.jsonl"
         self.workflow.write_text(json.dumps(self.prompt), encoding="utf-8")
+
+    def shut(self) -> Path:
+        """A file without which no prompt ends."""
+        gate = self.folder / "gate"
+        self.prompt["gate"] = node("WaitAtGate", value=["decode", 0], gate=str(gate))
+        self.prompt["save"]["inputs"]["images"] = ["gate", 0]
+        self.workflow.write_text(json.dumps(self.prompt), encoding="utf-8")
+        return gate
 
     def rows(self, rows: list[Row]) -> None:
         self.table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -99,16 +110,10 @@ def bench(root: Path, tmp_path: Path, content: Concept, style: Concept) -> Bench
     return Bench(root, tmp_path, content, style)
 
 
-@pytest.fixture
-def long_bench(root: Path, tmp_path: Path, content: Concept, style: Concept) -> Bench:
-    """Its prompts run for some seconds."""
-    return Bench(root, tmp_path, content, style, steps=40)
-
-
 @pytest.fixture(scope="module")
 def two(make_server: Callable[..., ComfyServer]) -> list[ComfyServer]:
     """Two servers, which no test here kills."""
-    return [make_server(), make_server()]
+    return [make_server(packs=[GATES]), make_server(packs=[GATES])]
 
 
 @pytest.fixture
@@ -170,55 +175,78 @@ def test_a_second_run_repeats_nothing_but_what_has_changed(two: list[ComfyServer
     assert prompts_run(two) == before + 4, "one file changed"
 
 
+def all_running(servers: list[ComfyServer]) -> bool:
+    return all(server.get("queue")["queue_running"] for server in servers)
+
+
 def test_a_server_that_dies_loses_only_its_prompt(
-    make_server: Callable[..., ComfyServer], long_bench: Bench, pairs: list[Row]
+    make_server: Callable[..., ComfyServer], bench: Bench, pairs: list[Row]
 ):
-    servers = [make_server(), make_server()]
+    servers = [make_server(packs=[GATES]), make_server(packs=[GATES])]
+    gate = bench.shut()
     try:
-        long_bench.rows(pairs)
-        batch = long_bench.start(servers)
-        wait_until(lambda: all(s.get("queue")["queue_running"] for s in servers))
+        bench.rows(pairs)
+        batch = bench.start(servers, "--lost-after", "1")
+        wait_until(lambda: all_running(servers))
         victim, survivor = servers
         victim.check_alive().kill()
+        gate.touch()
         said, errors = batch.communicate(timeout=300)
         assert batch.returncode == 0, said + errors
         assert "it goes to another server" in said
-        statuses = [line["status"] for line in long_bench.lines()]
+        statuses = [line["status"] for line in bench.lines()]
         assert sorted(statuses) == ["done"] * 4 + ["lost"]
-        assert len(survivor.get("history")) >= 3
+        assert len(survivor.get("history")) == 4
     finally:
         for server in servers:
             server.stop()
 
 
-def test_a_client_that_dies_finds_its_prompt_again(two: list[ComfyServer], long_bench: Bench, pairs: list[Row]):
-    long_bench.rows(pairs[:3])
+def test_a_client_that_dies_finds_its_prompt_again(two: list[ComfyServer], bench: Bench, pairs: list[Row]):
+    gate = bench.shut()
+    bench.rows(pairs[:3])
     before = prompts_run(two)
-    batch = long_bench.start(two)
-    wait_until(lambda: all(s.get("queue")["queue_running"] for s in two))
+    batch = bench.start(two)
+    wait_until(lambda: all_running(two))
     batch.kill()
     batch.wait()
-    status, said = long_bench.run(two)
+    gate.touch()
+    status, said = bench.run(two)
     assert status == 0, said
     assert prompts_run(two) == before + 3, "a prompt that was running was queued again"
-    assert [c["status"] for c in long_bench.cells()] == ["done"] * 3
+    assert [c["status"] for c in bench.cells()] == ["done"] * 3
 
 
 def test_stopping_the_client_stops_the_prompts_and_the_next_run_goes_on(
-    two: list[ComfyServer], long_bench: Bench, pairs: list[Row]
+    two: list[ComfyServer], bench: Bench, pairs: list[Row]
 ):
-    long_bench.rows(pairs[:2])
-    batch = long_bench.start(two)
-    wait_until(lambda: all(s.get("queue")["queue_running"] for s in two))
+    gate = bench.shut()
+    bench.rows(pairs[:2])
+    batch = bench.start(two)
+    wait_until(lambda: all_running(two))
     batch.send_signal(signal.SIGINT)
     said, errors = batch.communicate(timeout=60)
     assert batch.returncode == 130, said + errors
     assert "the same command goes on from here" in errors
     wait_until(lambda: not any(s.get("queue")["queue_running"] for s in two), 20)
-    assert {line["status"] for line in long_bench.lines()} == {"interrupted"}
-    assert [c["status"] for c in long_bench.cells()] == ["interrupted"] * 2
-    assert long_bench.run(two)[0] == 0
-    assert [c["status"] for c in long_bench.cells()] == ["done"] * 2
+    assert {line["status"] for line in bench.lines()} == {"interrupted"}
+    assert [c["status"] for c in bench.cells()] == ["interrupted"] * 2
+    gate.touch()
+    assert bench.run(two)[0] == 0
+    assert [c["status"] for c in bench.cells()] == ["done"] * 2
+
+
+def test_a_connection_that_is_cut_again_and_again_harms_no_prompt(two: list[ComfyServer], tmp_path: Path):
+    gate = tmp_path / "gate"
+    batch = LightBatch(tmp_path / "batch", 2, gate)
+    with Proxy(two[0].url, socket_seconds=0.1) as proxy:
+        client = batch.start(proxy.url)
+        wait_until(lambda: proxy.sockets >= 6 or client.poll() is not None)
+        gate.touch()
+        said, _ = client.communicate(timeout=60)
+    assert client.returncode == 0, said
+    batch.check(two[0])
+    assert [line["status"] for line in batch.lines()] == ["done"] * 2
 
 
 def test_without_any_server_the_rest_is_said_to_be_not_run(root: Path, bench: Bench, pairs: list[Row], tmp_path: Path):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import struct
+from pathlib import Path
+
 import numpy as np
 import pytest
 from graphs import BASE, Concept, Prompt, node, optimised, picture, stock_loader, zipped_picture
@@ -80,3 +85,51 @@ def test_direct_merge_needs_no_pictures(server: ComfyServer, content: Concept, s
     drawn = server.run(graph).images("save")[0]
     zero = server.run(zipped_picture(content, style, steps=0)).images("save")[0]
     assert np.array_equal(drawn, zero) == (method == "sum")
+
+
+def sparse_lora(path: Path, size: int = 800_000_000) -> None:
+    """A LoRA file that takes no place on the disk: its numbers are zeros that nobody wrote."""
+    half = size // 4
+    shapes = {"up": [half, 1], "down": [1, half]}
+    table = {
+        f"lora_unet_x.lora_{side}.weight": {
+            "dtype": "F16",
+            "shape": s,
+            "data_offsets": [2 * half * i, 2 * half * (i + 1)],
+        }
+        for i, (side, s) in enumerate(shapes.items())
+    }
+    header = json.dumps(table).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + 4 * half)
+
+
+def test_a_prompt_with_large_files_is_validated_from_their_headers(
+    server: ComfyServer, content: Concept, style: Concept
+) -> None:
+    """The server answers nobody while it validates. Read or mapped: both of it would show, as bytes or as memory."""
+    about = Path(f"/proc/{server.check_alive().pid}")
+    if not (about / "io").exists():
+        pytest.skip("what a process reads is told by Linux's /proc")
+    loras = [server.base / "models" / "loras" / f"large {side}.safetensors" for side in ("a", "b")]
+    graph = optimised(*(Concept(path.name, "a star", content.picture) for path in loras), steps=-1)
+
+    def bytes_read() -> int:
+        return int((about / "io").read_text().split()[1])
+
+    def most_memory() -> int:
+        (line,) = (line for line in (about / "status").read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+
+    with pytest.raises(PromptRefused):  # for its steps, after everything before them
+        server.queue(optimised(content, style, steps=-1))
+    for path in loras:
+        sparse_lora(path)
+    (about / "clear_refs").write_text("5")  # the most memory is that of now
+    read, held = bytes_read(), most_memory()
+    with pytest.raises(PromptRefused) as caught:
+        server.queue(graph)
+    for path in loras:
+        path.unlink()
+    assert list(caught.value.node_errors) == ["optimise"], "the pair was not validated, or refused"
+    assert bytes_read() - read < 4e6 and most_memory() - held < 50e6

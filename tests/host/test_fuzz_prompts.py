@@ -1,6 +1,7 @@
 """Prompts in API format, spoiled: the server refuses them in words, or runs them to a result or to an error of ours.
 
-ZIPLORA_FUZZ=<n> draws new ones, n times as many.
+A tenth of them is tried, the same in every run; `dev.py test --all` tries all, and ZIPLORA_FUZZ=<n> draws new ones, n
+times as many.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from devhost.base import CHECKPOINT
 from devhost.server import ComfyServer
 
 TIMES = int(os.environ.get("ZIPLORA_FUZZ", "0"))
-CASES = 1000
+CASES = 1000 if TIMES or os.environ.get("ZIPLORA_ALL") else 100
 ERRORS = ("LoRAFileError", "ValueError", "FloatingPointError", "OSError")
 KEPT = ("output", "temp", "user", "server.log")  # where a server may write
 

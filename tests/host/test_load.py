@@ -65,10 +65,13 @@ def bad(concepts: dict[str, list[Concept]], chance: random.Random, absurd: str) 
 
 
 def test_none_is_lost_none_is_wrong_and_memory_is_flat(
-    make_server: Callable[..., ComfyServer], concepts: dict[str, list[Concept]], tmp_path: Path
+    make_server: Callable[..., ComfyServer],
+    session_server: ComfyServer,
+    concepts: dict[str, list[Concept]],
+    tmp_path: Path,
 ) -> None:
     chance = random.Random(0)
-    server, alone = make_server(), make_server()
+    server, alone = make_server(), session_server  # a server of its own, for its memory is watched
     tensors = load_file(server.base / "models" / "loras" / concepts["content"][0].lora)
     save_file({k: v if "alpha" in k else (v.float() + 1e-3) * 1e18 for k, v in tensors.items()}, tmp_path / "absurd")
     absurd = server.put_lora(tmp_path / "absurd", "absurd_load.safetensors")

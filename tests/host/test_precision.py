@@ -35,7 +35,7 @@ def test_zips_a_model_in_low_precision(
     before = low.run(picture(BASE, content.prompt)).images("save")[0]
     assert f"model weight dtype torch.{dtype}" in low.log()
     result = low.run(graph)
-    assert is_whole_run(result.progress("optimise"), 2)
+    assert is_whole_run(result, 2)
     report = read_report(result.text("report"))
     print(flag, report, exact)
     assert report.content[0] == pytest.approx(exact.content[0], rel=tolerance)

@@ -39,7 +39,7 @@ def test_new_numbers_in_a_lora_file_optimise_again(
     (tmp_path / name).replace(folder / name)
     second = server.run(graph)
     assert {"pair", "optimise"} <= set(second.executed)
-    assert is_whole_run(second.progress("optimise"), 2)
+    assert is_whole_run(second, 2)
     before, after = (read_report(result.text("report")) for result in (first, second))
     assert before.content[0] != after.content[0], "the figures are still those of the old numbers"
 
@@ -47,7 +47,7 @@ def test_new_numbers_in_a_lora_file_optimise_again(
 def test_every_step_is_heard_and_losses_are_drawn(server: ComfyServer, content: Concept, style: Concept) -> None:
     steps = 6
     result = server.run(optimised(content, style, steps=steps, seed=23))
-    assert is_whole_run(result.progress("optimise"), steps)
+    assert is_whole_run(result, steps)
     assert result.previews >= 1  # this graph samples nothing, so only the optimise node draws
 
 
@@ -81,6 +81,6 @@ def test_references_may_differ_in_size_number_and_length_of_prompt(
     )
     graph["style_latents"]["inputs"]["pixels"] = ["wide", 0]
     result = server.run(graph)
-    assert is_whole_run(result.progress("optimise"), 2)
+    assert is_whole_run(result, 2)
     report = read_report(result.text("report"))
     assert all(math.isfinite(figure) and figure > 0 for figure in (*report.content, *report.style))

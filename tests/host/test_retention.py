@@ -13,9 +13,9 @@ AFFORDABLE = 12  # pairs: some ten seconds each on two cores
 
 
 def chosen_pairs(concepts: dict[str, list[Concept]]) -> list[tuple[Concept, Concept]]:
-    """Every pair where they are few or ZIPLORA_ALL_PAIRS is set; else pairs in which every LoRA takes part."""
+    """Every pair where they are few or with `dev.py test --all`; else pairs in which every LoRA takes part."""
     content, style = concepts["content"], concepts["style"]
-    if len(content) * len(style) <= AFFORDABLE or os.environ.get("ZIPLORA_ALL_PAIRS"):
+    if len(content) * len(style) <= AFFORDABLE or os.environ.get("ZIPLORA_ALL"):
         return list(product(content, style))
     return [(content[i % len(content)], style[i % len(style)]) for i in range(max(len(content), len(style)))]
 

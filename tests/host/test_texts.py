@@ -22,10 +22,16 @@ def texts_of(entry: dict) -> dict[str, str]:
     return {"display_name": entry["display_name"], "description": entry["description"], **named}
 
 
-def test_the_contract_is_the_committed_one(server: ComfyServer) -> None:
+@pytest.fixture(scope="module")
+def contract(session_server: ComfyServer) -> dict:
+    """What the server says of the pack's nodes; describing all that it has takes it a while."""
+    return snapshot.contract(session_server.object_info())
+
+
+def test_the_contract_is_the_committed_one(contract: dict) -> None:
     """An id, type, default, range or choice that changes breaks graphs that people have saved."""
     committed = json.loads(snapshot.CONTRACT.read_text(encoding="utf-8"))
-    assert snapshot.contract(server.object_info()) == committed, "meant? then run `python3 dev.py workflows`"
+    assert contract == committed, "meant? then run `python3 dev.py workflows`"
 
 
 def test_english_is_what_the_nodes_say(server: ComfyServer) -> None:
@@ -49,11 +55,11 @@ def test_every_input_and_output_has_its_texts(language: str) -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("node", NODES)
-def test_every_node_has_a_help_page(server: ComfyServer, node: str, language: str) -> None:
+def test_every_node_has_a_help_page(server: ComfyServer, contract: dict, node: str, language: str) -> None:
     name = node if language == "en" else f"{node}/{language}"
     page = server.session.get(f"{server.url}/extensions/{PACK}/docs/{name}.md")
     assert page.ok, f"{node} has no help page in {language}"
-    missing = [name for name in snapshot.contract(server.object_info())[node]["inputs"] if f"`{name}`" not in page.text]
+    missing = [name for name in contract[node]["inputs"] if f"`{name}`" not in page.text]
     assert not missing, f"the help page of {node} ({language}) does not explain {', '.join(missing)}"
 
 

@@ -30,13 +30,16 @@ class Loaded(NamedTuple):
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the device before anything of ComfyUI is imported, and load the pack."""
+    if config.getoption("numprocesses", None):
+        return  # this process shares tests out and runs none
     sys.path.append(str(ROOT))  # last: in front, the pack's folder `nodes` would hide ComfyUI's module
     from devhost.inprocess import load_pack
 
     load_pack(cpu=DEVICE == "cpu")
     import torch
 
-    torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other, long under other load
+    # The tensors are tiny: more threads only wait for each other, long under other load.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,7 @@ def largest_difference(a: dict, b: dict) -> float:
     return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
 
 
+@pytest.mark.smoke
 def test_no_steps_equals_two_stock_loaders(pack):
     patcher = tiny.tiny_patcher()
     sources = tiny.sources(pack, patcher.model, strengths=(0.9, -0.4))
@@ -84,6 +85,7 @@ def test_sampling_costs_what_it_costs_without(pack):
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.smoke
 def test_coefficients_equal_a_written_file_in_the_stock_loader(pack, tmp_path):
     """Any LoRA loader in the world can apply a zipped pair: the identity, end to end, bit for bit."""
     patcher = tiny.tiny_patcher()
@@ -95,7 +97,9 @@ def test_coefficients_equal_a_written_file_in_the_stock_loader(pack, tmp_path):
         key = "lora_unet_" + name.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
         file[f"{key}.lora_up.weight"], file[f"{key}.lora_down.weight"] = up.clone(), down.clone()
     save_file(file, tmp_path / "zipped.safetensors")
-    theirs = stock(patcher, load_file(tmp_path / "zipped.safetensors"), 0.8)
+    loaded = load_file(tmp_path / "zipped.safetensors")
+    loaded = {key: t.clone() for key, t in loaded.items()}  # out of the map, whose alignment sums may depend on
+    theirs = stock(patcher, loaded, 0.8)
     ours, _ = pack.nodes.bridge.apply.apply(patcher, None, zipped, 0.8)
     assert largest_difference(weights(ours), weights(theirs)) == 0.0
     assert torch.equal(tiny.sample(ours), tiny.sample(theirs))
@@ -112,6 +116,7 @@ def test_style_dial_leaves_the_content_lora_alone(pack):
     assert zipped.coefficients.overlap() == 1.0, "the dial changed what came in"
 
 
+@pytest.mark.smoke
 def test_other_loras_stay_and_strength_zero_is_nothing(pack):
     patcher = tiny.tiny_patcher()
     other = tiny.full_size.attention_lora(patcher.model, 4, 99, torch.float32)

@@ -49,6 +49,7 @@ def written(folder, report):
     return path
 
 
+@pytest.mark.smoke
 def test_exact_export_in_the_stock_loader_is_the_zipped_pair(pack, zipped, output):
     patcher, pair = zipped
     tensors, report, _ = pack.nodes.bridge.export.export_file(pair, "loras/mine", 0, "fp32", "kohya")
@@ -170,3 +171,20 @@ def test_a_model_that_diffusers_has_no_names_for_is_refused(pack, zipped, output
     with pytest.raises(ValueError, match="diffusers has no name.*kohya's format"):
         pack.nodes.bridge.export.export_file(nameless, "mine", 0, "fp16", "diffusers")
     assert not list(output.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (None, "ZipLoRA of 'content' (subject) and 'style' (style)"),
+        ("sum", "Direct merge (sum) of 'content' (subject)"),
+        ("NP-LoRA", "NP-LoRA merge (mu 0.5) of 'content' (subject)"),
+        ("UnZipLoRA blocks", "Merge by UnZipLoRA blocks of 'content' (subject)"),
+    ],
+)
+def test_a_merge_is_named_by_its_method(pack, zipped, method, says):
+    patcher, pair = zipped
+    if method is not None:
+        pair = pack.nodes.bridge.direct.merge(patcher, pair.sources, method)
+    exported = pack.nodes.bridge.export.export_tensors(pair, 0, "fp32", "kohya")
+    assert exported.metadata["modelspec.description"].startswith(says)

@@ -234,7 +234,15 @@ def test_gradient_is_that_of_autograd_over_copied_weights(pack, family, checkpoi
             other = flat.detach().clone().requires_grad_()
             options = {"optimized_attention_override": bridge.predictor.attention_with_gradient}
             reference = sum(
-                dense_retention(family, patcher, fitted, joined.split(other), b, predict._conds, options)
+                dense_retention(
+                    family,
+                    patcher,
+                    fitted,
+                    joined.split(other),
+                    b,
+                    {c: predict._conds[c, c] for c in ("content", "style")},
+                    options,
+                )
                 for b in batches
             )
             reference.backward()

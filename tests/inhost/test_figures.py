@@ -57,7 +57,7 @@ def test_panels_apart_are_a_batch(pack, zipped):
 
 def test_a_solver_without_steps_and_a_single_lora_are_drawn_too(pack, zipped):
     pair = zipped[0].fitted.pair
-    left = draw(pack, zipped[0], {"loss": [0.5, 0.2]}, apart=True)
+    left = draw(pack, zipped[0], {"loss": [0.5, 0.2], "left": [0.5, 0.2]}, apart=True)
     assert not torch.equal(left[2], draw(pack, zipped[0], {"loss": []}, apart=True)[2])
     pairs, coefficients = pack.ziplora_core.pair, pack.ziplora_core.coefficients
     alone = pairs.LoRAPair({k: pairs.LayerPair(v.content, None) for k, v in pair.layers.items()})
@@ -98,3 +98,40 @@ def test_without_matplotlib_it_says_what_to_do(pack, zipped, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         draw(pack, *zipped, apart=False)
+
+
+def losses_panel(pack, losses):
+    """(title, label of x, labels of the curves, the curves' x) of the panel for a loss map."""
+    from matplotlib.figure import Figure
+
+    figures = pack.nodes.report.draw.__globals__
+    axes = Figure().subplots()
+    figures["losses"](axes, figures["Subject"](None, None, losses))
+    lines = axes.get_lines()
+    return axes.get_title(loc="left"), axes.get_xlabel(), [c.get_label() for c in lines], list(lines[0].get_xdata())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_losses_of_training_are_not_called_errors_of_layers(pack, merged):
+    """As Train Concept LoRA and UnZip LoRA hand them on, of a run that went on from step 7."""
+    run = pack.nodes.bridge.runs.Run(7)
+    run.history += [pack.ziplora_core.training.Step(8 + i, 9, 0.5 - 0.1 * i, 0.2) for i in range(2)]
+    known = run.loss_map() | ({"overlap": [step.penalty for step in run.history]} if merged else {})
+    curves = ["training loss", *(["overlap x lambda"] if merged else [])]
+    assert losses_panel(pack, known) == ("Training loss over the steps", "step", curves, [8.0, 9.0])
+
+
+def test_every_other_loss_map_has_its_own_title(pack, zipped):
+    assert losses_panel(pack, zipped[1])[:3] == (
+        "Losses over the steps",
+        "step",
+        ["content", "style", "overlap x lambda"],
+    )
+    patcher = tiny.tiny_patcher()
+    settings = pack.ziplora_core.solver.Settings(solver="layerwise")
+    with torch.inference_mode():
+        layerwise = pack.nodes.bridge.optimise.optimise(
+            patcher, tiny.sources(pack, patcher.model), tiny.prompts(), tiny.latents(), settings
+        )[1]
+    assert losses_panel(pack, layerwise)[:2] == ("What is left of each layer's error", "layer")
+    assert losses_panel(pack, {"loss": [1.0, 0.5]})[0] == "Training loss over the steps", "the host's own Train LoRA"

@@ -80,6 +80,7 @@ def as_sources(pack, content, style):
     return loras.LoRASources(loras.LoRASource("content", content, 1.0), loras.LoRASource("style", style, 1.0))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_reads_as_the_same_factors(pack, name):
     model = tiny.tiny_patcher().model
@@ -192,3 +193,38 @@ def test_what_cannot_be_zipped_is_named(pack, spoil, says):
     with pytest.raises(LoRAFileError, match=says) as caught:
         pack.nodes.bridge.fitting.fit(as_sources(pack, good, spoiled(model, spoil)), model)
     assert "'style'" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("kohya, ldm blocks", "peft unet."),
+        ("peft", "kohya, diffusers blocks"),
+        ("diffusers, processor", "kohya, ldm blocks"),
+    ],
+)
+def test_a_layer_under_two_names_is_the_one_that_the_host_takes(pack, first, second):
+    """Twice with other numbers, as a tool leaves them that adds one trainer's file to another's."""
+    patcher = tiny.tiny_patcher()
+    model, other = patcher.model, tiny.full_size.attention_lora(patcher.model, 2, 1, torch.float32)
+    file = {
+        **written(model, canonical(model, 5), FORMATS[first]),
+        **written(model, canonical(model, 3), FORMATS[second]),
+    }
+    ours = zip_pair(pack, patcher, as_sources(pack, file, other))
+    theirs = weights(stock(stock(patcher, file), other))
+    applied = weights(pack.nodes.bridge.apply.apply(patcher, None, ours, 1.0)[0])
+    assert largest_difference(applied, theirs) < 1e-4 * max(w.abs().max().item() for w in theirs.values())
+    assert {layer.content.rank for layer in ours.fitted.pair.layers.values()} <= {3, 5}
+    (note,) = ours.fitted.notes
+    assert f"'content' has {len(canonical(model, 3))} layers twice, under different names" in note
+
+
+def test_a_layer_under_two_names_that_the_host_does_not_know_counts_once(pack):
+    model = tiny.tiny_patcher().model
+    layers = {name: canonical(model, rank) for name, rank in (("peft", 5), ("diffusers", 3))}
+    file = {k: t for name, found in layers.items() for k, t in written(model, found, FORMATS[name]).items()}
+    other = tiny.full_size.attention_lora(model, 2, 1, torch.float32)
+    fitted = pack.nodes.bridge.fitting.fit(as_sources(pack, file, other), model)
+    assert {layer.content.rank for layer in fitted.pair.layers.values()} <= {3, 5}
+    assert len(fitted.notes) == 1 and "layers twice" in fitted.notes[0]

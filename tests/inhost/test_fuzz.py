@@ -1,7 +1,7 @@
 """Bad input at scale: thousands of spoiled files and settings, each of which works or is refused in a sentence.
 
-Each case is judged by `fuzzing.Judge`. The cases are the same in every run; ZIPLORA_FUZZ=<n> draws new ones, n times as
-many, and looks for the simplest that fails.
+Each case is judged by `fuzzing.Judge`. A tenth of the cases is tried, the same in every run; `dev.py test --all` tries
+all of them, and ZIPLORA_FUZZ=<n> draws new ones, n times as many, and looks for the simplest that fails.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from test_dense_formats import CONVOLUTION, LINEAR, lora
 from torch.utils._pytree import tree_leaves
 
 TIMES = int(os.environ.get("ZIPLORA_FUZZ", "0"))
+EVERY = 1 if TIMES or os.environ.get("ZIPLORA_ALL") else 10  # of so many cases one is tried
 NUMBER = itertools.count()
 LARGEST = 2**21  # bytes: what the tiny models' own tensors never reach
 
@@ -49,7 +50,7 @@ LARGEST = 2**21  # bytes: what the tiny models' own tensors never reach
 def many(count: int):
     """How often a test is tried, and how."""
     return settings(
-        max_examples=count * max(TIMES, 1),
+        max_examples=count * max(TIMES, 1) // EVERY,
         derandomize=not TIMES,
         database=None,
         deadline=None,
@@ -66,7 +67,7 @@ def fuzz(pack, tmp_path_factory):
 
     outside = tmp_path_factory.mktemp("fuzz")
     base = outside / "a" / "comfyui"
-    for name in ("loras", "output/ziplora", "output/loras", "temp"):
+    for name in ("loras", "output/ziplora", "output/loras", "temp/user"):
         (base / name).mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         registered = dict(folder_paths.folder_names_and_paths)
@@ -76,6 +77,7 @@ def fuzz(pack, tmp_path_factory):
         patch.setattr(folder_paths, "filename_list_cache", {})
         patch.setattr(folder_paths, "output_directory", str(base / "output"))
         patch.setattr(folder_paths, "temp_directory", str(base / "temp"))
+        patch.setattr(folder_paths, "user_directory", str(base / "temp" / "user"))
         patch.setattr(torch, "load", lambda *_, **__: Guard.tell("torch.load"))
         logging.disable(logging.CRITICAL)
         files = pack.ziplora_core.files
@@ -304,12 +306,14 @@ def test_nothing_is_unpickled(pack, fuzz, models, what, ending):
     """Whatever a file is called: it is safetensors, or it is refused. Training goes on from a LoRA of any name."""
     files = {**OTHERS, "a LoRA": to_bytes(lora(torch.Generator(), next(iter(UNET)), 32, 32), {"ziplora_settings": ""})}
     name = f"file.{ending}"
-    path = fuzz.base / "loras" / name
+    path, beside = (fuzz.base / "loras" / n for n in (name, f"beside.{ending}"))
     path.write_bytes(files[what])
+    beside.write_bytes(to_bytes(lora(torch.Generator().manual_seed(1), next(iter(UNET)), 32, 32)))
     try:
         for node, odd in (
             ("SparsifyLoRA", {"lora": name}),
-            ("LoadLoRAPair", {"content_lora": name, "style_lora": name}),
+            ("LoadLoRAPair", {"content_lora": name, "style_lora": beside.name}),
+            ("LoadLoRAPair", {"content_lora": beside.name, "style_lora": name}),
         ):
             result = fuzz("unpickling", lambda n=node, o=odd: run(pack, fuzz, models, None, n, o), (name,))
             assert (result is not None) == (what == "a LoRA")
@@ -317,6 +321,7 @@ def test_nothing_is_unpickled(pack, fuzz, models, what, ending):
         assert done == 0
     finally:
         path.unlink()
+        beside.unlink()
 
 
 @given(data=st.data())

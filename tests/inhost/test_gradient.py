@@ -113,7 +113,15 @@ def test_equals_autograd_over_copied_weights(pack, monkeypatch, name, extras):
         copied = plain_copy(loaded, torch.float32)
         other = flat.detach().clone().requires_grad_()
         with torch.enable_grad():
-            reference = dense_loss(pack, copied, fitted, joined.split(other), references, batch[0], predict._conds)
+            reference = dense_loss(
+                pack,
+                copied,
+                fitted,
+                joined.split(other),
+                references,
+                batch[0],
+                {c: predict._conds[c, c] for c in ("content", "style")},
+            )
             reference.backward()
         found.update(loss=(losses.total, reference.item()), gradient=(flat.grad, other.grad))
 

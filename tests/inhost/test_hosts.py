@@ -230,7 +230,7 @@ def test_the_host_may_copy_what_it_applies(pack):
         for i, (strength, adapter, *rest) in enumerate(patches):
             patches[i] = (strength, copied(comfy.lora, adapter), *rest)
     assert largest_difference(weights(applied), weights(patcher)) > 0.01
-    assert largest_difference(weights(moved), weights(applied)) == 0
+    assert largest_difference(weights(moved), weights(applied)) < 2e-6
 
 
 def copied(lora, adapter):

@@ -31,6 +31,7 @@ def patcher():
     return tiny.tiny_patcher()
 
 
+@pytest.mark.smoke
 def test_same_samples_after_success(pack, patcher):
     prompts, latents = tiny.prompts(), tiny.latents()
     kept = {c: (prompts[c][0][0].clone(), latents[c]["samples"].clone()) for c in prompts}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import shutil
+import struct
 from dataclasses import replace
 
 import pytest
@@ -12,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_apply import largest_difference, random_coefficients, weights
+from test_hashes import later_than
 
 
 @pytest.fixture
@@ -19,7 +24,7 @@ def folders(tmp_path, monkeypatch):
     """A loras folder with two files and an output folder, as the host's own; and the nodes' execute by id."""
     import folder_paths
 
-    for name in ("loras", "output/ziplora"):
+    for name in ("loras", "output/ziplora", "user"):
         (tmp_path / name).mkdir(parents=True)
     registered = dict(folder_paths.folder_names_and_paths)
     registered["loras"] = ([str(tmp_path / "loras")], {".safetensors"})
@@ -27,6 +32,7 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", registered)
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
     return tmp_path
 
 
@@ -95,7 +101,6 @@ def test_a_changed_or_missing_lora_is_refused_by_name(pack, folders, pair, name)
     for refused in (lambda: saved.load(patcher, file), lambda: saved.save(zipped, "mine")):
         with pytest.raises(ValueError, match=f"'{name}'.*has changed since"):
             refused()
-    assert name in saved.check(file)
     rename(folders, name, "../gone.safetensors")
     with pytest.raises(ValueError, match=f"'{name}'.*is missing: it is in no loras folder"):
         saved.load(patcher, file)
@@ -130,6 +135,7 @@ def test_broken_files_are_refused_before_a_model_is_loaded(pack, folders, pair, 
     name = saved.save(pair[1], "mine")
     spoil(folders / "output" / "ziplora" / name)
     assert says in saved.check(name) and name in saved.check(name)
+    assert pack.nodes.LoadZippedLoRA.validate_inputs(name) == saved.check(name)
     with pytest.raises(ValueError, match=says):
         saved.load(pair[0], name)
 
@@ -192,3 +198,220 @@ def test_full_size_pair_is_saved_in_six_megabytes(pack, folders):
     name = pack.nodes.bridge.saved.save(loras.ZippedLoRA(sources, fitted, ones), "big")
     size = (folders / "output" / "ziplora" / name).stat().st_size
     assert 4 * 1_571_840 <= size <= 4 * 1_571_840 + 300_000
+
+
+def test_np_loras_mu_is_the_files_own(pack, folders, pair, monkeypatch):
+    """Read back by a pack whose default is another."""
+    patcher, zipped = pair
+    saved, direct = pack.nodes.bridge.saved, pack.ziplora_core.direct
+    update = {k: layer.content for k, layer in direct.np_lora(zipped.fitted.pair, 2.0).layers.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "MU", 2.0, raising=False)
+        patch.setattr(direct.np_lora, "__defaults__", (2.0,))
+        merged = pack.nodes.bridge.direct.merge(patcher, zipped.sources, "NP-LoRA")
+        name = saved.save(merged, "direct")
+    again = saved.load(patcher, name)
+    assert again.method == "NP-LoRA" and again.settings == {"mu": 2.0}
+    for key, layer in again.fitted.pair.layers.items():
+        assert torch.equal(layer.content.down, update[key].down), key
+
+
+def rewritten(folders, name, change):
+    """A saved file with other words about itself."""
+    path = folders / "output" / "ziplora" / name
+    with safe_open(str(path), "pt") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["ziplora"])
+    change(about)
+    save_file(load_file(path), path, {**metadata, "ziplora": json.dumps(about)})
+
+
+def test_files_from_before_mu_was_written_are_read_with_the_one_they_had(pack, folders, pair):
+    patcher, zipped = pair
+    saved, merged = pack.nodes.bridge.saved, pack.nodes.bridge.direct.merge(patcher, pair[1].sources, "NP-LoRA")
+    expected = pack.ziplora_core.direct.np_lora(zipped.fitted.pair, 0.5)
+    name = saved.save(merged, "direct")
+    rewritten(folders, name, lambda about: about.update(settings={}))
+    for key, layer in saved.load(patcher, name).fitted.pair.layers.items():
+        assert torch.equal(layer.content.down, expected.layers[key].content.down), key
+    for wrong in ("much", -1, None, float("nan"), True):
+        rewritten(folders, name, lambda about, wrong=wrong: about.update(settings={"mu": wrong}))
+        with pytest.raises(ValueError, match=f"'{name}' has broken metadata .mu is "):
+            saved.load(patcher, name)
+
+
+HEADERS_ALONE = 2**18  # bytes: more than all headers that a test reads
+
+
+def bytes_read() -> int:
+    """By this thread so far, of files."""
+    with open("/proc/thread-self/io") as file:
+        return int(re.search(r"rchar: (\d+)", file.read())[1])
+
+
+@pytest.fixture
+def no_numbers(pack, monkeypatch):
+    """As on the server's event loop: no number is looked at, and no more is read than headers."""
+    if not os.path.exists("/proc/thread-self/io"):
+        pytest.skip("what a thread reads is told by Linux's /proc")
+
+    def look(*_):
+        raise AssertionError("numbers were read")
+
+    monkeypatch.setattr(pack.ziplora_core.files, "all_finite", look)
+    before = bytes_read()
+    yield
+    assert bytes_read() - before < HEADERS_ALONE
+
+
+def sparse_lora(path, size: int = 800_000_000) -> None:
+    """A LoRA file of any size that takes no place on the disk: zeros that nobody wrote."""
+    half = size // 4
+    sides = {"up": [half, 1], "down": [1, half]}
+    table = {
+        f"lora_unet_x.lora_{side}.weight": {
+            "dtype": "F16", "shape": shape, "data_offsets": [2 * half * i, 2 * half * (i + 1)]
+        }
+        for i, (side, shape) in enumerate(sides.items())
+    }  # fmt: skip
+    header = json.dumps(table).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + 4 * half)
+
+
+def test_validation_of_large_files_reads_headers_alone(pack, folders, no_numbers):
+    for name in ("one", "two"):
+        sparse_lora(folders / "loras" / f"{name}.safetensors")
+    names = ("one.safetensors", "two.safetensors")
+    assert pack.nodes.LoadLoRAPair.validate_inputs(*names) is True
+    assert [v.size > 8e8 - 4 for v in pack.nodes.LoadLoRAPair.fingerprint_inputs(*names)] == [True, True]
+    assert pack.nodes.SparsifyLoRA.validate_inputs(names[0]) is True
+    assert pack.nodes.SparsifyLoRA.fingerprint_inputs(names[0]).size > 8e8 - 4
+
+
+def test_validation_of_a_saved_pair_searches_no_files(pack, folders, pair, request):
+    """Its LoRA is gone, beside large ones: even of its size."""
+    saved, loras = pack.nodes.bridge.saved, folders / "loras"
+    name = saved.save(pair[1], "mine")
+    size = (loras / "style.safetensors").stat().st_size
+    rename(folders, "style.safetensors", "elsewhere.safetensors")
+    for number in range(40):
+        sparse_lora(loras / f"large {number}.safetensors")
+        shutil.copyfile(loras / "elsewhere.safetensors", loras / f"alike {number}.safetensors")
+        flip_a_byte(loras / f"alike {number}.safetensors")
+    os.utime(loras, (2e9, 2e9))
+    request.getfixturevalue("no_numbers")
+    assert 40 * size > 4 * HEADERS_ALONE
+    node = pack.nodes.LoadZippedLoRA
+    assert node.validate_inputs(name) is True
+    first = node.fingerprint_inputs(name)
+    assert first == node.fingerprint_inputs(name)
+    os.utime(loras / "elsewhere.safetensors", (1e9, 1e9))
+    assert node.fingerprint_inputs(name) != first
+
+
+def test_a_candidate_that_cannot_be_read_is_passed_over(pack, folders, pair, monkeypatch):
+    patcher, zipped = pair
+    saved, hashes, loras = pack.nodes.bridge.saved, pack.nodes.bridge.hashes, folders / "loras"
+    name = saved.save(zipped, "mine")
+    shutil.copyfile(loras / "style.safetensors", loras / "a bad disk.safetensors")
+    rename(folders, "style.safetensors", "z.safetensors")
+    sha256 = hashes.sha256
+
+    def read(path):
+        if "bad disk" in path:
+            raise OSError(5, "Input/output error")
+        return sha256(path)
+
+    monkeypatch.setattr(hashes, "sha256", read)
+    assert saved.load(patcher, name).sources.style.name == "z.safetensors"
+
+
+def in_place(path, other):
+    """Other bytes in the same file, with the old times."""
+    times = path.stat()
+    with path.open("r+b") as file:  # not a byte shorter on the way
+        file.write(other.read_bytes())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def grown(path, other):
+    with path.open("ab") as file:
+        file.write(b"\0")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_place,
+        lambda path, other: os.replace(other, path),
+        grown,
+        lambda path, other: path.unlink(),
+    ],
+    ids=["written over, with its old times", "replaced", "grown", "deleted"],
+)
+def test_a_file_that_changes_while_it_is_read_is_noticed(pack, folders, pair, monkeypatch, change):
+    files, path = pack.ziplora_core.files, folders / "loras" / "subject.safetensors"
+    other, clock = folders / "other", folders / "clock"
+    shutil.copyfile(path, other)
+    flip_a_byte(other)
+    check, seen = files._check_numbers, []
+
+    def check_and_change(*given):
+        check(*given)
+        if not seen:
+            later_than(clock, path)
+            change(path, other)
+        seen.append(given)
+
+    monkeypatch.setattr(files, "_check_numbers", check_and_change)
+    with pytest.raises(files.LoRAFileError, match=r"'subject.safetensors' (has changed while it was read|is missing)"):
+        pack.nodes.bridge.loras.load("subject.safetensors", 1.0)
+    assert len(seen) > 1
+
+
+def test_a_lora_that_cp_put_in_the_place_of_another_is_seen(pack, folders, pair):
+    """`cp -p` keeps size and modification time; no pair may be bound to the hash of the file that was there."""
+    patcher, zipped = pair
+    saved, path, other = pack.nodes.bridge.saved, folders / "loras" / "subject.safetensors", folders / "other"
+    shutil.copy2(path, other)
+    flip_a_byte(other)
+    shutil.copystat(path, other)
+    name, before = saved.save(zipped, "mine"), pack.nodes.bridge.loras.fingerprint(path.name)
+    later_than(folders / "clock", path)
+    shutil.copy2(other, path)
+    assert path.stat().st_mtime_ns == zipped.sources.content.version[2]
+    assert pack.nodes.bridge.loras.fingerprint(path.name) != before
+    with pytest.raises(ValueError, match="'subject.safetensors' has changed since it was loaded"):
+        saved.save(zipped, "again")
+    with pytest.raises(ValueError, match="'subject.safetensors' .* has changed since"):
+        saved.load(patcher, name)
+
+
+def test_the_hash_is_that_of_the_numbers_that_were_read(pack, folders, pair):
+    for source in pair[1].sources.by_concept().values():
+        content = (folders / "loras" / source.name).read_bytes()
+        assert pack.nodes.bridge.saved.bound(source).sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_a_name_with_line_breaks_is_one_line_of_a_report(pack, folders, pair):
+    """As file systems allow them: of every kind that Python, or a table's reader, takes for one."""
+    odd = "a\u2028b\u2029c\x85d\ne\x0bf\x1cg\u202eh"
+    rename(folders, "subject.safetensors", f"{odd}.safetensors")
+    loras, report = pack.nodes.bridge.loras, pack.nodes.bridge.report
+    sources = loras.load_pair(f"{odd}.safetensors", "style.safetensors", 1.0, 1.0)
+    tensors = {**sources.content.tensors, f"{odd}.lora_up.weight": torch.ones(1, 1)}
+    sources = replace(sources, content=replace(sources.content, tensors=tensors))
+    fitted = pack.nodes.bridge.fitting.fit(sources, pair[0].model)
+    ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
+    solver = pack.ziplora_core.solver
+    text = report.write(report.Outcome(sources, fitted, solver.Settings(), ones, solver.Result(ones)))
+    lines = text.split("  \n")
+    assert (
+        all(line.isprintable() for line in lines)
+        and text.splitlines() == [line + "  " for line in lines[:-1]] + lines[-1:]
+    )
+    assert sum("a�b�c�d�e�f�g�h" in line for line in lines) == 2, "the file's own line, and the note on its tensors"
+    zipped = loras.ZippedLoRA(sources, fitted, ones)
+    about = pack.nodes.bridge.export.export_tensors(zipped, 0, "fp16", "kohya").metadata
+    assert about["modelspec.title"].isprintable() and about["modelspec.description"].isprintable()

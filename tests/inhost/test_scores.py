@@ -181,3 +181,23 @@ def test_blind_sheet_and_its_key(pack, tmp_path, monkeypatch):
             assert pixel.mean().item() == pytest.approx(0.0 if row[side] == "dark" else 1.0, abs=0.01)
     with pytest.raises(ValueError, match="holds 12 pictures, images_b 3"):
         node.execute(a, b[:3], reference, reference, "dark", "light", 5, "study/key")
+
+
+@pytest.mark.parametrize("name", ["images", "subject_references", "style_references"])
+@pytest.mark.parametrize(
+    ("spoilt", "says"),
+    [
+        (torch.zeros(0, 28, 28, 3), "holds no picture"),
+        (torch.full((1, 28, 28, 3), float("nan")), "holds NaN"),
+        (torch.zeros(1, 28, 28, 1), r"has shape \(1, 28, 28, 1\); expected pictures .* red, green and blue"),
+        (torch.zeros(28, 28, 3), r"has shape \(28, 28, 3\)"),
+        (torch.zeros(1, 0, 28, 3), r"has shape \(1, 0, 28, 3\)"),
+        ({"samples": torch.zeros(1, 4, 8, 8)}, "is no picture"),
+    ],
+    ids=["none", "nan", "grey", "frame", "flat", "latents"],
+)
+def test_what_is_no_picture_is_refused_in_a_sentence(pack, encoders, name, spoilt, says):
+    execute = next(node for node in pack.nodes.NODES if node.__name__ == "ZipLoRAScores").execute
+    given = {n: pictures(1, 28, 0) for n in ("images", "subject_references", "style_references")} | {name: spoilt}
+    with torch.inference_mode(), pytest.raises(ValueError, match=f"^{name} {says}"):
+        execute(**given, clip_vision=encoders[0], dino=encoders[1], prompt="")

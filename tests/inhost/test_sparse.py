@@ -44,3 +44,39 @@ def test_a_tenth_changes_a_tenth_of_each_weight(pack, patcher):
 def test_a_percentage_out_of_range_is_refused(pack, patcher, percent):
     with pytest.raises(ValueError, match="keep is .* up to 100"):
         pack.nodes.bridge.sparse.sparsify(patcher, "mine.safetensors", percent)
+
+
+def test_what_a_file_sets_is_set(pack, patcher, folders):  # noqa: F811
+    """A norm's weight and a bias that take the place of the model's own, under the host's names for them."""
+    g = torch.Generator().manual_seed(5)
+    patcher.lora["lora_unet_out_0.set_weight"] = torch.rand(32, generator=g)
+    patcher.lora["diffusion_model.out.0.bias.set_weight"] = torch.rand(32, generator=g)
+    save_file(patcher.lora, folders / "loras" / "sets.safetensors")
+    lora, _ = pack.nodes.bridge.sparse.sparsify(patcher, "sets.safetensors", 100.0)
+    theirs, ours = weights(stock(patcher, patcher.lora)), weights(stock(patcher, lora))
+    before = weights(patcher)
+    assert all(not torch.equal(theirs[name], before[name]) for name in ("out.0.weight", "out.0.bias"))
+    assert largest_difference(theirs, ours) < 1e-3  # fp16
+
+
+def test_numbers_too_large_for_fp16_are_kept(pack, patcher, folders):  # noqa: F811
+    large = next(k for k in patcher.lora if k.endswith("attn1_to_q.lora_up.weight"))
+    patcher.lora[large] = patcher.lora[large] * 1e7
+    patcher.lora["no_such_layer.lora_up.weight"] = torch.zeros(2, 2)
+    patcher.lora["no_such_layer.lora_down.weight"] = torch.zeros(2, 2)
+    save_file(patcher.lora, folders / "loras" / "large.safetensors")
+    lora, report = pack.nodes.bridge.sparse.sparsify(patcher, "large.safetensors", 100.0)
+    assert all(bool(torch.isfinite(t).all()) for t in lora.values())
+    assert "1 of the layers hold numbers too large for fp16 and are in fp32" in report
+    assert "2 tensors of 'large.safetensors' fit no layer and are not used" in report
+    theirs, ours = weights(stock(patcher, patcher.lora)), weights(stock(patcher, lora))
+    for key, weight in theirs.items():
+        torch.testing.assert_close(ours[key], weight, rtol=1e-3, atol=1e-3)
+
+
+def test_an_update_beyond_fp32_is_refused_by_layer(pack, patcher, folders):  # noqa: F811
+    for key in [k for k in patcher.lora if k.startswith("lora_unet_middle") and "attn1_to_q.lora_" in k]:
+        patcher.lora[key] = torch.full_like(patcher.lora[key], 1e30)
+    save_file(patcher.lora, folders / "loras" / "huge.safetensors")
+    with pytest.raises(ValueError, match="'huge.safetensors': the update of layer '.*middle.*to_q.* is not finite"):
+        pack.nodes.bridge.sparse.sparsify(patcher, "huge.safetensors", 10.0)

@@ -44,3 +44,68 @@ def test_applied_to_clip_as_the_stock_loader_does(pack, miniature):
     assert not torch.allclose(encoded(theirs), bare, atol=1e-3), "the LoRAs change nothing: this tests nothing"
     torch.testing.assert_close(encoded(ours), encoded(theirs))
     torch.testing.assert_close(encoded(clip), bare)
+
+
+def test_a_layer_under_two_names_is_exported_as_the_one_that_the_host_takes(pack, miniature):
+    import comfy.lora
+
+    patcher, clip = miniature.model, miniature.clip
+    loras, Coefficients = pack.nodes.bridge.loras, pack.ziplora_core.coefficients.Coefficients
+    kohya = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    names = (kohya, "text_encoder.text_model.encoder.layers.0.mlp.fc1", "base_model.model.text_encoder.text_model")
+    known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    out, columns = clip.cond_stage_model.state_dict()[known[kohya]].shape
+    for order in (names, names[::-1]):
+        file = tiny.full_size.attention_lora(patcher.model, 2, 1, torch.float32)
+        for name in order:
+            full = name.replace("text_model", "text_model.encoder.layers.0.mlp.fc1") if "base" in name else name
+            file[f"{full}.lora_up.weight"] = torch.full((out, 1), 1.0 + names.index(name))
+            file[f"{full}.lora_down.weight"] = torch.ones(1, columns)
+        (patch,) = comfy.lora.load_lora(file, known, log_missing=False).values()
+        other = tiny.full_size.attention_lora(patcher.model, 2, 2, torch.float32)
+        sources = loras.LoRASources(loras.LoRASource("content", file, 1.0), loras.LoRASource("style", other, 1.0))
+        fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
+        zipped = loras.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
+        tensors = pack.nodes.bridge.export.export_tensors(zipped, 0, "fp32", "kohya").tensors
+        delta = tensors[f"{kohya}.lora_up.weight"] @ tensors[f"{kohya}.lora_down.weight"]
+        torch.testing.assert_close(delta, patch.weights[0] @ patch.weights[1])
+
+
+def test_report_and_apply_say_where_a_text_encoder_part_is_left_out(pack, miniature, caplog):
+    """Only of the file that has one; not where clip is connected, nor where its LoRA is dialled to nothing."""
+    import comfy.lora
+
+    patcher, clip, bridge = miniature.model, miniature.clip, pack.nodes.bridge
+    loras, core = bridge.loras, pack.ziplora_core
+    rich = with_text_encoder(patcher, clip, 1)
+    plain = {k: v for k, v in with_text_encoder(patcher, clip, 2).items() if not k.startswith("lora_te")}
+    sources = loras.LoRASources(
+        loras.LoRASource("rich.safetensors", rich, 1.0), loras.LoRASource("p.safetensors", plain, 1.0)
+    )
+    fitted = bridge.fitting.fit(sources, patcher.model)
+    ones = core.coefficients.Coefficients.ones(fitted.pair)
+    known = comfy.lora.load_lora(rich, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}), log_missing=False)
+    assert len(known) == bridge.text_encoders.parts(sources.content) > 0 == bridge.text_encoders.parts(sources.style)
+
+    outcome = bridge.report.Outcome(sources, fitted, core.solver.Settings(), ones, core.solver.Result(ones))
+    report = bridge.report.write(outcome)
+    assert f"'rich.safetensors' also changes the text encoder ({len(known)} layers)" in report
+    assert "a prompt does not tell which text encoder made it" in report and "'p.safetensors' also" not in report
+
+    def warned(connected, **dials) -> bool:
+        caplog.clear()
+        bridge.apply.apply(patcher, connected, loras.ZippedLoRA(sources, fitted, ones, **dials), 1.0)
+        return "clip is not connected: the text-encoder part of 'rich.safetensors' is left out" in caplog.text
+
+    assert warned(None) and not warned(clip) and not warned(None, content_strength=0.0)
+
+
+def test_nothing_is_said_of_files_without_one(pack, miniature, caplog):
+    bridge, core, patcher = pack.nodes.bridge, pack.ziplora_core, miniature.model
+    sources = tiny.sources(pack, patcher.model)
+    fitted = bridge.fitting.fit(sources, patcher.model)
+    ones = core.coefficients.Coefficients.ones(fitted.pair)
+    outcome = bridge.report.Outcome(sources, fitted, core.solver.Settings(), ones, core.solver.Result(ones))
+    assert "text encoder" not in bridge.report.write(outcome)
+    bridge.apply.apply(patcher, None, bridge.loras.ZippedLoRA(sources, fitted, ones), 1.0)
+    assert "clip is not connected" not in caplog.text

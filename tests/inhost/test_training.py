@@ -148,6 +148,7 @@ def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher
             )
 
 
+@pytest.mark.smoke
 def test_the_file_is_a_lora_for_the_stock_loader(pack, patcher, output):
     """Its picture is that of the trained factors, formed densely into the weights."""
     import comfy.sd
@@ -438,7 +439,7 @@ def test_a_run_that_diverges_says_so_and_not_what_it_could_not_save(pack, patche
     """A rate at which the numbers leave half precision: the loss is what is named."""
     Step, core = pack.ziplora_core.training.Step, pack.ziplora_core.training
 
-    def diverge(trained, denoiser, given, settings, on_step, first):
+    def diverge(trained, denoiser, given, settings, on_step, first, adam):
         on_step(Step(1, 3, 1.0))
         with torch.no_grad():
             next(iter(trained.up.values())).fill_(1e9)

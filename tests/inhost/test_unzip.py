@@ -40,7 +40,7 @@ def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher
         monkeypatch.setattr(pack.nodes.bridge.plan, "room_for", lambda model: room)
     train, found, told = core.training.train, {}, set()
 
-    def instead(trained, denoiser, given, settings, on_step, first):
+    def instead(trained, denoiser, given, settings, on_step, first, adam):
         g = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for lora in trained.loras.values():

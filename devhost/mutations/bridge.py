@@ -1,0 +1,15 @@
+"""Faults in nodes/bridge and in the nodes."""
+
+from __future__ import annotations
+
+from . import Mutant, bridge_drawn, bridge_files, bridge_host, bridge_nodes, bridge_pairs, bridge_plan, bridge_training
+
+MUTANTS: list[Mutant] = [
+    *bridge_pairs.MUTANTS,
+    *bridge_files.MUTANTS,
+    *bridge_plan.MUTANTS,
+    *bridge_host.MUTANTS,
+    *bridge_drawn.MUTANTS,
+    *bridge_training.MUTANTS,
+    *bridge_nodes.MUTANTS,
+]

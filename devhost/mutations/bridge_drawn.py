@@ -1,0 +1,48 @@
+"""Faults in drawn references and the report."""
+
+from __future__ import annotations
+
+from . import faults
+
+DRAWN = ("tests/inhost/test_contracts_drawn.py",)
+
+MUTANTS = [
+    *faults(
+        "nodes/bridge/references.py",
+        DRAWN,
+        ("references are drawn by the direct merge", "ones.scaled(style=0.0) if concept", "ones if concept"),
+        (
+            "bias differences of both LoRAs are on for one's references",
+            "(1.0, 0.0) if concept",
+            "(1.0, 1.0) if concept",
+        ),
+        ("references are drawn without guidance", "guidance = 1.0 if distilled else GUIDANCE", "guidance = 1.0"),
+        ("both concepts start from one noise", '{"content": 0, "style": 1}', '{"content": 0, "style": 0}'),
+        ("references that are NaN are used", "if bool(torch.isfinite(samples).all()) else None", ""),
+        (
+            "thumbnails are not of the model's own space",
+            "ready = form.process_in(latents.float())",
+            "ready = latents.float()",
+        ),
+    ),
+    *faults(
+        "nodes/bridge/prompts.py",
+        DRAWN,
+        (
+            "the emptied prompt keeps its pooled output",
+            '"pooled_output": torch.zeros_like(pooled)',
+            '"pooled_output": pooled',
+        ),
+    ),
+    *faults(
+        "nodes/bridge/report.py",
+        DRAWN,
+        (
+            "the share is of what zipping left",
+            "after[concept] / before[concept]:.0%",
+            "before[concept] / after[concept]:.0%",
+        ),
+        ("the overlap in the loss map lacks its weight", "weight * losses.overlap for", "losses.overlap for"),
+        ("no help is reported as help", "if sum(after.values()) >= sum(before.values()):", "if False:"),
+    ),
+]

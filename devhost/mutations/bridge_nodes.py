@@ -1,0 +1,80 @@
+"""Faults in the nodes themselves."""
+
+from __future__ import annotations
+
+from . import faults
+
+NODES = ("tests/inhost/test_contracts_nodes.py",)
+
+MUTANTS = [
+    *faults(
+        "nodes/inputs.py",
+        NODES,
+        (
+            "a value is taken for a link",
+            "if value is None or isinstance(value, str | int | float | list | dict):",
+            "if False:",
+        ),
+    ),
+    *faults(
+        "nodes/optimize.py",
+        NODES,
+        ("the ridge is ignored", "rule, solver, ridge)", "rule, solver)"),
+        (
+            "prompts are made before the latents are checked",
+            'return missing or ["content_positive", "style_positive"]',
+            'return ["content_positive", "style_positive"] or missing',
+        ),
+    ),
+    *faults(
+        "nodes/scores.py",
+        NODES,
+        (
+            "the two encoders swapped",
+            "style_references, clip_vision, dino, clip, prompt))",
+            "style_references, dino, clip_vision, clip, prompt))",
+        ),
+    ),
+    *faults(
+        "nodes/style.py",
+        NODES,
+        (
+            "a second dial forgets the first",
+            "style_strength=zipped_lora.style_strength * style_strength",
+            "style_strength=style_strength",
+        ),
+    ),
+    *faults(
+        "nodes/train.py",
+        NODES,
+        (
+            "samples and saves swapped",
+            ("        sample_every,\n        save_every,\n"),
+            ("        save_every,\n        sample_every,\n"),
+        ),
+        (
+            "Pair LoRAs swaps the LoRAs",
+            "loras.pair(content_lora, style_lora, ",
+            "loras.pair(style_lora, content_lora, ",
+        ),
+    ),
+    *faults(
+        "nodes/unzip.py",
+        NODES,
+        (
+            "the prompts of the two concepts swapped",
+            '"content": content_prompt, "style": style_prompt}',
+            '"content": style_prompt, "style": content_prompt}',
+        ),
+        ("percent are taken for parts", "share=column_share / 100", "share=column_share / 1000"),
+    ),
+    *faults(
+        "nodes/figures.py",
+        NODES,
+        (
+            "the panel shows one merge twice",
+            "analysis.column_interference(subject.pair, Coefficients.ones(subject.pair))",
+            "analysis.column_interference(subject.pair, subject.coefficients)",
+        ),
+    ),
+]

@@ -1,0 +1,122 @@
+"""Faults in pairs: fitted, dialled, put on a model."""
+
+from __future__ import annotations
+
+from . import faults
+
+PAIRS = ("tests/inhost/test_contracts_pairs.py",)
+PAIRS_DENSE_FORMATS = (
+    "tests/inhost/test_contracts_pairs.py",
+    "tests/inhost/test_dense_formats.py::test_base_weights_are_read_without_what_the_host_has_patched_in",
+)
+FILES = ("tests/inhost/test_contracts_files.py",)
+
+MUTANTS = [
+    *faults(
+        "nodes/bridge/apply.py",
+        PAIRS,
+        (
+            "text-encoder parts at the node's strength alone",
+            "_text_encoder(clip, source, strength * zipped.strength(concept))",
+            "_text_encoder(clip, source, strength)",
+        ),
+        ("text-encoder parts of any size are put on", "if _fits(clip.cond_stage_model, key, patch)", "if True"),
+        (
+            "bias differences ignore the strength of the whole",
+            "fitted.riders[concept], strength * zipped.strength(concept), names)",
+            "fitted.riders[concept], zipped.strength(concept), names)",
+        ),
+        (
+            "coefficients of the two concepts swapped",
+            "zipped.coefficients.content.get(name), zipped.coefficients.style.get(name)",
+            "zipped.coefficients.style.get(name), zipped.coefficients.content.get(name)",
+        ),
+        (
+            "layers that the model lacks go unnoticed",
+            "missing = [k for k in patches if k not in applied]",
+            "missing = []",
+        ),
+        ("any strength is taken", 'in_range("strength", strength, -100, 100)', "pass"),
+    ),
+    *faults(
+        "nodes/bridge/fitting.py",
+        PAIRS,
+        (
+            "a pair fitted to one model is used on another",
+            "if known is None or known[0]() is not model:",
+            "if known is None:",
+        ),
+        (
+            "dense updates ignore the file's strength",
+            "[(self.source.strength, patch, 1.0, None, None)]",
+            "[(1.0, patch, 1.0, None, None)]",
+        ),
+        ("dense updates may be NaN", "if not all_finite(delta):", "if False:"),
+        (
+            "of two updates of one weight one is kept",
+            "found if key not in self.factors else _side_by_side(self.factors[key], found)",
+            "found",
+        ),
+        (
+            "parts of a fused weight land in its first rows",
+            "whole.narrow(axis, start, length)",
+            "whole.narrow(axis, 0, length)",
+        ),
+        ("what the model lacks is not told", "unused += fitting.absent", "unused += []"),
+    ),
+    *faults(
+        "nodes/bridge/fitting.py",
+        PAIRS_DENSE_FORMATS,
+        (
+            "dense updates are made from a weight that is patched",
+            "backups[0][key].weight if backups else",
+            "comfy.utils.get_attr(model, key) if backups else",
+        ),
+    ),
+    *faults(
+        "nodes/bridge/keys.py",
+        FILES,
+        (
+            "SD 1.5's layers under names that its trainers do not use",
+            'self.diffusers.get(weight) if self.family.startswith("SD1") else None',
+            "None",
+        ),
+        ("peft's first text encoder goes to the second's place", (', "lora_te1_"),\n)'), (', "lora_te2_"),\n)')),
+    ),
+    *faults(
+        "nodes/bridge/keys.py",
+        PAIRS,
+        ("SDXL's prompts are taken for SD 2's", '2048: "SDXL"', '2048: "SD 2"'),
+        ("text encoders under SD 3's names are unknown", "|te\\d?[._]", ""),
+    ),
+    *faults(
+        "nodes/bridge/loras.py",
+        FILES,
+        (
+            "Load LoRA Pair swaps the strengths",
+            "LoRASources(load(content, content_strength), load(style, style_strength)",
+            "LoRASources(load(content, style_strength), load(style, content_strength)",
+        ),
+        ("a file that changes while it is read is taken", "if fingerprint(name) != version:", "if False:"),
+        (
+            "dials of the two concepts swapped",
+            '{"content": self.content_strength, "style": self.style_strength}[concept]',
+            '{"content": self.style_strength, "style": self.content_strength}[concept]',
+        ),
+    ),
+    *faults(
+        "nodes/bridge/loras.py",
+        PAIRS,
+        (
+            "Pair LoRAs swaps the strengths",
+            '("content", content, content_strength), ("style", style, style_strength)',
+            '("content", content, style_strength), ("style", style, content_strength)',
+        ),
+        ("LoRAs of other nodes are taken unchecked", "check_tensors(name, tensors)", "pass"),
+    ),
+    *faults(
+        "nodes/bridge/shapes.py",
+        PAIRS,
+        ("a product of matrices that do not meet fits", "if rank and rank == right.shape[0] else 0", "if rank else 0"),
+    ),
+]

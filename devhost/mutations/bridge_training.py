@@ -1,0 +1,71 @@
+"""Faults in training and UnZip."""
+
+from __future__ import annotations
+
+from . import faults
+
+TRAINING = ("tests/inhost/test_contracts_training.py",)
+NODES = ("tests/inhost/test_contracts_nodes.py",)
+
+MUTANTS = [
+    *faults(
+        "nodes/bridge/training.py",
+        TRAINING,
+        ("samples are drawn without guidance", "plain + references.GUIDANCE * (wanted - plain)", "wanted"),
+        (
+            "samples are guided away from the prompt itself",
+            'prompts["empty"] = references.zeros(made.prompts[0])',
+            'prompts["empty"] = made.prompts[0]',
+        ),
+        ("every batch of class pictures is the same", "task.settings.seed + len(made)", "task.settings.seed"),
+        ("pictures are squashed into their bucket", '"lanczos", "center"', '"lanczos", "disabled"'),
+        (
+            "latents are not in the model's own space",
+            "training.Example(into(e.latents.float().clone()), e.prompt)",
+            "training.Example(e.latents.float().clone(), e.prompt)",
+        ),
+        ("one picture's size is told for all", "key = (str(prompt), latents.shape[1:])", 'key = (str(prompt), "")'),
+        (
+            "prompts of two lengths share a pass",
+            "return None if context is None else tuple(context.shape)",
+            "return None",
+        ),
+        ("another trainer's steps count", 'if "ziplora_settings" in metadata else 0', ""),
+        (
+            "class pictures cost no memory",
+            "settings.batch_size * (2 if made.pictures.priors else 1)",
+            "settings.batch_size",
+        ),
+        (
+            "the last tenth of the losses is the first",
+            "(history[:tenth], history[-tenth:])",
+            "(history[:tenth], history[:tenth])",
+        ),
+    ),
+    *faults(
+        "nodes/bridge/unzip.py",
+        TRAINING,
+        ("one LoRA's memory is planned for two", "loras_at_once=2", "loras_at_once=1"),
+        ("each LoRA sees the other's prompt", "for c in contexts[1:3])", "for c in contexts[2:0:-1])"),
+        (
+            "the empty prompt stands for the whole",
+            "rows_as_used(made.pictures.sets[0][0], whole, empty)",
+            "rows_as_used(made.pictures.sets[0][0], empty, whole)",
+        ),
+        ("prompts of different lengths stay so", "math.lcm(*(c.shape[1] for c in contexts))", "contexts[0].shape[1]"),
+        (
+            "the file that is ahead counts the steps",
+            "halves, min(bridge.steps_before",
+            "halves, max(bridge.steps_before",
+        ),
+    ),
+    *faults(
+        "nodes/bridge/scores.py",
+        NODES,
+        (
+            "the subject is scored by CLIP",
+            "alignment(picture_features(dino, images, bar), picture_features(dino, subject, bar))",
+            "alignment(seen, picture_features(clip_vision, subject, bar))",
+        ),
+    ),
+]

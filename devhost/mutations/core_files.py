@@ -1,0 +1,81 @@
+"""Faults in files: read, refused, written."""
+
+from __future__ import annotations
+
+from . import faults
+
+FILES = ("tests/core/test_files.py", "tests/core/test_file_numbers.py")
+SAVED = ("tests/core/test_file_numbers.py",)
+
+MUTANTS = [
+    *faults(
+        "ziplora_core/files.py",
+        FILES,
+        (
+            "only the largest number is looked at",
+            "math.isfinite(low.item()) and math.isfinite(high.item())",
+            "math.isfinite(high.item())",
+        ),
+        (
+            "only the least number is looked at",
+            "math.isfinite(low.item()) and math.isfinite(high.item())",
+            "math.isfinite(low.item())",
+        ),
+        ("float8 has an order", "tensor.element_size() == 1 else tensor", "tensor.element_size() == 0 else tensor"),
+        ("alpha of any shape", "tensor.numel() != 1", "tensor.numel() < 1"),
+        (
+            "half a Hadamard product",
+            '(".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b")',
+            '(".hada_w1_a", ".hada_w1_b")',
+        ),
+        ("half a Kronecker product", '    (".lokr_w2_a", ".lokr_w2_b"),\n', ""),
+        ("half a layer of peft's", '    (".lora_B.weight", ".lora_A.weight"),\n', ""),
+        ("no Hadamard products", "lora|lycoris|hada_|", "lora|lycoris|"),
+        ("no differences", r"|\.diff(_b)?$", ""),
+        ("names in one case", "    re.IGNORECASE,\n", ""),
+        ("unprintable characters shown", "c if c.isprintable() else", "c if True else"),
+        ("long names shown whole", "text if len(text) <= most else", "text if True else"),
+        ("float8 refused", ", torch.float8_e5m2)", ")"),
+        (
+            "NaN accepted",
+            "tensor.is_floating_point() and not all_finite(tensor)",
+            "tensor.is_complex() and not all_finite(tensor)",
+        ),
+        (
+            "complex numbers accepted",
+            "tensor.is_complex() or (tensor.is_floating_point()",
+            "(tensor.is_floating_point()",
+        ),
+        ("any length of header", 'text.count(b",") + text.count(b":") > _MAX_VALUES', "len(text) > 2**63"),
+    ),
+    *faults(
+        "ziplora_core/saved.py",
+        SAVED,
+        (
+            "sides swapped in writing",
+            'sides = {"content": coefficients.content, "style": coefficients.style}',
+            'sides = {"content": coefficients.style, "style": coefficients.content}',
+        ),
+        (
+            "sides swapped in reading",
+            'Coefficients(sides["content"], sides["style"])',
+            'Coefficients(sides["style"], sides["content"])',
+        ),
+        ("dials swapped", "(float(dials[0]), float(dials[1]))", "(float(dials[1]), float(dials[0]))"),
+        (
+            "LoRAs swapped",
+            'for c in ("content", "style"))\n        dials',
+            'for c in ("style", "content"))\n        dials',
+        ),
+        ("format of another version", 'if found["format"] != FORMAT', 'if not found["format"]'),
+        ("NaN accepted", "not bool(torch.isfinite(m).all())", "m is None"),
+        ("too few columns accepted", "if here != there", "if here > there"),
+        ("more layers accepted", "for layer in [*wanted, *found]", "for layer in wanted"),
+        ("fewer layers accepted", "for layer in [*wanted, *found]", "for layer in found"),
+        ("more metadata left out", "{**(metadata or {}), _KEY", "{_KEY"),
+        ("strength NaN accepted", " and math.isfinite(self.strength)", ""),
+        ("dials NaN accepted", " and all(map(math.isfinite, self.dials))", ""),
+        ("numbers in half precision", "m.float() for concept, side", "m.half() for concept, side"),
+        ("numbers as they come", "m.float() for concept, side", "m for concept, side"),
+    ),
+]

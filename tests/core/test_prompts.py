@@ -1,0 +1,114 @@
+"""Whether a prompt wakes its LoRA, on a layer that can be written out: each LoRA reads one word of the prompt."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from toys import Dense
+
+from ziplora_core import prompts
+from ziplora_core.branch import Branch, JoinedPair
+from ziplora_core.pair import Factors, LayerPair, LoRAPair
+from ziplora_core.solver import OTHER, OWN, Batch, References
+
+LATENT, OUT = 4, 4
+WORDS = {"content": LATENT, "style": LATENT + 1}  # the input feature that says a concept's trigger word
+
+
+def reads(feature: int, seed: int) -> Factors:
+    """A LoRA of rank 1 that does something where one input feature is there."""
+    g = torch.Generator().manual_seed(seed)
+    down = torch.zeros(1, LATENT + 2, dtype=torch.float64)
+    down[0, feature] = 1.0
+    return Factors(torch.randn(OUT, 1, generator=g, dtype=torch.float64) * 3, down)
+
+
+class Words:
+    """A linear layer on (noisy latent, trigger of content, trigger of style). said: prompt -> which word it holds."""
+
+    timesteps, loss_scale = 1000, 1.0
+
+    def __init__(self, pair: LoRAPair, said: dict[str, dict[str, str]], joins: bool = True):
+        self.pair, self.said, self.joins, self.calls = pair, said, joins, 0
+        g = torch.Generator().manual_seed(3)
+        self.weight = torch.randn(OUT, LATENT + 2, generator=g, dtype=torch.float64)
+        self.weight[:, LATENT:] = 0  # the bare model knows neither word
+
+    def inputs(self, batch: Batch) -> torch.Tensor:
+        noisy = (batch.latents + batch.noise).double().flatten(1)
+        words = torch.zeros(len(noisy), 2, dtype=torch.float64)
+        for row, style in enumerate(batch.is_style):
+            word = self.said["style" if style else "content"].get(batch.prompt)
+            if word is not None:
+                words[row, WORDS[word] - LATENT] = 1
+        return torch.cat([noisy, words], 1)
+
+    def __call__(self, batch: Batch, branch: Branch) -> torch.Tensor:
+        self.calls += 1
+        return branch.layer("layer", self.inputs(batch), Dense(self.weight))
+
+    def target(self, batch: Batch) -> torch.Tensor:
+        """What a LoRA that was trained on these references predicts, but for a rest of length 1."""
+        rest = torch.zeros(OUT, dtype=torch.float64)
+        rest[0] = 1.0
+        own = [self.pair.layers["layer"].style if s else self.pair.layers["layer"].content for s in batch.is_style]
+        trained = torch.stack([factors.up[:, 0] for factors in own])
+        return self.inputs(batch) @ self.weight.T + trained + rest
+
+
+@pytest.fixture
+def pair() -> LoRAPair:
+    return LoRAPair({"layer": LayerPair(reads(WORDS["content"], 1), reads(WORDS["style"], 2))})
+
+
+@pytest.fixture
+def references() -> References:
+    return References(torch.randn(2, LATENT, 1, 1), torch.randn(3, LATENT, 1, 1))
+
+
+RIGHT = {"content": {"own": "content", "other": "style"}, "style": {"own": "style", "other": "content"}}
+SWAPPED = {"content": {"own": "style", "other": "content"}, "style": {"own": "content", "other": "style"}}
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_right_prompts_are_told_from_an_empty_one(pair, references, joins) -> None:
+    predictor = Words(pair, RIGHT, joins)
+    found = prompts.measure(JoinedPair(pair, dtype=torch.float64), predictor, references, seed=5)
+    for concept, effect in found.items():
+        up = getattr(pair.layers["layer"], concept).up[:, 0]
+        bare = (up + torch.eye(OUT, dtype=torch.float64)[0]).norm()  # the error of the bare model, under any prompt
+        assert effect.gain["own"] == pytest.approx(1 - 1 / bare.item(), rel=1e-6)
+        assert effect.gain["empty"] == pytest.approx(0, abs=1e-9)
+        assert effect.change["empty"] == 0 and effect.change["own"] > 0.1
+        assert effect.left() == pytest.approx(1 / bare.item(), rel=1e-6)
+        assert effect.fires and not effect.swapped
+    assert predictor.calls == 4 * prompts.DRAWS * (1 if joins else 2)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"own": None}, {"own": "style"}])
+def test_a_prompt_without_the_word_does_not_fire_whatever_the_other_does(pair, references, wrong) -> None:
+    predictor = Words(pair, {**RIGHT, "content": wrong})
+    found = prompts.measure(JoinedPair(pair, dtype=torch.float64), predictor, references, seed=5)
+    assert not found["content"].fires and found["style"].fires
+    assert predictor.calls == 6 * prompts.DRAWS, "then the other concept's prompt is tried"
+
+
+def test_swapped_prompts_are_seen(pair, references) -> None:
+    predictor = Words(pair, SWAPPED)
+    found = prompts.measure(JoinedPair(pair, dtype=torch.float64), predictor, references, seed=5)
+    assert all(effect.swapped and not effect.fires for effect in found.values())
+    assert all(effect.gain[OTHER] > 0.5 > effect.gain[OWN] for effect in found.values())
+
+
+def test_a_lora_that_acts_on_every_prompt_is_not_said_to_fire(pair, references) -> None:
+    always = {**RIGHT, "style": dict.fromkeys(("own", "empty", "other"), "style")}
+    found = prompts.measure(JoinedPair(pair, dtype=torch.float64), Words(pair, always), references, seed=5)
+    assert found["style"].gain["own"] == pytest.approx(found["style"].gain["empty"]) and not found["style"].fires
+
+
+def test_numbers_that_are_not_finite_do_not_fire() -> None:
+    nan = prompts.PromptEffect({"own": math.nan, "empty": 0.1}, {"own": math.nan, "empty": 0.1})
+    assert not nan.fires and not nan.swapped
+    assert not prompts.PromptEffect({}, {"own": 0.9, "empty": 1.0}).fires, "nothing is left to gain"

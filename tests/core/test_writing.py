@@ -1,0 +1,108 @@
+"""Files are written whole or not at all, under names that one writer has for itself, and are on the disk when said."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ziplora_core.files import read_lora_file, read_metadata
+from ziplora_core.writing import reserve, whole_or_not_at_all, write_tensors
+
+
+def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
+    path, g = tmp_path / "a.safetensors", torch.Generator().manual_seed(0)
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool)
+    tensors = {f"lora_{i}.é": torch.randn(3, 5, generator=g).mul(2).to(kind) for i, kind in enumerate(kinds)}
+    tensors |= {"lora_t": torch.randn(4, 3, generator=g).T, "lora_n": torch.tensor(2.5), "lora_e": torch.empty(0, 4)}
+    write_tensors(path, tensors, {"title": "é \u2028 日本"})
+    with safe_open(str(path), framework="pt") as file:
+        assert file.metadata() == {"title": "é \u2028 日本"} == read_metadata(path)
+    for found in (load_file(path), read_lora_file(path)):
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+            assert torch.equal(found[name].double(), tensor.double())
+
+
+def write_sixty(folder: Path, text: bytes, ready: object) -> None:
+    ready.wait()  # type: ignore[attr-defined]
+    for _ in range(60):
+        path = reserve(folder, "zip", 1, ".txt")
+        with whole_or_not_at_all(path) as file:
+            file.write(text)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_two_processes_that_write_at_once_lose_no_file(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Barrier(2)
+    writers = [fork.Process(target=write_sixty, args=(tmp_path, text, ready)) for text in (b"one", b"two")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    texts = [path.read_bytes() for path in tmp_path.iterdir()]
+    assert sorted(texts) == [b"one"] * 60 + [b"two"] * 60
+
+
+def test_the_mask_of_new_files_is_obeyed_and_never_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It belongs to the whole process: while it is set to be read, other threads make files that anybody may write."""
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the mask was set"))
+        path = reserve(tmp_path, "a", 1, ".safetensors")
+        write_tensors(path, {"a": torch.ones(1)}, {})
+        assert path.stat().st_mode & 0o777 == 0o640
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+
+
+@pytest.mark.parametrize("ahead", [7200, -7200])
+def test_another_clock_than_the_disks_deletes_no_file_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    """As where a file server's is hours off: its times are compared with each other."""
+    begun, left = tmp_path / ".a.safetensors.x.ziplora.part", tmp_path / ".a.safetensors.y.ziplora.part"
+    begun.write_bytes(b"begun")
+    left.write_bytes(b"left")
+    os.utime(left, (begun.stat().st_mtime - 4000,) * 2)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + ahead)
+    write_tensors(tmp_path / "b.safetensors", {"a": torch.ones(1)}, {})
+    assert begun.exists() and not left.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a folder cannot be synced there")
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, sync, replace = [], os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        status = os.fstat(handle)
+        done.append("folder" if status.st_ino == tmp_path.stat().st_ino else f"file of {status.st_size} bytes")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("name"), replace(*paths)))
+    with whole_or_not_at_all(tmp_path / "a.txt") as file:
+        file.write(b"whole")
+    assert done == ["file of 5 bytes", "name", "folder"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "a.txt").write_bytes(b"before")
+    with pytest.raises(type(error)), whole_or_not_at_all(tmp_path / "a.txt") as file:
+        file.write(b"half")
+        raise error
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.txt": b"before"}

@@ -1,0 +1,166 @@
+"""The Ray recipe: servers that cannot start, that die, and one Ctrl-C."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ANSWERS = """
+import http.server, sys
+port = int(sys.argv[sys.argv.index("--port") + 1])
+place = sys.argv[sys.argv.index("--listen") + 1]
+print("listens on", place, flush=True)
+class Queue(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200), self.end_headers(), self.wfile.write(b"{}")
+    def log_message(self, *words):
+        pass
+http.server.HTTPServer((place, port), Queue).serve_forever()
+"""
+DIES = 'print("no such module: everything", flush=True); raise SystemExit(3)'
+HANGS = "import time; print('thinking', flush=True); time.sleep(1000)"
+
+
+def tree(folder: Path, main: str) -> Path:
+    """A ComfyUI whose main.py is this."""
+    folder.mkdir()
+    (folder / "main.py").write_text(main, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fleet(root: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ray_fleet", root / "recipes" / "ray_fleet.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def keep(fleet: ModuleType, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """A server of a main.py, without Ray; stopped at the end."""
+    kept = []
+
+    def make(main: str, **options: Any) -> Any:
+        folder = tree(tmp_path / f"tree{len(kept)}", main)
+        kept.append(fleet.Server(str(folder), sys.executable, str(tmp_path), [], **options))
+        return kept[-1]
+
+    yield make
+    for server in kept:
+        server.stop()
+
+
+def wait_until(true: Callable[[], Any], seconds: float = 120.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := true():
+            return found
+        time.sleep(0.02)
+    raise TimeoutError
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z" if Path("/proc").is_dir() else True
+
+
+def test_a_server_that_never_answers_is_given_up_after_three_starts(keep: Callable[..., Any]):
+    server = keep(DIES, pauses=(0.01,) * 10)
+    state = wait_until(lambda: (s := server.state()).failed and s)
+    assert state.failed == "ended with status 3, 3 times in a row; last in its log: no such module: everything"
+    assert Path(state.log).read_text().count("no such module") == 3 and not state.ready
+
+
+def test_a_server_that_hangs_has_a_deadline(keep: Callable[..., Any]):
+    server = keep(HANGS, patience=0.5, pauses=())
+    state = wait_until(lambda: (s := server.state()).failed and s)
+    assert state.failed.startswith("did not answer within 0.5 s, 1 times in a row") and not alive(state.pid)
+
+
+def test_a_server_that_dies_is_started_again_where_it_was_but_not_for_good(keep: Callable[..., Any]):
+    server = keep(ANSWERS, pauses=(0.01,) * 4)
+    seen = []
+    for _ in range(5):
+        state = wait_until(lambda: (s := server.state()).ready and s.pid not in [p for p, _ in seen] and s)
+        seen.append((state.pid, state.url))
+        os.kill(state.pid, signal.SIGKILL)
+    assert len({url for _, url in seen}) == 1 and seen[0][1].startswith("http://127.0.0.1:")
+    state = wait_until(lambda: (s := server.state()).failed and s)
+    assert "5 times in a row" in state.failed
+    assert Path(state.log).read_text().splitlines() == ["listens on 127.0.0.1"] * 5
+
+
+def test_pauses_between_starts_grow(fleet: ModuleType):
+    assert list(fleet.PAUSES) == sorted(fleet.PAUSES) and fleet.PAUSES[0] >= 1 and fleet.PAUSES[-1] >= 60
+
+
+@pytest.fixture
+def start(root: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """The recipe over a tree; what is left of it at the end is asked to stop."""
+    started = []
+
+    def begin(main: Path, *more: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(root / "recipes" / "ray_fleet.py"), "--comfyui", str(main), "--gpus-each", "0"]
+        command += [*more, "--", "run", "nothing.json", "--table", "nothing.csv"]
+        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=hears_ctrl_c, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.terminate()
+        process.wait()
+
+
+def hears_ctrl_c() -> None:
+    """Also where the tests run in the background, whose processes ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_a_folder_without_comfyui_is_a_sentence(start: Callable[..., Any], tmp_path: Path):
+    process = start(tmp_path)
+    assert process.communicate(timeout=120)[1] == f"error: there is no ComfyUI in {tmp_path}: it has no main.py\n"
+    assert process.returncode == 2
+
+
+def test_a_comfyui_that_cannot_start_ends_the_fleet_with_its_log(start: Callable[..., Any], tmp_path: Path):
+    """Through Ray itself."""
+    process = start(tree(tmp_path / "tree", DIES), "--servers", "2")
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 2, said + errors
+    found = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(found) == 1 and "ended with status 3, 3 times in a row" in found[0]
+    log = Path(errors.partition("\nits log: ")[2].splitlines()[0])
+    assert log.read_text().count("no such module") == 3
+    assert f"its log: {log}" in said and "Traceback" not in errors
+
+
+def test_one_ctrl_c_ends_the_fleet_while_it_starts(start: Callable[..., Any], tmp_path: Path):
+    """And its server, which knows nothing of it: no part of the fleet is left."""
+    process = start(
+        tree(tmp_path / "tree", f"import os\nopen('{tmp_path}/pid', 'w').write(str(os.getpid()))\n{HANGS}"),
+    )
+    line = process.stdout.readline() if process.stdout else ""
+    assert line.startswith("server 0 starts; its log: "), line
+    pid = int(wait_until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and errors.splitlines()[-1].startswith("stopped")
+    wait_until(lambda: not alive(pid))

@@ -1,0 +1,113 @@
+"""Whether a prompt wakes its LoRA: what each does to predictions of its own references, and what an empty prompt does.
+
+With L the error of a prediction, ‖D(x, p) − target‖₂, the gain of a LoRA under a prompt p is 1 − L(with it) / L(bare
+model). A prompt that says something to the LoRA makes its gain larger than an empty prompt does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .branch import JoinedPair
+from .coefficients import Coefficients
+from .solver import EMPTY, OTHER, OWN, Batch, Predictor, References, spread_batches
+
+DRAWS = 3  # noisy latents of each reference, spread over the timesteps: two passes each for every prompt
+FIRES = 0.77  # what the prompt leaves of the error that an empty one leaves; chosen by benchmarks/prompts.py
+_SEED = 0x9A0F  # added to the seed: noise apart from training's and from the other measurements'
+
+
+@dataclass(frozen=True)
+class PromptEffect:
+    """What one LoRA does on its own references, by prompt ("own", "empty", and "other": the other concept's).
+
+    change: ‖with it − bare model‖₂ over ‖bare model‖₂. gain: how much nearer to its references its predictions are
+    than the bare model's, 1 at the most and below 0 where they are farther.
+    """
+
+    change: dict[str, float]
+    gain: dict[str, float]
+
+    def left(self, prompt: str = OWN) -> float:
+        """(1 − gain) under a prompt over (1 − gain) under the empty one: below one where the prompt wakes the LoRA."""
+        empty = 1 - self.gain[EMPTY]
+        return (1 - self.gain[prompt]) / empty if empty > 0 else 1.0
+
+    @property
+    def fires(self) -> bool:
+        """Whether its own prompt wakes it. False for numbers that are not finite."""
+        return self.left() < FIRES
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the other concept's prompt wakes it and its own does not."""
+        return not self.fires and OTHER in self.gain and self.left(OTHER) < FIRES
+
+
+def measure(
+    joined: JoinedPair,
+    predictor: Predictor,
+    references: References,
+    seed: int,
+    draws: int = DRAWS,
+    on_draw: Callable[[], None] | None = None,
+) -> dict[str, PromptEffect]:
+    """PromptEffect of each concept: 4 · draws forward passes without gradient (of one or two batches each).
+
+    Where a prompt does not wake its LoRA, 2 · draws more, under the other concept's prompt. Deterministic for a seed.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        bare = joined.flatten(Coefficients.ones(joined.pair)).zero_()
+        seen: list[Batch] = []
+        sums: dict[tuple[str, str], Tensor] = {}
+        for batches in spread_batches(references, predictor, seed + _SEED, draws):
+            seen += batches
+            for batch in batches:
+                _add(sums, joined, predictor, bare, batch, (OWN, EMPTY))
+            if on_draw is not None:
+                on_draw()
+        found = _effects(sums, (OWN, EMPTY))
+        if not all(effect.fires for effect in found.values()):
+            for batch in seen:
+                _add(sums, joined, predictor, bare, batch, (OTHER,))
+            found = _effects(sums, (OWN, EMPTY, OTHER))
+    return found
+
+
+def _add(
+    sums: dict[tuple[str, str], Tensor],
+    joined: JoinedPair,
+    predictor: Predictor,
+    bare: Tensor,
+    batch: Batch,
+    prompts: Sequence[str],
+) -> None:
+    """Adds (‖with − without‖, ‖without‖, error with, error without) of a batch's rows, by concept and prompt."""
+    target = predictor.target(batch)
+    for prompt in prompts:
+        asked = replace(batch, prompt=prompt)
+        with_lora = predictor(asked, joined.teacher(batch.is_style))
+        without = predictor(asked, joined.student(bare))
+        parts = (with_lora - without, without, with_lora - target, without - target)
+        norms = torch.stack([torch.linalg.vector_norm(part.flatten(1), dim=1) for part in parts])
+        for concept, rows in (("content", ~batch.is_style), ("style", batch.is_style)):
+            if rows.any():
+                found = norms[:, rows.to(norms.device)].sum(1).double().cpu()
+                sums[concept, prompt] = sums.get((concept, prompt), torch.zeros(4, dtype=torch.float64)) + found
+
+
+def _effects(sums: dict[tuple[str, str], Tensor], prompts: Sequence[str]) -> dict[str, PromptEffect]:
+    def ratio(above: Tensor, below: Tensor) -> float:
+        return (above / below).item() if below > 0 else 0.0
+
+    return {
+        concept: PromptEffect(
+            {p: ratio(sums[concept, p][0], sums[concept, p][1]) for p in prompts},
+            {p: 1 - ratio(sums[concept, p][2], sums[concept, p][3]) for p in prompts},
+        )
+        for concept in ("content", "style")
+    }
