@@ -29,6 +29,7 @@ from demo.concepts import PLAIN, STYLE_PICTURE_SHAPES  # noqa: E402
 from demo.gates import CFG, STEPS  # noqa: E402
 from demo.judge import load_judge  # noqa: E402
 from demo.manifest import Trained, read_manifest  # noqa: E402
+from demo.miniature import half_is_fast  # noqa: E402
 from nodes import common_ksampler  # noqa: E402
 
 loras, fitting, predictor, bridge_apply = (
@@ -42,14 +43,6 @@ SIDE = world.SIZE // 8
 OTHERS = 4
 TRUE_RENDERINGS = 64
 SAMPLING = {"steps": STEPS, "cfg": CFG, "sampler_name": "euler", "scheduler": "normal"}
-
-
-def half_is_fast(device: str) -> bool:
-    """Whether bfloat16 saves time there: a processor without instructions for it takes some fifty times as long."""
-    if device != "cpu":
-        return True
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class Studio:

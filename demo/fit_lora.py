@@ -9,7 +9,7 @@ import torch
 
 from . import lora, world
 from .concepts import Concept
-from .miniature import Miniature
+from .miniature import Miniature, half_is_fast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def fit(model: Miniature, concept: Concept, settings: LoRASettings, seed: int = 
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         chosen = torch.randint(len(references), (settings.references,)).tolist()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half_is_fast(device.type)):
             loss = model.diffusion_loss(references[chosen], contexts[chosen], vectors[chosen]).mean()
         optimiser.zero_grad()
         loss.backward()
