@@ -8,7 +8,7 @@ import http
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import aiohttp
@@ -154,6 +154,18 @@ async def patiently(ask: Callable[[], Awaitable[T]], tries: int, seconds: float 
             if not error.passing or (failed >= tries and late):
                 raise
             await asyncio.sleep(pause(failed))
+
+
+async def ended(tasks: Sequence[asyncio.Task[Any]], seconds: float) -> None:
+    """Cancel tasks until they have ended; once more after so many seconds: up to Python 3.11 `asyncio.wait_for` loses
+    a cancellation that comes in the moment in which what it waits for comes."""
+    going = set(tasks)
+    while going:
+        for task in going:
+            task.cancel()
+        done, going = await asyncio.wait(going, timeout=seconds)
+        for task in done:
+            task.cancelled() or task.exception()  # looked at, so that nobody complains of it later
 
 
 def pause(failed: int) -> float:

@@ -10,10 +10,11 @@ from typing import Any
 
 import aiohttp
 
-from .connection import Connection, pause
+from .connection import Connection, ended, pause
 
 Heard = Callable[[str, int, int], None]  # node id, value, maximum
 
+_CLOSING = 3.0  # seconds that a connection may take to close
 _TROUBLE = (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError)
 
 
@@ -75,5 +76,4 @@ async def listening(connection: Connection, client: str) -> AsyncIterator[Listen
     try:
         yield listener
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await ended([task], _CLOSING)

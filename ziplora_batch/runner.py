@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .address import identity
 from .attempt import Attempt, Known
+from .connection import ended
 from .errors import Denied, ServerError
 from .jobs import Job
 from .progress import Listener
@@ -24,6 +25,7 @@ from .server import Server
 _SPACE = uuid.UUID("3b0a7bd0-9a1c-5b3e-8c55-3c4f5d2a7e11")
 _DEATHS = 3  # so often may a server go while it runs a job, before the job is to blame
 _STRIKES = 3  # so often may a server that answers not end a job, before it is asked no more
+_STOPPING = 15.0  # seconds that a server may take over stopping its prompt
 _PAUSE = 2.0  # seconds between two looks at a server that is gone
 
 
@@ -70,9 +72,7 @@ class Batch:
                     if task.done():
                         task.result()
             finally:
-                for task in (*workers, watch):
-                    task.cancel()
-                await asyncio.gather(*workers, watch, return_exceptions=True)
+                await ended([*workers, watch], _STOPPING)
         finally:
             total.close()
             self.results.table(self.jobs, "; ".join(dict.fromkeys(self._absent.values())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import json
@@ -18,50 +19,73 @@ from .files import DTYPES, bytes_of
 
 _UNFINISHED = ".ziplora.part"  # ends the name of a file that is being written; no loader lists it
 _ABANDONED = 3600.0  # seconds
+_FORGOTTEN = 7 * 86400.0  # seconds: an empty one is a name that is reserved, by a training of days perhaps
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_reserved: dict[Path, Path] = {}  # names that this process has, and the unfinished file of each
 _CANNOT_BE_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
 def reserve(folder: str | os.PathLike[str], stem: str, number: int, ending: str) -> Path:
-    """The first free one of `stem_00001_ending`, `stem_00002_ending`, …, from a number on, made as an empty file.
+    """The first free one of `stem_00001_ending`, `stem_00002_ending`, …, from a number on; nothing is there yet.
 
-    Whoever makes it has it: no other process can, on this machine or on another one with the same folder.
-    Raises OSError where the folder is missing, read-only or full.
+    Beside it is an empty unfinished file, which `whole_or_not_at_all` writes to and renames: whoever makes that has the
+    name, on this machine or on another one with the same folder, and no loader lists it, whatever becomes of its
+    writer. Raises OSError where the folder is missing, read-only or full.
     """
     while True:
         path = Path(folder, f"{stem}_{number:05}_{ending}")
-        with _named(path):
-            try:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            except FileExistsError:
-                number += 1
-            else:
+        unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
+        with _named(path), contextlib.suppress(FileExistsError):
+            os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            if not os.path.lexists(path):  # looked at after: who has just finished it has the name
+                _reserved[path] = unfinished
                 return path
+            os.unlink(unfinished)
+        number += 1
+
+
+def give_back(path: str | os.PathLike[str]) -> None:
+    """Let others have a name that was reserved here; nothing where it has been written to."""
+    unfinished = _reserved.pop(Path(path), None)
+    if unfinished is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(unfinished)
+
+
+@atexit.register
+def _give_all_back() -> None:
+    """Of work that the process's end cut short."""
+    for path in list(_reserved):
+        give_back(path)
 
 
 @contextlib.contextmanager
 def whole_or_not_at_all(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file beside `path` to write to; synced and renamed to `path` after the block, unless it raised.
 
-    Raises OSError where the folder is missing, read-only or full; nothing is left behind then. What a process that
-    was killed has left there is cleared away.
+    Raises OSError where the folder is missing, read-only or full; nothing is left behind then, and a reserved name
+    stays reserved. What a process that was killed has left there is cleared away.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_UNFINISHED}")
+    reserved = _reserved.get(path)
+    temporary = reserved or path.with_name(f".{path.name}.{secrets.token_hex(6)}{_UNFINISHED}")
+    fresh = os.O_EXCL if reserved is None else os.O_TRUNC
     with _named(path):
         # Made with the permissions of any new file: the mask need not be asked for, which only setting it does.
-        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
+        handle = os.open(temporary, os.O_CREAT | fresh | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
         try:
             with open(handle, "wb") as file:
+                os.utime(temporary)  # now, by the clock of the folder's file system
                 _clear(path.parent, os.fstat(handle).st_mtime)
                 yield file
                 file.flush()
                 os.fsync(handle)
             os.replace(temporary, path)
+            _reserved.pop(path, None)
             _sync(path.parent)
         finally:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+                os.unlink(temporary) if reserved is None else os.truncate(temporary, 0)
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -104,7 +128,8 @@ def _clear(folder: Path, now: float) -> None:
     """
     for left in folder.glob(f".*{_UNFINISHED}"):
         with contextlib.suppress(OSError):
-            if now - left.stat().st_mtime > _ABANDONED:
+            status = left.stat()
+            if now - status.st_mtime > (_ABANDONED if status.st_size else _FORGOTTEN):
                 left.unlink()
 
 

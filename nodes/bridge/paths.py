@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import re
@@ -12,22 +11,20 @@ from contextvars import ContextVar
 import folder_paths
 
 from ...ziplora_core.files import shown
+from ...ziplora_core.writing import give_back, whole_or_not_at_all
 from ...ziplora_core.writing import reserve as reserve_number
-from ...ziplora_core.writing import whole_or_not_at_all
 
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _LONGEST = 200  # bytes: a file system takes 255 for a name, with its number and its ending
 
-Reserved = dict[str, tuple[int, int]]  # path -> the empty file's device and number
-_unwritten: Reserved = {}
-_mine: ContextVar[Reserved] = ContextVar("names reserved by one piece of work")
+_mine: ContextVar[list[str] | None] = ContextVar("names reserved by one piece of work", default=None)
 
 
 def reserve(prefix: str, folder: str, suffix: str) -> str:
     """The next free numbered file of a prefix in a folder of the host's, as its own save nodes number them.
 
-    It is there at once, empty, so that nobody else gets the same; `names_given_back`, around the work, takes it away
-    again where nothing was written. Raises ValueError for a prefix that leads out of the folder or that no file can
+    Nobody else gets the same until it is written or given back: `names_given_back`, around the work, gives back the
+    names that nothing was written to. Raises ValueError for a prefix that leads out of the folder or that no file can
     have, OSError where nothing can be written there.
     """
     said = f"filename_prefix '{shown(prefix)}'"
@@ -47,8 +44,9 @@ def reserve(prefix: str, folder: str, suffix: str) -> str:
     if not name or name in (".", ".."):
         raise ValueError(f"{said} names no file")
     path = str(reserve_number(directory, name, counter, suffix))
-    status = os.stat(path)
-    _mine.get(_unwritten)[path] = _unwritten[path] = (status.st_dev, status.st_ino)
+    mine = _mine.get()
+    if mine is not None:
+        mine.append(path)
     return path
 
 
@@ -56,30 +54,14 @@ def reserve(prefix: str, folder: str, suffix: str) -> str:
 def names_given_back() -> Iterator[None]:
     """Work that may reserve names, as a block or a decorator: those that it has not written to are free afterwards,
     however it ends."""
-    mine: Reserved = {}
+    mine: list[str] = []
     outer = _mine.set(mine)
     try:
         yield
     finally:
         _mine.reset(outer)
         for path in mine:
-            _give_back(path)
-
-
-def _give_back(path: str) -> None:
-    """Delete a file if it is the empty one that was made here."""
-    reserved = _unwritten.pop(path, None)
-    with contextlib.suppress(OSError):
-        status = os.stat(path)
-        if status.st_size == 0 and (status.st_dev, status.st_ino) == reserved:
-            os.unlink(path)
-
-
-@atexit.register
-def _give_all_back() -> None:
-    """Of work that the host's end cut short."""
-    for path in list(_unwritten):
-        _give_back(path)
+            give_back(path)
 
 
 @names_given_back()

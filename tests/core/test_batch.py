@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 
 from ziplora_batch import again, jobs
+from ziplora_batch.connection import ended
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SDXL = ROOT / "workflows" / "api" / "ziplora_sdxl.json"
@@ -195,3 +198,21 @@ def test_differences_of_files_are_said(tmp_path: Path) -> None:
     assert again.difference(old, new) == (
         "1 of 2 tensors, the first 'y'; the content LoRA 'dog' is another file now; torch 2 then, 3 now"
     )
+
+
+def test_a_lost_cancellation_is_given_again() -> None:
+    """As `asyncio.wait_for` loses one where what it waits for comes in the same moment."""
+
+    async def deaf(times: int) -> None:
+        for _ in range(times):
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(3600)
+        raise LookupError
+
+    async def work() -> list[bool]:
+        tasks = [asyncio.create_task(deaf(times)) for times in (0, 1, 2)]
+        await asyncio.sleep(0)
+        await asyncio.wait_for(ended(tasks, 0.01), 60)
+        return [task.done() for task in tasks]
+
+    assert asyncio.run(work()) == [True, True, True]

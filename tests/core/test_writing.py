@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ziplora_core.files import read_lora_file, read_metadata
-from ziplora_core.writing import reserve, whole_or_not_at_all, write_tensors
+from ziplora_core.writing import give_back, reserve, whole_or_not_at_all, write_tensors
 
 
 def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
@@ -106,3 +106,28 @@ def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path, error: BaseExcep
         file.write(b"half")
         raise error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.txt": b"before"}
+
+
+def test_a_reserved_name_shows_no_file_and_is_nobody_elses_until_it_is_written_or_given_back(tmp_path: Path) -> None:
+    first, second = (reserve(tmp_path, "a", 1, ".txt") for _ in range(2))
+    assert [path.name for path in (first, second)] == ["a_00001_.txt", "a_00002_.txt"]
+    with pytest.raises(KeyError), whole_or_not_at_all(first):
+        raise KeyError
+    assert all(path.name.endswith(".ziplora.part") and not path.stat().st_size for path in tmp_path.iterdir())
+    give_back(second)
+    assert reserve(tmp_path, "a", 1, ".txt") == second, "the first is still reserved"
+    for path in (first, second):
+        with whole_or_not_at_all(path) as file:
+            file.write(b"whole")
+        give_back(path)
+    assert sorted(tmp_path.iterdir()) == [first, second]
+
+
+def test_a_reserved_name_is_kept_for_days_and_not_for_good(tmp_path: Path) -> None:
+    """A training of many hours has one; who was killed needs none."""
+    long, gone = reserve(tmp_path, "long", 1, ".txt"), reserve(tmp_path, "gone", 1, ".txt")
+    for path, hours in ((long, 24), (gone, 24 * 8)):
+        os.utime(tmp_path / f".{path.name}.ziplora.part", (time.time() - 3600 * hours,) * 2)
+    write_tensors(tmp_path / "b.safetensors", {"a": torch.ones(1)}, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"b.safetensors", ".long_00001_.txt.ziplora.part"}
+    give_back(long), give_back(gone)

@@ -294,12 +294,3 @@ def test_latents_of_another_model(read_server: ComfyServer, content: Concept, st
     says = failed(read_server, prompt)
     assert says.startswith(f"{socket} has shape (1, 16, 16, 16); this model's latents have 4 channels: ")
     assert "connect VAE Encode with this checkpoint's own VAE" in says
-
-
-def test_one_file_twice_is_a_warning(read_server: ComfyServer, content: Concept, style: Concept) -> None:
-    """No error: the report and the log say it. Last of this server's tests, for it loads models."""
-    before = len(read_server.log())
-    result = read_server.run(bare(content, replace(style, lora=content.lora), steps=1))
-    warning = f"'{content.lora}' is both the content and the style LoRA"
-    assert f"note: {warning}" in result.text("report")
-    assert warning in read_server.log()[before:]

@@ -48,9 +48,9 @@ def test_a_name_that_was_not_written_to_is_free_again(pack, output, ends):
     @paths.names_given_back()
     def work():
         kept.extend(paths.reserve("mine", str(output), ".txt") for _ in range(3))
-        assert len(set(kept)) == 3 and all(os.path.getsize(path) == 0 for path in kept)
-        with open(kept[1], "w") as file:
-            file.write("written")
+        assert len(set(kept)) == 3 and not any(os.path.exists(path) for path in kept)
+        with paths.whole_or_not_at_all(kept[1]) as file:
+            file.write(b"written")
         with open(others, "w"):  # another program's, which takes the name: empty as yet
             pass
         os.replace(others, kept[2])
