@@ -25,15 +25,15 @@ from devhost.server import ComfyServer
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("network", "kills"))
-    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--rows", type=int, help="default: 500, or 20 for each kill")
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ComfyServer(make_base(Path(folder) / "base")) as server:
         if given.what == "network":
-            print(network(server, Path(folder) / "network", given.rows))
+            print(network(server, Path(folder) / "network", given.rows or 500))
         else:
-            print(kills(server, Path(folder) / "kills", given.times, seed=given.seed))
+            print(kills(server, Path(folder) / "kills", given.times, given.rows, given.seed))
     return 0
 
 

@@ -150,7 +150,7 @@ def network(server: ComfyServer, folder: Path, rows: int, socket_seconds: float 
 
 def kills(server: ComfyServer, folder: Path, times: int, rows: int | None = None, seed: int = 0) -> str:
     """Raises AssertionError where a row is lost, or done or drawn twice."""
-    rows = rows or times * 6
+    rows = rows or times * 20
     batch = LightBatch(folder, rows)
     chance = random.Random(seed)
     done: list[int] = []
