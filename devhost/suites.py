@@ -20,7 +20,6 @@ from .install import DEV, ROOT, THREADS, Host
 # (tests/conftest.py), for those of a file share what they need; the others one by one, so that all cores end together.
 SUITES = {"core": "worksteal", "inhost": "worksteal", "host": "loadgroup", "browser": "loadgroup"}
 MOST_WORKERS = 4  # with a server each, more of them take more memory than they save time
-WAITING = ("host",)  # suites whose tests wait for servers, half of their time: two workers for each core
 IN_ONE_PROCESS = ("-s", "--capture=no", "--pdb", "--trace", "-n", "--numprocesses", "--co", "--collect-only")
 # `--quick`: what is worth running between commits, in under a minute.
 QUICK = {"core": ["-m", "not slow"], "inhost": ["-m", "smoke"]}
@@ -69,7 +68,7 @@ class Plan:
         """Processes to share a suite among; 1: none but pytest's own."""
         alone = any(option.startswith(IN_ONE_PROCESS) for option in self.options)
         few = not self.is_whole(suite) or (self.quick and suite == "inhost")
-        return 1 if alone or few else min(cores() * (2 if suite in WAITING else 1), MOST_WORKERS)
+        return 1 if alone or few else min(cores(), MOST_WORKERS)
 
 
 def run_suites(host: Host, arguments: list[str]) -> int:

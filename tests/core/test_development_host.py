@@ -98,7 +98,7 @@ def test_whole_suites_are_shared_out_and_chosen_tests_are_not(monkeypatch: pytes
     monkeypatch.setattr(suites, "cores", lambda: 3)
     tests = install.ROOT / "tests"
     plan = suites.make_plan([])
-    assert [plan.workers(suite) for suite in suites.SUITES] == [3, 3, 4, 3] and not plan.narrowed
+    assert [plan.workers(suite) for suite in suites.SUITES] == [3, 3, 3, 3] and not plan.narrowed
     for words in ([f"{tests / 'core'}"], [f"{tests / 'core'}", "-x"], ["--all", f"{tests / 'core'}"]):
         assert suites.make_plan(words).workers("core") == 3
     for words in ([f"{tests / 'core' / 'test_merge.py'}"], [f"{tests / 'core'}", "-s"], ["--pdb"], ["-n0"]):
@@ -125,7 +125,7 @@ def test_dies():
 
 
 def shared_out(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> tuple[suites.Count, dict[str, Path]]:
-    """A suite "host" of one file, run by a few workers as `dev.py test` runs it."""
+    """A suite "host" of one file, run by two workers as `dev.py test` runs it."""
     tests = folder / "tests" / "host"
     tests.mkdir(parents=True)
     (tests / "test_sample.py").write_text(source)
