@@ -10,9 +10,6 @@ was validated; and, for comparison, while none was. Then the same while a prompt
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import struct
 import sys
 import tempfile
 import threading
@@ -28,6 +25,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from devhost.base import CHECKPOINT, make_base
+from devhost.large_files import sparse_lora
 from devhost.server import ComfyServer, PromptRefused
 from ziplora_core import saved
 from ziplora_core.coefficients import Coefficients
@@ -35,24 +33,6 @@ from ziplora_core.coefficients import Coefficients
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
-
-
-def sparse_lora(path: Path, size: int) -> int:
-    """Its size in bytes."""
-    half = size // 4
-    shapes = {"up": [half, 1], "down": [1, half]}
-    table = {
-        f"lora_unet_x.lora_{side}.weight": {
-            "dtype": "F16",
-            "shape": s,
-            "data_offsets": [2 * half * i, 2 * half * i + 2 * half],
-        }
-        for i, (side, s) in enumerate(shapes.items())
-    }
-    header = json.dumps(table).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    os.truncate(path, 8 + len(header) + 4 * half)
-    return path.stat().st_size
 
 
 def longest_wait(url: str, work: Callable[[], object]) -> tuple[float, float]:

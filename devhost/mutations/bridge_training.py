@@ -14,7 +14,7 @@ MUTANTS = [
         ("samples are drawn without guidance", "plain + references.GUIDANCE * (wanted - plain)", "wanted"),
         (
             "samples are guided away from the prompt itself",
-            'prompts["empty"] = references.zeros(made.prompts[0])',
+            'prompts["empty"] = zeros(made.prompts[0])',
             'prompts["empty"] = made.prompts[0]',
         ),
         ("every batch of class pictures is the same", "task.settings.seed + len(made)", "task.settings.seed"),

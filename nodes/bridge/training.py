@@ -26,6 +26,7 @@ from ...ziplora_core.solver import in_range, one_of
 from ...ziplora_core.writing import write_tensors
 from . import fitting, keys, loras, paths, plan, predictor, references
 from .frozen import Injection, blocks
+from .prompts import zeros
 from .runs import Run
 
 _ATTENTION = re.compile(r"\.(?:attn\d?|attention|self_attn|cross_attn|img_attn|txt_attn)\.")
@@ -298,7 +299,7 @@ def run(
         model, shapes, made.prompts[0], made.largest, loras_at_once * settings.rank, rows, room
     )
     prompts = {str(number): conditioning for number, conditioning in enumerate(made.prompts)}
-    prompts["empty"] = references.zeros(made.prompts[0])
+    prompts["empty"] = zeros(made.prompts[0])
 
     def attempt(planned: plan.Plan) -> None:
         injection = Injection(shapes, planned.recomputed)

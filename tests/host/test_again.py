@@ -7,14 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from graphs import Concept, node, zipped_picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from waiting import wait_until
 
 from devhost.install import current_host
 from devhost.server import ComfyServer
@@ -38,15 +37,6 @@ def start(root: Path, file: Path, server: ComfyServer, *more: str) -> subprocess
 def hears_ctrl_c() -> None:
     """Also where the tests run in the background, whose processes ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def wait_until(true: Callable[[], Any], seconds: float = 120.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := true():
-            return found
-        time.sleep(0.05)
-    raise TimeoutError
 
 
 def of(server: ComfyServer, prompt: dict[str, Any], *parts: str) -> list[str]:

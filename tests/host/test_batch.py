@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 from graphs import Concept, node, picture, zipped_picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from waiting import wait_until
 
 from devhost.base import make_base
 from devhost.batches import LightBatch
@@ -94,15 +94,6 @@ class Bench:
 
 def prompts_run(servers: list[ComfyServer]) -> int:
     return sum(len(server.get("history")) for server in servers)
-
-
-def wait_until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := true():
-            return found
-        time.sleep(0.05)
-    raise TimeoutError
 
 
 @pytest.fixture
@@ -187,7 +178,7 @@ def test_a_server_that_dies_loses_only_its_prompt(
     try:
         bench.rows(pairs)
         batch = bench.start(servers, "--lost-after", "1")
-        wait_until(lambda: all_running(servers))
+        wait_until(lambda: all_running(servers), 60.0)
         victim, survivor = servers
         victim.check_alive().kill()
         gate.touch()
@@ -207,7 +198,7 @@ def test_a_client_that_dies_finds_its_prompt_again(two: list[ComfyServer], bench
     bench.rows(pairs[:3])
     before = prompts_run(two)
     batch = bench.start(two)
-    wait_until(lambda: all_running(two))
+    wait_until(lambda: all_running(two), 60.0)
     batch.kill()
     batch.wait()
     gate.touch()
@@ -223,7 +214,7 @@ def test_stopping_the_client_stops_the_prompts_and_the_next_run_goes_on(
     gate = bench.shut()
     bench.rows(pairs[:2])
     batch = bench.start(two)
-    wait_until(lambda: all_running(two))
+    wait_until(lambda: all_running(two), 60.0)
     batch.send_signal(signal.SIGINT)
     said, errors = batch.communicate(timeout=60)
     assert batch.returncode == 130, said + errors
@@ -241,7 +232,7 @@ def test_a_connection_that_is_cut_again_and_again_harms_no_prompt(two: list[Comf
     batch = LightBatch(tmp_path / "batch", 2, gate)
     with Proxy(two[0].url, socket_seconds=0.1) as proxy:
         client = batch.start(proxy.url)
-        wait_until(lambda: proxy.sockets >= 6 or client.poll() is not None)
+        wait_until(lambda: proxy.sockets >= 6 or client.poll() is not None, 60.0)
         gate.touch()
         said, _ = client.communicate(timeout=60)
     assert client.returncode == 0, said

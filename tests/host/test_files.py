@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 from graphs import BASE, Concept, Prompt, node, optimised, picture, stock_loader, zipped_picture
 
 from devhost.base import NODES
+from devhost.large_files import sparse_lora
 from devhost.server import ComfyServer, PromptRefused
 
 SETTINGS = {"steps": 3, "learning_rate": 0.05, "seed": 41}
@@ -85,23 +83,6 @@ def test_direct_merge_needs_no_pictures(server: ComfyServer, content: Concept, s
     drawn = server.run(graph).images("save")[0]
     zero = server.run(zipped_picture(content, style, steps=0)).images("save")[0]
     assert np.array_equal(drawn, zero) == (method == "sum")
-
-
-def sparse_lora(path: Path, size: int = 800_000_000) -> None:
-    """A LoRA file that takes no place on the disk: its numbers are zeros that nobody wrote."""
-    half = size // 4
-    shapes = {"up": [half, 1], "down": [1, half]}
-    table = {
-        f"lora_unet_x.lora_{side}.weight": {
-            "dtype": "F16",
-            "shape": s,
-            "data_offsets": [2 * half * i, 2 * half * (i + 1)],
-        }
-        for i, (side, s) in enumerate(shapes.items())
-    }
-    header = json.dumps(table).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    os.truncate(path, 8 + len(header) + 4 * half)
 
 
 def test_a_prompt_with_large_files_is_validated_from_their_headers(

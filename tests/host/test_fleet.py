@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 ANSWERS = """
 import http.server, sys
@@ -61,15 +61,6 @@ def keep(fleet: ModuleType, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     yield make
     for server in kept:
         server.stop()
-
-
-def wait_until(true: Callable[[], Any], seconds: float = 120.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := true():
-            return found
-        time.sleep(0.02)
-    raise TimeoutError
 
 
 def alive(pid: int) -> bool:

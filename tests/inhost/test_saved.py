@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import struct
 from dataclasses import replace
 
 import pytest
@@ -17,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_apply import largest_difference, random_coefficients, weights
 from test_hashes import later_than
+
+from devhost.large_files import sparse_lora
 
 
 @pytest.fixture
@@ -262,21 +263,6 @@ def no_numbers(pack, monkeypatch):
     before = bytes_read()
     yield
     assert bytes_read() - before < HEADERS_ALONE
-
-
-def sparse_lora(path, size: int = 800_000_000) -> None:
-    """A LoRA file of any size that takes no place on the disk: zeros that nobody wrote."""
-    half = size // 4
-    sides = {"up": [half, 1], "down": [1, half]}
-    table = {
-        f"lora_unet_x.lora_{side}.weight": {
-            "dtype": "F16", "shape": shape, "data_offsets": [2 * half * i, 2 * half * (i + 1)]
-        }
-        for i, (side, shape) in enumerate(sides.items())
-    }  # fmt: skip
-    header = json.dumps(table).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    os.truncate(path, 8 + len(header) + 4 * half)
 
 
 def test_validation_of_large_files_reads_headers_alone(pack, folders, no_numbers):
