@@ -6,16 +6,15 @@ import json
 import logging
 import os
 import re
-import secrets
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NamedTuple
 
 import folder_paths
 
 from ...ziplora_core.files import LoRAFileError, sha256, shown
+from ...ziplora_core.writing import whole_or_not_at_all
 
 _FORMAT = 1
 _MOST = 4096  # files that are remembered, the last ones
@@ -116,16 +115,12 @@ class Hashes:
             return {}
 
     def _write(self, known: dict[Key, str]) -> None:
-        kept = self._kept()
-        temporary = f"{kept}.{secrets.token_hex(4)}.part"
+        text = json.dumps({"format": _FORMAT, "files": [[*of, digest] for of, digest in known.items()]})
         try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                json.dump({"format": _FORMAT, "files": [[*of, digest] for of, digest in known.items()]}, file)
-            os.replace(temporary, kept)
+            with whole_or_not_at_all(self._kept()) as file:
+                file.write(text.encode())
         except OSError as error:
             logging.debug("ZipLoRA: hashes of files could not be kept: %s", error)
-            with suppress(OSError):
-                os.unlink(temporary)
 
 
 def _is_right(entry: object) -> bool:
