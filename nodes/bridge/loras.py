@@ -115,7 +115,8 @@ def refuse_one_file(content: str, style: str) -> None:
 
 
 def _same_file(content: str, style: str) -> LoRAFileError:
-    which = f"'{content}' is" if content == style else f"'{content}' and '{style}' hold the same LoRA, which would be"
+    one, other = shown(content, 255), shown(style, 255)
+    which = f"'{one}' is" if content == style else f"'{one}' and '{other}' hold the same LoRA, which would be"
     return LoRAFileError(
         f"{which} both the content and the style LoRA, so there is nothing to zip; choose the subject's file in "
         "content_lora and the style's in style_lora"

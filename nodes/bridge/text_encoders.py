@@ -8,16 +8,16 @@ from .loras import LoRASource, LoRASources, ZippedLoRA
 
 def parts(source: LoRASource) -> int:
     """How many text-encoder layers a file changes."""
-    return len({keys.layer_name(key) for key in source.tensors if keys.is_text_encoder(key)})
+    return len(set(keys.text_encoder_layers(source.tensors).values()))
 
 
 def notes(sources: LoRASources, zipped: bool) -> list[str]:
     """What a report says of them, for each file and for both. zipped: whether prompts were looked at."""
-    found = {source.name: parts(source) for source in sources.by_concept().values()}
+    found = [(source.title, parts(source)) for source in sources.by_concept().values()]
     lines = [
-        f"'{name}' also changes the text encoder ({count} layers). This part is not zipped: it counts where clip is "
+        f"'{title}' also changes the text encoder ({count} layers). This part is not zipped: it counts where clip is "
         "connected to Apply Zipped LoRA and the prompts to draw are encoded with the clip that comes out of it"
-        for name, count in found.items()
+        for title, count in found
         if count
     ]
     if lines and zipped:
@@ -32,14 +32,14 @@ def notes(sources: LoRASources, zipped: bool) -> list[str]:
 
 def left_out(zipped: ZippedLoRA) -> str | None:
     """What is lost where a zipped pair is applied without `clip`; None where nothing is."""
-    names = [
-        source.name
+    titles = [
+        source.title
         for concept, source in zipped.sources.by_concept().items()
         if zipped.strength(concept) and parts(source)
     ]
-    if not names:
+    if not titles:
         return None
-    files = " and ".join(f"'{name}'" for name in names)
+    files = " and ".join(f"'{title}'" for title in titles)
     return (
         f"clip is not connected: the text-encoder part of {files} is left out. Connect the checkpoint's clip here, and "
         "encode the prompts with the clip that comes out"

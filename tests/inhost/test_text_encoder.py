@@ -109,3 +109,17 @@ def test_nothing_is_said_of_files_without_one(pack, miniature, caplog):
     assert "text encoder" not in bridge.report.write(outcome)
     bridge.apply.apply(patcher, None, bridge.loras.ZippedLoRA(sources, fitted, ones), 1.0)
     assert "clip is not connected" not in caplog.text
+
+
+def test_a_name_with_line_breaks_is_one_line_of_what_is_said(pack, miniature):
+    """Of both files, though one name were the other's."""
+    patcher, clip, bridge = miniature.model, miniature.clip, pack.nodes.bridge
+    loras, core = bridge.loras, pack.ziplora_core
+    name = "a\u2028b\n.safetensors"
+    sources = loras.LoRASources(*(loras.LoRASource(name, with_text_encoder(patcher, clip, n), 1.0) for n in (1, 2)))
+    fitted = bridge.fitting.fit(sources, patcher.model)
+    zipped = loras.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.pair))
+    notes = bridge.text_encoders.notes(sources, zipped=False)
+    assert len(notes) == 2 and all(line.isprintable() for line in notes)
+    assert bridge.text_encoders.left_out(zipped).isprintable()
+    assert str(loras._same_file(name, name)).isprintable()
