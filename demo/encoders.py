@@ -21,11 +21,16 @@ _WIDE, _TEXT, _LAYERS, _PATCH = 1024, 768, 24, 14
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
-def provide(base: Path) -> None:
-    """Put both into a base directory, where Load CLIP Vision and Load CLIP look."""
-    for folder, name, shapes in (("clip_vision", CLIP, _clip), ("clip_vision", DINO, _dino), ("clip", CLIP, _clip)):
-        (base / "models" / folder).mkdir(parents=True, exist_ok=True)
-        link(_make(DEV / "encoders" / name, shapes()), base / "models" / folder / name)
+EVERY = (CLIP, DINO)
+
+
+def provide(base: Path, *names: str) -> None:
+    """Put those of `EVERY` that are named into a base directory, where Load CLIP Vision and Load CLIP look."""
+    for folder, name in (("clip_vision", CLIP), ("clip_vision", DINO), ("clip", CLIP)):
+        if name in names:
+            (base / "models" / folder).mkdir(parents=True, exist_ok=True)
+            made = _make(DEV / "encoders" / name, (_clip if name == CLIP else _dino)())
+            link(made, base / "models" / folder / name)
 
 
 def _make(path: Path, shapes: Shapes) -> Path:

@@ -91,7 +91,7 @@ def main() -> int:
                 continue
             file = FOLDER / f"{name}.json"
             if name == templates.scores().name:
-                encoders.provide(Path(base))
+                encoders.provide(Path(base), *encoders.EVERY)
             prompt = json.loads(api_file(file).read_text(encoding="utf-8"))
             done = server.run(on_the_miniature(prompt, world))
             (saver,) = (k for k, node in prompt.items() if node["class_type"] == "SaveImage")

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
+def session_server(make_server: Callable[..., ComfyServer]) -> ComfyServer:
+    """Its encoders compute in float32: in half precision, the host's choice, many processors take minutes a picture."""
+    return make_server("--fp32-text-enc")
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """A headless Chromium."""
     from devhost.frontend import open_browser

@@ -1,6 +1,6 @@
 """Many prompts at once on one server: zips, dials, files, and bad ones between them.
 
-ZIPLORA_LOAD says how many; the figures are printed with -s.
+Thirty-two, with `dev.py test --all` eighty; ZIPLORA_LOAD says another number. The figures are printed with -s.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from devhost.server import ComfyServer, PromptRefused
 
-COUNT = int(os.environ.get("ZIPLORA_LOAD", "80"))
+COUNT = int(os.environ.get("ZIPLORA_LOAD", "80" if os.environ.get("ZIPLORA_ALL") else "32"))
 SETTLED = min(50, COUNT // 4)  # prompts after which memory no longer grows
 Prompt = dict[str, dict[str, Any]]
 
