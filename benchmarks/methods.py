@@ -58,11 +58,12 @@ class Case:
 
 @dataclass
 class Merge:
-    """What a method found: coefficients on a fitted pair, and how long it took."""
+    """What a method found: coefficients on a fitted pair, its seconds, other coefficients for each sampling step."""
 
     fitted: Any
     coefficients: Any
     seconds: float = 0.0
+    by_step: Sequence[Any] | None = None
 
     @property
     def moved(self) -> float:

@@ -67,6 +67,7 @@ class Job:
     details: bool
     keep: Path | None = None  # a folder for the first pictures
     block: str | None = None  # of new concepts; None: the demo's
+    lean: bool = False  # pictures of the pair alone: no places, no retention
 
     @property
     def pair(self) -> str:
@@ -81,6 +82,7 @@ def run_job(job: Job) -> list[Record]:
     studio = _studio(job.block)
     from benchmarks.candidates import CANDIDATES
     from benchmarks.methods import ABLATION, METHODS, Case
+    from benchmarks.rivals import RIVALS
     from benchmarks.studio import core, fitting, loras
 
     content, style = studio.concepts[job.content], studio.concepts[job.style]
@@ -99,7 +101,9 @@ def run_job(job: Job) -> list[Record]:
         case = Case(fitted, joined, predictor, references, job.seed, oracle)
         for name in job.methods:
             if name != CEILING:
-                merges[name] = {**CANDIDATES, **ABLATION, **METHODS}[name](case)
+                merges[name] = {**CANDIDATES, **RIVALS, **ABLATION, **METHODS}[name](case)
+        if job.lean:
+            return
         others = studio.other_references(content, style, job.seed)
         losses.extend(case.retention(list(merges.values()), r) for r in (references, others))
 
@@ -110,7 +114,7 @@ def run_job(job: Job) -> list[Record]:
     for number, (name, merge) in enumerate(merges.items()):
         found: Record = {"pair": job.pair, "seed": job.seed, "method": name}
         found["seconds"] = round(merge.seconds, 2)
-        for kind, found_losses in zip(("reference", "other"), losses, strict=True):
+        for kind, found_losses in zip(("reference", "other"), losses, strict=not job.lean):
             found[f"{kind}_loss"] = {c: round(v, 4) for c, v in found_losses[number].items()}
         found["overlap"] = round(merge.coefficients.overlap(), 4)
         found["moved"] = round(merge.moved, 4)
@@ -118,7 +122,8 @@ def run_job(job: Job) -> list[Record]:
             cosines = core.analysis.column_alignment(merge.fitted.pair, merge.coefficients)
         found["alignment"] = round(statistics.mean(cosines.values()), 4)
         found["owners"] = {k: round(v, 3) for k, v in merge.coefficients.ownership().items()}
-        found |= pictures_of(studio, job, name, loras.ZippedLoRA(sources, merge.fitted, merge.coefficients))
+        zipped = loras.ZippedLoRA(sources, merge.fitted, merge.coefficients)
+        found |= pictures_of(studio, job, name, zipped, merge.by_step)
         records.append(found)
     if CEILING in job.methods:
         records.append(true_renderings(studio, job))
@@ -127,29 +132,29 @@ def run_job(job: Job) -> list[Record]:
     return records
 
 
-def pictures_of(studio, job: Job, method: str, zipped) -> Record:
+def pictures_of(studio, job: Job, method: str, zipped, by_step: Sequence[Any] | None) -> Record:
     """Draw from one merge and judge: subject in style, with a place added, each concept alone, the style dial."""
     content, style = studio.concepts[job.content], studio.concepts[job.style]
     world, few = studio.manifest, max(3, job.pictures // 2)
     both = world.prompt(content, style)
     shapes = [world.unseen_shapes[i % len(world.unseen_shapes)] for i in range(few)]
     rng = random.Random(job.seed)
-    prompts = {
-        "pair": [both] * job.pictures,
-        "place": [both.replace(" in ", f" on the {p} in ") for p in _places(job)],
-    }
+    prompts = {"pair": [both] * job.pictures}
+    if not job.lean:
+        prompts["place"] = [both.replace(" in ", f" on the {p} in ") for p in _places(job)]
     details = job.details and method in DETAILED
     if details:
         prompts["subject_alone"] = [content.gates["alone"]] * few
         prompts["style_alone"] = [
             style.gates["unseen_shapes"].format(shape=s, colour=rng.choice(world.colours)) for s in shapes
         ]
-    drawn = studio.draw(zipped, [p for group in prompts.values() for p in group], 1000 + job.seed)
+    drawn = studio.draw(zipped, [p for group in prompts.values() for p in group], 1000 + job.seed, by_step)
     parts = dict(zip(prompts, drawn.split([len(group) for group in prompts.values()]), strict=True))
     judged = {name: studio.judge.scores(part) for name, part in parts.items()}
     _keep(job, method, parts["pair"])
-    found = {**of_pair(studio, job, judged["pair"]), **of_places(studio, job, judged["place"])}
-    found |= beside_truth(studio, job, parts["pair"])
+    found = {**of_pair(studio, job, judged["pair"]), **beside_truth(studio, job, parts["pair"])}
+    if not job.lean:
+        found |= of_places(studio, job, judged["place"])
     if details:
         alone, styled = judged["subject_alone"], judged["style_alone"]
         found["subject_alone"] = _mean(_right(studio, alone, "shape", [job.content] * few))
@@ -168,7 +173,7 @@ def true_renderings(studio, job: Job) -> Record:
     """The ceiling: what the judge says of as many true pictures."""
     rng = random.Random(f"ceiling {job.pair} {job.seed}")
     scenes = [world.subject_scene(job.content, job.style, rng) for _ in range(job.pictures)]
-    placed = []
+    placed: list[world.Scene] = []
     for wanted in _places(job):
         while world.place(scene := world.subject_scene(job.content, job.style, rng)) != wanted:
             pass
@@ -276,21 +281,27 @@ def chosen_jobs(given: argparse.Namespace) -> list[Job]:
         _studio(given.block)  # before anything of the demo is imported
     from benchmarks.candidates import CANDIDATES
     from benchmarks.methods import ABLATION, METHODS
+    from benchmarks.rivals import RIVALS
 
-    every = ABLATION if given.ablation else [*CANDIDATES, CEILING] if given.candidates else [*METHODS, CEILING]
+    every = [*METHODS, CEILING]
+    if given.ablation:
+        every = [*ABLATION]
+    elif given.candidates or given.rivals:
+        every = [*(CANDIDATES if given.candidates else ()), *(RIVALS if given.rivals else ()), CEILING]
     methods = given.methods or (QUICK_METHODS if given.quick else every)
     seeds = given.seeds or (SEEDS[:1] if given.quick else SEEDS)
     done: set[tuple] = set()
     if given.results.exists():
         done = {(r["pair"], r["seed"], r["method"]) for r in read_records(given.results)}
     kept = kept_folder(given.results)
-    details = not (given.quick or given.ablation or given.candidates)
+    lean = given.candidates or given.rivals
+    details = not (given.quick or given.ablation or lean)
     jobs = []
     for seed in seeds:
         for content, style in pairs:
             missing = tuple(m for m in methods if (f"{content}+{style}", seed, m) not in done)
             if missing:
-                jobs.append(Job(content, style, seed, missing, given.pictures, details, kept, given.block))
+                jobs.append(Job(content, style, seed, missing, given.pictures, details, kept, given.block, lean))
     return jobs
 
 
@@ -300,6 +311,11 @@ def chosen_pairs(given: argparse.Namespace) -> list[tuple[str, str]]:
     trained = read_manifest(new_concepts.FOLDER / given.block if given.block else None)
     subjects = trained.subjects if given.block else trained.subjects[:SUBJECTS]
     pairs = [(c.name, s.name) for c in subjects for s in trained.styles]
+    if given.each:
+        count = len(trained.styles)
+        at = {s.name: i for i, s in enumerate(trained.styles)}
+        first = {c.name: i for i, c in enumerate(subjects)}
+        pairs = [(c, s) for c, s in pairs if (at[s] - first[c]) * given.each % count < given.each]
     if given.pairs:
         pairs = [tuple(p.split("+")) for p in given.pairs]
     elif given.quick:
@@ -317,9 +333,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--pairs", nargs="+", help="such as mushroom+ember; default: four subjects, every style")
     parser.add_argument("--block", choices=new_concepts.BLOCKS, help="every pair of a block of new concepts")
+    parser.add_argument("--each", type=int, help="so many styles for each subject, spread evenly, instead of all")
     parser.add_argument("--half", choices=("choose", "confirm"), help="pairs to choose a method on, or to confirm it")
     parser.add_argument("--methods", nargs="+", help="names as in the table; default: all")
     parser.add_argument("--candidates", action="store_true", help="variants of the layer-wise solve instead")
+    parser.add_argument("--rivals", action="store_true", help="published merges instead, or with those")
     parser.add_argument("--ablation", action="store_true", help="the ways that were tried for the default instead")
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--pictures", type=int, default=PICTURES, help="of each kind, per pair, method and seed")
@@ -348,7 +366,7 @@ def main() -> int:
             if any(worker.exitcode for worker in workers):
                 return 1
         print(f"{len(jobs)} jobs in {(time.monotonic() - started) / 60:.1f} minutes")
-    named = given.half or given.pairs
+    named = given.half or given.pairs or given.each
     print(report(given.results, {f"{c}+{s}" for c, s in chosen_pairs(given)} if named else None))
     if given.sheet:
         sheet(given.results, given.sheet)

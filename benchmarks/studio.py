@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # last: in front, the pack's folder `nodes` would hide ComfyUI's module
@@ -118,16 +119,39 @@ class Studio:
         predictor.with_predictor(self.model, pair, conditioning, latents, work)
 
     @torch.inference_mode()
-    def draw(self, zipped, prompts: Sequence[str], seed: int) -> torch.Tensor:
-        """A picture of each prompt, B3HW in 0..1, from the model with a merge on it."""
-        model, _ = bridge_apply.apply(self.model, None, zipped, 1.0)
-        # the host's choice for a CPU cuts these tiny attentions into pieces, ten times slower
-        model.model_options["transformer_options"]["optimized_attention_override"] = predictor.attention_with_gradient
+    def draw(self, zipped, prompts: Sequence[str], seed: int, by_step: Sequence | None = None) -> torch.Tensor:
+        """A picture of each prompt, B3HW in 0..1, from the model with a merge on it.
+
+        by_step: coefficients for each of the sampler's steps; neighbours that are one object are drawn in one go.
+        """
         latent = {"samples": torch.zeros(len(prompts), 4, SIDE, SIDE)}
-        device = model.load_device.type
+        device = self.model.load_device.type
         with torch.autocast(device, torch.bfloat16, enabled=half_is_fast(device)):  # as users sample
-            (out,) = common_ksampler(
-                model, seed, positive=self.prompt(*prompts), negative=self.prompt(""), latent=latent, **SAMPLING
-            )
-            pictures = self.vae.decode(out["samples"])
+            for start, end, coefficients in _runs(by_step or [zipped.coefficients] * STEPS):
+                model, _ = bridge_apply.apply(self.model, None, replace(zipped, coefficients=coefficients), 1.0)
+                # the host's choice for a CPU cuts these tiny attentions into pieces, ten times slower
+                options = model.model_options["transformer_options"]
+                options["optimized_attention_override"] = predictor.attention_with_gradient
+                (latent,) = common_ksampler(
+                    model,
+                    seed,
+                    positive=self.prompt(*prompts),
+                    negative=self.prompt(""),
+                    latent=latent,
+                    disable_noise=start > 0,
+                    start_step=start,
+                    last_step=end,
+                    force_full_denoise=end == STEPS,
+                    **SAMPLING,
+                )
+            pictures = self.vae.decode(latent["samples"])
         return pictures.movedim(-1, 1).float().clamp(0, 1)
+
+
+def _runs(by_step: Sequence) -> Iterator[tuple[int, int, Any]]:
+    """(first step, step after the last, coefficients) of each run of steps that have one object."""
+    start = 0
+    for end in range(1, len(by_step) + 1):
+        if end == len(by_step) or by_step[end] is not by_step[start]:
+            yield start, end, by_step[start]
+            start = end
