@@ -22,27 +22,47 @@ CONCEPTS = ("content", "style")
 Solve = Callable[[Any, dict[str, Tensor], dict[str, float]], Tensor]
 
 
-def softened(case: Case, mu: float) -> tuple[Any, Any]:
-    """(fitted, joined) of the pair after NP-LoRA; the case's own for mu = 0."""
-    if mu == 0:
+def softened(case: Case, mu: float, outputs: float = 0.0) -> tuple[Any, Any]:
+    """(fitted, joined) of the pair after NP-LoRA, and after the same on what layers give out; the case's own for 0."""
+    if mu == 0 and outputs == 0:
         return case.fitted, case.joined
     pair = core.direct.np_lora(case.fitted.pair, mu)
+    if outputs:
+        layers = {name: _outputs_softened(layer, outputs) for name, layer in pair.layers.items()}
+        pair = core.pair.LoRAPair(layers)
     joined = core.branch.JoinedPair(pair, case.joined.device, case.joined.dtype)
     return replace(case.fitted, pair=pair), joined
 
 
+def _outputs_softened(layer: Any, mu: float) -> Any:
+    """A_c' = A_c − μ/(1+μ) · U Uᵀ A_c, U: an orthonormal basis of what the style update gives out."""
+    if layer.content is None or layer.style is None:
+        return layer
+    basis = torch.linalg.qr(layer.style.up.double()).Q
+    up = layer.content.up.double()
+    up = up - mu / (1 + mu) * basis @ (basis.T @ up)
+    return replace(layer, content=replace(layer.content, up=up.float()))
+
+
 def layer_wise(
-    mu: float = 0.0, style: float = 1.0, ridge: float = 1.0, pull: float = 1.0, identity: float = 0.0
+    mu: float = 0.0,
+    style: float = 1.0,
+    ridge: float = 1.0,
+    pull: float = 1.0,
+    identity: float = 0.0,
+    outputs: float = 0.0,
+    composed: float = 0.0,
 ) -> Method:
     """The closed form, changed.
 
-    mu: of NP-LoRA, which softens the content LoRA first. style: how often the error under the style's reference counts.
-    ridge: pull towards `pull`. identity: share of the identity (of the same trace) in the moments.
+    mu, outputs: of NP-LoRA and of the same on outputs, which soften the content LoRA first. style: how often the error
+    under the style's reference counts. ridge: pull towards `pull`. identity: share of the identity (of the same trace)
+    in the moments. composed: how often the distance from the direct merge under the composed prompt counts.
     """
 
     def run(case: Case) -> Merge:
         began = time.monotonic()
-        fitted, joined = softened(case, mu)
+        fitted, joined = softened(case, mu, outputs)
         found: dict[str, dict[str, Tensor]] = {c: {} for c in CONCEPTS}
         with torch.inference_mode(False), torch.no_grad():
             moments = layerwise._record(
@@ -58,6 +78,8 @@ def layer_wise(
                 weights = {c: 1 / e if e > 0 else 0.0 for c, e in direct.items()}
                 weights["style"] *= style
                 problem = layerwise.quadratic(layer, forms, weights)
+                if composed:
+                    problem = _held(problem, _composed_form(case, moments, name, layer), composed)
                 solution = _pulled(problem, ridge, pull)
                 parts = torch.split(solution, layer.columns)
                 for (concept, _), part in zip(layerwise._halves(layer), parts, strict=True):
@@ -67,6 +89,44 @@ def layer_wise(
         return Merge(fitted, merged, time.monotonic() - began)
 
     return run
+
+
+def _composed_form(case: Case, moments: Any, name: str, layer: Any) -> Tensor:
+    """H of a layer under the composed prompt."""
+    mean = case.composed.sums[case.composed.source[name], "content"].mean
+    if layer.down.ndim > 2:
+        return mean
+    halves = len(layerwise._halves(layer))
+    return layerwise.gram(layer) * mean.repeat(halves, halves)
+
+
+def _held(problem: Any, form: Tensor, weight: float) -> Any:
+    """The problem + weight · (z − 1)ᵀ H (z − 1), in parts of what the direct merge adds there."""
+    size = form.sum().item()
+    held = form * (weight / size if size > 0 else 0.0)
+    return layerwise.Quadratic(problem.q + held, problem.b + held.sum(1), problem.constant + held.sum().item())
+
+
+class ComposedBranch(layerwise.RecordingBranch):
+    """The direct merge, all of whose rows are recorded together, as the content's."""
+
+    def __init__(self, joined: Any, moments: Any):
+        parts = {n: torch.ones(layer.columns * len(layerwise._halves(layer))) for n, layer in joined.layers.items()}
+        core.branch.Branch.__init__(self, joined.layers, coefficients=parts)
+        self._moments, self._recent = moments, []
+
+    def own(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x[:0]
+
+
+def composed_moments(joined: Any, predictor: Any, references: Any, seed: int) -> Any:
+    """What layers see of composed pictures under the composed prompt, which both of the predictor's prompts are."""
+    moments = layerwise.Moments(frozenset(joined.layers))
+    with torch.inference_mode(False), torch.no_grad():
+        draws = core.solver.spread_batches(references, predictor, seed + 0xC0, layerwise._DRAWS)
+        for batch in (batch for batches in draws for batch in batches):
+            predictor(batch, ComposedBranch(joined, moments))
+    return moments
 
 
 def _pulled(problem: Any, ridge: float, pull: float) -> Tensor:
@@ -123,11 +183,8 @@ def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
     return run
 
 
-KNOWN = ("base model", "content LoRA", "style LoRA", "direct 1/1", "NP-LoRA", "default")
 CANDIDATES: dict[str, Method] = {
-    **{
-        name: METHODS[name] for name in ("base model", "content LoRA", "style LoRA", "direct 1/1", "NP-LoRA", "default")
-    },
+    **{name: METHODS[name] for name in ("direct 1/1", "NP-LoRA", "default")},
     "layer-wise": layer_wise(),
     "layer-wise, style twice": layer_wise(style=2.0),
     "NP .2": layer_wise(mu=0.2),
@@ -135,9 +192,15 @@ CANDIDATES: dict[str, Method] = {
     "NP .5": layer_wise(mu=0.5),
     "NP .5, style twice": layer_wise(mu=0.5, style=2.0),
     "NP 1": layer_wise(mu=1.0),
-    "pull .8": layer_wise(pull=0.8),
+    "NP .5, outputs .5": layer_wise(mu=0.5, outputs=0.5),
+    "composed": layer_wise(composed=1.0),
+    "NP .5, composed": layer_wise(mu=0.5, composed=1.0),
+    "NP .2, pull .8": layer_wise(mu=0.2, pull=0.8),
     "half identity": layer_wise(identity=0.5),
     "NP .5, half identity": layer_wise(mu=0.5, identity=0.5),
+    "NP .5, ridge 3": layer_wise(mu=0.5, ridge=3.0),
+    "NP .5, ridge .3": layer_wise(mu=0.5, ridge=0.3),
     "routing": routing(),
     "NP .5, routing": routing(mu=0.5),
 }
+COMPOSED = ("composed", "NP .5, composed")  # need pictures of the composed prompt, drawn by the direct merge

@@ -80,7 +80,7 @@ class Job:
 def run_job(job: Job) -> list[Record]:
     """Find every merge of a pair, draw from each and judge the pictures."""
     studio = _studio(job.block)
-    from benchmarks.candidates import CANDIDATES
+    from benchmarks.candidates import CANDIDATES, COMPOSED
     from benchmarks.methods import ABLATION, METHODS, Case
     from benchmarks.rivals import RIVALS
     from benchmarks.studio import core, fitting, loras
@@ -98,7 +98,7 @@ def run_job(job: Job) -> list[Record]:
         return found["both"], -found["distance"]
 
     def work(predictor, joined, references) -> None:
-        case = Case(fitted, joined, predictor, references, job.seed, oracle)
+        case = Case(fitted, joined, predictor, references, job.seed, oracle, composed)
         for name in job.methods:
             if name != CEILING:
                 merges[name] = {**CANDIDATES, **RIVALS, **ABLATION, **METHODS}[name](case)
@@ -109,6 +109,7 @@ def run_job(job: Job) -> list[Record]:
 
     # before the merges, which have the model to themselves
     oracle = max(Case.grid(fitted.pair), key=drawn_right) if ORACLE in job.methods else None
+    composed = _composed(studio, job, sources, fitted) if set(COMPOSED) & set(job.methods) else None
     studio.zip(fitted.pair, content, style, work)
     records = []
     for number, (name, merge) in enumerate(merges.items()):
@@ -116,12 +117,8 @@ def run_job(job: Job) -> list[Record]:
         found["seconds"] = round(merge.seconds, 2)
         for kind, found_losses in zip(("reference", "other"), losses, strict=not job.lean):
             found[f"{kind}_loss"] = {c: round(v, 4) for c, v in found_losses[number].items()}
-        found["overlap"] = round(merge.coefficients.overlap(), 4)
-        found["moved"] = round(merge.moved, 4)
-        with torch.inference_mode(False):
-            cosines = core.analysis.column_alignment(merge.fitted.pair, merge.coefficients)
-        found["alignment"] = round(statistics.mean(cosines.values()), 4)
-        found["owners"] = {k: round(v, 3) for k, v in merge.coefficients.ownership().items()}
+        if not job.lean:
+            found |= of_columns(core, merge)
         zipped = loras.ZippedLoRA(sources, merge.fitted, merge.coefficients)
         found |= pictures_of(studio, job, name, zipped, merge.by_step)
         records.append(found)
@@ -130,6 +127,37 @@ def run_job(job: Job) -> list[Record]:
     for found in records:
         print(_line(found), flush=True)
     return records
+
+
+def of_columns(core, merge) -> Record:
+    """What a merge did to the columns."""
+    with torch.inference_mode(False):
+        cosines = core.analysis.column_alignment(merge.fitted.pair, merge.coefficients)
+    return {
+        "overlap": round(merge.coefficients.overlap(), 4),
+        "moved": round(merge.moved, 4),
+        "alignment": round(statistics.mean(cosines.values()), 4),
+        "owners": {k: round(v, 3) for k, v in merge.coefficients.ownership().items()},
+    }
+
+
+def _composed(studio, job: Job, sources, fitted) -> Any:
+    """What layers see of two pictures that the direct merge draws of the composed prompt."""
+    from benchmarks.candidates import composed_moments
+    from benchmarks.methods import Coefficients
+    from benchmarks.studio import loras
+
+    content, style = studio.concepts[job.content], studio.concepts[job.style]
+    prompt = studio.manifest.prompt(content, style)
+    direct = loras.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
+    drawn = studio.vae.encode(studio.draw(direct, [prompt] * 2, 9000 + job.seed).movedim(1, -1))
+    found = []
+
+    def work(predictor, joined, references) -> None:
+        found.append(composed_moments(joined, predictor, references, job.seed))
+
+    studio.zip(fitted.pair, content, style, work, prompt, drawn)
+    return found[0]
 
 
 def pictures_of(studio, job: Job, method: str, zipped, by_step: Sequence[Any] | None) -> Record:
