@@ -114,6 +114,10 @@ MUTANTS = [
             'predictor.check_conditioning(f"{concept}_positive", conditioning[concept])',
             "pass",
         ),
+    ),
+    *faults(
+        "nodes/bridge/optimise.py",
+        ("tests/inhost/test_contracts_files.py::test_what_is_rescued_is_what_was_learned",),
         (
             "what is rescued is not what was kept",
             "outcome.result, outcome.retention = kept, []",

@@ -163,10 +163,9 @@ def test_an_interrupt_stops_a_backward_pass_at_its_next_layer(pack, patcher, str
 def test_an_interrupt_stops_before_the_next_forward_pass(pack, patcher):
     import comfy.model_management as management
 
-    passes = []
+    begun = []
 
     def stop(*_):
-        passes.append(1)
         management.interrupt_current_processing()
 
     def work(predict, joined, references, _):
@@ -174,11 +173,13 @@ def test_an_interrupt_stops_before_the_next_forward_pass(pack, patcher):
             for batch in batches:
                 predict(batch, joined.teacher(batch.is_style))
 
-    hook = patcher.model.diffusion_model.register_forward_hook(stop)
+    network = patcher.model.diffusion_model
+    hooks = network.register_forward_pre_hook(lambda *_: begun.append(1)), network.register_forward_hook(stop)
     with pytest.raises(management.InterruptProcessingException):
         with_predictor(pack, patcher, work)
-    hook.remove()
-    assert len(passes) == 1
+    for hook in hooks:
+        hook.remove()
+    assert len(begun) == 1
 
 
 @pytest.mark.parametrize("concept", ["content", "style"])
