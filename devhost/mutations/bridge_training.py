@@ -5,9 +5,24 @@ from __future__ import annotations
 from . import faults
 
 TRAINING = ("tests/inhost/test_contracts_training.py",)
+PLAN = ("tests/inhost/test_contracts_plan.py::test_class_pictures_are_planned_for_as_so_many_more_rows",)
 NODES = ("tests/inhost/test_contracts_nodes.py",)
 
 MUTANTS = [
+    *faults(
+        "nodes/bridge/training.py",
+        PLAN,
+        (
+            "class pictures cost no memory",
+            "settings.batch_size * (2 if made.pictures.priors else 1)",
+            "settings.batch_size",
+        ),
+    ),
+    *faults(
+        "nodes/bridge/unzip.py",
+        PLAN,
+        ("one LoRA's memory is planned for two", "loras_at_once=2", "loras_at_once=1"),
+    ),
     *faults(
         "nodes/bridge/training.py",
         TRAINING,
@@ -32,11 +47,6 @@ MUTANTS = [
         ),
         ("another trainer's steps count", 'if "ziplora_settings" in metadata else 0', ""),
         (
-            "class pictures cost no memory",
-            "settings.batch_size * (2 if made.pictures.priors else 1)",
-            "settings.batch_size",
-        ),
-        (
             "the last tenth of the losses is the first",
             "(history[:tenth], history[-tenth:])",
             "(history[:tenth], history[:tenth])",
@@ -45,7 +55,6 @@ MUTANTS = [
     *faults(
         "nodes/bridge/unzip.py",
         TRAINING,
-        ("one LoRA's memory is planned for two", "loras_at_once=2", "loras_at_once=1"),
         ("each LoRA sees the other's prompt", "for c in contexts[1:3])", "for c in contexts[2:0:-1])"),
         (
             "the empty prompt stands for the whole",

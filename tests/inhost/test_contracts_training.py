@@ -39,11 +39,12 @@ class Watched(PixelsAsLatents):
 
 
 class Lengths(Words):
-    """Prompts with 'long' in them are twice as long."""
+    """Every 'long' in a prompt makes it one block longer."""
 
     def encode_from_tokens_scheduled(self, text):
+        length = 77 * (1 + text.count("long"))
         with torch.inference_mode():
-            return tiny.full_size.random_prompt(sum(map(ord, text)), 154 if "long" in text else 77, width=96)
+            return tiny.full_size.random_prompt(sum(map(ord, text)), length, width=96)
 
 
 def lora_of(pack, patcher, trained):  # noqa: F811
@@ -217,14 +218,15 @@ def test_each_lora_sees_its_own_prompt_and_the_empty_one_is_seldom(pack, monkeyp
 
 
 def test_prompts_of_different_lengths_are_repeated_to_one(pack, monkeypatch, patcher):  # noqa: F811
-    for name in ("content", "style"):
-        changed = {n: f"{text} long" if n in (name, "full") else text for n, text in PROMPTS.items()}
+    for name, whole, length in (("content", "long", 154), ("style", "long long", 462)):
+        words = {name: "long", "full": whole}
+        changed = {n: f"{text} {words[n]}" if n in words else text for n, text in PROMPTS.items()}
         asked = unzip_task(pack, changed, steps=1)
         trained, sets, done = taken_apart(pack, monkeypatch, patcher, asked, Lengths())
-        assert {c.shape[-2] for contexts in (trained._apart.contexts.values(), *sets) for c in contexts} == {154}
+        assert {c.shape[-2] for contexts in (trained._apart.contexts.values(), *sets) for c in contexts} == {length}
         other = "style" if name == "content" else "content"
         own, once = trained._apart.contexts[other].cpu(), said(Lengths(), changed[other])
-        assert torch.equal(own.reshape(-1, own.shape[-1]), once.repeat(1, 2, 1)[0])
+        assert torch.equal(own.reshape(-1, own.shape[-1]), once.repeat(1, length // 77, 1)[0])
         assert all(torch.isfinite(torch.tensor(v)).all() for v in done.loss_map.values())
 
 
