@@ -168,7 +168,8 @@ class Server:
 
 
 def _end_with(parent: int) -> Callable[[], None] | None:
-    """For a new process: to be killed where this one ends, however it ends. Linux alone has that."""
+    """For a new process: to be killed where the thread that starts it ends, however it ends; that is the one that keeps
+    it, and outlives it where nothing goes wrong. Linux alone has that."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl

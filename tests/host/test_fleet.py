@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from waiting import wait_until
@@ -138,6 +139,20 @@ time.sleep(1000)
         process.kill()
         process.wait()
     wait_until(lambda: not alive(pid))
+
+
+def test_servers_that_neither_answer_nor_fail_are_not_waited_for_for_good(
+    fleet: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Whatever keeps their actors from saying so."""
+    waiting = fleet.State("http://127.0.0.1:1", False, "", "server.log", 0, fleet.socket.gethostname())
+    monkeypatch.setattr(fleet, "look", lambda servers: [waiting for _ in servers])
+    monkeypatch.setattr(fleet.ray, "wait", lambda asking, **options: (asking, []))
+    monkeypatch.setattr(fleet, "PAUSES", ())
+    monkeypatch.setattr(fleet, "_LOOKING", 0.1)
+    with pytest.raises(fleet.FleetError, match=r"0 of 1 servers answer after 0\.4 s; see their logs"):
+        fleet.wait([MagicMock()], 0.1, exposed=False)
+    assert capsys.readouterr().out == "server 0 starts; its log: server.log\n"
 
 
 def test_pauses_between_starts_grow(fleet: ModuleType):
