@@ -13,8 +13,10 @@ read what it made. Do so only in a network that is closed to others.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -22,11 +24,13 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -38,6 +42,8 @@ NEVER_ANSWERED = 2  # restarts of a server that has not answered yet: what it la
 STEADY = 60.0  # seconds of answering after which a server's earlier deaths count no more
 PATIENCE = 600.0  # seconds that a server may take to answer first
 _STOPPING = 10.0  # seconds
+_LOOKING = 60.0  # seconds that an actor, which never waits, may take to say how its server is
+_PR_SET_PDEATHSIG = 1  # of Linux: the signal for a process when its parent ends
 
 
 class FleetError(RuntimeError):
@@ -102,6 +108,12 @@ class Server:
                 self.process.kill()
 
     def _keep(self) -> None:
+        try:
+            self._restart()
+        except (OSError, subprocess.SubprocessError) as error:  # no such Python, no room for a log
+            self.failed = f"cannot be started: {error}"
+
+    def _restart(self) -> None:
         deaths = 0
         while True:
             with self.starting:
@@ -129,7 +141,9 @@ class Server:
                 self.port = free.getsockname()[1]
         with open(self.log, "ab") as log:
             command = [*self.command, "--listen", self.place, "--port", str(self.port)]
-            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)  # Ctrl-C is not for it
+            return subprocess.Popen(  # of a session of its own: Ctrl-C is not for it
+                command, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with(os.getpid())
+            )
 
     def _wait_until_it_answers(self, process: subprocess.Popen[bytes]) -> bool:
         """Or ends, or takes too long and is ended: False."""
@@ -151,6 +165,21 @@ class Server:
         text = Path(self.log).read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return f"last in its log: {lines[-1][:300]}" if lines else "its log is empty"
+
+
+def _end_with(parent: int) -> Callable[[], None] | None:
+    """For a new process: to be killed where the thread that starts it ends, however it ends; that is the one that keeps
+    it, and outlives it where nothing goes wrong. Linux alone has that."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def end_with() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before
+            os._exit(1)
+
+    return end_with
 
 
 def place(asked: argparse.Namespace) -> list[Any]:
@@ -180,17 +209,41 @@ def wait(servers: list[Any], patience: float, exposed: bool) -> list[str]:
             + ("" if exposed else ", or let --expose use the cluster's other machines")
         )
     said: set[int] = set()
+    # What the servers themselves may take, with all of their restarts, and some more.
+    longest = (NEVER_ANSWERED + 1) * patience + sum(PAUSES[:NEVER_ANSWERED]) + _LOOKING
+    end = time.monotonic() + longest
     while True:
-        states: list[State] = ray.get([server.state.remote() for server in servers], timeout=patience)
+        states = look(servers)
         for number, state in enumerate(states):
+            if isinstance(state, str):
+                raise FleetError(f"server {number} {state}")
             if state.failed:
                 raise FleetError(f"server {number} {state.failed}\nits log: {_log(state)}")
             if number not in said:
                 print(f"server {number} starts; its log: {_log(state)}", flush=True)
                 said.add(number)
-        if all(state.ready for state in states):
-            return [state.url for state in states]
+        found = [state.url for state in states if isinstance(state, State) and state.ready]
+        if len(found) == len(servers):
+            return found
+        if time.monotonic() > end:
+            raise FleetError(f"{len(found)} of {len(servers)} servers answer after {longest:g} s; see their logs above")
         time.sleep(0.2)
+
+
+def look(servers: list[Any]) -> list[State | str]:
+    """How each server is; in words where its actor does not say."""
+    asking = [server.state.remote() for server in servers]
+    ray.wait(asking, num_returns=len(asking), timeout=_LOOKING)
+    found: list[State | str] = []
+    for asked in asking:
+        try:
+            found.append(ray.get(asked, timeout=0))
+        except ray.exceptions.GetTimeoutError:
+            found.append(f"does not say how it is: its actor has not answered for {_LOOKING:g} s")
+        except ray.exceptions.RayError as error:
+            words = str(error).strip().splitlines() or [""]
+            found.append(f"is gone with its actor, which was killed or whose machine is gone: {words[0]}")
+    return found
 
 
 def _log(state: State) -> str:
@@ -213,8 +266,10 @@ def run(asked: argparse.Namespace) -> int:
         addresses = wait(servers, asked.patience, asked.expose)
         print("servers:", *addresses, flush=True)
         status = batch([*asked.batch[1:], *(word for url in addresses for word in ("--server", url))])
-        for number, state in enumerate(ray.get([server.state.remote() for server in servers], timeout=_STOPPING)):
-            if state.failed:
+        for number, state in enumerate(look(servers)):
+            if isinstance(state, str):
+                print(f"server {number} {state}", file=sys.stderr)
+            elif state.failed:
                 print(f"server {number} {state.failed}\nits log: {_log(state)}", file=sys.stderr)
         return status
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Mapping
@@ -21,6 +22,9 @@ from .server import LOST_AFTER, Server
 def main(arguments: list[str] | None = None) -> int:
     """0: everything is done; 1: some jobs failed; 2: it could not start, or not go on; 130: Ctrl-C."""
     asked = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names are anybody's, and no character of one ends a batch
+            stream.reconfigure(errors="backslashreplace")
     try:
         return asyncio.run(asked.work(asked))
     except (jobs.BatchError, OSError) as error:  # a ServerError is one

@@ -45,6 +45,10 @@ def address(given: str, headers: Mapping[str, str] | None = None) -> Address:
             f"give a token by --header or {HEADERS}"
         )
     shown = _literal(host)
+    try:
+        shown.encode("idna")  # as the resolver will
+    except UnicodeError as error:
+        raise BatchError(f"the address of --server names no host: '{host}'; write http://HOST:PORT") from error
     path = parts.path.rstrip("/")
     url = f"{parts.scheme}://{shown}{'' if port is None else f':{port}'}{path}"
     one = "localhost" if host in _HERE or shown.strip("[]") in _HERE else shown

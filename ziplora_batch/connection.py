@@ -37,7 +37,9 @@ class Connection:
         self.name = address.name
 
     async def __aenter__(self) -> Connection:
-        self.session = aiohttp.ClientSession(headers=dict(self.address.headers))
+        here = aiohttp.TraceConfig()  # aiohttp's websockets follow redirects, and have no option against it
+        here.on_request_redirect.append(_stay)
+        self.session = aiohttp.ClientSession(headers=dict(self.address.headers), trace_configs=[here])
         return self
 
     async def __aexit__(self, *details: object) -> None:
@@ -113,6 +115,12 @@ class Connection:
         if 300 <= status < 400:
             raise Failed(f"{said}, which sends one elsewhere; give the address where ComfyUI itself answers", status)
         raise Failed(said, status)
+
+
+async def _stay(session: object, context: object, redirect: aiohttp.TraceRequestRedirectParams) -> None:
+    """No request follows a redirect: it would carry headers, tokens among them, to whom nobody has named."""
+    redirect.response.close()
+    raise aiohttp.ClientError("sent elsewhere")
 
 
 class _Answer:

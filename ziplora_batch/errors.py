@@ -77,12 +77,12 @@ class Garbled(ServerError):
 class ServerLost(ServerError):
     """Several requests in a row failed, over longer than a server may be away; or the prompt is gone.
 
-    dead: whether the prompt may have died with the server.
+    dead: whether the prompt may have died with the server. answered: whether it had answered here before it was lost.
     """
 
-    def __init__(self, text: str, dead: bool = True):
+    def __init__(self, text: str, dead: bool = True, answered: bool = False):
         super().__init__(text)
-        self.died = dead
+        self.died, self.answered = dead, answered
 
     @property
     def dead(self) -> bool:

@@ -27,12 +27,15 @@ else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+_LOCK = ".lock"
+
+
 class Lock:
     """Held until it is closed, or the process ends, in whatever way."""
 
     def __init__(self, folder: Path):
         """Raises BatchError where another client has the folder, or where it cannot be locked."""
-        path = folder / ".lock"
+        path = folder / _LOCK
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(self._file)
@@ -73,8 +76,18 @@ def written(path: Path) -> Iterator[BinaryIO]:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a client that died was still writing: hold the lock."""
-    for path in folder.rglob(".*.part"):
+    """Remove what a client that died was still writing: hold the lock. A folder below with a lock of its own is another
+    client's, which may be writing."""
+    _tidy(folder)
+    for below, folders, names in os.walk(folder / "files"):
+        if _LOCK in names:
+            folders.clear()
+        else:
+            _tidy(Path(below))
+
+
+def _tidy(folder: Path) -> None:
+    for path in folder.glob(".*.part"):
         if re.fullmatch(r"\.[0-9a-f]{32}\.part", path.name):
             path.unlink(missing_ok=True)
 

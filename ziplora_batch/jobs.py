@@ -112,7 +112,7 @@ def _jsonl(path: Path, text: str) -> Iterator[dict[str, Any]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BatchError(f"{path}, line {number}: {error}") from error
             if not isinstance(row, dict):
                 raise BatchError(f"{path}, line {number}: an object expected, found {line[:40]}")
@@ -188,18 +188,25 @@ def make(workflow: Prompt, rows: Iterable[Row], folders: Iterable[Path] = ()) ->
     """
     jobs = []
     for number, row in enumerate(rows, 1):
-        prompt = copy.deepcopy(workflow)
-        for column, value in row.values.items():
-            if column != NAME:
-                node, name = target(workflow, column)
-                prompt[node]["inputs"][name] = _like(value, workflow[node]["inputs"][name], f"row {number}, {column}")
-        for node in prompt.values():
-            node.pop("_meta", None)
-        label = str(row.values.get(NAME) or " + ".join(str(v) for k, v in row.values.items() if k.endswith("_lora")))
-        own = {str(row.values[column]): file for column, file in row.files.items()}
-        key = _key(prompt, {**_found(prompt, folders), **own, **row.uploads})
-        jobs.append(Job(number, label or f"row {number}", dict(row.values), prompt, key, row.uploads))
+        try:
+            jobs.append(_job(workflow, number, row, folders))
+        except RecursionError as error:
+            raise BatchError(f"row {number}, or the workflow, nests lists too deep: {error}") from error
     return jobs
+
+
+def _job(workflow: Prompt, number: int, row: Row, folders: Iterable[Path]) -> Job:
+    prompt = copy.deepcopy(workflow)
+    for column, value in row.values.items():
+        if column != NAME:
+            node, name = target(workflow, column)
+            prompt[node]["inputs"][name] = _like(value, workflow[node]["inputs"][name], f"row {number}, {column}")
+    for inner in prompt.values():
+        inner.pop("_meta", None)
+    label = str(row.values.get(NAME) or " + ".join(str(v) for k, v in row.values.items() if k.endswith("_lora")))
+    own = {str(row.values[column]): file for column, file in row.files.items()}
+    key = _key(prompt, {**_found(prompt, folders), **own, **row.uploads})
+    return Job(number, label or f"row {number}", dict(row.values), prompt, key, row.uploads)
 
 
 def target(workflow: Prompt, column: str) -> tuple[str, str]:
@@ -211,9 +218,7 @@ def target(workflow: Prompt, column: str) -> tuple[str, str]:
     found = [
         (key, name)
         for key, node in workflow.items()
-        if place in ("", key, node.get("_meta", {}).get("title"))
-        and name in node["inputs"]
-        and not _is_link(node["inputs"][name])
+        if place in ("", key, _own_title(node)) and name in node["inputs"] and not _is_link(node["inputs"][name])
     ]
     if not found and column in CHAINS:
         found = list(dict.fromkeys(_chain_starts(workflow, *CHAINS[column])))
@@ -248,7 +253,13 @@ def _is_link(value: Any) -> bool:
 
 
 def _title(node: Mapping[str, Any]) -> str:
-    return str(node.get("_meta", {}).get("title") or node["class_type"])
+    return _own_title(node) or str(node["class_type"])
+
+
+def _own_title(node: Mapping[str, Any]) -> str | None:
+    about = node.get("_meta")
+    title = about.get("title") if isinstance(about, dict) else None
+    return title if isinstance(title, str) and title else None
 
 
 def _like(value: Any, old: Any, where: str) -> Any:
@@ -261,8 +272,8 @@ def _like(value: Any, old: Any, where: str) -> Any:
         if isinstance(old, int | float):
             return int(value) if value.strip().lstrip("+-").isdigit() else float(value)
         return json.loads(value)
-    except (KeyError, ValueError) as error:
-        raise BatchError(f"{where}: '{value}' is not of the kind of the workflow's {old!r}") from error
+    except (KeyError, ValueError, RecursionError) as error:
+        raise BatchError(f"{where}: '{value[:200]}' is not of the kind of the workflow's {old!r}") from error
 
 
 def _found(prompt: Prompt, folders: Iterable[Path]) -> dict[str, Path]:

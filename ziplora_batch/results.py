@@ -73,6 +73,8 @@ class Results:
     def __init__(self, folder: Path):
         self.folder = folder
         self.last: dict[str, Outcome] = {}
+        self.done: dict[str, Outcome] = {}  # the last that was done, whatever came after it
+        self.rejected: set[tuple[Any, ...]] = set()  # pictures that a server had under a job's names, and not the job's
         self.attempts: dict[str, int] = {}
         self.deaths: dict[str, int] = {}  # servers lost by a job since it last ended
         self.sent: dict[str, Sent] = {}  # what may be on a server, and has not ended yet as far as we know
@@ -117,6 +119,8 @@ class Results:
         else:
             self.deaths.pop(outcome.key, None)
             self.last[outcome.key] = outcome
+            if outcome.status == DONE:
+                self.done[outcome.key] = outcome
 
     def add(self, outcome: Outcome) -> None:
         """Raises OSError where the line cannot be written."""

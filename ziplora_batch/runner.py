@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from .address import identity
-from .attempt import Attempt, Known
+from .attempt import SENDING, Attempt, Known
 from .connection import ended
-from .errors import Denied, ServerError
+from .errors import Denied, ServerError, ServerLost
 from .jobs import Job
 from .progress import Listener
 from .results import DONE, ERROR, INTERRUPTED, LOST, REFUSED, UNFETCHED, Outcome, Results
@@ -48,6 +48,7 @@ class Batch:
     _refused: dict[str, dict[str, str]] = field(default_factory=dict, init=False)
     _known: dict[str, Known] = field(default_factory=dict, init=False)  # by key: what may be on a server
     _present: set[str] = field(default_factory=set, init=False)  # identities of the servers that answer
+    _failed: Counter[tuple[str, str, str]] = field(default_factory=Counter, init=False)  # by server, job and step
     _absent: dict[str, str] = field(default_factory=dict, init=False)  # why a server does not, by its name
 
     async def run(self) -> bool:
@@ -67,10 +68,12 @@ class Batch:
             ]
             watch = asyncio.create_task(self._watch())
             try:
-                await asyncio.wait([asyncio.gather(*workers), watch], return_when=asyncio.FIRST_COMPLETED)
-                for task in (*workers, watch):
-                    if task.done():
+                going = set(workers)
+                while going and not watch.done():
+                    done, _ = await asyncio.wait({*going, watch}, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
                         task.result()
+                    going -= done
             finally:
                 await ended([*workers, watch], _STOPPING)
         finally:
@@ -124,8 +127,7 @@ class Batch:
             try:
                 await server.queued()
                 await self._clear(server, left)
-                self._present.add(server.identity)
-                self._absent.pop(server.name, None)
+                await self._is_back(server)
                 async with server.listening() as listener:
                     while (job := await self._take(server)) is not None:
                         await self._run(server, listener, job, bar)
@@ -144,6 +146,14 @@ class Batch:
                     return
                 if await self._all_ended_or(_PAUSE):
                     return
+
+    async def _is_back(self, server: Server) -> None:
+        """Who comes back may be the only one left, and have refused what waits for another."""
+        async with self._changed:
+            self._present.add(server.identity)
+            self._absent.pop(server.name, None)
+            self._give_up_refused()
+            self._changed.notify_all()
 
     def _leave(self, server: Server, error: Denied) -> None:
         """What may be on a server that does not let us in any more, perhaps done, is not drawn elsewhere: the next run
@@ -214,8 +224,25 @@ class Batch:
             self._known.pop(job.key, None)
             if attempt.known is not None:
                 self._known[job.key] = replace(attempt.known, why=str(error), dead=error.dead)
-            raise
+            stuck = self._stuck(server, job, attempt, error)
+            if stuck is None:
+                raise
+            outcome = stuck
         await self._end(server, job, outcome)
+
+    def _stuck(self, server: Server, job: Job, attempt: Attempt, error: ServerError) -> Outcome | None:
+        """What becomes of a job that fails again and again at one step of a server which answers meanwhile: else it
+        would be tried for good, and nothing after it. A prompt that is followed, or sent, has its deaths instead."""
+        if not error.dead or attempt.step == SENDING or (isinstance(error, ServerLost) and error.answered):
+            return None
+        place = (server.url, job.key, attempt.step)
+        self._failed[place] += 1
+        if self._failed[place] < _STRIKES:
+            return None
+        said = f"{error}; {_STRIKES} times, though {server.name} answered in between"
+        if attempt.known is None:
+            return Outcome(job.key, REFUSED, server.url, error=said)
+        return Outcome(job.key, UNFETCHED, server.url, attempt.known.prompt_id, ended=_now(), error=said)
 
     def _died(self, job: Job, known: Known, why: str) -> None:
         """A prompt is given up that was on a server which is gone or has forgotten it. Raises _Deadly."""
@@ -234,20 +261,25 @@ class Batch:
             self._known.pop(job.key, None)
             if outcome.status == REFUSED:
                 self._refused.setdefault(job.key, {})[server.url] = outcome.error
-                self._waiting.append(job)  # another server may have what this one lacks
-                self._give_up_refused()
+                if not self._given_up(job):
+                    self._waiting.append(job)  # another server may have what this one lacks
             else:
                 self._record(job, outcome)
             self._changed.notify_all()
 
     def _give_up_refused(self) -> None:
-        """What every server that is there has refused."""
-        there = {server.url for server in self.servers if server.identity in self._present}
-        for job in [j for j in self._waiting if there <= self._refused.get(j.key, {}).keys()]:
-            refusals = self._refused[job.key]
-            self._waiting.remove(job)
-            said = "; ".join(dict.fromkeys(refusals.values()))
-            self._record(job, Outcome(job.key, REFUSED, " ".join(refusals), ended=_now(), error=said))
+        """What waits, and every server that is there has refused; for when a server comes or goes."""
+        self._waiting = deque(job for job in self._waiting if not self._given_up(job))
+
+    def _given_up(self, job: Job) -> bool:
+        refusals = self._refused.get(job.key)
+        if refusals is None or not self._present:
+            return False
+        if any(s.identity in self._present and s.url not in refusals for s in self.servers):
+            return False
+        said = "; ".join(dict.fromkeys(refusals.values()))
+        self._record(job, Outcome(job.key, REFUSED, " ".join(refusals), ended=_now(), error=said))
+        return True
 
     async def _put_back(self, server: Server, left: dict[str, str], error: ServerError) -> None:
         """What the server was running goes back to the front of the queue."""
@@ -259,8 +291,7 @@ class Batch:
                     left[known.prompt_id] = job.key
             if isinstance(error, Denied):
                 self._leave(server, error)
-            if self._present:
-                self._give_up_refused()
+            self._give_up_refused()
             self._changed.notify_all()
 
     def _record(self, job: Job, outcome: Outcome) -> None:

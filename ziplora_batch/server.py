@@ -7,15 +7,17 @@ import contextlib
 import hashlib
 import itertools
 import mimetypes
+import re
 import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 
-from . import progress
+from . import progress, refusals
 from .address import Address, address
 from .connection import FILE, LONG, RATE, SHORT, Connection, looks, patiently, pause
 from .errors import Denied, Failed, Forgotten, Garbled, NotFound, Refused, ServerError, ServerLost, Unreachable
@@ -28,6 +30,7 @@ __all__ = ["Denied", "Forgotten", "Refused", "Server", "ServerError", "ServerLos
 LOST_AFTER = 30.0  # seconds of failed requests, three of them at least, after which a server counts as lost
 _TRIES = 3
 _SETTLING = 3.0  # seconds that a server may take over a request whose answer we did not get
+_CANCELLING = 5.0  # seconds that a prompt may take to notice that it is cancelled
 _SILENT = SHORT.sock_read
 
 
@@ -41,7 +44,9 @@ class Server:
         self.url, self.name, self.identity = self.address.url, self.address.name, self.address.identity
         self.lost_after = lost_after
         self._client = uuid.uuid4().hex
-        self._sending: asyncio.Future[str] | None = None
+        self.forgetful = False  # whether it has forgotten what it had drawn before we came
+        self._sending: asyncio.Future[tuple[str, str]] | None = None
+        self._outputs: dict[str, bool] = {}  # whether a type of node is an output
         self._twice: set[str] = set()  # prompts that may have arrived twice
         self._to = Connection(self.address)
 
@@ -56,9 +61,11 @@ class Server:
         return await patiently(lambda: self._to.ask("GET", path, read, **options), tries)
 
     async def alive(self) -> bool:
-        """Whether it answers."""
+        """Whether it answers. Raises Denied."""
         try:
             await self.queued()
+        except Denied:
+            raise
         except ServerError:
             return False
         return True
@@ -94,33 +101,61 @@ class Server:
 
         return await self._get(f"history/{prompt_id}", read, tries)
 
-    async def queued(self, tries: int = _TRIES) -> set[str]:
-        """Ids of the prompts that wait or run."""
+    async def queued(self, tries: int = _TRIES) -> dict[str, list[Any]]:
+        """The prompts that wait or run, by id: number, id, prompt, further data, ids of the output nodes to run."""
         parts = ("queue_running", "queue_pending")
-        return set(await self._get("queue", lambda queue: [str(item[1]) for p in parts for item in queue[p]], tries))
 
-    async def find(self, prompt_id: str, settling: float = 0.0) -> bool:
-        """Whether the server has a prompt, in the queue or in the history. settling: seconds that it may still take to
-        put it there."""
+        def read(answer: dict[str, Any]) -> dict[str, list[Any]]:
+            return {str(item[1]): list(item) for part in parts for item in answer[part]}
+
+        return dict(await self._get("queue", read, tries))
+
+    async def find(self, prompt_id: str, settling: float = 0.0) -> list[Any] | None:
+        """What the queue, or the history, has of a prompt: as `queued`, or empty where it says no more of it; None
+        where the server has it not. settling: seconds that it may still take to put it there."""
         async for _ in looks(settling):
-            if prompt_id in await self.queued() or await self.history(prompt_id) is not None:
-                return True
-        return False
+            if (item := (await self.queued()).get(prompt_id)) is not None:
+                return item
+            if (entry := await self.history(prompt_id)) is not None:
+                return list(item) if isinstance(item := entry.get("prompt"), list) else []
+        return None
+
+    async def dropped(self, item: list[Any]) -> list[str]:
+        """Output nodes of a prompt, as `find` has it, that the server does not run: of a prompt with some outputs that
+        it accepts and some that it does not, it runs the first alone. Empty where the server does not say."""
+        try:
+            run = set(map(str, item[4]))
+            others = {str(key): str(node["class_type"]) for key, node in item[2].items() if str(key) not in run}
+        except (TypeError, LookupError, AttributeError):
+            return []
+        return [f"{kind} ({key})" for key, kind in others.items() if await self._is_output(kind)]
+
+    async def _is_output(self, kind: str) -> bool:
+        if kind not in self._outputs:
+            path = f"object_info/{quote(kind, safe='')}"
+            try:
+                found = await self._get(path, lambda answer: answer.get(kind, {}).get("output_node") is True)
+            except (Failed, Garbled, NotFound) as error:
+                if error.dead:
+                    raise
+                found = False
+            self._outputs[kind] = found
+        return self._outputs[kind]
 
     async def queue(self, prompt: Prompt, prompt_id: str) -> None:
         """Put a prompt into the queue, once: where the answer is lost, it is looked for before it is sent again.
 
-        Raises Refused where validation fails.
+        Raises Refused where validation fails, of a single output too: a picture that is not drawn is none.
         """
         body = {"prompt": prompt, "prompt_id": prompt_id, "client_id": self._client}
 
-        def read(answer: dict[str, Any]) -> str:
-            return str(answer["prompt_id"])
+        def read(answer: dict[str, Any]) -> tuple[str, str]:
+            return str(answer["prompt_id"]), refusals.words(answer) if answer.get("node_errors") else ""
 
-        async def send() -> str:
+        async def send() -> tuple[str, str]:
             """Once begun it goes on though we are stopped, or nobody could tell whether it is still to arrive."""
             request = self._to.ask(
-                "POST", "prompt", read, LONG, on_400=lambda answer: Refused(_words(answer)), json=body
+                "POST", "prompt", read, LONG, on_400=lambda answer: Refused(refusals.words(answer)), json=body
             )
             self._sending = asyncio.ensure_future(request)
             return await asyncio.shield(self._sending)
@@ -128,12 +163,15 @@ class Server:
         began = time.monotonic()
         for count in itertools.count(1):
             try:
-                given = await patiently(send, 1)
+                given, errors = await patiently(send, 1)
                 break
             except (Unreachable, Garbled, Failed, NotFound) as error:
                 settling = _may_have_arrived(error)
                 try:
-                    if settling is not None and await self.find(prompt_id, settling):
+                    if settling is not None and (found := await self.find(prompt_id, settling)) is not None:
+                        if dropped := await self.dropped(found):
+                            await self._withdraw(prompt_id)
+                            raise Refused(f"{self.name} does not accept what {', '.join(dropped)} is given") from error
                         return
                 except Denied as denied:
                     raise ServerLost(str(denied), dead=False) from error
@@ -142,6 +180,9 @@ class Server:
                 if settling is not None:
                     self._twice.add(prompt_id)
                 await asyncio.sleep(pause(count))
+        if errors:
+            await self._withdraw(given)
+            raise Refused(errors)
         if given != prompt_id:
             await self.cancel(given)
             raise Denied(f"{self.name} gives prompts ids of its own, by which no row is found again; update ComfyUI")
@@ -156,6 +197,27 @@ class Server:
         await self.unqueue(prompt_id)
         await self._post("interrupt", {"prompt_id": prompt_id})
 
+    async def end(self, prompt_id: str) -> dict[str, Any] | None:
+        """Cancel a prompt until it has ended; its history, where it has one: it may have ended just before."""
+        while True:
+            await self.cancel(prompt_id)  # again and again: one that comes as the prompt begins is lost
+            entry = await self.history(prompt_id)
+            if entry is not None:
+                return entry
+            if prompt_id not in await self.queued():
+                return await self.history(prompt_id)
+            await asyncio.sleep(0.1)
+
+    async def _withdraw(self, prompt_id: str) -> None:
+        """A prompt that is refused, though the server runs a part of it; one that does not end soon is left to it."""
+        try:
+            await asyncio.wait_for(self.end(prompt_id), _CANCELLING)
+        except asyncio.TimeoutError:
+            pass
+        except (Failed, Garbled, NotFound) as error:
+            if error.dead:
+                raise
+
     async def unqueue(self, prompt_id: str) -> None:
         """Take a prompt out of the queue, if it waits there."""
         await self._post("queue", {"delete": [prompt_id]})
@@ -163,6 +225,7 @@ class Server:
     async def forget(self) -> None:
         """Unload models and forget cached outputs, so that the next prompt is run whole."""
         await self._post("free", {"unload_models": True, "free_memory": True})
+        self.forgetful = True
 
     async def _post(self, path: str, body: Any) -> None:
         await patiently(lambda: self._to.ask("POST", path, lambda answer: None, json=body), _TRIES)
@@ -183,7 +246,7 @@ class Server:
         of the prompt, Denied.
         """
         listener.follow(prompt_id, heard)
-        failed, unknown, calm, since = 0, 0, 0, time.monotonic()
+        failed, unknown, calm, since, answered = 0, 0, 0, time.monotonic(), False
         while True:
             try:
                 entry = await self.history(prompt_id, tries=1)
@@ -195,16 +258,16 @@ class Server:
                         await self.unqueue(prompt_id)
                         self._twice.discard(prompt_id)
                     return entry
-                failed, calm = 0, calm + 1
+                failed, calm, answered = 0, calm + 1, True
             except ServerError as error:
                 failed += 1
                 since = time.monotonic() if failed == 1 else since
                 if not error.passing:
                     raise
                 if failed >= _TRIES and time.monotonic() - since >= self.lost_after:
-                    raise ServerLost(f"{error} ({failed} times in a row)", error.dead) from error
+                    raise ServerLost(f"{error} ({failed} times in a row)", error.dead, answered) from error
             if unknown >= 2:
-                raise Forgotten(f"{self.name} has forgotten the prompt")
+                raise Forgotten(f"{self.name} has forgotten the prompt", answered=True)
             await listener.until_ended(pause(failed or unknown or calm))
 
     async def fetch(self, entry: Mapping[str, str], path: Path) -> tuple[int, str]:
@@ -213,6 +276,10 @@ class Server:
         Raises ServerError, and OSError where the disk takes it not.
         """
         place = {k: str(entry.get(k) or "") for k in ("filename", "subfolder", "type")}
+        if any(
+            re.search("[\ud800-\udfff]", value) for value in place.values()
+        ):  # left out, they would name another file
+            raise Garbled(f"{self.name}: {place['filename']!r} is a name that no request can carry")
         timeout = aiohttp.ClientTimeout(total=None, connect=10, sock_connect=10, sock_read=_SILENT)
 
         async def get() -> tuple[int, str]:
@@ -256,7 +323,7 @@ class Server:
             timeout = aiohttp.ClientTimeout(total=seconds, connect=10, sock_connect=10, sock_read=seconds)
             return await self._to.ask("POST", "upload/image", read, timeout, data=form)
 
-        return await patiently(send, _TRIES)
+        return await patiently(send, _TRIES, self.lost_after)
 
 
 def _may_have_arrived(error: ServerError) -> float | None:
@@ -271,22 +338,3 @@ def _check_kind(server: str, name: str, kind: str) -> None:
     expected = mimetypes.guess_type(name)[0] or ""
     if kind in ("text/html", "application/json") and expected != kind:
         raise Garbled(f"{server}: {name} came as {kind}")
-
-
-def _words(answer: dict[str, Any]) -> str:
-    """Why a prompt was refused, in one line."""
-    found = [
-        f"{node['class_type']} ({key}): {_sentence(error)}"
-        for key, node in (answer.get("node_errors") or {}).items()
-        for error in node["errors"]
-    ]
-    error = answer.get("error") or {}
-    text = error.get("message", str(error)) if isinstance(error, dict) else str(error)
-    return "; ".join(dict.fromkeys(found) or [text])[:1000]
-
-
-def _sentence(error: dict[str, Any]) -> str:
-    """A node's own words alone, without the name of the input that they were said about."""
-    if error.get("type") == "custom_validation_failed":
-        return str(error["details"]).partition(" - ")[2] or str(error["details"])
-    return f"{error['message']}: {error['details']}"

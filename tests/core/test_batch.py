@@ -85,6 +85,7 @@ def test_cells_become_the_kind_of_value_that_the_workflow_has(workflow: jobs.Pro
         ("t.csv", "a\n", "has no rows"),
         ("t.jsonl", '{"a": 1}\n[1]\n', "line 2: an object expected"),
         ("t.jsonl", '{"a": 1\n', "line 1"),
+        ("t.jsonl", '{"a": ' + "[" * 100_000 + "\n", "line 1"),
         ("missing.csv", None, "cannot be read"),
     ],
 )
@@ -93,6 +94,27 @@ def test_tables_that_are_none(tmp_path: Path, name: str, text: str | None, says:
         (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(jobs.BatchError, match=says):
         jobs.read_table(tmp_path / name)
+
+
+@pytest.mark.parametrize("about", [None, 5, "title", [], {"title": None}, {"title": ["KSampler"]}])
+def test_what_a_workflow_says_of_its_nodes_may_be_anything(workflow: jobs.Prompt, about: object) -> None:
+    workflow["20"]["_meta"] = about
+    assert jobs.target(workflow, "20.seed") == ("20", "seed")
+    with pytest.raises(jobs.BatchError, match=r"20\.seed \(KSampler\)"):
+        jobs.target(workflow, "seed")
+
+
+def test_lists_that_go_too_deep_are_a_sentence(workflow: jobs.Prompt) -> None:
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(jobs.BatchError, match="row 2.* too deep"):
+        jobs.make(workflow, [jobs.Row({}), jobs.Row({"12.seed": deep})])
+    workflow["20"]["inputs"]["steps"] = [1, 2, 3]
+    with pytest.raises(jobs.BatchError, match=r"row 1, 20\.steps: .* is not of the kind"):
+        jobs.make(workflow, [jobs.Row({"20.steps": "[" * 100_000})])
+    while deep:  # or taking it apart would recurse as deep
+        deep = deep.pop()
 
 
 def test_a_graph_of_the_frontend_is_told_from_an_api_workflow() -> None:

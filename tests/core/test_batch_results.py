@@ -116,6 +116,22 @@ def test_what_no_utf_8_holds_is_written_and_read(tmp_path: Path) -> None:
     read.close()
 
 
+def test_only_what_is_its_own_is_tidied(tmp_path: Path) -> None:
+    """Another client may work in a folder below, under a lock of its own, and be writing."""
+    own, theirs = f".{'a' * 32}.part", f".{'b' * 32}.part"
+    Results(tmp_path).close()
+    others = [Results(tmp_path / "second"), Results(tmp_path / "files" / "third")]
+    mine = [tmp_path / own, tmp_path / "files" / own, tmp_path / "files" / "dog 1" / "sub" / own]
+    writing = [other.folder / "files" / "dog 1" / theirs for other in others] + [o.folder / theirs for o in others]
+    for path in mine + writing:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    Results(tmp_path).close()
+    assert [path.exists() for path in mine + writing] == [False] * len(mine) + [True] * len(writing)
+    for other in others:
+        other.close()
+
+
 def test_no_cell_is_a_formula(tmp_path: Path) -> None:
     texts = ["=1+2", "+1+2", "-1+2", "@SUM(A1)", "\t=1", "\r=1", "-0.5", "+3", "a=b", "", "-"]
     made = [jobs.Job(n, text, {"=column": text, "number": -1.5}, {}, str(n)) for n, text in enumerate(texts)]
@@ -186,6 +202,10 @@ def test_passwords_and_tokens_are_sent_and_never_shown(monkeypatch: pytest.Monke
         with pytest.raises(jobs.BatchError) as caught:
             addresses([bad])
         assert "pass" not in str(caught.value) and "p@ss" not in str(caught.value)
+    for bad in ("http://host..com", "http://.", f"http://{'x' * 64}.com", "http://me:pass@a..b"):
+        with pytest.raises(jobs.BatchError, match="--server") as caught:
+            addresses([bad])
+        assert "pass" not in str(caught.value)
     for header in ("token", "a b: c", "Token: a\nb"):
         with pytest.raises(jobs.BatchError, match="not NAME:VALUE"):
             read_headers([header], {})

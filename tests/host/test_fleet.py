@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from waiting import wait_until
@@ -97,6 +98,63 @@ def test_a_server_that_dies_is_started_again_where_it_was_but_not_for_good(keep:
     assert Path(state.log).read_text().splitlines() == ["listens on 127.0.0.1"] * 5
 
 
+@pytest.mark.parametrize("what", ["python", "log"])
+def test_a_server_that_cannot_even_be_begun_is_given_up(fleet: ModuleType, tmp_path: Path, what: str):
+    main = tree(tmp_path / "tree", ANSWERS)
+    missing = tmp_path / "nowhere" / "python"
+    server = fleet.Server.__new__(fleet.Server)
+    begin = fleet.threading.Thread.start
+    fleet.threading.Thread.start = lambda thread: None  # until its log is where none can be
+    try:
+        server.__init__(str(main), str(missing) if what == "python" else sys.executable, str(tmp_path), [])
+    finally:
+        fleet.threading.Thread.start = begin
+    if what == "log":
+        server.log = str(tmp_path / "nowhere" / "server.log")
+    server._keep()
+    state = server.state()
+    assert state.failed.startswith("cannot be started: ") and "nowhere" in state.failed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells children of their parent's death")
+def test_who_kills_the_keeper_ends_its_server(root: Path, tmp_path: Path):
+    """As the kernel does where memory is short: no line of the keeper's own is run any more."""
+    main = tree(tmp_path / "tree", ANSWERS)
+    keeper = f"""
+import importlib.util, sys, time
+spec = importlib.util.spec_from_file_location("ray_fleet", {str(root / "recipes" / "ray_fleet.py")!r})
+fleet = sys.modules["ray_fleet"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fleet)
+server = fleet.Server({str(main)!r}, sys.executable, {str(tmp_path)!r}, [])
+while not server.state().ready:
+    time.sleep(0.05)
+print(server.state().pid, flush=True)
+time.sleep(1000)
+"""
+    process = subprocess.Popen([sys.executable, "-c", keeper], stdout=subprocess.PIPE, text=True)
+    try:
+        pid = int(process.stdout.readline() if process.stdout else "")
+        assert alive(pid)
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not alive(pid))
+
+
+def test_servers_that_neither_answer_nor_fail_are_not_waited_for_for_good(
+    fleet: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Whatever keeps their actors from saying so."""
+    waiting = fleet.State("http://127.0.0.1:1", False, "", "server.log", 0, fleet.socket.gethostname())
+    monkeypatch.setattr(fleet, "look", lambda servers: [waiting for _ in servers])
+    monkeypatch.setattr(fleet.ray, "wait", lambda asking, **options: (asking, []))
+    monkeypatch.setattr(fleet, "PAUSES", ())
+    monkeypatch.setattr(fleet, "_LOOKING", 0.1)
+    with pytest.raises(fleet.FleetError, match=r"0 of 1 servers answer after 0\.4 s; see their logs"):
+        fleet.wait([MagicMock()], 0.1, exposed=False)
+    assert capsys.readouterr().out == "server 0 starts; its log: server.log\n"
+
+
 def test_pauses_between_starts_grow(fleet: ModuleType):
     assert list(fleet.PAUSES) == sorted(fleet.PAUSES) and fleet.PAUSES[0] >= 1 and fleet.PAUSES[-1] >= 60
 
@@ -118,6 +176,30 @@ def start(root: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen
     for process in started:
         process.terminate()
         process.wait()
+
+
+def test_an_actor_that_is_killed_is_a_sentence_beside_the_batchs_own_status(start: Callable[..., Any], tmp_path: Path):
+    """Through Ray itself: the actor's process dies while the batch looks for a row in a table that is none."""
+    table = tmp_path / "nothing.csv"
+    os.mkfifo(table)  # which the batch waits for
+    (tmp_path / "nothing.json").write_text('{"1": {"class_type": "T", "inputs": {"text": ""}}}', encoding="utf-8")
+    main = f"import os\nopen({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getppid()}} {{os.getpid()}}')\n{ANSWERS}"
+    process = start(tree(tmp_path / "tree", main))
+    try:
+        said = ""
+        while not said.startswith("servers: "):
+            said = process.stdout.readline()
+            assert said, process.communicate()
+        actor, server = map(int, (tmp_path / "pids").read_text().split())
+        os.kill(actor, signal.SIGKILL)
+        wait_until(lambda: not alive(server))
+    finally:
+        with table.open("w", encoding="utf-8") as file:
+            file.write("sead\n1\n")
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, said + errors
+    assert "error: column 'sead' means no input" in errors and "server 0 is gone with its actor" in errors
+    assert "Traceback" not in errors
 
 
 def hears_ctrl_c() -> None:
@@ -154,4 +236,5 @@ def test_one_ctrl_c_ends_the_fleet_while_it_starts(start: Callable[..., Any], tm
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and errors.splitlines()[-1].startswith("stopped")
+    assert "Traceback" not in errors
     wait_until(lambda: not alive(pid))
