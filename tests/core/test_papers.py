@@ -1,0 +1,129 @@
+"""README, docs and CONTRIBUTING: what they link to, name and tell people to run is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dev
+from devhost.base import NODES
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+PAPERS = [
+    README,
+    CONTRIBUTING,
+    ROOT / "CHANGELOG.md",
+    ROOT / "demo" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+NAMES = [paper.relative_to(ROOT).as_posix() for paper in PAPERS]
+LARGEST_README = 9 * 1024  # bytes: what somebody reads before the first zip
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+COMMAND = re.compile(r"python3 dev\.py (\w+)([^`\n]*)")
+A_FILE = re.compile(r"(?<![\w./-])(?:[\w.-]+/)+[\w.-]+\.(?:py|md|json|yml|txt)(?![\w/])")
+PLACEHOLDERS = re.compile(r"NODE|NAME|\.dev/|^results/")
+
+
+def text_of(paper: Path) -> str:
+    return paper.read_text(encoding="utf-8")
+
+
+def prose(paper: Path) -> str:
+    """Without blocks of code, whose # is no heading."""
+    return re.sub(r"^```.*?^```", "", text_of(paper), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(paper: Path) -> set[str]:
+    """What a link may put behind `#`: headings in small letters, without punctuation, with - for spaces."""
+    headings = re.findall(r"^#+ (.+)$", prose(paper), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(paper: Path) -> Iterator[str]:
+    for target in LINK.findall(prose(paper)):
+        if not re.match(r"https?://", target):
+            path, _, anchor = target.partition("#")
+            file = (paper.parent / path).resolve() if path else paper
+            if not file.exists() or (anchor and anchor not in anchors(file)):
+                yield target
+
+
+def commands(paper: Path) -> list[tuple[str, list[str]]]:
+    """(command of dev.py, words after it), without the comment behind."""
+    return [(name, rest.partition("#")[0].split()) for name, rest in COMMAND.findall(text_of(paper))]
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=NAMES)
+def test_links_lead_somewhere(paper: Path) -> None:
+    assert not list(broken_links(paper))
+
+
+def test_a_link_to_nowhere_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One heading\n[a](page.md#one-heading) [b](#two) [c](gone.md) [d](https://x.y)\n", encoding="utf-8"
+    )
+    assert list(broken_links(page)) == ["#two", "gone.md"]
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=NAMES)
+def test_files_that_are_named_exist(paper: Path) -> None:
+    named = {name for name in A_FILE.findall(LINK.sub("]", text_of(paper))) if not PLACEHOLDERS.search(name)}
+    places = (ROOT, paper.parent)
+    assert not {name for name in named if not any((place / name).exists() for place in places)}
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=NAMES)
+def test_commands_are_dev_pys_and_options_their_files(paper: Path) -> None:
+    for command, words in commands(paper):
+        assert callable(getattr(dev, command, None)), f"dev.py has no command {command}"
+        options = [word for word in words if word.startswith("--")]
+        files = [ROOT / word.partition("::")[0] for word in words if "/" in word and word.endswith(".py")]
+        assert all(file.is_file() for file in files), words
+        if command == "run" and files:
+            known = text_of(files[0])
+            assert all(f'"{option}"' in known for option in options), f"{files[0].name}: {options}"
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_bytes()) <= LARGEST_README
+
+
+def test_readme_links_every_help_page_and_names_every_graph_and_page() -> None:
+    text = text_of(README)
+    assert not [node for node in NODES if f"](web/docs/{node}.md)" not in text]
+    graphs = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+    assert not [graph for graph in graphs if f"`{graph}`" not in text]
+    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f"](docs/{page.name})" not in text]
+
+
+def test_readmes_results_are_those_of_the_whole_table() -> None:
+    """Rows of the small table, without their first cell, are columns of rows of the large one."""
+
+    def rows(paper: Path, width: int) -> list[list[str]]:
+        lines = (line for line in text_of(paper).splitlines() if re.match(r"\|.*\| \d\.\d\d \|", line))
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        return [row[1:] for row in cells if len(row) == width]
+
+    small, large = rows(README, 5), rows(ROOT / "docs" / "benchmarks.md", 10)
+    assert small and large
+    assert not [row for row in small if row not in [[*whole[:3], whole[-1]] for whole in large]]
+
+
+def test_the_map_has_every_folder() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    folders = {name.partition("/")[0] for name in tracked if "/" in name and not name.startswith(".")}
+    assert not {folder for folder in folders if f"`{folder}/" not in text_of(CONTRIBUTING)}
+
+
+def test_hosted_runs_are_the_readmes_commands() -> None:
+    """Lint besides; nothing that a person would not be told to run."""
+    hosted = re.findall(r"run: python3 dev\.py (\w+)$", text_of(ROOT / ".github/workflows/test.yml"), re.MULTILINE)
+    block = re.search(r"^```\n(python3 dev\.py .*?)^```", text_of(README), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    assert hosted == ["lint", *re.findall(r"^python3 dev\.py (\w+)", block[1], re.MULTILINE)]
