@@ -16,7 +16,7 @@ import tomllib
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 SHIPPED_FOLDERS = {"nodes", "ziplora_core", "ziplora_batch", "workflows", "web", "locales"}
-SHIPPED_FILES = {"__init__.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+SHIPPED_FILES = {"__init__.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "requirements.txt"}
 CORE_MAY_IMPORT = {"torch", "numpy", "safetensors"}
 HOST_MODULES = {
     "comfy",
@@ -80,7 +80,7 @@ def test_archive_holds_the_pack_and_nothing_else() -> None:
     tops = {PurePosixPath(name).parts[0] for name in shipped}
     assert tops <= SHIPPED_FOLDERS | SHIPPED_FILES
     assert {"__init__.py", "nodes", "ziplora_core", "pyproject.toml", "LICENSE", "CHANGELOG.md"} <= tops
-    strange = [name for name in shipped if PurePosixPath(name).suffix not in SUFFIXES]
+    strange = [n for n in shipped if n not in SHIPPED_FILES and PurePosixPath(n).suffix not in SUFFIXES]
     assert not strange
     assert sum((ROOT / name).stat().st_size for name in shipped) < LARGEST
 
@@ -175,6 +175,8 @@ def test_project_file_says_what_the_registry_asks_for() -> None:
     assert "comfyui" not in project["project"]["name"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["project"]["version"])
     assert set(project["project"]["dependencies"]) == set().union(*DRAWN_WITH.values())
+    # ComfyUI-Manager reads the one file, the registry the other.
+    assert (ROOT / "requirements.txt").read_text(encoding="utf-8").split() == project["project"]["dependencies"]
     comfy = project["tool"]["comfy"]
     assert comfy["PublisherId"]
     assert comfy["DisplayName"] == "ZipLoRA"
