@@ -201,6 +201,6 @@ def export_file(
     """Write the file below the output folder; (LORA_MODEL, report, the file's name). made_by: more metadata."""
     exported = export_tensors(zipped, rank, dtype, form)
     path = paths.reserve(prefix, folder_paths.get_output_directory(), ".safetensors")
-    write_tensors(path, exported.tensors, {**exported.metadata, **(made_by or {})})
-    name = os.path.relpath(path, folder_paths.get_output_directory())
+    written = write_tensors(path, exported.tensors, {**exported.metadata, **(made_by or {})})
+    name = os.path.relpath(written, folder_paths.get_output_directory())
     return exported.lora_model, "  \n".join([f"written: {name}", *exported.report]), name

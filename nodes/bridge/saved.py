@@ -63,8 +63,7 @@ def save(zipped: loras.ZippedLoRA, prefix: str, made_by: dict[str, str] | None =
     )
     folder = os.path.join(folder_paths.get_output_directory(), FOLDER)
     path = paths.reserve(prefix, folder, ".safetensors")
-    saved.write(path, zipped.coefficients, about, made_by)
-    return os.path.relpath(path, folder)
+    return os.path.relpath(saved.write(path, zipped.coefficients, about, made_by), folder)
 
 
 def _of_its_size(wanted: saved.SavedLoRA) -> Iterator[str]:

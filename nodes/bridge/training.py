@@ -332,7 +332,8 @@ def lora_tensors(model, factors: dict[str, Factors], dtype: torch.dtype = torch.
 
 
 class File:
-    """One LoRA file of a run, written again and again, whole or not at all. Its name is chosen once.
+    """One LoRA file of a run, written again and again, whole or not at all. Its name is chosen once; where another
+    program has it by the first time that this is written, it is the next one.
 
     steps: how many the file has; it is never replaced by one with fewer.
     """
@@ -368,7 +369,7 @@ class File:
             "ss_steps": str(steps),
             **self.about,
         }
-        write_tensors(self.path, tensors, metadata)
+        self.path = str(write_tensors(self.path, tensors, metadata))
         self.steps = steps
         return tensors
 

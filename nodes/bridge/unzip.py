@@ -185,6 +185,8 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
         def write(steps: int) -> str:
             halves = _halves(trained).items()
             kept.update(tensors={c: files[c].write(f, steps) for c, f in halves}, unzip=trained)
+            if _name_each_other(files):
+                kept["tensors"] = {c: files[c].write(f, steps) for c, f in halves}
             return " and ".join(file.said() for file in files.values())
 
         def sample() -> Image.Image:
@@ -215,9 +217,16 @@ def _files(model, task: Task, about: dict[str, str]) -> dict[str, bridge.File]:
         c: bridge.File(model, f"{task.prefix}_{c}", {**about, "ziplora_prompt": task.prompts[c], _HALF: c})
         for c in unzip.CONCEPTS
     }
+    _name_each_other(files)
+    return files
+
+
+def _name_each_other(files: dict[str, bridge.File]) -> bool:
+    """Whether one of them has got another name since: what is written says the old one."""
+    before = [file.about.get(_OTHER) for file in files.values()]
     for one, other in (unzip.CONCEPTS, unzip.CONCEPTS[::-1]):
         files[one].about[_OTHER] = os.path.basename(files[other].path)
-    return files
+    return [file.about[_OTHER] for file in files.values()] != before
 
 
 def _left(
