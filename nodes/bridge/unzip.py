@@ -148,7 +148,8 @@ def owners(layers: Collection[str], blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[s
 
 @paths.names_given_back()
 def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
-    """model: ModelPatcher, unchanged. Raises as `training.train_concept`; both LoRAs are on disk whenever it ends."""
+    """model: ModelPatcher, unchanged. Raises as `training.train_concept`; both LoRAs are on disk whenever it ends, and
+    where the disk takes none they are returned all the same, which the report says."""
     check(model.model, task)
     settings = task.settings
     shapes = bridge.trained_layers(model.model, "attention")
@@ -183,10 +184,8 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
             trained.load(start)
 
         def write(steps: int) -> str:
-            halves = _halves(trained).items()
-            kept.update(tensors={c: files[c].write(f, steps) for c, f in halves}, unzip=trained)
-            if _name_each_other(files):
-                kept["tensors"] = {c: files[c].write(f, steps) for c, f in halves}
+            kept["unzip"] = trained
+            _write(files, _halves(trained), steps)
             return " and ".join(file.said() for file in files.values())
 
         def sample() -> Image.Image:
@@ -196,16 +195,17 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
 
     planned = bridge.run(model, made, shapes, settings, work, loras_at_once=2)
     seconds, history = time.monotonic() - began, training_run.history
-    sources = loras.LoRASources(*(_source(files[c], kept["tensors"][c]) for c in unzip.CONCEPTS))
+    sources = loras.LoRASources(*(_source(files[c], settings.steps) for c in unzip.CONCEPTS))
     fitted = fitting.fit(sources, model.model)
     learned = kept["unzip"].coefficients()
-    report = "  \n".join(_report(task, files, kept["unzip"], history, seconds, planned))
+    written = [file.line(settings.steps, training_run.unwritten) for file in files.values()]
+    report = "  \n".join([*written, *_report(task, kept["unzip"], history, seconds, planned)])
     about = {"settings": repr(settings), "prompts": task.prompts}
     zipped = loras.ZippedLoRA(sources, fitted, learned, report=report, method="UnZipLoRA", settings=about)
     losses = training_run.loss_map()
     if not task.columns_apart:
         losses["overlap"] = [s.penalty for s in history]
-    return Unzipped(sources, zipped, losses, report, [file.name for file in files.values()])
+    return Unzipped(sources, zipped, losses, report, [file.name for file in files.values() if file.steps])
 
 
 _HALF, _OTHER = "ziplora_half", "ziplora_other_half"  # metadata: which concept's a file is, and the other's name
@@ -219,6 +219,20 @@ def _files(model, task: Task, about: dict[str, str]) -> dict[str, bridge.File]:
     }
     _name_each_other(files)
     return files
+
+
+def _write(files: dict[str, bridge.File], halves: dict[str, dict[str, Factors]], steps: int) -> None:
+    """Both, whatever becomes of one. Raises OSError where one could not be written."""
+    trouble: OSError | None = None
+    for concept, file in files.items():
+        try:
+            file.write(halves[concept], steps)
+        except OSError as error:
+            trouble = error
+    if _name_each_other(files):
+        return _write(files, halves, steps)
+    if trouble is not None:
+        raise trouble
 
 
 def _name_each_other(files: dict[str, bridge.File]) -> bool:
@@ -264,17 +278,15 @@ def _halves(trained: unzip.UnZip) -> dict[str, dict[str, Factors]]:
     return halves
 
 
-def _source(file: bridge.File, tensors: dict[str, Tensor]) -> loras.LoRASource:
-    """As read from disk, where the loras folders hold the file; else as it came."""
-    name = file.lora_name()
+def _source(file: bridge.File, steps: int) -> loras.LoRASource:
+    """As read from disk, where the loras folders hold the file with so many steps; else as it was to be written."""
+    name = file.lora_name() if file.steps == steps else None
     if name is None:
-        return loras.LoRASource(file.name, tensors, 1.0)
+        return loras.LoRASource(file.name, file.tensors, 1.0)
     return replace(loras.load(name, 1.0), name=name)
 
 
-def _report(
-    task: Task, files: dict[str, bridge.File], trained: unzip.UnZip, history: list, seconds: float, planned: plan.Plan
-) -> list[str]:
+def _report(task: Task, trained: unzip.UnZip, history: list, seconds: float, planned: plan.Plan) -> list[str]:
     settings, counts = task.settings, []
     for concept in unzip.CONCEPTS:
         masks = trained.masks[concept]
@@ -288,7 +300,6 @@ def _report(
     used = "; trained as used" if task.as_used else ""
     coefficients: Coefficients = trained.coefficients()
     return [
-        *(f"written: {file.name}" for file in files.values()),
         f"apart: {', '.join(apart) or 'nothing'}{used}; {'; '.join(counts)}",
         f"rank {settings.rank}, steps {history[0].index} to {history[-1].index} at rate {settings.learning_rate:g}, "
         f"mergers at {settings.merger_rate:g}, lambda {settings.similarity_lambda:g}, seed {settings.seed}",
