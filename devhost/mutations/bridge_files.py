@@ -20,6 +20,7 @@ MUTANTS = [
             "dialled = replace(source, strength=zipped.strength(concept))",
             "dialled = source",
         ),
+        ("bias differences may overflow", "export.fitting(name, t, dtype)", "t.to(dtype)"),
         ("of two bias differences one is kept", "tensors[name] + scaled if name in tensors else scaled", "scaled"),
         ("alpha in the metadata is one", '"ss_network_alpha": rank', '"ss_network_alpha": "1"'),
         ("the base model under the host's name for it", "_KOHYA_BASES.get(family, family)", "family"),
