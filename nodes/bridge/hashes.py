@@ -54,6 +54,21 @@ def _looked_at(path: str) -> os.stat_result:
         ) from error
 
 
+def is_one_file(one: str, other: str) -> bool:
+    """Whether two paths lead to one file. Raises LoRAFileError where one leads to none.
+
+    Some disks number no files, or give all the number 0, as cloud storage on Windows does: there the paths tell.
+    """
+    here, there = _looked_at(one), _looked_at(other)
+    if here.st_ino and there.st_ino:
+        return os.path.samestat(here, there)
+    return _resolved(one) == _resolved(other)
+
+
+def _resolved(path: str) -> str:
+    return os.path.normcase(os.path.realpath(path))
+
+
 def version(path: str) -> Version:
     """Of a file as it is now, from its entry in the file system alone. Raises LoRAFileError where there is none."""
     status = _looked_at(path)

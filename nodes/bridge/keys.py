@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import comfy.lora
@@ -30,6 +30,11 @@ def layer_name(key: str) -> str:
 
 def is_text_encoder(key: str) -> bool:
     return _TEXT_ENCODER.match(key) is not None
+
+
+def is_text_encoder_alone(names: Iterable[str]) -> bool:
+    """Whether a LoRA file with these tensors changes no layer of a model."""
+    return all(map(is_text_encoder, names))
 
 
 Names = dict[str, str | tuple]
