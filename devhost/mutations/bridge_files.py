@@ -52,7 +52,7 @@ MUTANTS = [
     *faults(
         "nodes/bridge/saved.py",
         FILES,
-        ("a file that has changed since is bound", "if loras.fingerprint(source.name) != source.version:", "if False:"),
+        ("a file that has changed since is bound", "if not same and hashes", "if False and hashes"),
         (
             "a file that changes while a pair is loaded goes unnoticed",
             "if bound(source).sha256 != wanted.sha256:",

@@ -97,7 +97,7 @@ MUTANTS = [
             "LoRASources(load(content, content_strength), load(style, style_strength)",
             "LoRASources(load(content, style_strength), load(style, content_strength)",
         ),
-        ("a file that changes while it is read is taken", "if fingerprint(name) != version:", "if False:"),
+        ("a file that changes while it is read is taken", "if hashes.key(path) != file:", "if False:"),
         (
             "dials of the two concepts swapped",
             '{"content": self.content_strength, "style": self.style_strength}[concept]',

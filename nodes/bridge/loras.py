@@ -83,8 +83,9 @@ def lora_path(name: str) -> str:
 
 
 def fingerprint(name: str) -> hashes.Version:
-    """Changes when the file does. Raises LoRAFileError where there is none."""
-    return hashes.version(lora_path(name))
+    """Changes when the file does, and not where it only has new rights, a link or its old name again. Raises
+    LoRAFileError where there is none."""
+    return hashes.HASHES.version(lora_path(name))
 
 
 def check(name: str) -> str | None:
@@ -168,12 +169,12 @@ def _check_strengths(content: float, style: float) -> None:
 
 def load(name: str, strength: float) -> LoRASource:
     """Read one file, and its hash in the same pass where it is not known. Raises LoRAFileError."""
-    path, version = lora_path(name), fingerprint(name)
-    file = hashes.key(path)
+    path = lora_path(name)
+    file, version = hashes.key(path), fingerprint(name)
     known = hashes.HASHES.known(file)
     digest = hashlib.sha256() if known is None else None
     tensors = read_lora_file(path, digest)
-    if fingerprint(name) != version:
+    if hashes.key(path) != file:
         raise LoRAFileError(f"'{shown(name, 255)}' has changed while it was read; queue again")
     if digest is not None:
         known = digest.hexdigest()
