@@ -10,6 +10,8 @@ import comfy.lora
 import comfy.utils
 from torch import Tensor
 
+from .bare import bare
+
 # Prefixes that diffusers and peft put before a module's diffusers name. On SDXL the host maps the
 # `processor` names only, so files of the diffusers DreamBooth scripts and of B-LoRA load as nothing.
 _DIFFUSERS_PREFIXES = ("", "unet.", "unet.unet.", "base_model.model.", "unet.base_model.model.")
@@ -45,7 +47,7 @@ def unet_keys(model) -> tuple[Names, Names]:
 
     model: the host's BaseModel. (The host's own map, every other diffusers name under every peft prefix).
     """
-    hosts, more = comfy.lora.model_lora_keys_unet(model, {}), {}
+    hosts, more = comfy.lora.model_lora_keys_unet(bare(model), {}), {}
     for key, target in comfy.utils.unet_to_diffusers(model.model_config.unet_config).items():
         if key.endswith(".weight"):
             for prefix in _DIFFUSERS_PREFIXES:

@@ -25,6 +25,7 @@ from ...ziplora_core.pair import Factors
 from ...ziplora_core.solver import in_range, one_of
 from ...ziplora_core.writing import write_tensors
 from . import fitting, keys, loras, paths, plan, predictor, references
+from .bare import bare
 from .frozen import Injection, blocks
 from .prompts import zeros
 from .runs import Run
@@ -43,6 +44,7 @@ def trained_layers(model, which: str, b_lora: Blocks = B_LORA_BLOCKS) -> dict[st
     this model has none of them.
     """
     one_of("layers", which, LAYERS)
+    bare(model)
     inside = {id(part) for block in blocks(model) for part in block.modules()}
     found = {}
     for path, module in model.named_modules():

@@ -23,6 +23,7 @@ from ...ziplora_core.pair import Factors
 from ...ziplora_core.solver import in_range
 from . import fitting, loras, paths, plan, predictor
 from . import training as bridge
+from .bare import bare
 from .frozen import cast
 from .runs import Run
 
@@ -77,7 +78,7 @@ def check(model, task: Task) -> None:
     bridge.check_pictures("image", [task.picture])
     if len(task.picture) != 1:
         raise ValueError(f"image holds {len(task.picture)} pictures; UnZipLoRA learns from one")
-    if not isinstance(model.diffusion_model, UNetModel):
+    if not isinstance(bare(model).diffusion_model, UNetModel):
         raise ValueError(
             f"this model ({type(model.model_config).__name__}) has no cross-attention with keys and values of its own; "
             "UnZipLoRA needs a U-Net, as SDXL or SD 1.5"
