@@ -287,17 +287,22 @@ def a_hook_before(module, change):
 def test_what_is_put_on_a_module_itself_may_do_what_sampling_allows(pack, place, put, recomputed):
     """With an inference tensor, and in place, on any module: neither needs one of the host's registers."""
     with torch.inference_mode():
-        gain = torch.ones(1)
+        gain = torch.full((1,), 0.5)
 
     def change(value):
-        made = value * gain
-        made.sigmoid().add_(1.0)
-        return made.mul_(gain)
+        made, weighed = value * gain, value.sigmoid()
+        return made.add_(weighed.add_(1.0))
+
+    def plain(value):
+        return value * 0.5 + (value.sigmoid() + 1.0)
 
     patcher = tiny.tiny_patcher()
     sources, before = tiny.sources(pack, patcher.model), forwards(patcher)
+    module = patcher.model.diffusion_model.get_submodule(place)
+    take_off = put(module, plain)
     expected = one_step(pack, patcher, sources, recomputed=recomputed)
-    take_off = put(patcher.model.diffusion_model.get_submodule(place), change)
+    take_off()
+    take_off = put(module, change)
     assert_equal_steps(one_step(pack, patcher, sources, recomputed=recomputed), expected)
     take_off()
     assert forwards(patcher) == before
