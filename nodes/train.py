@@ -135,7 +135,7 @@ class TrainConceptLoRA(io.ComfyNode):
         task = read_task(images, second_images, class_images, **given)
         task.made_by = provenance.workflow(cls.hidden)
         done = training.train_concept(given["model"], given["clip"], given["vae"], task)
-        files = (provenance.written(done.file),)
+        files = (provenance.written(done.file),) if done.file else ()
         return io.NodeOutput(done.lora_model, done.loss_map, done.report, done.file, ui={"files": files})
 
 

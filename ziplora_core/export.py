@@ -78,10 +78,15 @@ def cut(up: Tensor, down: Tensor, rank: int) -> ExportLayer:
 
 def rounded(name: str, layer: ExportLayer, dtype: torch.dtype) -> ExportLayer:
     """A layer in a file's dtype, contiguous. Raises ValueError, with its name, where its numbers do not fit."""
-    up, down = (t.to(dtype).contiguous() for t in (layer.up, layer.down))
-    if not (all_finite(up) and all_finite(down)):
+    return ExportLayer(fitting(name, layer.up, dtype), fitting(name, layer.down, dtype), layer.kept)
+
+
+def fitting(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of any tensor of a layer."""
+    made = tensor.to(dtype).contiguous()
+    if not all_finite(made):
         raise ValueError(f"layer '{name}' holds numbers too large for {dtype}; export as bf16 or fp32")
-    return ExportLayer(up, down, layer.kept)
+    return made
 
 
 def kohya_tensors(layers: Mapping[str, ExportLayer]) -> dict[str, Tensor]:

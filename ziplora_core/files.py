@@ -207,13 +207,14 @@ def opened(
         ) from error
 
 
-def check_lora_file(path: str | os.PathLike[str]) -> None:
+def check_lora_file(path: str | os.PathLike[str]) -> list[str]:
     """Refuse early what cannot be a LoRA, from the header alone: a few milliseconds, nothing allocated.
 
-    Raises LoRAFileError for a missing, truncated or non-safetensors file, or one without any LoRA key.
+    Returns the tensors' names. Raises LoRAFileError for a missing, truncated or non-safetensors file, or one without
+    any LoRA key.
     """
-    with _opened_lora(path):
-        pass
+    with _opened_lora(path) as file:
+        return list(file.places)
 
 
 @contextlib.contextmanager

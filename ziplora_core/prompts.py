@@ -6,6 +6,7 @@ model). A prompt that says something to the LoRA makes its gain larger than an e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,9 +34,14 @@ class PromptEffect:
     gain: dict[str, float]
 
     def left(self, prompt: str = OWN) -> float:
-        """(1 − gain) under a prompt over (1 − gain) under the empty one: below one where the prompt wakes the LoRA."""
-        empty = 1 - self.gain[EMPTY]
-        return (1 - self.gain[prompt]) / empty if empty > 0 else 1.0
+        """(1 − gain) under a prompt over (1 − gain) under the empty one: below one where the prompt wakes the LoRA.
+
+        NaN where one of them is not finite.
+        """
+        asked, empty = 1 - self.gain[prompt], 1 - self.gain[EMPTY]
+        if not (math.isfinite(asked) and math.isfinite(empty)):
+            return math.nan
+        return asked / empty if empty > 0 else 1.0
 
     @property
     def fires(self) -> bool:
@@ -102,6 +108,8 @@ def _add(
 
 def _effects(sums: dict[tuple[str, str], Tensor], prompts: Sequence[str]) -> dict[str, PromptEffect]:
     def ratio(above: Tensor, below: Tensor) -> float:
+        if not (above.isfinite() and below.isfinite()):
+            return math.nan
         return (above / below).item() if below > 0 else 0.0
 
     return {

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,14 +66,14 @@ def write(
     coefficients: Coefficients,
     about: SavedZip,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> Path:
     """Write a file atomically: float32 vectors `content.<layer>` and `style.<layer>`. metadata: more of it.
 
-    Raises OSError.
+    Returns where it is, and raises OSError, as `whole_or_not_at_all` does.
     """
     sides = {"content": coefficients.content, "style": coefficients.style}
     tensors = {f"{concept}.{name}": m.float() for concept, side in sides.items() for name, m in side.items()}
-    write_tensors(path, tensors, {**(metadata or {}), _KEY: json.dumps(asdict(about))})
+    return write_tensors(path, tensors, {**(metadata or {}), _KEY: json.dumps(asdict(about))})
 
 
 def read_about(path: str | os.PathLike[str]) -> SavedZip:

@@ -6,10 +6,12 @@ import atexit
 import contextlib
 import errno
 import json
+import logging
 import os
 import secrets
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,35 +23,47 @@ _UNFINISHED = ".ziplora.part"  # ends the name of a file that is being written; 
 _ABANDONED = 3600.0  # seconds
 _FORGOTTEN = 7 * 86400.0  # seconds: an empty one is a name that is reserved, by a training of days perhaps
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_reserved: dict[Path, Path] = {}  # names that this process has, and the unfinished file of each
 _CANNOT_BE_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class _Reserved:
+    """What a reserved name is made of, and the empty file beside it that says so."""
+
+    stem: str
+    number: int
+    ending: str
+    marker: Path
+
+
+_reserved: dict[Path, _Reserved] = {}  # names that this process has
 
 
 def reserve(folder: str | os.PathLike[str], stem: str, number: int, ending: str) -> Path:
     """The first free one of `stem_00001_ending`, `stem_00002_ending`, …, from a number on; nothing is there yet.
 
-    Beside it is an empty unfinished file, which `whole_or_not_at_all` writes to and renames: whoever makes that has the
-    name, on this machine or on another one with the same folder, and no loader lists it, whatever becomes of its
-    writer. Raises OSError where the folder is missing, read-only or full.
+    Beside it is an empty file: whoever makes that has the name, on this machine or on another one with the same folder,
+    until `whole_or_not_at_all` has written there, and no loader lists it, whatever becomes of its writer.
+    Raises OSError where the folder is missing, read-only or full.
     """
     while True:
         path = Path(folder, f"{stem}_{number:05}_{ending}")
-        unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
+        marker = path.with_name(f".{path.name}{_UNFINISHED}")
         with _named(path), contextlib.suppress(FileExistsError):
-            os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             if not os.path.lexists(path):  # looked at after: who has just finished it has the name
-                _reserved[path] = unfinished
+                _reserved[path] = _Reserved(stem, number, ending, marker)
                 return path
-            os.unlink(unfinished)
+            os.unlink(marker)
         number += 1
 
 
 def give_back(path: str | os.PathLike[str]) -> None:
     """Let others have a name that was reserved here; nothing where it has been written to."""
-    unfinished = _reserved.pop(Path(path), None)
-    if unfinished is not None:
+    found = _reserved.pop(Path(path), None)
+    if found is not None:
         with contextlib.suppress(OSError):
-            os.unlink(unfinished)
+            os.unlink(found.marker)
 
 
 @atexit.register
@@ -59,40 +73,98 @@ def _give_all_back() -> None:
         give_back(path)
 
 
+@dataclass
+class Whole:
+    """A file that is being written. path: where it is, once it is whole."""
+
+    path: Path
+    _file: BinaryIO
+
+    def write(self, part: bytes | bytearray | memoryview) -> int:
+        return self._file.write(part)
+
+
 @contextlib.contextmanager
-def whole_or_not_at_all(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file beside `path` to write to; synced and renamed to `path` after the block, unless it raised.
+def whole_or_not_at_all(path: str | os.PathLike[str]) -> Iterator[Whole]:
+    """A file beside `path` to write to; synced, and named `path` after the block, unless it raised.
+
+    It replaces what is there, except under a name that was reserved: a file that somebody who reserves nothing has put
+    there meanwhile stays, and this one has the next free number (`Whole.path`), which the log says.
 
     Raises OSError where the folder is missing, read-only or full; nothing is left behind then, and a reserved name
     stays reserved. What a process that was killed has left there is cleared away.
     """
     path = Path(path)
-    reserved = _reserved.get(path)
-    temporary = reserved or path.with_name(f".{path.name}.{secrets.token_hex(6)}{_UNFINISHED}")
-    fresh = os.O_EXCL if reserved is None else os.O_TRUNC
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_UNFINISHED}")
     with _named(path):
         # Made with the permissions of any new file: the mask need not be asked for, which only setting it does.
-        handle = os.open(temporary, os.O_CREAT | fresh | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
         try:
             with open(handle, "wb") as file:
                 os.utime(temporary)  # now, by the clock of the folder's file system
                 _clear(path.parent, os.fstat(handle).st_mtime)
-                yield file
+                whole = Whole(path, file)
+                yield whole
                 file.flush()
                 os.fsync(handle)
-            os.replace(temporary, path)
-            _reserved.pop(path, None)
+            if path in _reserved:
+                whole.path = _under_a_free_name(temporary, path)
+                give_back(path)
+            else:
+                os.replace(temporary, path)
             _sync(path.parent)
         finally:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary) if reserved is None else os.truncate(temporary, 0)
+                os.unlink(temporary)
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _under_a_free_name(temporary: Path, path: Path) -> Path:
+    """A finished file under its reserved name, or the next number where that is another file's by now."""
+    tried = path
+    try:
+        while True:
+            try:
+                _name_anew(temporary, tried)
+            except FileExistsError:
+                name, taken = _reserved[tried], tried
+                tried = reserve(path.parent, name.stem, name.number + 1, name.ending)
+                if taken != path:  # which stays reserved until this is done: it may be tried again
+                    give_back(taken)
+                logging.warning(
+                    "ZipLoRA: another program has written '%s' meanwhile, which stays; this file is '%s'.",
+                    taken.name,
+                    tried.name,
+                )
+            else:
+                return tried
+    finally:
+        if tried != path:
+            give_back(tried)
+
+
+def _name_anew(temporary: Path, path: Path) -> None:
+    """Raises FileExistsError where the name is taken; whoever has it keeps it."""
+    if os.name == "nt":  # where renaming itself refuses
+        os.rename(temporary, path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # of a file system without links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(path)
+            raise
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     """Write a safetensors file, whole or not at all, one tensor after the other and without a copy of them all.
 
     (The library's own writer uses names of its own, which nobody clears away, or needs the memory twice.)
-    Raises OSError as `whole_or_not_at_all` does.
+    Returns where it is, and raises OSError, as `whole_or_not_at_all` does.
     """
     with whole_or_not_at_all(path) as file:
         order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # each at a multiple of its size
@@ -107,6 +179,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
         file.write(struct.pack("<Q", len(header)) + header)
         for key in order:
             file.write(bytes_of(tensors[key].detach().cpu().contiguous()))
+    return file.path
 
 
 @contextlib.contextmanager

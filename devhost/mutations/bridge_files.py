@@ -20,6 +20,7 @@ MUTANTS = [
             "dialled = replace(source, strength=zipped.strength(concept))",
             "dialled = source",
         ),
+        ("bias differences may overflow", "export.fitting(name, t, dtype)", "t.to(dtype)"),
         ("of two bias differences one is kept", "tensors[name] + scaled if name in tensors else scaled", "scaled"),
         ("alpha in the metadata is one", '"ss_network_alpha": rank', '"ss_network_alpha": "1"'),
         ("the base model under the host's name for it", "_KOHYA_BASES.get(family, family)", "family"),
@@ -51,7 +52,7 @@ MUTANTS = [
     *faults(
         "nodes/bridge/saved.py",
         FILES,
-        ("a file that has changed since is bound", "if loras.fingerprint(source.name) != source.version:", "if False:"),
+        ("a file that has changed since is bound", "if not same and hashes", "if False and hashes"),
         (
             "a file that changes while a pair is loaded goes unnoticed",
             "if bound(source).sha256 != wanted.sha256:",

@@ -97,7 +97,7 @@ MUTANTS = [
             "LoRASources(load(content, content_strength), load(style, style_strength)",
             "LoRASources(load(content, style_strength), load(style, content_strength)",
         ),
-        ("a file that changes while it is read is taken", "if fingerprint(name) != version:", "if False:"),
+        ("a file that changes while it is read is taken", "if hashes.key(path) != file:", "if False:"),
         (
             "dials of the two concepts swapped",
             '{"content": self.content_strength, "style": self.style_strength}[concept]',
@@ -113,6 +113,23 @@ MUTANTS = [
             '("content", content, style_strength), ("style", style, content_strength)',
         ),
         ("LoRAs of other nodes are taken unchecked", "check_tensors(name, tensors)", "pass"),
+        (
+            "one LoRA on both sockets is zipped",
+            "    sources = LoRASources(*made)\n    if _hold_the_same(sources):",
+            "    sources = LoRASources(*made)\n    if False:",
+        ),
+        ("float8 is compared as it is", "if one.element_size() == 1:", "if one.element_size() == 0:"),
+        (
+            "a file for the text encoder alone is let through when queued",
+            "255))) if alone else",
+            "255))) if False else",
+        ),
+    ),
+    *faults(
+        "nodes/bridge/hashes.py",
+        PAIRS,
+        ("files without numbers are one file", "if here.st_ino and there.st_ino:", "if True:"),
+        ("links without numbers are two files", "os.path.normcase(os.path.realpath(path))", "path"),
     ),
     *faults(
         "nodes/bridge/shapes.py",

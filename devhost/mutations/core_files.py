@@ -6,6 +6,7 @@ from . import faults
 
 FILES = ("tests/core/test_files.py", "tests/core/test_file_numbers.py")
 SAVED = ("tests/core/test_file_numbers.py",)
+WRITING = ("tests/core/test_writing.py",)
 
 MUTANTS = [
     *faults(
@@ -77,5 +78,35 @@ MUTANTS = [
         ("dials NaN accepted", " and all(map(math.isfinite, self.dials))", ""),
         ("numbers in half precision", "m.float() for concept, side", "m.half() for concept, side"),
         ("numbers as they come", "m.float() for concept, side", "m for concept, side"),
+    ),
+    *faults(
+        "ziplora_core/writing.py",
+        WRITING,
+        ("a file that came under a reserved name is lost", "if path in _reserved:", "if False:"),
+        (
+            "a name that was written to stays reserved",
+            "                give_back(path)\n            else:",
+            "            else:",
+        ),
+        ("the number after the next is taken", "name.number + 1", "name.number + 2"),
+        ("a reserved name is lost by a first try", "if taken != path:", "if True:"),
+        (
+            "two have one name",
+            "os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))",
+            "os.close(os.open(marker, os.O_CREAT | os.O_WRONLY, 0o666))",
+        ),
+        (
+            "without links another's file is replaced",
+            "os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))",
+            "os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o666))",
+        ),
+        (
+            "an empty file is left where one cannot be renamed",
+            "            os.unlink(path)\n            raise",
+            "            raise",
+        ),
+        ("a file is not synced", "                os.fsync(handle)\n            if", "            if"),
+        ("its name is not synced", "            _sync(path.parent)\n", ""),
+        ("what was abandoned stays", "_clear(path.parent, os.fstat(handle).st_mtime)", "pass"),
     ),
 ]

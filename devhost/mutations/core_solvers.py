@@ -171,4 +171,18 @@ MUTANTS = [
         ("no steps are solved", "if settings.steps == 0:", "if settings.steps < 0:"),
         ("layer-wise is followed by the gradient", 'if settings.solver == "layerwise":', "if False:"),
     ),
+    *faults(
+        "ziplora_core/prompts.py",
+        ("tests/core/test_prompts.py",),
+        ("an error that is no number is none", "if not (above.isfinite() and below.isfinite()):", "if False:"),
+        ("a gain that is not finite wakes", "if not (math.isfinite(asked) and math.isfinite(empty)):", "if False:"),
+        (
+            "rows of the two concepts swapped",
+            '(("content", ~batch.is_style), ("style", batch.is_style))',
+            '(("content", batch.is_style), ("style", ~batch.is_style))',
+        ),
+        ("every prompt is the own one", "asked = replace(batch, prompt=prompt)", "asked = batch"),
+        ("a LoRA is compared with itself", "joined.student(bare)", "joined.teacher(batch.is_style)"),
+        ("another prompt is tried where none need be", "if not all(effect.fires for", "if any(effect.fires for"),
+    ),
 ]

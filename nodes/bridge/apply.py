@@ -15,6 +15,7 @@ from ...ziplora_core.pair import LayerPair
 from ...ziplora_core.solver import in_range
 from . import fitting, text_encoders
 from .bar import tell
+from .bare import bare
 from .loras import LoRASource, ZippedLoRA
 from .shapes import fits
 
@@ -79,6 +80,7 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     if strength == 0:
         return model, clip
     names = f"'{zipped.sources.content.title}' + '{zipped.sources.style.title}'"
+    bare(model.model)  # the host takes a patch for what it finds under its name
     model = model.clone()
     patches = {
         name: _adapter(layer, zipped.coefficients.content.get(name), zipped.coefficients.style.get(name))

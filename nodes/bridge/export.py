@@ -148,7 +148,7 @@ _TE_WORDS = {
 
 
 def rider_tensors(zipped: loras.ZippedLoRA, dtype: torch.dtype, report: list[str]) -> dict[str, Tensor]:
-    """Bias and norm differences of both files at their strengths, added up."""
+    """Bias and norm differences of both files at their strengths, added up. Raises ValueError where they do not fit."""
     tensors: dict[str, Tensor] = {}
     for concept, riders in zipped.fitted.riders.items():
         for key, (kind, (values, *_)) in riders.items():
@@ -158,7 +158,7 @@ def rider_tensors(zipped: loras.ZippedLoRA, dtype: torch.dtype, report: list[str
             name = zipped.fitted.names.kohya(key) + (".diff_b" if key.endswith(".bias") else ".diff")
             scaled = zipped.strength(concept) * values.float()
             tensors[name] = tensors[name] + scaled if name in tensors else scaled
-    return {name: t.to(dtype) for name, t in tensors.items()}
+    return {name: export.fitting(name, t, dtype) for name, t in tensors.items()}
 
 
 def _metadata(zipped: loras.ZippedLoRA, layers, report: list[str]) -> dict[str, str]:
@@ -201,6 +201,6 @@ def export_file(
     """Write the file below the output folder; (LORA_MODEL, report, the file's name). made_by: more metadata."""
     exported = export_tensors(zipped, rank, dtype, form)
     path = paths.reserve(prefix, folder_paths.get_output_directory(), ".safetensors")
-    write_tensors(path, exported.tensors, {**exported.metadata, **(made_by or {})})
-    name = os.path.relpath(path, folder_paths.get_output_directory())
+    written = write_tensors(path, exported.tensors, {**exported.metadata, **(made_by or {})})
+    name = os.path.relpath(written, folder_paths.get_output_directory())
     return exported.lora_model, "  \n".join([f"written: {name}", *exported.report]), name

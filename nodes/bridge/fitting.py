@@ -18,7 +18,7 @@ from ...ziplora_core.files import LoRAFileError, all_finite, shown
 from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
 from . import keys
 from .frozen import dequantised
-from .loras import LoRASource, LoRASources
+from .loras import LoRASource, LoRASources, text_encoder_alone
 from .shapes import SCALES, fits
 
 
@@ -245,6 +245,8 @@ def fit_one(source: LoRASource, model) -> Fitting:
 
 def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[str]:
     unused = [k for k in source.tensors if not keys.is_text_encoder(k) and keys.layer_name(k) not in names]
+    if source.tensors and keys.is_text_encoder_alone(source.tensors):
+        raise text_encoder_alone(source.title)
     if not fitting.factors:
         example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))
         raise LoRAFileError(

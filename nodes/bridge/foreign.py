@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .replaced import is_replaced
+
 # Wrappers that would do harm while a model is run for its gradient, by the key under which they are registered.
 _LEFT_OUT = {
     "easycache": "EasyCache answers passes from what it remembers of others",
@@ -53,14 +55,20 @@ def _say_left_out(reason: str) -> None:
 
 
 def is_patched(patcher, model_options: dict) -> bool:
-    """Whether anything but the host's own code may run in a pass. patcher: ModelPatcher, as loaded."""
+    """Whether anything but the host's own code may run in a pass. patcher: ModelPatcher, as loaded, without our own."""
     options = model_options.get("transformer_options", {})
     return bool(
         any(options.get(kind) for kind in ("patches", "patches_replace", "wrappers"))
         or model_options.get("model_function_wrapper")
         or getattr(patcher, "injections", None)
         or any(name.startswith("diffusion_model") for name in getattr(patcher, "object_patches", ()))
+        or any(map(_has_other_code, patcher.model.diffusion_model.modules()))
     )
+
+
+def _has_other_code(module: torch.nn.Module) -> bool:
+    """Whether something was put on the module itself, beside the host's registers."""
+    return is_replaced(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,8 @@ _SETTLED = 3.0  # seconds: a younger file may change again without another time,
 
 class Version(NamedTuple):
     """Other numbers are another version of a file. `cp -p` of another one keeps size and modification time, and gives
-    a new time of change. Times are in nanoseconds."""
+    a new time of change; so do `chmod`, a link and a new name, which `Hashes.version` tells from it. Times are in
+    nanoseconds."""
 
     path: str
     size: int
@@ -49,9 +50,28 @@ def _looked_at(path: str) -> os.stat_result:
     except FileNotFoundError as error:
         raise LoRAFileError(f"'{shown(os.path.basename(path), 255)}' is missing; choose another file") from error
     except (OSError, ValueError) as error:
-        raise LoRAFileError(
-            f"'{shown(os.path.basename(path), 255)}' cannot be read ({shown(str(error))}); see that its disk is there"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> LoRAFileError:
+    return LoRAFileError(
+        f"'{shown(os.path.basename(path), 255)}' cannot be read ({shown(str(error))}); see that its disk is there"
+    )
+
+
+def is_one_file(one: str, other: str) -> bool:
+    """Whether two paths lead to one file. Raises LoRAFileError where one leads to none.
+
+    Some disks number no files, or give all the number 0, as cloud storage on Windows does: there the paths tell.
+    """
+    here, there = _looked_at(one), _looked_at(other)
+    if here.st_ino and there.st_ino:
+        return os.path.samestat(here, there)
+    return _resolved(one) == _resolved(other)
+
+
+def _resolved(path: str) -> str:
+    return os.path.normcase(os.path.realpath(path))
 
 
 def version(path: str) -> Version:
@@ -87,6 +107,30 @@ class Hashes:
             if key(path) == before:
                 self.remember(before, found)
         return found
+
+    def checked(self, path: str) -> str:
+        """The same; raises LoRAFileError also where the file cannot be read."""
+        try:
+            return self.of(path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+    def version(self, path: str) -> Version:
+        """Of a file as it is now, the same for the same bytes at the same size and modification time.
+
+        From its entry in the file system alone; read is a file of which a version is known that differs in nothing but
+        its time of change, or its number. Raises LoRAFileError.
+        """
+        now = key(path)
+        alike = self._alike(now)
+        digest = alike.get(now) or (self.checked(path) if alike else None)
+        return Version(*now[:3], min([now.changed, *(k.changed for k, known in alike.items() if known == digest)]))
+
+    def _alike(self, file: Key) -> dict[Key, str]:
+        with self._lock:
+            if self._known is None:
+                self._known = self._read()
+            return {known: digest for known, digest in self._known.items() if known[:3] == file[:3]}
 
     def known(self, file: Key) -> str | None:
         with self._lock:

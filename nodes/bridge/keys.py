@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import comfy.lora
 import comfy.utils
 from torch import Tensor
+
+from .bare import bare
 
 # Prefixes that diffusers and peft put before a module's diffusers name. On SDXL the host maps the
 # `processor` names only, so files of the diffusers DreamBooth scripts and of B-LoRA load as nothing.
@@ -32,6 +34,11 @@ def is_text_encoder(key: str) -> bool:
     return _TEXT_ENCODER.match(key) is not None
 
 
+def is_text_encoder_alone(names: Iterable[str]) -> bool:
+    """Whether a LoRA file with these tensors changes no layer of a model."""
+    return all(map(is_text_encoder, names))
+
+
 Names = dict[str, str | tuple]
 
 
@@ -40,7 +47,7 @@ def unet_keys(model) -> tuple[Names, Names]:
 
     model: the host's BaseModel. (The host's own map, every other diffusers name under every peft prefix).
     """
-    hosts, more = comfy.lora.model_lora_keys_unet(model, {}), {}
+    hosts, more = comfy.lora.model_lora_keys_unet(bare(model), {}), {}
     for key, target in comfy.utils.unet_to_diffusers(model.model_config.unet_config).items():
         if key.endswith(".weight"):
             for prefix in _DIFFUSERS_PREFIXES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.files import LoRAFileError, check_lora_file, check_tensors, read_lora_file, shown
 from ...ziplora_core.solver import in_range
-from . import hashes
+from . import hashes, keys
 
 if TYPE_CHECKING:
     from .fitting import FittedPair
@@ -84,17 +83,25 @@ def lora_path(name: str) -> str:
 
 
 def fingerprint(name: str) -> hashes.Version:
-    """Changes when the file does. Raises LoRAFileError where there is none."""
-    return hashes.version(lora_path(name))
+    """Changes when the file does, and not where it only has new rights, a link or its old name again. Raises
+    LoRAFileError where there is none."""
+    return hashes.HASHES.version(lora_path(name))
 
 
 def check(name: str) -> str | None:
     """One sentence on why this file cannot be used, or None. Reads its header alone: the server waits meanwhile."""
     try:
-        check_lora_file(lora_path(name))
+        alone = keys.is_text_encoder_alone(check_lora_file(lora_path(name)))
     except LoRAFileError as error:
         return str(error)
-    return None
+    return str(text_encoder_alone(shown(name, 255))) if alone else None
+
+
+def text_encoder_alone(title: str) -> LoRAFileError:
+    return LoRAFileError(
+        f"'{title}' changes the text encoder alone, so there is nothing to zip; choose a LoRA that changes the model "
+        "here, and use ComfyUI's Load LoRA for this one"
+    )
 
 
 def load_pair(content: str, style: str, content_strength: float, style_strength: float) -> LoRASources:
@@ -102,15 +109,14 @@ def load_pair(content: str, style: str, content_strength: float, style_strength:
     _check_strengths(content_strength, style_strength)
     refuse_one_file(content, style)
     sources = LoRASources(load(content, content_strength), load(style, style_strength))
-    one, other = sources.content.tensors, sources.style.tensors
-    if one.keys() == other.keys() and all(_same(tensor, other[key]) for key, tensor in one.items()):
+    if _hold_the_same(sources):
         raise _same_file(content, style)
     return sources
 
 
 def refuse_one_file(content: str, style: str) -> None:
     """Raises LoRAFileError where both names lead to one file, or one to none. Reads nothing."""
-    if os.path.samefile(lora_path(content), lora_path(style)):
+    if hashes.is_one_file(lora_path(content), lora_path(style)):
         raise _same_file(content, style)
 
 
@@ -123,21 +129,37 @@ def _same_file(content: str, style: str) -> LoRAFileError:
     )
 
 
+def _hold_the_same(sources: LoRASources) -> bool:
+    one, other = sources.content.tensors, sources.style.tensors
+    return one.keys() == other.keys() and all(_same(tensor, other[key]) for key, tensor in one.items())
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.element_size() == 1:  # torch compares no float8 with itself
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    return torch.equal(one, other.to(one.device))
 
 
 def pair(content: dict, style: dict, content_strength: float, style_strength: float) -> LoRASources:
-    """Two LORA_MODELs of other nodes. Raises LoRAFileError for what is no LoRA, ValueError for a strength."""
-    sources = []
+    """Two LORA_MODELs of other nodes. Raises LoRAFileError for what is no LoRA and where both are the same, ValueError
+    for a strength."""
+    made = []
     _check_strengths(content_strength, style_strength)
     for concept, tensors, strength in (("content", content, content_strength), ("style", style, style_strength)):
         name = f"{concept}_lora"
         if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
             raise LoRAFileError(f"{name} holds no LoRA; connect Train Concept LoRA, or a node like it")
         check_tensors(name, tensors)
-        sources.append(LoRASource(name, dict(tensors), strength))
-    return LoRASources(*sources)
+        made.append(LoRASource(name, dict(tensors), strength))
+    sources = LoRASources(*made)
+    if _hold_the_same(sources):
+        raise LoRAFileError(
+            "content_lora and style_lora hold the same LoRA, so there is nothing to zip; connect the subject's LoRA to "
+            "content_lora and the style's to style_lora"
+        )
+    return sources
 
 
 def _check_strengths(content: float, style: float) -> None:
@@ -147,12 +169,12 @@ def _check_strengths(content: float, style: float) -> None:
 
 def load(name: str, strength: float) -> LoRASource:
     """Read one file, and its hash in the same pass where it is not known. Raises LoRAFileError."""
-    path, version = lora_path(name), fingerprint(name)
-    file = hashes.key(path)
+    path = lora_path(name)
+    file, version = hashes.key(path), fingerprint(name)
     known = hashes.HASHES.known(file)
     digest = hashlib.sha256() if known is None else None
     tensors = read_lora_file(path, digest)
-    if fingerprint(name) != version:
+    if hashes.key(path) != file:
         raise LoRAFileError(f"'{shown(name, 255)}' has changed while it was read; queue again")
     if digest is not None:
         known = digest.hexdigest()

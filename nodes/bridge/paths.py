@@ -71,4 +71,4 @@ def write_output(prefix: str, suffix: str, text: str) -> str:
     path = reserve(prefix, folder, suffix)
     with whole_or_not_at_all(path) as file:
         file.write(text.encode(errors="backslashreplace"))
-    return os.path.relpath(path, folder)
+    return os.path.relpath(file.path, folder)

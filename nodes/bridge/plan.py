@@ -26,6 +26,7 @@ from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
 from ...ziplora_core.solver import Batch, References, Settings
 from ...ziplora_core.training import TrainedLoRA
 from . import predictor
+from .bare import bare
 from .frozen import Injection, blocks, with_gradient
 
 _GB = 1e9
@@ -156,7 +157,7 @@ class _Predictor(predictor.HostPredictor):
 def _fill(empty: torch.nn.Module, model: torch.nn.Module) -> None:
     """Parameters of a BaseModel in its copy without memory, where the host makes them only as it loads a file: of
     quantised layers, and of all linear ones where it pages weights."""
-    for path, module in model.named_modules():
+    for path, module in bare(model).named_modules():
         twin = empty.get_submodule(path)
         for name, parameter in module.named_parameters(recurse=False):
             if getattr(twin, name, None) is None:

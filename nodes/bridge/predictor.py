@@ -147,7 +147,6 @@ class Network:
         self._injection = injection
         self._model_options = model_options
         self._device = guider.model_patcher.load_device
-        injection.is_patched = is_patched(guider.model_patcher, model_options)
         self._sigmas = self._model.model_sampling.sigmas.to(self._device).clone()
         self.timesteps = len(self._sigmas)
         self.loss_scale = _HALF_PRECISION_LOSS_SCALE if compute_dtype(self._model) == torch.float16 else 1.0
@@ -298,6 +297,7 @@ def with_network(
     leave_out(patcher)
 
     def prepared(guider, model_options: dict) -> None:
+        injection.is_patched = is_patched(guider.model_patcher, model_options)  # before our own forwards are on it
         with (
             injection.injected(guider.inner_model),
             _renewed(injection, patcher),

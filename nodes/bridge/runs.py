@@ -18,12 +18,14 @@ from .progress import TrainingProgress
 class Run:
     """Where memory runs out, the next try goes on from the last step of the one before.
 
-    first: steps that were done before the run. history: the steps of the run, over all tries.
+    first: steps that were done before the run. history: the steps of the run, over all tries. unwritten: why what was
+    learned is not on disk at the end; None where it is.
     """
 
     def __init__(self, first: int):
         self.first = first
         self.history: list[training.Step] = []
+        self.unwritten: str | None = None
         self._standing: Standing | None = None
 
     @property
@@ -63,7 +65,8 @@ class Run:
 
         task: one with `settings`, `sample_every` and `save_every`. write: of the number of steps done, returns which
         file has how many; called on the way, at the end, and where a try ends early, if it can be done: what ended it
-        is the error to be seen.
+        is the error to be seen. A disk that takes no file ends no run: it is tried again at the next time of writing,
+        twice at the end.
         """
         settings = task.settings
         adam = torch.optim.Adam(trained.groups(settings.learning_rate))
@@ -76,7 +79,7 @@ class Run:
             if task.sample_every and done % task.sample_every == 0:
                 progress.sample = sample()
             if task.save_every and done % task.save_every == 0 and done < settings.steps:
-                write(done)
+                _written(write, done)
             progress.step(step)
 
         try:
@@ -87,7 +90,17 @@ class Run:
                 if plan.is_out_of_memory(error):
                     self._leave(trained, adam)
             raise
-        write(settings.steps)
+        self.unwritten = _written(write, settings.steps) and _written(write, settings.steps)
+
+
+def _written(write: Callable[[int], str], steps: int) -> str | None:
+    """None, or why the disk took no file."""
+    try:
+        write(steps)
+    except OSError as error:
+        logging.warning("ZipLoRA: what was learned in %d steps could not be written: %s", steps, error)
+        return str(getattr(error.__cause__, "strerror", None) or error)
+    return None
 
 
 def _rescue(write: Callable[[int], str], steps: int) -> None:

@@ -28,13 +28,14 @@ def register_folder() -> None:
 
 
 def bound(source: loras.LoRASource) -> saved.SavedLoRA:
-    """A LoRA file by name and hash. Raises LoRAFileError where it has changed since it was read."""
+    """A LoRA file by name and hash. Raises LoRAFileError where it holds other bytes than when it was read."""
     if source.version is None or source.sha256 is None:
         raise LoRAFileError(
             f"{source.title} comes from another node, not from a file that the coefficients could be bound to; load "
             "its file with Load LoRA Pair and zip again, or use Export Merged LoRA"
         )
-    if loras.fingerprint(source.name) != source.version:
+    same = loras.fingerprint(source.name) == source.version
+    if not same and hashes.HASHES.checked(loras.lora_path(source.name)) != source.sha256:
         raise LoRAFileError(f"'{source.title}' has changed since it was loaded; queue again, then save")
     return saved.SavedLoRA(source.name, source.sha256, source.version.size, source.strength)
 
@@ -63,8 +64,7 @@ def save(zipped: loras.ZippedLoRA, prefix: str, made_by: dict[str, str] | None =
     )
     folder = os.path.join(folder_paths.get_output_directory(), FOLDER)
     path = paths.reserve(prefix, folder, ".safetensors")
-    saved.write(path, zipped.coefficients, about, made_by)
-    return os.path.relpath(path, folder)
+    return os.path.relpath(saved.write(path, zipped.coefficients, about, made_by), folder)
 
 
 def _of_its_size(wanted: saved.SavedLoRA) -> Iterator[str]:
@@ -75,7 +75,7 @@ def _of_its_size(wanted: saved.SavedLoRA) -> Iterator[str]:
     names = folder_paths.get_filename_list("loras")
     for name in [wanted.name, *(n for n in names if n != wanted.name)]:
         with suppress(LoRAFileError):
-            if loras.fingerprint(name).size == wanted.size:
+            if hashes.version(loras.lora_path(name)).size == wanted.size:
                 yield name
 
 

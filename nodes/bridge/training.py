@@ -25,6 +25,7 @@ from ...ziplora_core.pair import Factors
 from ...ziplora_core.solver import in_range, one_of
 from ...ziplora_core.writing import write_tensors
 from . import fitting, keys, loras, paths, plan, predictor, references
+from .bare import bare
 from .frozen import Injection, blocks
 from .prompts import zeros
 from .runs import Run
@@ -43,6 +44,7 @@ def trained_layers(model, which: str, b_lora: Blocks = B_LORA_BLOCKS) -> dict[st
     this model has none of them.
     """
     one_of("layers", which, LAYERS)
+    bare(model)
     inside = {id(part) for block in blocks(model) for part in block.modules()}
     found = {}
     for path, module in model.named_modules():
@@ -250,7 +252,7 @@ class Denoiser(predictor.Network):
 
 @dataclass
 class Trained:
-    """lora_model: for the host's LORA_MODEL socket. file: below the output folder."""
+    """lora_model: for the host's LORA_MODEL socket. file: below the output folder; "" where the disk took none."""
 
     lora_model: dict[str, Tensor]
     loss_map: dict[str, list[float]]
@@ -332,13 +334,16 @@ def lora_tensors(model, factors: dict[str, Factors], dtype: torch.dtype = torch.
 
 
 class File:
-    """One LoRA file of a run, written again and again, whole or not at all. Its name is chosen once.
+    """One LoRA file of a run, written again and again, whole or not at all. Its name is chosen once; where another
+    program has it by the first time that this is written, it is the next one.
 
-    steps: how many the file has; it is never replaced by one with fewer.
+    steps: how many the file has; it is never replaced by one with fewer. tensors: what was to be written last, also
+    where the disk did not take it.
     """
 
     def __init__(self, model, prefix: str, about: dict[str, str]):
         self.model, self.about, self.steps = model, about, 0
+        self.tensors: dict[str, Tensor] = {}
         self.path = paths.reserve(prefix, folder_paths.get_output_directory(), ".safetensors")
 
     @property
@@ -355,11 +360,11 @@ class File:
                 return name if found and os.path.realpath(found) == own else None
         return None
 
-    def write(self, factors: dict[str, Factors], steps: int) -> dict[str, Tensor]:
-        """The tensors, which go into the file unless a try before has left more steps there."""
-        tensors = lora_tensors(self.model, factors)
+    def write(self, factors: dict[str, Factors], steps: int) -> None:
+        """Unless a try before has left more steps there. Raises OSError, and ValueError where numbers do not fit."""
+        self.tensors = lora_tensors(self.model, factors)
         if steps < self.steps:
-            return tensors
+            return
         rank = str(next(iter(factors.values())).rank)
         metadata = {
             "ss_network_module": "networks.lora",
@@ -368,12 +373,18 @@ class File:
             "ss_steps": str(steps),
             **self.about,
         }
-        write_tensors(self.path, tensors, metadata)
+        self.path = str(write_tensors(self.path, self.tensors, metadata))
         self.steps = steps
-        return tensors
 
     def said(self) -> str:
         return f"{self.name} ({self.steps} steps)"
+
+    def line(self, steps: int, unwritten: str | None) -> str:
+        """Of a report, after so many steps. unwritten: why a file could not be written with them."""
+        if self.steps >= steps:
+            return f"written: {self.name}"
+        line = f"{self.name} could not be written: {unwritten}; save what was learned from this node's output"
+        return f"{line} (the file has {self.steps} steps)" if self.steps else line
 
 
 def steps_done(name: str) -> int:
@@ -405,7 +416,8 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
     """One LoRA from one concept's pictures, or two concepts' (joint training).
 
     model: ModelPatcher, unchanged. Every check comes before anything is loaded. What is trained so far is in the file
-    whenever the run ends, also by an interrupt or an error. Raises ValueError (LoRAFileError for a file) or
+    whenever the run ends, also by an interrupt or an error; where the disk takes none, the LoRA is returned all the
+    same, and the report says so. Raises ValueError (LoRAFileError for a file) or
     FloatingPointError, and the host's own exception where memory runs out twice.
     """
     check(task)
@@ -419,7 +431,6 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
     file = File(model, task.prefix, about)
     made = prepare(model, clip, vae, task)
     training_run = Run(first)
-    saved: dict[str, Tensor] = {}
     began = time.monotonic()
 
     def work(denoiser: Denoiser, pictures: training.Pictures, device: torch.device) -> None:
@@ -428,7 +439,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
             trained.load(start)
 
         def write(steps: int) -> str:
-            saved.update(file.write(trained.factors(), steps))
+            file.write(trained.factors(), steps)
             return file.said()
 
         def sample() -> Image.Image:
@@ -438,8 +449,13 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
 
     planned = run(model, made, shapes, settings, work)
     seconds = time.monotonic() - began
-    report = [f"written: {file.name}", *_lines(task, made, shapes, training_run.history, seconds), planned.line()]
-    return Trained(saved, training_run.loss_map(), "  \n".join(report), file.name)
+    report = [
+        file.line(settings.steps, training_run.unwritten),
+        *_lines(task, made, shapes, training_run.history, seconds),
+        planned.line(),
+    ]
+    name = file.name if file.steps else ""
+    return Trained(file.tensors, training_run.loss_map(), "  \n".join(report), name)
 
 
 def _lines(task: Task, made: Prepared, shapes: dict, history: Sequence[training.Step], seconds: float) -> list[str]:

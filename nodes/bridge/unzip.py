@@ -23,6 +23,7 @@ from ...ziplora_core.pair import Factors
 from ...ziplora_core.solver import in_range
 from . import fitting, loras, paths, plan, predictor
 from . import training as bridge
+from .bare import bare
 from .frozen import cast
 from .runs import Run
 
@@ -77,7 +78,7 @@ def check(model, task: Task) -> None:
     bridge.check_pictures("image", [task.picture])
     if len(task.picture) != 1:
         raise ValueError(f"image holds {len(task.picture)} pictures; UnZipLoRA learns from one")
-    if not isinstance(model.diffusion_model, UNetModel):
+    if not isinstance(bare(model).diffusion_model, UNetModel):
         raise ValueError(
             f"this model ({type(model.model_config).__name__}) has no cross-attention with keys and values of its own; "
             "UnZipLoRA needs a U-Net, as SDXL or SD 1.5"
@@ -148,7 +149,8 @@ def owners(layers: Collection[str], blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[s
 
 @paths.names_given_back()
 def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
-    """model: ModelPatcher, unchanged. Raises as `training.train_concept`; both LoRAs are on disk whenever it ends."""
+    """model: ModelPatcher, unchanged. Raises as `training.train_concept`; both LoRAs are on disk whenever it ends, and
+    where the disk takes none they are returned all the same, which the report says."""
     check(model.model, task)
     settings = task.settings
     shapes = bridge.trained_layers(model.model, "attention")
@@ -183,8 +185,8 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
             trained.load(start)
 
         def write(steps: int) -> str:
-            halves = _halves(trained).items()
-            kept.update(tensors={c: files[c].write(f, steps) for c, f in halves}, unzip=trained)
+            kept["unzip"] = trained
+            _write(files, _halves(trained), steps)
             return " and ".join(file.said() for file in files.values())
 
         def sample() -> Image.Image:
@@ -194,16 +196,17 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
 
     planned = bridge.run(model, made, shapes, settings, work, loras_at_once=2)
     seconds, history = time.monotonic() - began, training_run.history
-    sources = loras.LoRASources(*(_source(files[c], kept["tensors"][c]) for c in unzip.CONCEPTS))
+    sources = loras.LoRASources(*(_source(files[c], settings.steps) for c in unzip.CONCEPTS))
     fitted = fitting.fit(sources, model.model)
     learned = kept["unzip"].coefficients()
-    report = "  \n".join(_report(task, files, kept["unzip"], history, seconds, planned))
+    written = [file.line(settings.steps, training_run.unwritten) for file in files.values()]
+    report = "  \n".join([*written, *_report(task, kept["unzip"], history, seconds, planned)])
     about = {"settings": repr(settings), "prompts": task.prompts}
     zipped = loras.ZippedLoRA(sources, fitted, learned, report=report, method="UnZipLoRA", settings=about)
     losses = training_run.loss_map()
     if not task.columns_apart:
         losses["overlap"] = [s.penalty for s in history]
-    return Unzipped(sources, zipped, losses, report, [file.name for file in files.values()])
+    return Unzipped(sources, zipped, losses, report, [file.name for file in files.values() if file.steps])
 
 
 _HALF, _OTHER = "ziplora_half", "ziplora_other_half"  # metadata: which concept's a file is, and the other's name
@@ -215,9 +218,30 @@ def _files(model, task: Task, about: dict[str, str]) -> dict[str, bridge.File]:
         c: bridge.File(model, f"{task.prefix}_{c}", {**about, "ziplora_prompt": task.prompts[c], _HALF: c})
         for c in unzip.CONCEPTS
     }
+    _name_each_other(files)
+    return files
+
+
+def _write(files: dict[str, bridge.File], halves: dict[str, dict[str, Factors]], steps: int) -> None:
+    """Both, whatever becomes of one. Raises OSError where one could not be written."""
+    trouble: OSError | None = None
+    for concept, file in files.items():
+        try:
+            file.write(halves[concept], steps)
+        except OSError as error:
+            trouble = error
+    if _name_each_other(files):
+        return _write(files, halves, steps)
+    if trouble is not None:
+        raise trouble
+
+
+def _name_each_other(files: dict[str, bridge.File]) -> bool:
+    """Whether one of them has got another name since: what is written says the old one."""
+    before = [file.about.get(_OTHER) for file in files.values()]
     for one, other in (unzip.CONCEPTS, unzip.CONCEPTS[::-1]):
         files[one].about[_OTHER] = os.path.basename(files[other].path)
-    return files
+    return [file.about[_OTHER] for file in files.values()] != before
 
 
 def _left(
@@ -255,17 +279,15 @@ def _halves(trained: unzip.UnZip) -> dict[str, dict[str, Factors]]:
     return halves
 
 
-def _source(file: bridge.File, tensors: dict[str, Tensor]) -> loras.LoRASource:
-    """As read from disk, where the loras folders hold the file; else as it came."""
-    name = file.lora_name()
+def _source(file: bridge.File, steps: int) -> loras.LoRASource:
+    """As read from disk, where the loras folders hold the file with so many steps; else as it was to be written."""
+    name = file.lora_name() if file.steps == steps else None
     if name is None:
-        return loras.LoRASource(file.name, tensors, 1.0)
+        return loras.LoRASource(file.name, file.tensors, 1.0)
     return replace(loras.load(name, 1.0), name=name)
 
 
-def _report(
-    task: Task, files: dict[str, bridge.File], trained: unzip.UnZip, history: list, seconds: float, planned: plan.Plan
-) -> list[str]:
+def _report(task: Task, trained: unzip.UnZip, history: list, seconds: float, planned: plan.Plan) -> list[str]:
     settings, counts = task.settings, []
     for concept in unzip.CONCEPTS:
         masks = trained.masks[concept]
@@ -279,7 +301,6 @@ def _report(
     used = "; trained as used" if task.as_used else ""
     coefficients: Coefficients = trained.coefficients()
     return [
-        *(f"written: {file.name}" for file in files.values()),
         f"apart: {', '.join(apart) or 'nothing'}{used}; {'; '.join(counts)}",
         f"rank {settings.rank}, steps {history[0].index} to {history[-1].index} at rate {settings.learning_rate:g}, "
         f"mergers at {settings.merger_rate:g}, lambda {settings.similarity_lambda:g}, seed {settings.seed}",

@@ -112,3 +112,35 @@ def test_numbers_that_are_not_finite_do_not_fire() -> None:
     nan = prompts.PromptEffect({"own": math.nan, "empty": 0.1}, {"own": math.nan, "empty": 0.1})
     assert not nan.fires and not nan.swapped
     assert not prompts.PromptEffect({}, {"own": 0.9, "empty": 1.0}).fires, "nothing is left to gain"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("prompt", ["own", "empty"])
+def test_a_gain_that_is_not_finite_wakes_nothing(prompt: str, value: float) -> None:
+    effect = prompts.PromptEffect({}, {"own": 0.9, "empty": 0.1, "other": 0.0, prompt: value})
+    assert math.isnan(effect.left()) and not effect.fires
+
+
+@pytest.mark.parametrize("spoiled", ["with the LoRA", "without it"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_draws_no_numbers_under_a_prompt_has_no_gain_there(pair, references, spoiled, value) -> None:
+    """An error that is not a number is not an error of nothing."""
+
+    class Spoiled(Words):
+        def __call__(self, batch: Batch, branch: Branch) -> torch.Tensor:
+            made = super().__call__(batch, branch)
+            without = self.calls % 2 == 0
+            hit = batch.prompt == OWN and without == (spoiled == "without it")
+            return torch.where(batch.is_style[:, None], made, made + value) if hit else made
+
+    found = prompts.measure(JoinedPair(pair, dtype=torch.float64), Spoiled(pair, RIGHT), references, seed=5)
+    assert math.isnan(found["content"].gain[OWN]) and math.isnan(found["content"].change[OWN])
+    assert not found["content"].fires and found["style"].fires
+    assert math.isfinite(found["content"].gain["empty"])
+
+
+def test_where_the_bare_model_does_nothing_there_is_no_change_to_speak_of() -> None:
+    zero = {(c, p): torch.zeros(4, dtype=torch.float64) for c in ("content", "style") for p in ("own", "empty")}
+    effect = prompts._effects(zero, ("own", "empty"))["content"]
+    assert effect.change == {"own": 0.0, "empty": 0.0} and effect.gain == {"own": 1.0, "empty": 1.0}
+    assert not effect.fires

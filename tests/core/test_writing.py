@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ziplora_core import writing
 from ziplora_core.files import read_lora_file, read_metadata
 from ziplora_core.writing import give_back, reserve, whole_or_not_at_all, write_tensors
 
@@ -131,3 +135,97 @@ def test_a_reserved_name_is_kept_for_days_and_not_for_good(tmp_path: Path) -> No
     write_tensors(tmp_path / "b.safetensors", {"a": torch.ones(1)}, {})
     assert {path.name for path in tmp_path.iterdir()} == {"b.safetensors", ".long_00001_.txt.ziplora.part"}
     give_back(long), give_back(gone)
+
+
+def with_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system as it is."""
+
+
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a memory card, and on some network disks."""
+
+    def link(*paths: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+
+
+KINDS = pytest.mark.parametrize("kind", [with_links, without_links])
+
+
+@KINDS
+def test_a_file_that_another_program_has_put_under_a_reserved_name_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: Callable
+) -> None:
+    """One that reserves nothing, as the host's own save nodes; also under the name that comes next."""
+
+    def crossed(*given: Any) -> Path:
+        found = reserve(*given)
+        if found.name in others:
+            found.write_bytes(others[found.name])
+        return found
+
+    kind(monkeypatch)
+    others = {f"a_0000{number}_.txt": f"other {number}".encode() for number in (1, 2)}
+    monkeypatch.setattr(writing, "reserve", crossed)
+    path = crossed(tmp_path, "a", 1, ".txt")
+    with whole_or_not_at_all(path) as file:
+        file.write(b"mine")
+    assert file.path == tmp_path / "a_00003_.txt"
+    with whole_or_not_at_all(file.path) as again:
+        again.write(b"mine, longer")
+    assert again.path == file.path
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert found == {**others, "a_00003_.txt": b"mine, longer"}, "and nothing is reserved any more"
+    assert "'a_00001_.txt' meanwhile, which stays; this file is 'a_00002_.txt'" in caplog.text
+    assert "'a_00002_.txt' meanwhile, which stays; this file is 'a_00003_.txt'" in caplog.text
+
+
+@KINDS
+def test_a_name_that_is_free_is_taken_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: Callable
+) -> None:
+    kind(monkeypatch)
+    path = reserve(tmp_path, "a", 1, ".safetensors")
+    assert write_tensors(path, {"a": torch.ones(1)}, {}) == path
+    assert [path] == list(tmp_path.iterdir()) and not caplog.records
+    assert path.stat().st_nlink == 1
+
+
+@KINDS
+def test_a_next_name_that_cannot_be_had_leaves_the_others_file_and_the_reservation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable
+) -> None:
+    """A second try, which a training makes, must not take the first name for its own."""
+    kind(monkeypatch)
+    path, real = reserve(tmp_path, "a", 1, ".txt"), writing._name_anew
+    path.write_bytes(b"other")
+
+    def full(temporary: Path, wanted: Path) -> None:
+        if wanted != path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(temporary, wanted)
+
+    monkeypatch.setattr(writing, "_name_anew", full)
+    with pytest.raises(OSError, match="No space left"), whole_or_not_at_all(path) as file:
+        file.write(b"mine")
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, f".{path.name}.ziplora.part"}
+    monkeypatch.setattr(writing, "_name_anew", real)
+    with whole_or_not_at_all(path) as file:
+        file.write(b"mine")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {path.name: b"other", file.path.name: b"mine"}
+
+
+def test_no_placeholder_is_left_where_a_file_cannot_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_links(monkeypatch)
+    path = reserve(tmp_path, "a", 1, ".txt")
+
+    def replace(*paths: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="Input/output error"), whole_or_not_at_all(path) as file:
+        file.write(b"mine")
+    assert not path.exists()
+    give_back(path)
+    assert list(tmp_path.iterdir()) == []

@@ -135,10 +135,10 @@ TE = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
 
 @pytest.fixture
 def exported(pack, folders):  # noqa: F811
-    """export(zipped, form="kohya") -> (tensors, metadata, report) of the file."""
+    """export(zipped, form="kohya", dtype="fp32") -> (tensors, metadata, report) of the file."""
 
-    def export(zipped, form: str = "kohya"):
-        _, report, name = pack.nodes.bridge.export.export_file(zipped, "mine", 0, "fp32", form)
+    def export(zipped, form: str = "kohya", dtype: str = "fp32"):
+        _, report, name = pack.nodes.bridge.export.export_file(zipped, "mine", 0, dtype, form)
         path = folders / "output" / name
         with safe_open(str(path), framework="pt") as file:
             return load_file(path), file.metadata(), report
@@ -172,6 +172,22 @@ def test_an_exported_file_holds_riders_and_text_encoder_parts_at_their_dials(pac
     ranks = {t.shape[0] for k, t in tensors.items() if k.endswith("lora_down.weight")}
     assert metadata["ss_network_alpha"] == metadata["ss_network_dim"] == str(max(ranks))
     assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+@pytest.mark.parametrize(("value", "strength"), [(1e6, 1.0), (-3e4, 4.0)])
+def test_differences_that_a_dtype_cannot_hold_are_refused_by_name(pack, exported, value, strength):
+    """Of a bias: as of the matrices, by the file itself or at its strength."""
+    patcher = tiny.tiny_patcher()
+    files = [tiny.full_size.attention_lora(patcher.model, 2, seed, torch.float32) for seed in (1, 2)]
+    files[1]["lora_unet_out_2.diff_b"] = torch.tensor([0.0, value, 0.0, 0.0])
+    sources = as_sources(pack, *files)
+    zipped = zip_pair(pack, patcher, replace(sources, style=replace(sources.style, strength=strength)))
+    with pytest.raises(
+        ValueError, match="layer 'lora_unet_out_2.diff_b' holds numbers too large for torch.float16; exp"
+    ):
+        exported(zipped, dtype="fp16")
+    tensors, *_ = exported(zipped, dtype="fp32")
+    assert tensors["lora_unet_out_2.diff_b"][1] == value * strength
 
 
 def test_what_an_exported_file_has_no_place_for_is_said(pack, exported):

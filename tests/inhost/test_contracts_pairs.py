@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import re
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from test_apply import largest_difference, stock, weights, zip_pair
 from test_dense_formats import written
 from test_formats import as_sources
@@ -225,3 +228,94 @@ def test_the_width_of_prompts_tells_unets_apart(pack, width, family):
 def test_text_encoder_parts_are_not_unused_layers(pack, patcher, name):
     lora = {**attention(patcher, 2, 1), name: torch.ones(2, 2)}
     assert pack.nodes.bridge.fitting.fit(as_sources(pack, lora, attention(patcher, 2, 2)), patcher.model).notes == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_one_lora_on_both_sockets_is_refused(pack, patcher, dtype):
+    """Also as two copies: what they hold is compared, as of two files."""
+    lora = {k: t.to(dtype) for k, t in attention(patcher, 2, 1).items()}
+    copied = {k: t.clone() for k, t in lora.items()}
+    for other in (lora, copied):
+        with pytest.raises(ValueError, match="content_lora and style_lora hold the same LoRA"):
+            pack.nodes.bridge.loras.pair(lora, other, 1.0, 0.5)
+    name = next(key for key in copied if "lora_up" in key)
+    copied[name] = copied[name].float().mul(2).to(dtype)
+    assert pack.nodes.bridge.loras.pair(lora, copied, 1.0, 0.5).style.tensors[name] is copied[name]
+
+
+@pytest.mark.parametrize(("rank", "fits"), [(2, True), (3, False)])
+def test_matrices_that_do_not_meet_are_refused_whatever_their_size(pack, rank, fits):
+    """up (8, 2) and down (3, 5) have no product, though rows times columns are what a weight (8, 5) holds."""
+    from comfy.weight_adapter import LoRAAdapter
+
+    up, down = torch.ones(8, 2), torch.ones(rank, 5)
+    patch = LoRAAdapter(set(), (up, down, 1.0, None, None, None))
+    assert pack.nodes.bridge.shapes.fits(patch, torch.Size((8, 5))) == fits
+
+
+@pytest.mark.parametrize("names", ["kohya's", "peft's"])
+def test_a_file_for_the_text_encoder_alone_is_named(pack, patcher, tmp_path, monkeypatch, names):
+    """When queued, from its header, and by whatever puts a file on a model: it is no other family's."""
+    import folder_paths
+
+    layer, ends = {
+        "kohya's": ("lora_te1_text_model_encoder_layers_0_mlp_fc1", ("lora_up.weight", "lora_down.weight")),
+        "peft's": ("text_encoder.text_model.encoder.layers.0.mlp.fc1", ("lora_B.weight", "lora_A.weight")),
+    }[names]
+    alone = {f"{layer}.{ends[0]}": torch.ones(768, 2), f"{layer}.{ends[1]}": torch.ones(2, 768)}
+    says = "' changes the text encoder alone, so there is nothing to zip; .* use ComfyUI's Load LoRA for this one"
+    with pytest.raises(ValueError, match="'style" + says):
+        pack.nodes.bridge.fitting.fit(as_sources(pack, attention(patcher, 2, 1), alone), patcher.model)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    save_file(alone, tmp_path / "text.safetensors")
+    save_file({**attention(patcher, 2, 1), **alone}, tmp_path / "both.safetensors")
+    folder_paths.filename_list_cache.clear()
+    said = pack.nodes.LoadLoRAPair.validate_inputs("both.safetensors", "text.safetensors")
+    assert re.match("style_lora: 'text.safetensors" + says, said)
+    assert pack.nodes.bridge.loras.check("both.safetensors") is None
+
+
+def without_numbers(monkeypatch, which: str) -> None:
+    """A disk that gives its files no numbers, as cloud storage on Windows."""
+    real = os.stat
+
+    def stat(path, *given, **more):
+        status = real(path, *given, **more)
+        if which not in str(path):
+            return status
+        return os.stat_result([status[0], 0, 0, *status[3:]], {"st_mtime_ns": 1, "st_ctime_ns": 1})
+
+    monkeypatch.setattr(os, "stat", stat)
+
+
+@pytest.mark.parametrize("which", ["", "one.safetensors"], ids=["both", "one of them"])
+def test_two_files_without_numbers_are_two_files(pack, tmp_path, monkeypatch, which):
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "one.safetensors")
+    os.link(tmp_path / "other.safetensors", tmp_path / "hard.safetensors")
+    refuse = pack.nodes.bridge.loras.refuse_one_file
+    with pytest.raises(ValueError, match="hold the same LoRA"):
+        refuse("other.safetensors", "hard.safetensors")
+    without_numbers(monkeypatch, which)
+    refuse("one.safetensors", "other.safetensors")
+    for same in ("one.safetensors", "link.safetensors"):
+        with pytest.raises(ValueError, match="so there is nothing to zip"):
+            refuse("one.safetensors", same)
+
+
+def test_a_disk_that_goes_away_is_named(pack, tmp_path, monkeypatch):
+    hashes = pack.nodes.bridge.hashes
+    (tmp_path / "one").write_bytes(b"")
+    with pytest.raises(hashes.LoRAFileError, match="'other' is missing; choose another file"):
+        hashes.is_one_file(str(tmp_path / "one"), str(tmp_path / "other"))
+
+    def stat(path, *given, **more):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(hashes.os, "stat", stat)
+    with pytest.raises(hashes.LoRAFileError, match="'one' cannot be read .*Input/output error.*; see that its disk"):
+        hashes.is_one_file(str(tmp_path / "one"), str(tmp_path / "one"))

@@ -113,3 +113,38 @@ def test_a_file_that_may_change_within_the_same_tick_is_read_again(pack, tmp_pat
     path.write_bytes(b"a")
     pack.nodes.bridge.hashes.Hashes(lambda: str(kept)).of(str(path))
     assert not kept.exists()
+
+
+def test_a_version_is_read_only_where_its_time_of_change_alone_is_new(hashes, reads, tmp_path):
+    """And then once: its bytes are the ones that are known, or are not."""
+    path, kept = tmp_path / "a", hashes.Hashes(lambda: str(tmp_path / "kept.json"))
+    path.write_bytes(b"a")
+    os.utime(path, (1e9, 1e9))
+    first = kept.version(str(path))
+    assert reads == [] and first == hashes.version(str(path))
+    kept.of(str(path))
+    later_than(tmp_path / "clock", path)
+    path.chmod(0o600)
+    assert [kept.version(str(path)) for _ in range(3)] == [first] * 3 and reads == ["a", "a"]
+    later_than(tmp_path / "clock", path)
+    path.write_bytes(b"b")
+    os.utime(path, (1e9, 1e9))
+    other = kept.version(str(path))
+    assert other == hashes.version(str(path)) != first and kept.version(str(path)) == other and len(reads) == 3
+    again = hashes.Hashes(lambda: str(tmp_path / "kept.json"))
+    assert again.version(str(path)) == other and len(reads) == 3
+
+
+def test_a_version_of_a_file_that_cannot_be_read_is_a_sentence(hashes, tmp_path, monkeypatch):
+    path, kept = tmp_path / "a", hashes.Hashes(lambda: str(tmp_path / "kept.json"))
+    path.write_bytes(b"a")
+    kept.of(str(path))
+    later_than(tmp_path / "clock", path)
+    path.chmod(0o600)
+
+    def read(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(hashes, "sha256", read)
+    with pytest.raises(hashes.LoRAFileError, match="'a' cannot be read .*Input/output error"):
+        kept.version(str(path))

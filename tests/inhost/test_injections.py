@@ -266,3 +266,43 @@ def test_a_replaced_layer_without_a_gradient_is_named(pack):
     with pytest.raises(ValueError, match=r"replaced the layer '.*ff\.net\.2' by one without a gradient; take it off"):
         one_step(pack, patcher)
     del layer.forward
+
+
+def its_forward(module, change):
+    original = module.forward
+    module.forward = lambda *args, **kwargs: change(original(*args, **kwargs))
+    return lambda: delattr(module, "forward")
+
+
+def a_hook(module, change):
+    return module.register_forward_hook(lambda module, args, made: change(made)).remove
+
+
+def a_hook_before(module, change):
+    return module.register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:])).remove
+
+
+@pytest.mark.parametrize("put", [its_forward, a_hook, a_hook_before])
+@pytest.mark.parametrize(("place", "recomputed"), [("", 0), ("middle_block.1.transformer_blocks.0", 99)])
+def test_what_is_put_on_a_module_itself_may_do_what_sampling_allows(pack, place, put, recomputed):
+    """With an inference tensor, and in place, on any module: neither needs one of the host's registers."""
+    with torch.inference_mode():
+        gain = torch.full((1,), 0.5)
+
+    def change(value):
+        made, weighed = value * gain, value.sigmoid()
+        return made.add_(weighed.add_(1.0))
+
+    def plain(value):
+        return value * 0.5 + (value.sigmoid() + 1.0)
+
+    patcher = tiny.tiny_patcher()
+    sources, before = tiny.sources(pack, patcher.model), forwards(patcher)
+    module = patcher.model.diffusion_model.get_submodule(place)
+    take_off = put(module, plain)
+    expected = one_step(pack, patcher, sources, recomputed=recomputed)
+    take_off()
+    take_off = put(module, change)
+    assert_equal_steps(one_step(pack, patcher, sources, recomputed=recomputed), expected)
+    take_off()
+    assert forwards(patcher) == before

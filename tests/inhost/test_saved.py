@@ -374,6 +374,49 @@ def test_a_lora_that_cp_put_in_the_place_of_another_is_seen(pack, folders, pair)
         saved.load(patcher, name)
 
 
+def new_rights(path):
+    path.chmod(0o600)
+
+
+def linked(path):
+    """As tools do that store equal files once."""
+    os.link(path, path.with_suffix(".again"))
+
+
+def away_and_back(path):
+    path.rename(path.with_suffix(".away"))
+    path.with_suffix(".away").rename(path)
+
+
+def put_back(path):
+    """From a copy, with its old times."""
+    shutil.copy2(path, path.with_suffix(".copy"))
+    os.replace(path.with_suffix(".copy"), path)
+
+
+def touched(path):
+    os.utime(path, (1e9, 1e9))
+
+
+@pytest.mark.parametrize("change", [new_rights, linked, away_and_back, put_back, touched])
+def test_the_same_bytes_are_the_same_file(pack, folders, pair, monkeypatch, change):
+    """Its pair is saved, and, where its modification time is the same, not zipped again."""
+    hashes, saved, loras = pack.nodes.bridge.hashes, pack.nodes.bridge.saved, pack.nodes.bridge.loras
+    monkeypatch.setattr(hashes, "_SETTLED", -1.0)
+    path = folders / "loras" / "subject.safetensors"
+    names = (path.name, "style.safetensors")
+    loras.load_pair(*names, 1.0, 1.0)
+    before, version = pack.nodes.LoadLoRAPair.fingerprint_inputs(*names), hashes.version(str(path))
+    later_than(folders / "clock", path)
+    change(path)
+    assert hashes.version(str(path)) != version, "the file system says another time"
+    assert saved.load(pair[0], saved.save(pair[1], "mine")).sources.content.sha256 == pair[1].sources.content.sha256
+    again = pack.nodes.LoadLoRAPair.fingerprint_inputs(*names)
+    assert (again == before) == (change is not touched)
+    assert pack.nodes.LoadLoRAPair.fingerprint_inputs(*names) == again
+    assert loras.load(path.name, 1.0).version == again[0]
+
+
 def test_the_hash_is_that_of_the_numbers_that_were_read(pack, folders, pair):
     for source in pair[1].sources.by_concept().values():
         content = (folders / "loras" / source.name).read_bytes()
