@@ -10,7 +10,7 @@ Three separations, each of which can be left out:
 
 Over that, mergers m_c and m_s as ZipLoRA's: ΔW = ΔW_c·diag(m_c) + ΔW_s·diag(m_s), with an overlap loss.
 
-Where paper and published code leave it open, what is chosen here, and why (figures: README, benchmarks/training.py):
+Where paper and published code leave it open, what is chosen, and why (figures: docs/training.md):
 
 - A column is an input feature, as in ZipLoRA, so that the result is a zipped pair (the code masks output features).
 - The score of column j is Σ_i |W ⊙ δW|_ij (Cones, arXiv 2303.05125) with W = W0 + ΔW of this LoRA, and with δW what one

@@ -34,7 +34,7 @@ _VECTORS = 8  # float32 vectors of all coefficients: the start, the step, its gr
 _TRAINED = 20  # bytes for a number that is trained: float32 of itself, its gradient, Adam's two and its passing one
 _TRAINING_IN_ALL = 11_200_000_000  # bytes, with the weights, where training can do with so much
 _USED = 0.9  # of the room: allocators waste some
-_BACKWARD = 3  # what a step takes and gives back, in parts of what a plain pass does: measured, see README
+_BACKWARD = 3  # what a step takes and gives back, in parts of what a plain pass does: measured, see docs/performance.md
 _MOST_MOMENTS = 6 * 2**30  # all of SDXL's at once
 
 
