@@ -484,13 +484,13 @@ def run(pack, fuzz, models, zipped, node: str, odd: dict):
     """A node's execute with good values for what is not odd."""
     model, picture = models["U-Net"], torch.full((1, 16, 16, 3), 0.5)
     pair = None if zipped is None else zipped.sources
-    tensors = {} if pair is None else pair.content.tensors
+    content, style = ({}, {}) if pair is None else (pair.content.tensors, pair.style.tensors)
     training = {"clip": Encoders(), "vae": Encoders(), "prompt": "a sks dog", "steps": 1, "learning_rate": 1e-4,
                 "rank": 4, "batch_size": 1, "resolution": 64, "seed": 0, "filename_prefix": "loras/x"}  # fmt: skip
     good = {
         "LoadLoRAPair": {"content_lora": "subject.safetensors", "style_lora": "style.safetensors",
                          "content_strength": 1.0, "style_strength": 1.0},
-        "PairLoRAs": {"content_lora": tensors, "style_lora": tensors, "content_strength": 1.0, "style_strength": 1.0},
+        "PairLoRAs": {"content_lora": content, "style_lora": style, "content_strength": 1.0, "style_strength": 1.0},
         "StyleStrength": {"zipped_lora": zipped, "style_strength": 1.0, "content_strength": 1.0},
         "ApplyZippedLoRA": {"model": model, "zipped_lora": zipped, "strength": 1.0},
         "DirectMergeLoRA": {"model": model, "lora_pair": pair, "method": "sum"},
