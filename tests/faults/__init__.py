@@ -155,16 +155,21 @@ def _progress(_: Any, fault: Fault) -> None:
 
 
 def _rename(_: Any, fault: Fault) -> None:
-    """A file written whole, before it gets its name."""
-    replace = os.replace
+    """A file written whole, before it gets its name, whichever way that is given."""
+    ways = {way: getattr(os, way) for way in ("replace", "link")}
 
-    def counted(*args, **kwargs):
-        if fault.calls + 1 >= fault.at:
-            os.replace = replace
-        fault()
-        replace(*args, **kwargs)
+    def counted(way: str):
+        def named(*args, **kwargs):
+            if fault.calls + 1 >= fault.at:
+                for each, own in ways.items():
+                    setattr(os, each, own)
+            fault()
+            ways[way](*args, **kwargs)
 
-    os.replace = counted
+        return named
+
+    for way in ways:
+        setattr(os, way, counted(way))
 
 
 ON_A_MODEL = {

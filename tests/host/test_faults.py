@@ -6,6 +6,7 @@ Each case is counted; the last line says how many were survived.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import resource
@@ -372,9 +373,12 @@ DISKS = {"full": full, "read-only": read_only, "no folder": a_file}
 TROUBLE = r"(could not be written into the folder|needs a folder in) '\S*' .*\(.+\); see that .* writable"
 
 
-@pytest.mark.parametrize("disk", DISKS)
 @pytest.mark.parametrize(
-    "writer", ["SaveZippedLoRA", "ExportMergedLoRA", "TrainConceptLoRA", "UnZipLoRA", "BlindABSheet"]
+    ("writer", "disk"),
+    [
+        *itertools.product(("SaveZippedLoRA", "ExportMergedLoRA", "BlindABSheet"), DISKS),
+        *itertools.product(("TrainConceptLoRA", "UnZipLoRA"), ("read-only", "no folder")),
+    ],
 )
 def test_a_file_that_cannot_be_written(bench: Bench, writer: str, disk: str) -> None:
     name, folder = f"there_{writer}_{disk}".replace(" ", "_"), bench.server.base / "output"
@@ -397,8 +401,23 @@ def test_a_file_that_cannot_be_written(bench: Bench, writer: str, disk: str) -> 
             failed = bench.fails(prompt)
         assert failed.kind == "OSError" and re.search(TROUBLE, failed.text), failed.text
         assert name in failed.text
-        if writer in ("TrainConceptLoRA", "UnZipLoRA") and disk != "full":
+        if writer in ("TrainConceptLoRA", "UnZipLoRA"):
             assert failed.result.progress("train") == [], "it was trained for nothing"
+
+
+@pytest.mark.parametrize("writer", ["TrainConceptLoRA", "UnZipLoRA"])
+def test_what_was_trained_outlives_a_full_disk(bench: Bench, writer: str) -> None:
+    """The LoRA is returned, and the report says that it is in no file."""
+    prompt = bench.training(writer, prefix=f"full_{writer}/file")
+    prompt["report"] = node("PreviewAny", source=["train", 2 if writer == "TrainConceptLoRA" else 3])
+    with bench.survives():
+        with full(bench, bench.server.base):
+            result = bench.server.run(prompt)
+        assert result.progress("train")[-1] == (4, 4)
+        lines = result.text("report").splitlines()[: 1 if writer == "TrainConceptLoRA" else 2]
+        assert all(re.match(r"full_\w+/file\S* could not be written: .+; save what was learned", x) for x in lines), (
+            lines
+        )
 
 
 def test_coefficients_that_cannot_be_kept_on_a_full_disk(bench: Bench) -> None:
