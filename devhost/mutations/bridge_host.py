@@ -120,8 +120,8 @@ MUTANTS = [
         ("tests/inhost/test_contracts_files.py::test_what_is_rescued_is_what_was_learned",),
         (
             "what is rescued is not what was kept",
-            "outcome.result, outcome.retention = kept, []",
-            "outcome.retention = []",
+            "_zipped(replace(outcome, result=kept))",
+            "_zipped(outcome)",
         ),
     ),
     *faults(

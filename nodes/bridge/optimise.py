@@ -56,68 +56,82 @@ def optimise(
             samples[concept] = predictor.read_latents(f"{concept}_latents", given, model)
         predictor.check_conditioning(f"{concept}_positive", conditioning[concept])
     fitted = fitting.fit(sources, model.model)
-    ones = Coefficients.ones(fitted.pair)
-    outcome = Outcome(sources, fitted, settings, before=ones)
+    outcome = Outcome(sources, fitted, settings, Coefficients.ones(fitted.pair), solver.direct_merge(fitted.pair))
+    if settings.steps == 0:
+        outcome = replace(outcome, alignment=_alignment(outcome))
+        zipped = _zipped(outcome)
+        return zipped, outcome.loss_map, zipped.report, None
     without = [concept for concept in latents if concept not in samples]
+    progress = Progress(settings, fitted.pair, without, drawing.Drawn.rows(asked))
+    with _explained(model, conditioning):
+        drawn = {}
+        for concept in without:
+            watch = partial(progress.drawing, concept)
+            drawn[concept] = drawing.draw(
+                model, sources, fitted, concept, conditioning[concept], asked, settings.seed, watch
+            )
+            samples[concept] = drawn[concept].latents
+        outcome = replace(outcome, drawn=drawn)
+        planned = plan.make(model, fitted.pair, conditioning, samples, settings, plan.room_for(model))
+        try:
+            used, solved = plan.carry_out(
+                planned, lambda planned: _solve(planned, model, conditioning, samples, outcome, progress)
+            )
+        except solver.NotFinite as error:
+            raise FloatingPointError(f"{error}; {_rescue(outcome, error.kept)}") from error
+    outcome = replace(solved, plan=used, again=used != planned)
+    outcome = replace(outcome, alignment=_alignment(outcome))
+    zipped, shown = _zipped(outcome), _shown(model, outcome)
+    lines = verdict.lines(outcome)
+    progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, shown))
+    return zipped, outcome.loss_map, zipped.report, _pictures(shown)
 
-    def work(
-        planned: plan.Plan, predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References
-    ) -> None:
+
+def _solve(
+    planned: plan.Plan,
+    model,
+    conditioning: dict[str, list],
+    samples: dict[str, Tensor],
+    outcome: Outcome,
+    progress: Progress,
+) -> Outcome:
+    """One try: the outcome with what was found and what is measured of it. Raises NotFinite."""
+    settings = outcome.settings
+
+    def work(predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References) -> Outcome:
         began = time.monotonic()
         progress.start(planned.moments)
         counted = progress.counted(predict)
-        outcome.result = zipper.close(
-            joined, counted, references, settings, progress.step, progress.layer, planned.moments
-        )
-        outcome.seconds = time.monotonic() - began
+        result = zipper.close(joined, counted, references, settings, progress.step, progress.layer, planned.moments)
+        seconds = time.monotonic() - began
         progress.measuring()
-        outcome.retention = solver.measure_retention(
-            joined, counted, references, [ones, outcome.result.coefficients], settings.seed
-        )
-        _check_finite(outcome)
+        candidates = [outcome.before, result.coefficients]
+        retention = solver.measure_retention(joined, counted, references, candidates, settings.seed)
+        solved = replace(outcome, result=result, seconds=seconds, retention=retention)
+        _check_finite(solved)
         progress.prompts()
-        outcome.prompts = prompts.measure(joined, counted, references, settings.seed)
+        return replace(solved, prompts=prompts.measure(joined, counted, references, settings.seed))
 
-    if settings.steps == 0:
-        outcome.result = solver.direct_merge(fitted.pair)
-    else:
-        progress = Progress(settings, fitted.pair, without, drawing.Drawn.rows(asked))
+    return predictor.with_predictor(
+        model,
+        outcome.fitted.pair,
+        conditioning,
+        samples,
+        work,
+        planned.together,
+        planned.recomputed,
+        planned.need,
+    )
 
-        def attempt(planned: plan.Plan) -> None:
-            predictor.with_predictor(
-                model,
-                fitted.pair,
-                conditioning,
-                samples,
-                partial(work, planned),
-                planned.together,
-                planned.recomputed,
-                planned.need,
-            )
 
-        with _explained(model, conditioning):
-            for concept in without:
-                watch = partial(progress.drawing, concept)
-                drawn = drawing.draw(
-                    model, sources, fitted, concept, conditioning[concept], asked, settings.seed, watch
-                )
-                outcome.drawn[concept], samples[concept] = drawn, drawn.latents
-            room = plan.room_for(model)
-            planned = plan.make(model, fitted.pair, conditioning, samples, settings, room)
-            try:
-                outcome.plan = plan.carry_out(planned, attempt)
-            except solver.NotFinite as error:
-                raise FloatingPointError(f"{error}; {_rescue(outcome, error.kept)}") from error
-            outcome.again = outcome.plan != planned
+def _alignment(outcome: Outcome) -> list[dict[str, float]]:
+    """Of the columns of both LoRAs, by layer: [direct merge, zipped]."""
+    found = []
     with torch.inference_mode(False):
-        for coefficients in (ones, outcome.result.coefficients):
+        for coefficients in (outcome.before, outcome.result.coefficients):
             throw_exception_if_processing_interrupted()
-            outcome.alignment.append(analysis.column_alignment(fitted.pair, coefficients))
-    zipped, drawn = _zipped(outcome), _shown(model, outcome)
-    if settings.steps:
-        lines = verdict.lines(outcome)
-        progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, drawn))
-    return zipped, outcome.loss_map, zipped.report, _pictures(drawn)
+            found.append(analysis.column_alignment(outcome.fitted.pair, coefficients))
+    return found
 
 
 def _zipped(outcome: Outcome) -> loras.ZippedLoRA:
@@ -139,9 +153,9 @@ def _rescue(outcome: Outcome, kept: solver.Result | None) -> str:
     """Save the last finite coefficients of a run that ended early, if it can be done; says where they are."""
     if kept is None:
         return "there are no coefficients to keep"
-    outcome.result, outcome.retention = kept, []
+    zipped = _zipped(replace(outcome, result=kept))
     try:
-        return f"the last finite coefficients are in '{saved.save(_zipped(outcome), 'stopped')}', for Load Zipped LoRA"
+        return f"the last finite coefficients are in '{saved.save(zipped, 'stopped')}', for Load Zipped LoRA"
     except (ValueError, OSError) as error:
         return f"the last finite coefficients could not be saved: {error}"
 

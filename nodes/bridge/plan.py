@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.model_management as management
 import comfy.sampler_helpers
@@ -29,6 +29,7 @@ from . import predictor
 from .bare import bare
 from .frozen import Injection, blocks, with_gradient
 
+T = TypeVar("T")
 _GB = 1e9
 _VECTORS = 8  # float32 vectors of all coefficients: the start, the step, its gradient, Adam's two, the mean, two more
 _TRAINED = 20  # bytes for a number that is trained: float32 of itself, its gradient, Adam's two and its passing one
@@ -333,8 +334,8 @@ _LESS = (
 )
 
 
-def carry_out(plan: Plan, attempt: Callable[[Plan], None], what: str = "zip", less: str = _LESS) -> Plan:
-    """Run it; where memory runs out, once more with the least. Returns the plan that worked.
+def carry_out(plan: Plan, attempt: Callable[[Plan], T], what: str = "zip", less: str = _LESS) -> tuple[Plan, T]:
+    """Run it; where memory runs out, once more with the least. Returns the plan that worked, and what it gave.
 
     what, less: for the message when that is not enough either: what was tried, and what would need less. Raises
     what `attempt` raised; out of memory for good, the same kind of exception with what to change.
@@ -347,13 +348,11 @@ def carry_out(plan: Plan, attempt: Callable[[Plan], None], what: str = "zip", le
             management.soft_empty_cache()
         logging.info("ZipLoRA: %s.", planned.line())
         try:
-            attempt(planned)
+            return planned, attempt(planned)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             kind = type(error)  # and not the error, whose frames hold what filled the memory
-        else:
-            return planned
     raise kind(
         f"not enough memory to {what}: about {plan.need / _GB:.1f} GB are needed beside the model, "
         f"{plan.room / _GB:.1f} GB were there; {less}"

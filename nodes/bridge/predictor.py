@@ -8,7 +8,7 @@ import math
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import comfy.model_management
 import comfy.sampler_helpers
@@ -26,6 +26,7 @@ from .foreign import is_patched, leave_out, patched_pass
 from .frozen import Injection, with_gradient
 from .prompts import zeros
 
+T = TypeVar("T")
 _HALF_PRECISION_LOSS_SCALE = 1024.0  # fp16 cannot hold gradients of a mean over 65,536 outputs
 _UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks")
 
@@ -249,14 +250,17 @@ class HostPredictor(Network):
         return raw
 
 
-class _Work(comfy.samplers.Sampler):
-    """A sampler that samples nothing: it hands the prepared model to a function."""
+class _Work(comfy.samplers.Sampler, Generic[T]):
+    """A sampler that samples nothing: it hands the prepared model to a function, and keeps what that returns, since the
+    host gives back latents alone."""
 
-    def __init__(self, work: Callable[[Any, dict], None]):
+    result: T
+
+    def __init__(self, work: Callable[[Any, dict], T]):
         self._work = work
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, *_, **__):
-        self._work(model_wrap, extra_args["model_options"])
+        self.result = self._work(model_wrap, extra_args["model_options"])
         return latent_image
 
 
@@ -285,9 +289,9 @@ def with_network(
     prompts: dict[str, list],
     shape: torch.Size,
     need: int,
-    work: Callable[[Any, Any, dict], None],
-) -> None:
-    """Load a clone of a model as the host loads it for sampling, injected, and do some work with it.
+    work: Callable[[Any, Any, dict], T],
+) -> T:
+    """Load a clone of a model as the host loads it for sampling, injected, and do some work with it: what that returns.
 
     model: ModelPatcher, not changed. prompts: conditionings by name. shape: of one latent (C, *space). need: bytes
     for which the host makes room beside the weights. work: called with (guider, clone, model_options), without gradient
@@ -296,7 +300,7 @@ def with_network(
     patcher = model.clone()
     leave_out(patcher)
 
-    def prepared(guider, model_options: dict) -> None:
+    def prepared(guider, model_options: dict) -> T:
         injection.is_patched = is_patched(guider.model_patcher, model_options)  # before our own forwards are on it
         with (
             injection.injected(guider.inner_model),
@@ -305,14 +309,16 @@ def with_network(
             torch.no_grad(),
             with_gradient(),
         ):
-            work(guider, patcher, model_options)
+            return work(guider, patcher, model_options)
 
+    sampler = _Work(prepared)
     try:
         empty = torch.zeros(_rows_that_take(need, model, shape), *shape)
         sigmas = torch.tensor([float(patcher.get_model_object("model_sampling").sigma_max), 0.0])
         guider = comfy.samplers.CFGGuider(patcher)
         guider.inner_set_conds(prompts)
-        guider.sample(empty, empty, _Work(prepared), sigmas, seed=0, disable_pbar=True)
+        guider.sample(empty, empty, sampler, sigmas, seed=0, disable_pbar=True)
+        return sampler.result
     finally:
         patcher.eject_model()  # a clone that goes away must not leave others' injections behind
         injection.uncover()
@@ -323,19 +329,19 @@ def with_predictor(
     pair: LoRAPair,
     conditioning: dict[str, list],
     latents: dict[str, Tensor],
-    work: Callable[[HostPredictor, JoinedPair, References], None],
+    work: Callable[[HostPredictor, JoinedPair, References], T],
     together: bool = True,
     recomputed: int = 0,
     need: int = 0,
-) -> None:
-    """`with_network` for two references: load, freeze, inject a pair, and do some work with it.
+) -> T:
+    """`with_network` for two references: load, freeze, inject a pair, and do some work with it: what that returns.
 
     conditioning, latents: by concept ("content", "style"); latents as a VAE gives them. together, recomputed, need: of
     a Plan.
     """
     injection = Injection(pair.layers, recomputed)
 
-    def prepared(guider, patcher, model_options: dict) -> None:
+    def prepared(guider, patcher, model_options: dict) -> T:
         base, device = guider.inner_model, patcher.load_device
         content, style = (
             base.process_latent_in(latents[c].to(device, torch.float32).clone()) for c in ("content", "style")
@@ -344,8 +350,8 @@ def with_predictor(
         joined = JoinedPair(pair, device, compute_dtype(base))
         predict = HostPredictor(guider, model_options, injection, references)
         predict.joins = predict.joins and together
-        work(predict, joined, references)
+        return work(predict, joined, references)
 
     prompts = {concept: conditioning[concept] for concept in ("content", "style")}
     prompts |= {f"{concept} {EMPTY}": zeros(prompt) for concept, prompt in prompts.items()}
-    with_network(model, injection, prompts, latents["content"].shape[1:], need, prepared)
+    return with_network(model, injection, prompts, latents["content"].shape[1:], need, prepared)

@@ -15,7 +15,7 @@ from .plan import Plan
 from .references import Drawn
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
     """Everything a report tells. retention and alignment: [direct merge, zipped]. drawn, prompts: by concept.
 

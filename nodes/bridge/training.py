@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.samplers
 import comfy.utils
@@ -30,6 +30,7 @@ from .frozen import Injection, blocks
 from .prompts import zeros
 from .runs import Run
 
+T = TypeVar("T")
 _ATTENTION = re.compile(r"\.(?:attn\d?|attention|self_attn|cross_attn|img_attn|txt_attn)\.")
 LAYERS = ("attention", "all linear", "B-LoRA", "B-LoRA content block", "B-LoRA style block")
 _EVERY, _MULTIPLE = 8, 64  # pixels of a latent, and what sides of buckets are multiples of
@@ -288,12 +289,13 @@ def run(
     made: Prepared,
     shapes: dict[str, tuple[int, int]],
     settings: training.Settings,
-    work: Callable[[Denoiser, training.Pictures, Any], None],
+    work: Callable[[Denoiser, training.Pictures, Any], T],
     loras_at_once: int = 1,
-) -> plan.Plan:
+) -> tuple[plan.Plan, T]:
     """Plan memory, load the model frozen, and hand a denoiser, the pictures in its own space, and the device to `work`.
 
-    Where memory runs out, once more with the least. loras_at_once: of the rank, which are trained together.
+    Returns the plan that worked, and what `work` returned. Where memory runs out, once more with the least.
+    loras_at_once: of the rank, which are trained together.
     """
     rows = settings.batch_size * (2 if made.pictures.priors else 1)
     room = plan.room_for(model)
@@ -303,10 +305,10 @@ def run(
     prompts = {str(number): conditioning for number, conditioning in enumerate(made.prompts)}
     prompts["empty"] = zeros(made.prompts[0])
 
-    def attempt(planned: plan.Plan) -> None:
+    def attempt(planned: plan.Plan) -> T:
         injection = Injection(shapes, planned.recomputed)
 
-        def prepared(guider, patcher, model_options: dict) -> None:
+        def prepared(guider, patcher, model_options: dict) -> T:
             def own(examples: Sequence[training.Example]) -> list[training.Example]:
                 into = guider.inner_model.process_latent_in
                 return [training.Example(into(e.latents.float().clone()), e.prompt) for e in examples]
@@ -315,9 +317,9 @@ def run(
             scored = None if given.scored is None else own([given.scored])[0]
             pictures = training.Pictures([own(part) for part in given.sets], own(given.priors), scored)
             denoiser = Denoiser(guider, model_options, injection)
-            work(denoiser, pictures, patcher.load_device)
+            return work(denoiser, pictures, patcher.load_device)
 
-        predictor.with_network(model, injection, prompts, made.largest.shape[1:], planned.need, prepared)
+        return predictor.with_network(model, injection, prompts, made.largest.shape[1:], planned.need, prepared)
 
     less = "lower resolution, batch_size or rank, or train fewer layers"
     return plan.carry_out(planned, attempt, "train", less)
@@ -447,7 +449,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
 
         training_run.follow(task, trained, denoiser, pictures, write, sample)
 
-    planned = run(model, made, shapes, settings, work)
+    planned, _ = run(model, made, shapes, settings, work)
     seconds = time.monotonic() - began
     report = [
         file.line(settings.steps, training_run.unwritten),

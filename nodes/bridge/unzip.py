@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -170,9 +169,8 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     made.prompts, contexts = _contexts(made.prompts)
     training_run = Run(first)
     began = time.monotonic()
-    kept: dict[str, Any] = {}
 
-    def work(denoiser: bridge.Denoiser, pictures: training.Pictures, device: torch.device) -> None:
+    def work(denoiser: bridge.Denoiser, pictures: training.Pictures, device: torch.device) -> unzip.UnZip:
         own = dict(zip(unzip.CONCEPTS, (c.to(device, copy=True) for c in contexts[1:3]), strict=True))
         apart = unzip.Separations(
             own if task.prompts_apart else None,
@@ -185,7 +183,6 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
             trained.load(start)
 
         def write(steps: int) -> str:
-            kept["unzip"] = trained
             _write(files, _halves(trained), steps)
             return " and ".join(file.said() for file in files.values())
 
@@ -193,16 +190,18 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
             return bridge.picture(model, denoiser, made, trained, settings.seed)
 
         training_run.follow(task, trained, denoiser, pictures, write, sample)
+        return trained
 
-    planned = bridge.run(model, made, shapes, settings, work, loras_at_once=2)
+    planned, trained = bridge.run(model, made, shapes, settings, work, loras_at_once=2)
     seconds, history = time.monotonic() - began, training_run.history
     sources = loras.LoRASources(*(_source(files[c], settings.steps) for c in unzip.CONCEPTS))
     fitted = fitting.fit(sources, model.model)
-    learned = kept["unzip"].coefficients()
     written = [file.line(settings.steps, training_run.unwritten) for file in files.values()]
-    report = "  \n".join([*written, *_report(task, kept["unzip"], history, seconds, planned)])
+    report = "  \n".join([*written, *_report(task, trained, history, seconds, planned)])
     about = {"settings": repr(settings), "prompts": task.prompts}
-    zipped = loras.ZippedLoRA(sources, fitted, learned, report=report, method="UnZipLoRA", settings=about)
+    zipped = loras.ZippedLoRA(
+        sources, fitted, trained.coefficients(), report=report, method="UnZipLoRA", settings=about
+    )
     losses = training_run.loss_map()
     if not task.columns_apart:
         losses["overlap"] = [s.penalty for s in history]
