@@ -103,8 +103,6 @@ PRIMITIVES: dict[str, Distance] = {
     "fin": lambda x, y: _polygon(x, y, [(1.0, 0.0), (-1.0, -1.0), (-1.0, 1.0)]),
 }
 SHAPES = ["circle", "square", "triangle", "star", "heart", "cross", "ring", "moon"]
-PRIMITIVE_NAMES = list(PRIMITIVES)
-MAX_PARTS = 4
 
 
 @dataclasses.dataclass(frozen=True)

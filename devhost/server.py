@@ -410,19 +410,6 @@ class ComfyServer:
         between = events[own[0] : own[-1] + 1]
         return [event for event in between if event.data.get("prompt_id", prompt_id) == prompt_id]
 
-    def wait_for_progress(self, prompt_id: str, node: str | int, value: int = 1, timeout: float = 300.0) -> Event:
-        """The event in which a node's progress has reached `value`: the moment to interrupt it."""
-
-        def reached(event: Event) -> bool:
-            data = event.data
-            here = event.type == "progress" and data.get("prompt_id") == prompt_id
-            return here and str(data.get("node")) == str(node) and data["value"] >= value
-
-        event = self.connection.wait_for(reached, timeout)
-        if event is None:
-            raise TimeoutError(f"Node {node} did not reach progress {value} within {timeout:.0f} s.\n{self.log_tail()}")
-        return event
-
     def wait_for_text(self, prompt_id: str, node: str | int, start: str, timeout: float = 300.0) -> Event:
         """The event in which a node shows a text that begins so. The prompt is the one that runs, or will run next."""
 
@@ -474,9 +461,6 @@ class ComfyServer:
     def put_lora(self, source: Path, name: str | None = None) -> str:
         """Copy a file into the LoRA folder (a copy, so that a test may change it); returns the name to load."""
         return self.put("loras", source, name)
-
-    def put_checkpoint(self, source: Path, name: str | None = None) -> str:
-        return self.put("checkpoints", source, name)
 
     def put(self, kind: str, source: Path, name: str | None = None) -> str:
         target = self.base / "models" / kind / (name or Path(source).name)

@@ -278,8 +278,7 @@ class _Parts:
         return self.graph
 
 
-_SUBJECT, _OTHER_SUBJECT = SUBJECTS
-_STYLE, _OTHER_STYLE = STYLES
+_SUBJECT, _STYLE = next(iter(SUBJECTS)), next(iter(STYLES))
 _REPLACE = (
     "\n\n## What to choose\nThe checkpoint, the LoRA files and the words of their training prompts: what stands here "
     "is made up. No pictures are needed: each LoRA draws its own references."

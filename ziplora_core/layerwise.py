@@ -22,10 +22,9 @@ from torch import Tensor
 from .branch import Branch, JoinedPair
 from .coefficients import Coefficients
 from .frozen import Base, JoinedLayer
-from .pair import LoRAPair
+from .pair import CONCEPTS, LoRAPair
 from .solver import Predictor, References, Settings, spread_batches
 
-CONCEPTS = ("content", "style")
 _DRAWS = 8  # passes over both references, spread over the timesteps
 _SEED = 0x1A7E  # added to the seed: noise apart from training's and from measuring's
 MOMENTS = 2**30  # bytes of moments kept at once
@@ -75,9 +74,7 @@ class Moments:
 
 def _halves(layer: JoinedLayer) -> list[tuple[str, slice]]:
     """The concepts that change a layer, content first, and their part of the rank axis."""
-    rank = layer.content_rank
-    parts = zip(CONCEPTS, (slice(0, rank), slice(rank, None)), strict=True)
-    return [(concept, part) for concept, part in parts if layer.down[part].shape[0]]
+    return [(c, part) for c, part in zip(CONCEPTS, layer.parts, strict=True) if layer.down[part].shape[0]]
 
 
 def stacked(layer: JoinedLayer, down: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+CONCEPTS = ("content", "style")
+
 
 @dataclass(frozen=True)
 class Factors:

@@ -41,10 +41,9 @@ from . import training
 from .coefficients import Coefficients
 from .files import all_finite
 from .frozen import Base, frozen
-from .pair import Factors, LayerPair, LoRAPair
+from .pair import CONCEPTS, Factors, LayerPair, LoRAPair
 from .solver import in_range
 
-CONCEPTS = ("content", "style")
 EMPTY = 0.2  # of the rows, where a LoRA is trained as it is used
 
 

@@ -18,7 +18,7 @@ from ...ziplora_core import training, unzip
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.direct import UNZIPLORA_BLOCKS, Blocks
 from ...ziplora_core.files import read_metadata, shown
-from ...ziplora_core.pair import Factors
+from ...ziplora_core.pair import CONCEPTS, Factors
 from ...ziplora_core.solver import in_range
 from . import fitting, loras, paths, plan, predictor
 from . import training as bridge
@@ -125,7 +125,7 @@ def owners(layers: Collection[str], blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[s
     """Layer -> the concept that it belongs to alone. Raises ValueError for a block that the model has not, a layer of
     both concepts, and a concept without a block."""
     found: dict[str, str] = {}
-    for concept in unzip.CONCEPTS:
+    for concept in CONCEPTS:
         if not blocks[concept]:
             raise ValueError(f"{concept}_blocks is empty; name a block, or turn block_separation off")
         for block in blocks[concept]:
@@ -161,7 +161,7 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     files = _files(model, task, about)
     shown = bridge.Shown([task.picture], [task.prompts["full"]])
     made = bridge.prepare(model, clip, vae, bridge.Task([shown], settings, task.prefix, task.resolution))
-    for concept in unzip.CONCEPTS:
+    for concept in CONCEPTS:
         made.prompt(clip, task.prompts[concept])
     if task.as_used:
         whole, empty = (made.prompt(clip, text) for text in (task.prompts["full"], ""))
@@ -171,7 +171,7 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     began = time.monotonic()
 
     def work(denoiser: bridge.Denoiser, pictures: training.Pictures, device: torch.device) -> unzip.UnZip:
-        own = dict(zip(unzip.CONCEPTS, (c.to(device, copy=True) for c in contexts[1:3]), strict=True))
+        own = dict(zip(CONCEPTS, (c.to(device, copy=True) for c in contexts[1:3]), strict=True))
         apart = unzip.Separations(
             own if task.prompts_apart else None,
             {name for name in shapes if _PROMPTED.search(name)},
@@ -194,7 +194,7 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
 
     planned, trained = bridge.run(model, made, shapes, settings, work, loras_at_once=2)
     seconds, history = time.monotonic() - began, training_run.history
-    sources = loras.LoRASources(*(_source(files[c], settings.steps) for c in unzip.CONCEPTS))
+    sources = loras.LoRASources(*(_source(files[c], settings.steps) for c in CONCEPTS))
     fitted = fitting.fit(sources, model.model)
     written = [file.line(settings.steps, training_run.unwritten) for file in files.values()]
     report = "  \n".join([*written, *_report(task, trained, history, seconds, planned)])
@@ -215,7 +215,7 @@ def _files(model, task: Task, about: dict[str, str]) -> dict[str, bridge.File]:
     """One for each concept, which names the other."""
     files = {
         c: bridge.File(model, f"{task.prefix}_{c}", {**about, "ziplora_prompt": task.prompts[c], _HALF: c})
-        for c in unzip.CONCEPTS
+        for c in CONCEPTS
     }
     _name_each_other(files)
     return files
@@ -238,7 +238,7 @@ def _write(files: dict[str, bridge.File], halves: dict[str, dict[str, Factors]],
 def _name_each_other(files: dict[str, bridge.File]) -> bool:
     """Whether one of them has got another name since: what is written says the old one."""
     before = [file.about.get(_OTHER) for file in files.values()]
-    for one, other in (unzip.CONCEPTS, unzip.CONCEPTS[::-1]):
+    for one, other in (CONCEPTS, CONCEPTS[::-1]):
         files[one].about[_OTHER] = os.path.basename(files[other].path)
     return [file.about[_OTHER] for file in files.values()] != before
 
@@ -251,10 +251,10 @@ def _left(
     own: concept -> the layers that it trains. Raises ValueError (LoRAFileError for a file) where they have others.
     """
     about = read_metadata(loras.lora_path(name))
-    if about.get(_HALF) not in unzip.CONCEPTS or not about.get(_OTHER):
+    if about.get(_HALF) not in CONCEPTS or not about.get(_OTHER):
         raise ValueError(f"'{name}' is not UnZip LoRA's; continue_from takes either of the two files that a run left")
     other = os.path.join(os.path.dirname(name), os.path.basename(about[_OTHER]))
-    names = {concept: name if concept == about[_HALF] else other for concept in unzip.CONCEPTS}
+    names = {concept: name if concept == about[_HALF] else other for concept in CONCEPTS}
     halves = {}
     for concept, file in names.items():
         halves[concept] = fitting.fit_one(loras.load(file, 1.0), model).factors
@@ -271,7 +271,7 @@ def _weight(model, name: str, device: torch.device) -> Tensor:
 
 
 def _halves(trained: unzip.UnZip) -> dict[str, dict[str, Factors]]:
-    halves: dict[str, dict[str, Factors]] = {c: {} for c in unzip.CONCEPTS}
+    halves: dict[str, dict[str, Factors]] = {c: {} for c in CONCEPTS}
     for name, layer in trained.pair().layers.items():
         for concept, factors in layer.halves():
             halves[concept][name] = factors
@@ -288,7 +288,7 @@ def _source(file: bridge.File, steps: int) -> loras.LoRASource:
 
 def _report(task: Task, trained: unzip.UnZip, history: list, seconds: float, planned: plan.Plan) -> list[str]:
     settings, counts = task.settings, []
-    for concept in unzip.CONCEPTS:
+    for concept in CONCEPTS:
         masks = trained.masks[concept]
         owned, columns = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
         counts.append(f"{concept} {len(masks)} layers, {owned:,} of {columns:,} columns")
