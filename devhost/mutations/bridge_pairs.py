@@ -115,8 +115,8 @@ MUTANTS = [
         ("LoRAs of other nodes are taken unchecked", "check_tensors(name, tensors)", "pass"),
         (
             "one LoRA on both sockets is zipped",
-            "    sources = LoRASources(*made)\n    if _hold_the_same(sources):",
-            "    sources = LoRASources(*made)\n    if False:",
+            "    if _hold_the_same(sources):\n        raise LoRAFileError(",
+            "    if False:\n        raise LoRAFileError(",
         ),
         ("float8 is compared as it is", "if one.element_size() == 1:", "if one.element_size() == 0:"),
         (

@@ -143,8 +143,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def pair(content: dict, style: dict, content_strength: float, style_strength: float) -> LoRASources:
-    """Two LORA_MODELs of other nodes. Raises LoRAFileError for what is no LoRA and where both are the same, ValueError
-    for a strength."""
+    """Two LORA_MODELs of other nodes; one for both, of which each may be given other blocks. Raises LoRAFileError for
+    what is no LoRA, ValueError for a strength."""
     made = []
     _check_strengths(content_strength, style_strength)
     for concept, tensors, strength in (("content", content, content_strength), ("style", style, style_strength)):
@@ -153,13 +153,16 @@ def pair(content: dict, style: dict, content_strength: float, style_strength: fl
             raise LoRAFileError(f"{name} holds no LoRA; connect Train Concept LoRA, or a node like it")
         check_tensors(name, tensors)
         made.append(LoRASource(name, dict(tensors), strength))
-    sources = LoRASources(*made)
+    return LoRASources(*made)
+
+
+def refuse_one_lora(sources: LoRASources) -> None:
+    """Raises LoRAFileError where both hold the same: there is nothing to zip."""
     if _hold_the_same(sources):
         raise LoRAFileError(
             "content_lora and style_lora hold the same LoRA, so there is nothing to zip; connect the subject's LoRA to "
             "content_lora and the style's to style_lora"
         )
-    return sources
 
 
 def _check_strengths(content: float, style: float) -> None:

@@ -27,6 +27,7 @@ def check_inputs(model, sources: loras.LoRASources, latents: dict[str, dict | No
 
     model: ModelPatcher; nothing of it is loaded. Raises ValueError (LoRAFileError for a file).
     """
+    loras.refuse_one_lora(sources)
     fitting.fit(sources, model.model)
     for concept, made in latents.items():
         if made is not None:
@@ -49,6 +50,7 @@ def optimise(
     Raises ValueError (LoRAFileError for a file) or FloatingPointError, and the host's own exception where memory runs
     out twice; interrupts pass through.
     """
+    loras.refuse_one_lora(sources)
     samples: dict[str, Tensor] = {}
     for concept in ("content", "style"):
         given = latents[concept]
