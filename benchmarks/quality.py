@@ -151,13 +151,11 @@ def _composed(studio, job: Job, sources, fitted) -> Any:
     prompt = studio.manifest.prompt(content, style)
     direct = loras.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
     drawn = studio.vae.encode(studio.draw(direct, [prompt] * 2, 9000 + job.seed).movedim(1, -1))
-    found = []
 
-    def work(predictor, joined, references) -> None:
-        found.append(composed_moments(joined, predictor, references, job.seed))
+    def work(predictor, joined, references) -> Any:
+        return composed_moments(joined, predictor, references, job.seed)
 
-    studio.zip(fitted.pair, content, style, work, prompt, drawn)
-    return found[0]
+    return studio.zip(fitted.pair, content, style, work, prompt, drawn)
 
 
 def pictures_of(studio, job: Job, method: str, zipped, by_step: Sequence[Any] | None) -> Record:

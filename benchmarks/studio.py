@@ -112,15 +112,16 @@ class Studio:
         coefficients = zipped.coefficients.scaled(style=style_strength)
         return replace(zipped, coefficients=coefficients, style_strength=style_strength)
 
-    def zip(self, pair, content: Trained, style: Trained, work: Callable, prompt: str = "", latents=None) -> None:
-        """Run `work(predictor, joined, references)` on the loaded model, with each concept's prompt and first picture.
+    def zip(self, pair, content: Trained, style: Trained, work: Callable, prompt: str = "", latents=None) -> Any:
+        """What `work(predictor, joined, references)` returns on the loaded model, with each concept's prompt and first
+        picture.
 
         prompt, latents: for both concepts instead.
         """
         concepts = (("content", content), ("style", style))
         conditioning = {c: self.prompt(prompt or t.learned.prompt) for c, t in concepts}
         latents = {c: self.latents(t) if latents is None else latents for c, t in concepts}
-        predictor.with_predictor(self.model, pair, conditioning, latents, work)
+        return predictor.with_predictor(self.model, pair, conditioning, latents, work)
 
     @torch.inference_mode()
     def draw(self, zipped, prompts: Sequence[str], seed: int, by_step: Sequence | None = None) -> torch.Tensor:
