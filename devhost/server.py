@@ -37,6 +37,8 @@ from .install import THREADS, current_host
 # Flags of ComfyUI that exclude --cpu and each other.
 DEVICE_FLAGS = {"--cpu", "--gpu-only", "--highvram", "--normalvram", "--lowvram", "--novram"}
 PREVIEW_FRAMES = {1, 2, 4}  # binary websocket messages that carry a preview picture
+PORT_TRIES = 5
+PORT_TAKEN = "address already in use"
 TEXT_FRAME = 3  # one that carries text to be shown on a node
 
 Prompt = dict[str, dict[str, Any]]
@@ -259,33 +261,54 @@ class ComfyServer:
         return command + list(self.flags)
 
     def start(self) -> ComfyServer:
-        """Start the process, wait until it answers, connect the websocket. ServerDied with the log's tail if not."""
-        self.port = self.port or free_port()
+        """Start the process, wait until it answers, connect the websocket. ServerDied with the log's tail if not.
+
+        A port that was free may be taken before the host binds it, seconds later: then another one is tried, unless the
+        caller has set `port`.
+        """
+        for tries_left in reversed(range(1 if self.port else PORT_TRIES)):
+            self.port = self.port or free_port()
+            try:
+                self.launch()
+                self.wait_until_ready()
+                self.listener = Listener(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}")
+                return self
+            except BaseException as error:
+                self.stop()
+                if not (tries_left and isinstance(error, ServerDied) and PORT_TAKEN in str(error).lower()):
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def launch(self) -> None:
+        """Start the process on `port`."""
         environment = {**THREADS, **os.environ, "DO_NOT_TRACK": "1", **self.environment}
         environment.pop("PYTHONPATH", None)  # the pack's folder `nodes` would hide ComfyUI's module of that name
         with open(self.log_file, "ab") as log:
             self.process = subprocess.Popen(
                 self.command(), cwd=self.base, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
             )
-        try:
-            self.wait_until_ready()
-            self.listener = Listener(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}")
-        except BaseException:
-            self.stop()
-            raise
-        return self
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.start_timeout
         while time.monotonic() < deadline:
             self.check_alive()
             try:
-                if self.session.get(f"{self.url}/system_stats", timeout=5).ok:
+                if self.session.get(f"{self.url}/system_stats", timeout=5).ok and self.is_listening():
                     return
             except requests.RequestException:
                 pass
             time.sleep(0.1)
         raise ServerDied(f"ComfyUI did not answer within {self.start_timeout:.0f} s.\n{self.log_tail()}")
+
+    def is_listening(self) -> bool:
+        """Whether it is this process that answers at `port`, and not another server that was there first."""
+        import psutil
+
+        try:
+            connections = psutil.Process(self.check_alive().pid).net_connections("inet")
+        except psutil.NoSuchProcess:
+            return False
+        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == self.port for c in connections)
 
     def check_alive(self) -> subprocess.Popen[bytes]:
         """The process; ServerDied where it has ended."""

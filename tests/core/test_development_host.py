@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -160,6 +161,43 @@ def test_a_worker_that_dies_is_a_failure(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_suite_without_tests_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count, _ = shared_out(tmp_path, monkeypatch, "")
     assert str(count) == "0 passed, 1 failed"
+
+
+# What a ComfyUI does that a port concerns: it answers when it can bind, and ends with the system's words when not.
+LITTLE_HOST = """
+import http.server, sys, time
+time.sleep(0.5)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_whose_port_is_taken_meanwhile_starts_on_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another server answers at that port all the time: it must not be taken for the one that was started."""
+    from devhost import server
+
+    class Little(server.ComfyServer):
+        def command(self) -> list[str]:
+            return [sys.executable, "-c", LITTLE_HOST, str(self.port)]
+
+    monkeypatch.setattr(server, "Listener", lambda url: SimpleNamespace(close=lambda: None))
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    with Little(tmp_path / "first") as first:
+        ports = [first.port, first.port, server.free_port()]
+        monkeypatch.setattr(server, "free_port", lambda: ports.pop(0))
+        with Little(tmp_path / "second") as second:
+            assert second.port != first.port and not ports
+            assert second.is_listening() and first.is_listening()
+        fixed = Little(tmp_path / "second")
+        fixed.port = first.port
+        with pytest.raises(server.ServerDied, match="already in use"):
+            fixed.start()
+        assert first.is_listening()
 
 
 def test_ports_for_servers_are_free_and_no_connection_is_given_them() -> None:
