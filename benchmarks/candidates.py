@@ -6,8 +6,8 @@ python3 dev.py run benchmarks/quality.py --candidates --block choose --seeds 0 -
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,12 +52,14 @@ def layer_wise(
     identity: float = 0.0,
     outputs: float = 0.0,
     composed: float = 0.0,
+    restyled: Sequence[str] = (),
 ) -> Method:
     """The closed form, changed.
 
     mu, outputs: of NP-LoRA and of the same on outputs, which soften the content LoRA first. style: how often the error
     under the style's reference counts. ridge: pull towards `pull`. identity: share of the identity (of the same trace)
-    in the moments. composed: how often the distance from the direct merge under the composed prompt counts.
+    in the moments. composed: how often the distance from the direct merge under the composed prompt counts. restyled:
+    concepts of which half the references are pictures of the composed prompt, seen with the concept's own prompt.
     """
 
     def run(case: Case) -> Merge:
@@ -68,6 +70,8 @@ def layer_wise(
             moments = layerwise._record(
                 joined, case.predictor, case.references, case.seed, layerwise._DRAWS, joined.layers
             )
+            if restyled:
+                _restyle(moments, case, joined, restyled)
             for seen in moments.sums.values():
                 trace = seen.total.diagonal().mean()
                 seen.total = (1 - identity) * seen.total + identity * trace * torch.eye(len(seen.total)).to(seen.total)
@@ -83,7 +87,7 @@ def layer_wise(
                 solution = _pulled(problem, ridge, pull)
                 parts = torch.split(solution, layer.columns)
                 for (concept, _), part in zip(layerwise._halves(layer), parts, strict=True):
-                    found[concept][name] = part.float()
+                    found[concept][name] = part.cpu().float()
         ones = Coefficients.ones(joined.pair)
         merged = Coefficients({**ones.content, **found["content"]}, {**ones.style, **found["style"]})
         return Merge(fitted, merged, time.monotonic() - began)
@@ -91,9 +95,30 @@ def layer_wise(
     return run
 
 
+def _restyle(moments: Any, case: Case, joined: Any, concepts: Sequence[str]) -> None:
+    """Add to concepts' moments as much of what their teachers see of composed pictures."""
+    more = layerwise._record(
+        joined, case.predictor, case.composed.references, case.seed + 1, layerwise._DRAWS, joined.layers
+    )
+    for (name, concept), seen in moments.sums.items():
+        if concept in concepts:
+            added = more.sums[name, concept]
+            seen.total += added.total
+            seen.count += added.count
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Pictures that the direct merge draws of the composed prompt, as references, and their moments under it."""
+
+    references: Any
+    moments: Any
+
+
 def _composed_form(case: Case, moments: Any, name: str, layer: Any) -> Tensor:
     """H of a layer under the composed prompt."""
-    mean = case.composed.sums[case.composed.source[name], "content"].mean
+    seen = case.composed.moments
+    mean = seen.sums[seen.source[name], "content"].mean
     if layer.down.ndim > 2:
         return mean
     halves = len(layerwise._halves(layer))
@@ -189,6 +214,7 @@ CANDIDATES: dict[str, Method] = {
     "layer-wise, style twice": layer_wise(style=2.0),
     "NP .2": layer_wise(mu=0.2),
     "NP .2, style twice": layer_wise(mu=0.2, style=2.0),
+    "NP .35, style twice": layer_wise(mu=0.35, style=2.0),
     "NP .5": layer_wise(mu=0.5),
     "NP .5, style twice": layer_wise(mu=0.5, style=2.0),
     "NP 1": layer_wise(mu=1.0),
@@ -197,10 +223,17 @@ CANDIDATES: dict[str, Method] = {
     "NP .5, composed": layer_wise(mu=0.5, composed=1.0),
     "NP .2, pull .8": layer_wise(mu=0.2, pull=0.8),
     "half identity": layer_wise(identity=0.5),
+    "identity": layer_wise(identity=1.0),
     "NP .5, half identity": layer_wise(mu=0.5, identity=0.5),
+    "NP .5, identity": layer_wise(mu=0.5, identity=1.0),
     "NP .5, ridge 3": layer_wise(mu=0.5, ridge=3.0),
     "NP .5, ridge .3": layer_wise(mu=0.5, ridge=0.3),
+    "restyled": layer_wise(restyled=CONCEPTS),
+    "content restyled": layer_wise(restyled=("content",)),
+    "NP .2, restyled": layer_wise(mu=0.2, restyled=CONCEPTS),
+    "NP .5, restyled": layer_wise(mu=0.5, restyled=CONCEPTS),
     "routing": routing(),
     "NP .5, routing": routing(mu=0.5),
 }
-COMPOSED = ("composed", "NP .5, composed")  # need pictures of the composed prompt, drawn by the direct merge
+# These need pictures of the composed prompt, drawn by the direct merge.
+COMPOSED = tuple(name for name in CANDIDATES if "composed" in name or "restyled" in name)

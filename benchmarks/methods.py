@@ -29,7 +29,7 @@ class Case:
     references: Any
     seed: int
     oracle: Any = None  # the grid's best, chosen by pictures and the truth
-    composed: Any = None  # moments of what layers see under the composed prompt
+    composed: Any = None  # pictures of the composed prompt, and moments of what layers see of them under it
 
     @staticmethod
     def grid(pair) -> list:

@@ -220,8 +220,11 @@ def show(block: str, path: Path) -> None:
 # --- training ------------------------------------------------------------------------------------------------
 
 
-def train(block: str) -> None:
-    """Judge, LoRAs, gates, reference pictures and manifest of a block, as far as they are missing."""
+def train(block: str, only: Sequence[str] = ()) -> None:
+    """Judge, LoRAs, gates, reference pictures and manifest of a block, as far as they are missing.
+
+    only: names of LoRAs, and `judge`; what else is missing is left to another run, and so is the manifest.
+    """
     enter(block)
     from demo import concepts, fit_lora, gates, judge, lora
     from demo.miniature import load_miniature, use_comfyui
@@ -235,12 +238,13 @@ def train(block: str) -> None:
     checkpoint = folder / "weights" / shipped.name
     if not checkpoint.exists():
         os.link(shipped, checkpoint)
-    model = load_miniature(str(checkpoint))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_miniature(str(checkpoint)).to(device)
     model.vae.to(memory_format=torch.channels_last)
     everything = concepts.concepts()
     for concept in everything:
         path = folder / concept.file
-        if path.exists():
+        if path.exists() or (only and concept.name not in only):
             continue
         began = time.monotonic()
         branches = fit_lora.fit(model, concept, SETTINGS[concept.kind])
@@ -248,13 +252,19 @@ def train(block: str) -> None:
         lora.detach(model.unet, branches)
         print(f"{block} {concept.name}: trained in {time.monotonic() - began:.0f} s", flush=True)
     verdict = folder / "weights" / "judge.safetensors"
-    if not verdict.exists():
+    if not verdict.exists() and (not only or "judge" in only):
         names = {"shape_names": [*judge.SHAPE_NAMES, judge.OTHER], "style_names": [*judge.STYLE_NAMES, judge.OTHER]}
-        judge.fit(str(verdict), "cpu", JUDGE_PICTURES, JUDGE_STEPS, **names)
+        judge.fit(str(verdict), device, JUDGE_PICTURES, JUDGE_STEPS, **names)
+    if not verdict.exists():
+        return
     jury = judge.load_judge(str(verdict))
     branches = lora.attach(model.unet, 16, 16.0)
+    for branch in branches.values():
+        branch.to(device)
     entries = {}
     for concept in everything:
+        if only and concept.name not in only:
+            continue
         note = folder / "work" / f"{concept.name}.json"
         if not note.exists():
             lora.load_into(branches, load_file(str(folder / concept.file)))
@@ -264,6 +274,8 @@ def train(block: str) -> None:
             print(f"{block} {concept.name}: " + " ".join(f"{k} {v:.2f}" for k, v in figures.items()), flush=True)
         figures = json.loads(note.read_text(encoding="utf-8"))
         entries[concept.name] = {**concepts.describe(concept, figures), "weak": not gates.passes(concept, figures)}
+    if only:
+        return
     concepts.write_manifest(entries, {}, str(folder / "world.json"))
     weak = [name for name, entry in entries.items() if entry["weak"]]
     print(f"{block}: {len(entries) - len(weak)} LoRAs pass their gates; weak: {', '.join(weak) or 'none'}", flush=True)
@@ -272,6 +284,7 @@ def train(block: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("blocks", nargs="+", choices=BLOCKS)
+    parser.add_argument("--only", nargs="+", default=[], help="LoRAs by name, or judge: train no more than these")
     parser.add_argument("--show", type=Path, help="draw the first block's concepts into this picture, train nothing")
     given = parser.parse_args()
     if given.show:
@@ -280,7 +293,7 @@ def main() -> int:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     for block in given.blocks:
-        train(block)
+        train(block, given.only)
     return 0
 
 

@@ -142,8 +142,8 @@ def of_columns(core, merge) -> Record:
 
 
 def _composed(studio, job: Job, sources, fitted) -> Any:
-    """What layers see of two pictures that the direct merge draws of the composed prompt."""
-    from benchmarks.candidates import composed_moments
+    """Two pictures that the direct merge draws of the composed prompt, and what layers see of them."""
+    from benchmarks.candidates import Composed, composed_moments
     from benchmarks.methods import Coefficients
     from benchmarks.studio import loras
 
@@ -153,7 +153,7 @@ def _composed(studio, job: Job, sources, fitted) -> Any:
     drawn = studio.vae.encode(studio.draw(direct, [prompt] * 2, 9000 + job.seed).movedim(1, -1))
 
     def work(predictor, joined, references) -> Any:
-        return composed_moments(joined, predictor, references, job.seed)
+        return Composed(references, composed_moments(joined, predictor, references, job.seed))
 
     return studio.zip(fitted.pair, content, style, work, prompt, drawn)
 
