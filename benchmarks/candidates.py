@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.methods import METHODS, Case, Merge, Method
+from benchmarks.methods import METHODS, Case, Merge, Method, timed
 from benchmarks.studio import core
 
 Coefficients = core.coefficients.Coefficients
@@ -226,6 +226,14 @@ CANDIDATES: dict[str, Method] = {
     "identity": layer_wise(identity=1.0),
     "NP .5, half identity": layer_wise(mu=0.5, identity=0.5),
     "NP .5, identity": layer_wise(mu=0.5, identity=1.0),
+    "identity, pull .8": layer_wise(identity=1.0, pull=0.8),
+    "identity, ridge .3": layer_wise(identity=1.0, ridge=0.3),
+    "identity, ridge 3": layer_wise(identity=1.0, ridge=3.0),
+    "NP .2, identity, pull .8": layer_wise(mu=0.2, identity=1.0, pull=0.8),
+    "direct .8/.8": timed(lambda case: case.ones.scaled(0.8, 0.8)),
+    "direct .7/.7": timed(lambda case: case.ones.scaled(0.7, 0.7)),
+    "direct .8/.6": timed(lambda case: case.ones.scaled(0.8, 0.6)),
+    "direct .6/.8": timed(lambda case: case.ones.scaled(0.6, 0.8)),
     "NP .5, ridge 3": layer_wise(mu=0.5, ridge=3.0),
     "NP .5, ridge .3": layer_wise(mu=0.5, ridge=0.3),
     "restyled": layer_wise(restyled=CONCEPTS),
