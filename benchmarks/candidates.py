@@ -53,6 +53,8 @@ def layer_wise(
     outputs: float = 0.0,
     composed: float = 0.0,
     restyled: Sequence[str] = (),
+    parts_of: str = "direct",
+    alike: str = "",
 ) -> Method:
     """The closed form, changed.
 
@@ -60,6 +62,8 @@ def layer_wise(
     under the style's reference counts. ridge: pull towards `pull`. identity: share of the identity (of the same trace)
     in the moments. composed: how often the distance from the direct merge under the composed prompt counts. restyled:
     concepts of which half the references are pictures of the composed prompt, seen with the concept's own prompt.
+    parts_of: what errors are counted in: the direct merge's, what a LoRA itself adds ("own"), or nothing ("equal").
+    alike: "layer" for one coefficient in a layer for each LoRA.
     """
 
     def run(case: Case) -> Merge:
@@ -79,12 +83,21 @@ def layer_wise(
                 layer = joined.layers[name]
                 forms = moments.forms(name, layer)
                 direct = layerwise.error_at_direct(layer, forms)
+                if parts_of != "direct":
+                    sizes = {"content": direct["style"], "style": direct["content"]}
+                    direct = sizes if parts_of == "own" else dict.fromkeys(direct, sum(direct.values()))
                 weights = {c: 1 / e if e > 0 else 0.0 for c, e in direct.items()}
                 weights["style"] *= style
                 problem = layerwise.quadratic(layer, forms, weights)
                 if composed:
                     problem = _held(problem, _composed_form(case, moments, name, layer), composed)
-                solution = _pulled(problem, ridge, pull)
+                if alike:
+                    spread = torch.block_diag(*[torch.ones(layer.columns, 1)] * len(layerwise._halves(layer)))
+                    spread = spread.to(problem.q)
+                    one = layerwise.Quadratic(spread.T @ problem.q @ spread, problem.b @ spread, problem.constant)
+                    solution = spread @ _pulled(one, ridge, pull)
+                else:
+                    solution = _pulled(problem, ridge, pull)
                 parts = torch.split(solution, layer.columns)
                 for (concept, _), part in zip(layerwise._halves(layer), parts, strict=True):
                     found[concept][name] = part.cpu().float()
@@ -229,11 +242,21 @@ CANDIDATES: dict[str, Method] = {
     "identity, pull .8": layer_wise(identity=1.0, pull=0.8),
     "identity, ridge .3": layer_wise(identity=1.0, ridge=0.3),
     "identity, ridge 3": layer_wise(identity=1.0, ridge=3.0),
+    "identity, ridge .1": layer_wise(identity=1.0, ridge=0.1),
+    "identity, own, ridge .3": layer_wise(identity=1.0, ridge=0.3, parts_of="own"),
+    "identity, equal, ridge .3": layer_wise(identity=1.0, ridge=0.3, parts_of="equal"),
+    "identity by layer, ridge .3": layer_wise(identity=1.0, ridge=0.3, alike="layer"),
+    "identity by layer, own, ridge .3": layer_wise(identity=1.0, ridge=0.3, alike="layer", parts_of="own"),
+    "NP .5, identity, ridge .3": layer_wise(mu=0.5, identity=1.0, ridge=0.3),
+    "identity, ridge .3, style 1.5": layer_wise(identity=1.0, ridge=0.3, style=1.5),
+    "layer-wise, pull .6": layer_wise(pull=0.6),
     "NP .2, identity, pull .8": layer_wise(mu=0.2, identity=1.0, pull=0.8),
     "direct .8/.8": timed(lambda case: case.ones.scaled(0.8, 0.8)),
     "direct .7/.7": timed(lambda case: case.ones.scaled(0.7, 0.7)),
     "direct .8/.6": timed(lambda case: case.ones.scaled(0.8, 0.6)),
     "direct .6/.8": timed(lambda case: case.ones.scaled(0.6, 0.8)),
+    "direct .6/.6": timed(lambda case: case.ones.scaled(0.6, 0.6)),
+    "direct .5/.7": timed(lambda case: case.ones.scaled(0.5, 0.7)),
     "NP .5, ridge 3": layer_wise(mu=0.5, ridge=3.0),
     "NP .5, ridge .3": layer_wise(mu=0.5, ridge=0.3),
     "restyled": layer_wise(restyled=CONCEPTS),
