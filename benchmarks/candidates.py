@@ -55,6 +55,8 @@ def layer_wise(
     restyled: Sequence[str] = (),
     parts_of: str = "direct",
     alike: str = "",
+    prior: float = 0.0,
+    prompts: bool = False,
 ) -> Method:
     """The closed form, changed.
 
@@ -63,7 +65,8 @@ def layer_wise(
     in the moments. composed: how often the distance from the direct merge under the composed prompt counts. restyled:
     concepts of which half the references are pictures of the composed prompt, seen with the concept's own prompt.
     parts_of: what errors are counted in: the direct merge's, what a LoRA itself adds ("own"), or nothing ("equal").
-    alike: "layer" for one coefficient in a layer for each LoRA.
+    alike: "layer" for one coefficient in a layer for each LoRA. prior: ridge of the solution with the identity's
+    moments that this one is pulled towards. prompts: layers that see the prompt keep its moments.
     """
 
     def run(case: Case) -> Merge:
@@ -76,7 +79,9 @@ def layer_wise(
             )
             if restyled:
                 _restyle(moments, case, joined, restyled)
-            for seen in moments.sums.values():
+            for (source, _), seen in moments.sums.items():
+                if prompts and ".attn2.to_" in source and not source.endswith("to_q"):
+                    continue
                 trace = seen.total.diagonal().mean()
                 seen.total = (1 - identity) * seen.total + identity * trace * torch.eye(len(seen.total)).to(seen.total)
             for name in moments.source:
@@ -97,7 +102,8 @@ def layer_wise(
                     one = layerwise.Quadratic(spread.T @ problem.q @ spread, problem.b @ spread, problem.constant)
                     solution = spread @ _pulled(one, ridge, pull)
                 else:
-                    solution = _pulled(problem, ridge, pull)
+                    towards = _of_weights(layer, prior) if prior else pull
+                    solution = _pulled(problem, ridge, towards)
                 parts = torch.split(solution, layer.columns)
                 for (concept, _), part in zip(layerwise._halves(layer), parts, strict=True):
                     found[concept][name] = part.cpu().float()
@@ -167,10 +173,20 @@ def composed_moments(joined: Any, predictor: Any, references: Any, seed: int) ->
     return moments
 
 
-def _pulled(problem: Any, ridge: float, pull: float) -> Tensor:
-    """argmin of the problem + ridge · mean(diag Q) · ‖z − pull‖², by the core's own solve in z / pull."""
-    scaled = layerwise.Quadratic(problem.q * pull**2, problem.b * pull, problem.constant)
-    return pull * layerwise.solve(scaled, ridge)
+def _of_weights(layer: Any, ridge: float) -> Tensor:
+    """The solution with the identity in the place of the moments: of the weights alone."""
+    form = layerwise.gram(layer)
+    eye = torch.eye(layer.columns).to(form).repeat(len(layerwise._halves(layer)), len(layerwise._halves(layer)))
+    forms = dict.fromkeys(CONCEPTS, form * eye)
+    weights = {c: 1 / e if e > 0 else 0.0 for c, e in layerwise.error_at_direct(layer, forms).items()}
+    return layerwise.solve(layerwise.quadratic(layer, forms, weights), ridge)
+
+
+def _pulled(problem: Any, ridge: float, pull: float | Tensor) -> Tensor:
+    """argmin of the problem + ridge · mean(diag Q) · ‖z − pull‖², by the core's own solve in z − pull + 1."""
+    away = torch.as_tensor(pull, dtype=problem.q.dtype, device=problem.q.device) - 1
+    moved = problem.q @ away.expand(len(problem.q))
+    return layerwise.solve(layerwise.Quadratic(problem.q, problem.b - moved, problem.constant), ridge) + away
 
 
 def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
@@ -249,6 +265,10 @@ CANDIDATES: dict[str, Method] = {
     "identity by layer, own, ridge .3": layer_wise(identity=1.0, ridge=0.3, alike="layer", parts_of="own"),
     "NP .5, identity, ridge .3": layer_wise(mu=0.5, identity=1.0, ridge=0.3),
     "identity, ridge .3, style 1.5": layer_wise(identity=1.0, ridge=0.3, style=1.5),
+    "identity, ridge .3, prompts": layer_wise(identity=1.0, ridge=0.3, prompts=True),
+    "layer-wise to identity": layer_wise(prior=0.3),
+    "layer-wise to identity, ridge 3": layer_wise(prior=0.3, ridge=3.0),
+    "NP .2, half identity, pull .7": layer_wise(mu=0.2, identity=0.5, pull=0.7),
     "layer-wise, pull .6": layer_wise(pull=0.6),
     "NP .2, identity, pull .8": layer_wise(mu=0.2, identity=1.0, pull=0.8),
     "direct .8/.8": timed(lambda case: case.ones.scaled(0.8, 0.8)),

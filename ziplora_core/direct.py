@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import shares
 from .coefficients import Coefficients
 from .pair import Factors, LayerPair, LoRAPair
 
@@ -80,6 +81,7 @@ def by_blocks(
 
 METHODS: dict[str, Callable[[LoRAPair], tuple[LoRAPair, Coefficients]]] = {
     "sum": lambda pair: (pair, Coefficients.ones(pair)),
+    "shared columns": lambda pair: (pair, shares.merge(pair)),
     "NP-LoRA": lambda pair: (np_lora(pair), Coefficients.ones(pair)),
     "B-LoRA blocks": lambda pair: by_blocks(pair, **B_LORA_BLOCKS, elsewhere=0.0),
     "UnZipLoRA blocks": lambda pair: by_blocks(pair, **UNZIPLORA_BLOCKS, elsewhere=1.0),
@@ -88,7 +90,7 @@ METHODS: dict[str, Callable[[LoRAPair], tuple[LoRAPair, Coefficients]]] = {
 
 def settings(method: str) -> dict[str, Any]:
     """What a file says of a merge beside its method, so that `prepared` makes the same again."""
-    return {"mu": MU} if method == "NP-LoRA" else {}
+    return {"NP-LoRA": {"mu": MU}, "shared columns": {"ridge": shares.RIDGE}}.get(method, {})
 
 
 def prepared(pair: LoRAPair, method: str, settings: Mapping[str, Any]) -> LoRAPair:
