@@ -56,7 +56,7 @@ def layer_wise(
     parts_of: str = "direct",
     alike: str = "",
     prior: float = 0.0,
-    prompts: bool = False,
+    prompts: str = "",
 ) -> Method:
     """The closed form, changed.
 
@@ -66,7 +66,8 @@ def layer_wise(
     concepts of which half the references are pictures of the composed prompt, seen with the concept's own prompt.
     parts_of: what errors are counted in: the direct merge's, what a LoRA itself adds ("own"), or nothing ("equal").
     alike: "layer" for one coefficient in a layer for each LoRA. prior: ridge of the solution with the identity's
-    moments that this one is pulled towards. prompts: layers that see the prompt keep its moments.
+    moments that this one is pulled towards. prompts: "kept" where layers that see the
+    prompt keep its moments, "identity" where only these have the identity's.
     """
 
     def run(case: Case) -> Merge:
@@ -80,7 +81,8 @@ def layer_wise(
             if restyled:
                 _restyle(moments, case, joined, restyled)
             for (source, _), seen in moments.sums.items():
-                if prompts and ".attn2.to_" in source and not source.endswith("to_q"):
+                sees_prompt = ".attn2.to_" in source and ".to_q" not in source and ".to_out" not in source
+                if prompts and sees_prompt != (prompts == "identity"):
                     continue
                 trace = seen.total.diagonal().mean()
                 seen.total = (1 - identity) * seen.total + identity * trace * torch.eye(len(seen.total)).to(seen.total)
@@ -238,7 +240,7 @@ def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
 
 
 CANDIDATES: dict[str, Method] = {
-    **{name: METHODS[name] for name in ("direct 1/1", "NP-LoRA", "default")},
+    **{name: METHODS[name] for name in ("direct 1/1", "direct .8/.8", "direct .6/.8", "NP-LoRA", "default")},
     "layer-wise": layer_wise(),
     "layer-wise, style twice": layer_wise(style=2.0),
     "NP .2": layer_wise(mu=0.2),
@@ -265,16 +267,16 @@ CANDIDATES: dict[str, Method] = {
     "identity by layer, own, ridge .3": layer_wise(identity=1.0, ridge=0.3, alike="layer", parts_of="own"),
     "NP .5, identity, ridge .3": layer_wise(mu=0.5, identity=1.0, ridge=0.3),
     "identity, ridge .3, style 1.5": layer_wise(identity=1.0, ridge=0.3, style=1.5),
-    "identity, ridge .3, prompts": layer_wise(identity=1.0, ridge=0.3, prompts=True),
+    "identity, ridge .3, prompts": layer_wise(identity=1.0, ridge=0.3, prompts="kept"),
+    "layer-wise, prompts identity": layer_wise(identity=1.0, prompts="identity"),
+    "layer-wise to identity, prompts identity": layer_wise(identity=1.0, prior=0.3, prompts="identity"),
     "layer-wise to identity": layer_wise(prior=0.3),
     "layer-wise to identity, ridge 3": layer_wise(prior=0.3, ridge=3.0),
     "NP .2, half identity, pull .7": layer_wise(mu=0.2, identity=0.5, pull=0.7),
     "layer-wise, pull .6": layer_wise(pull=0.6),
     "NP .2, identity, pull .8": layer_wise(mu=0.2, identity=1.0, pull=0.8),
-    "direct .8/.8": timed(lambda case: case.ones.scaled(0.8, 0.8)),
     "direct .7/.7": timed(lambda case: case.ones.scaled(0.7, 0.7)),
     "direct .8/.6": timed(lambda case: case.ones.scaled(0.8, 0.6)),
-    "direct .6/.8": timed(lambda case: case.ones.scaled(0.6, 0.8)),
     "direct .6/.6": timed(lambda case: case.ones.scaled(0.6, 0.6)),
     "direct .5/.7": timed(lambda case: case.ones.scaled(0.5, 0.7)),
     "NP .5, ridge 3": layer_wise(mu=0.5, ridge=3.0),

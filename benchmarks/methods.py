@@ -96,11 +96,15 @@ def best_of_grid(case: Case):
     return grid[cost.index(min(cost))]
 
 
-def np_lora(case: Case) -> Merge:
-    """NP-LoRA with mu 0.5."""
-    began = time.monotonic()
-    pair = core.direct.np_lora(case.fitted.pair)
-    return Merge(replace(case.fitted, pair=pair), Coefficients.ones(pair), time.monotonic() - began)
+def direct(name: str) -> Method:
+    """A method of Direct Merge LoRA."""
+
+    def run(case: Case) -> Merge:
+        began = time.monotonic()
+        pair, coefficients = core.direct.METHODS[name](case.fitted.pair)
+        return Merge(replace(case.fitted, pair=pair), coefficients, time.monotonic() - began)
+
+    return run
 
 
 def node(**settings: Any) -> Method:
@@ -178,7 +182,10 @@ METHODS: dict[str, Method] = {
     "direct, best by retention": timed(best_of_grid),
     ORACLE: timed(lambda case: case.oracle),
     "community settings": node(**{**PAPER_STEPS, "learning_rate": 5e-5}, objective=COMMUNITY),
-    "NP-LoRA": np_lora,
+    "direct .8/.8": timed(lambda case: case.ones.scaled(0.8, 0.8)),
+    "direct .6/.8": timed(lambda case: case.ones.scaled(0.6, 0.8)),
+    "NP-LoRA": direct("NP-LoRA"),
+    "shared columns": direct("shared columns"),
     "Eq. 3 to the letter": node(**PAPER_STEPS, objective=core.objective.PAPER),
     "100 steps from ones": node(**PAPER_STEPS),
     "start and 25 steps": FAR,

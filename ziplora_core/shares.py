@@ -29,15 +29,13 @@ def column_grams(factors: Sequence[Factors]) -> Tensor:
 
     A convolution's column is all that belongs to one input channel.
     """
-    downs = [f.down.double().flatten(2) if f.down.ndim > 2 else f.down.double()[..., None] for f in factors]
-    ups = [f.scale * f.up.double() for f in factors]
-    count = len(factors)
-    grams = torch.empty(factors[0].columns, count, count, dtype=torch.float64, device=ups[0].device)
-    for i in range(count):
+    downs = [f.down.float().flatten(2) if f.down.ndim > 2 else f.down.float()[..., None] for f in factors]
+    ups = [f.scale * f.up.float() for f in factors]
+    grams = torch.empty(factors[0].columns, len(factors), len(factors), dtype=torch.float64, device=ups[0].device)
+    for i, (up, down) in enumerate(zip(ups, downs, strict=True)):
         for j in range(i + 1):
-            between = ups[i].T @ ups[j]
-            inner = (downs[i] * torch.einsum("rs,snk->rnk", between, downs[j])).sum((0, 2))
-            grams[:, i, j] = grams[:, j, i] = inner
+            seen = ((ups[j].T @ up) @ down.flatten(1)).view(-1, *down.shape[1:])
+            grams[:, i, j] = grams[:, j, i] = seen.mul_(downs[j]).sum((0, 2))
     return grams
 
 
