@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import shares
 from .branch import Branch, JoinedPair
 from .coefficients import Coefficients
 from .frozen import Base, JoinedLayer
@@ -196,10 +197,10 @@ def error_at_direct(layer: JoinedLayer, forms: Mapping[str, Tensor]) -> dict[str
     return {c: added.get(disturber[c], added.get(c, {}))[c] for c in CONCEPTS}
 
 
-def solve(problem: Quadratic, ridge: float) -> Tensor:
-    """argmin zᵀQz − 2 bᵀz + ridge·mean(diag Q)·‖z − 1‖², by Cholesky after scaling the diagonal to one.
+def solve(problem: Quadratic, ridge: float, towards: Tensor | None = None) -> Tensor:
+    """argmin zᵀQz − 2 bᵀz + ridge·mean(diag Q)·‖z − towards‖², by Cholesky after scaling the diagonal to one.
 
-    The ridge keeps columns of which the references say little near the direct merge. Factored in float32, where
+    The ridge keeps columns of which the references say little near `towards`; None: near one. Factored in float32, where
     graphics cards are many times faster, and refined in float64 until that is what it equals; factored in float64
     where it does not get there.
     """
@@ -207,7 +208,8 @@ def solve(problem: Quadratic, ridge: float) -> Tensor:
     q = problem.q.to(device, torch.float64, copy=True)
     shift = ridge * q.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     q.diagonal().add_(shift)
-    b = problem.b.to(device, torch.float64) + shift
+    pull = 1.0 if towards is None else towards.to(device, torch.float64)
+    b = problem.b.to(device, torch.float64) + shift * pull
     scale = q.diagonal().rsqrt()
     q.mul_(scale).mul_(scale[:, None])
     z = _refined(q, scale * b)
@@ -279,13 +281,15 @@ def merge(
 ) -> Coefficients:
     """The coefficients that change each layer's output least, layer by layer, in closed form.
 
-    In each layer the error under a reference counts in parts of what the direct merge does to it. No gradient
+    In each layer the error under a reference counts in parts of what the direct merge does to it, and the ridge pulls
+    towards the merge by the weights alone (`shares`), which layers that take no part in a pass have. No gradient
     through the network: about `_DRAWS` teacher passes, more of them where the moments (n x n for each distinct
     input of width n and each concept) exceed `budget` bytes and layers are taken in groups. `on_layer`
     is called after each; what it or the predictor raises ends the run. Deterministic for a seed. Raises
     FloatingPointError when a layer's numbers are not finite.
     """
-    found: dict[str, dict[str, Tensor]] = {"content": {}, "style": {}}
+    known = shares.merge(joined.pair)
+    found: dict[str, dict[str, Tensor]] = {"content": dict(known.content), "style": dict(known.style)}
     with torch.inference_mode(False), torch.no_grad():
         source = _record(joined, predictor, references, seed, draws=1, names=joined.layers, keep=False).source
         done = 0
@@ -302,14 +306,14 @@ def merge(
                     )
                 weights = {concept: 1 / error if error > 0 else 0.0 for concept, error in direct.items()}
                 problem = quadratic(layer, forms, weights)
-                solution = solve(problem, ridge)
+                towards = torch.cat([found[concept][name] for concept, _ in _halves(layer)])
+                solution = solve(problem, ridge, towards)
                 for (concept, _), part in zip(_halves(layer), torch.split(solution, layer.columns), strict=True):
                     found[concept][name] = part.to("cpu", torch.float32, copy=True)
                 done += 1
                 if on_layer is not None:
                     on_layer(SolvedLayer(name, done, len(source), problem.left(solution)))
-    ones = Coefficients.ones(joined.pair)  # for layers that took no part in a pass
-    return Coefficients({**ones.content, **found["content"]}, {**ones.style, **found["style"]})
+    return Coefficients(**found)
 
 
 def _record(

@@ -7,7 +7,7 @@ import torch
 from test_layerwise import CONCEPTS, Watched, outputs, positions, wanted
 from toys import SHAPES, Dense, ToyPredictor, factors, toy_pair, toy_references
 
-from ziplora_core import layerwise
+from ziplora_core import layerwise, shares
 from ziplora_core.branch import JoinedPair
 from ziplora_core.pair import LayerPair, LoRAPair
 from ziplora_core.solver import measure_retention
@@ -30,7 +30,8 @@ def test_each_layer_is_the_dense_ridge_solution_of_relative_errors(ridge):
         size = rows[0].shape[1]
         pull = (ridge * sum(r.square().sum() for r in rows) / size) ** 0.5
         rows.append(pull * torch.eye(size, dtype=torch.float64))
-        targets.append(pull * torch.ones(size, dtype=torch.float64))
+        known = shares.layer_coefficients([f for _, f in joined.pair.layers[name].halves()])
+        targets.append(pull * torch.cat(known).double())
         expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)[:, None]).solution[:, 0]
         got = torch.cat([getattr(found, c)[name] for c, _ in joined.pair.layers[name].halves()])
         torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-3)
@@ -62,7 +63,7 @@ def test_noise_is_the_seeds_spread_over_the_schedule_and_never_that_of_measuring
     assert all(torch.isin(first, other).float().mean() < 0.01 for other in (second, measured))
 
 
-def test_layers_that_take_no_part_keep_the_direct_merge():
+def test_layers_that_take_no_part_keep_what_the_weights_alone_say():
     pair = toy_pair()
 
     class Forgetful(ToyPredictor):
@@ -80,7 +81,8 @@ def test_layers_that_take_no_part_keep_the_direct_merge():
         side = getattr(found, concept)
         assert set(side) == {n for n, layer in pair.layers.items() if getattr(layer, concept) is not None}
         for name, m in side.items():
-            assert bool((m == 1).all()) == (name in ("first", f"only {concept}")), name
+            known = getattr(shares.merge(pair), concept)[name]
+            assert torch.equal(m, known) == (name in ("first", f"only {concept}")), name
 
 
 @pytest.mark.parametrize("groups", [1, 2, 10])
