@@ -191,6 +191,19 @@ def _pulled(problem: Any, ridge: float, pull: float | Tensor) -> Tensor:
     return layerwise.solve(layerwise.Quadratic(problem.q, problem.b - moved, problem.constant), ridge) + away
 
 
+def stepped(method: Method) -> Method:
+    """What a method finds, as the start of the node's gradient steps."""
+
+    def run(case: Case) -> Merge:
+        began = time.monotonic()
+        start = method(case).coefficients
+        settings = core.solver.Settings(seed=case.seed)
+        solved = core.solver.optimise(case.joined, case.predictor, case.references, settings, start=start)
+        return Merge(case.fitted, solved.coefficients, time.monotonic() - began)
+
+    return run
+
+
 def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
     """Routing on the rank axis: M = (Σ P_k G_k + λ G_0)(Σ G_k + λ G_0)⁻¹ with G_k = E_k[z zᵀ], z = A x, G_0 = A Aᵀ.
 
@@ -241,6 +254,7 @@ def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
 
 CANDIDATES: dict[str, Method] = {
     **{name: METHODS[name] for name in ("direct 1/1", "direct .8/.8", "direct .6/.8", "NP-LoRA", "default")},
+    "old default": stepped(layer_wise()),
     "layer-wise": layer_wise(),
     "layer-wise, style twice": layer_wise(style=2.0),
     "NP .2": layer_wise(mu=0.2),

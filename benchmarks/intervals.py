@@ -1,17 +1,27 @@
 """Paired differences between two methods over subjects x styles, with intervals that know what pairs share.
 
+    python3 dev.py run benchmarks/intervals.py choose confirm                  what results/ holds of new concepts
+    python3 dev.py run benchmarks/intervals.py confirm --against "direct .8/.8" --strong
+
 Pairs that share a LoRA are not independent: what is drawn again is the subjects and the styles, not the pairs.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 import statistics
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
+
+from benchmarks.quality_table import Record, pair_means, read_records
 
 Pair = tuple[str, str]  # subject, style
 ROUNDS = 10_000
@@ -104,3 +114,75 @@ def power(parts: Mapping[str, float], effect: float, subjects: int, styles: int,
     if error == 0:
         return float(effect != 0)
     return sum(abs(rng.gauss(effect, error)) > 1.96 * error for _ in range(rounds)) / rounds
+
+
+# --- the table -----------------------------------------------------------------------------------------------
+
+RESULTS = Path(__file__).resolve().parent / "results"
+COLUMNS = {"subject": 1, "style": 1, "both": 1, "distance": -1, "colors": -1, "structure": -1}  # -1: less is better
+COMPARED = ("both", "distance", "colors")
+WEAK = {  # LoRAs that fail the demo's gates, as `new_concepts.py` writes into a block's world.json
+    "choose": {"kelp", "agate", "garnet", "indigo"},
+    "confirm": {"iris", "coral", "dolerite", "flint", "indigo", "kyanite", "lapis"},
+}
+
+
+def of_pairs(records: Sequence[Record], method: str, column: str) -> dict[Pair, float]:
+    """Each pair's mean over its seeds, by (subject, style)."""
+    found = pair_means(records, method, column)
+    return {(pair.split("+")[0], pair.split("+")[1]): value for pair, value in found.items()}
+
+
+def table(records: Sequence[Record], against: str, methods: Sequence[str] = ()) -> list[str]:
+    """A row for each method: means over the pairs that `against` was measured on too, and differences to it."""
+    names = methods or list(dict.fromkeys(r["method"] for r in records))
+    head = ["method", "pairs", *COLUMNS, *(f"{column}, less {against}'s" for column in COMPARED), "better/equal/worse"]
+    rows = []
+    for name in names:
+        mine = {c: of_pairs(records, name, c) for c in COLUMNS}
+        theirs = {c: of_pairs(records, against, c) for c in COLUMNS}
+        pairs = [pair for pair in mine["both"] if pair in theirs["both"]]
+        if not pairs:
+            continue
+        cells = [name, str(len(pairs))]
+        for column in COLUMNS:
+            mean = statistics.mean(mine[column][pair] for pair in pairs)
+            cells.append(f"{mean:.1f}" if column in ("distance", "colors") else f"{mean:.2f}")
+        found = {c: difference(mine[c], theirs[c], COLUMNS[c]) for c in COMPARED}
+        if name == against:
+            cells += [""] * (len(COMPARED) + 1)
+        else:
+            for column, said in found.items():
+                digits = 2 if column == "both" else 1
+                cells.append(f"{said.mean:+.{digits}f} [{said.low:+.{digits}f}, {said.high:+.{digits}f}]")
+            cells.append(f"{found['both'].better}/{found['both'].equal}/{found['both'].worse}")
+        rows.append((statistics.mean(mine["both"][pair] for pair in pairs), cells))
+    rows.sort(key=lambda row: -row[0])
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return lines + ["| " + " | ".join(cells) + " |" for _, cells in rows]
+
+
+def without(records: Sequence[Record], names: Collection[str]) -> list[Record]:
+    """Records of pairs that hold none of these LoRAs."""
+    return [r for r in records if not set(r["pair"].split("+")) & set(names)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("blocks", nargs="+", help="of new concepts, or results files")
+    parser.add_argument("--against", default="direct 1/1")
+    parser.add_argument("--methods", nargs="+", default=[])
+    parser.add_argument("--strong", action="store_true", help="only pairs whose LoRAs both pass the demo's gates")
+    given = parser.parse_args()
+    for block in given.blocks:
+        path = Path(block) if block.endswith(".jsonl") else RESULTS / f"{block}.jsonl"
+        records = read_records(path)
+        if given.strong:
+            records = without(records, WEAK[path.stem])
+        print(f"{path.stem}: means over pairs; differences with their 95 % interval over subjects and styles")
+        print("\n".join(table(records, given.against, given.methods)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

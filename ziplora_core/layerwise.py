@@ -200,9 +200,9 @@ def error_at_direct(layer: JoinedLayer, forms: Mapping[str, Tensor]) -> dict[str
 def solve(problem: Quadratic, ridge: float, towards: Tensor | None = None) -> Tensor:
     """argmin zᵀQz − 2 bᵀz + ridge·mean(diag Q)·‖z − towards‖², by Cholesky after scaling the diagonal to one.
 
-    The ridge keeps columns of which the references say little near `towards`; None: near one. Factored in float32, where
-    graphics cards are many times faster, and refined in float64 until that is what it equals; factored in float64
-    where it does not get there.
+    The ridge keeps columns of which the references say little near `towards`; None: near one. Factored in float32,
+    where graphics cards are many times faster, and refined in float64 until that is what it equals; factored in
+    float64 where it does not get there.
     """
     device = "cpu" if problem.q.device.type == "mps" else problem.q.device  # which has no float64
     q = problem.q.to(device, torch.float64, copy=True)

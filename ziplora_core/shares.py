@@ -76,6 +76,8 @@ def merge(pair: LoRAPair, ridge: float = RIDGE) -> Coefficients:
             solved = layer_coefficients([factors for _, factors in halves], ridge)
             for (concept, _), m in zip(halves, solved, strict=True):
                 if not m.isfinite().all():
-                    raise FloatingPointError(f"layer {name}: what the LoRAs do there is not finite; look at the LoRA's numbers")
+                    raise FloatingPointError(
+                        f"layer {name}: what the LoRAs do there is not finite; look at the LoRA's numbers"
+                    )
                 found[concept][name] = m
     return Coefficients(**found)

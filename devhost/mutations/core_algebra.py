@@ -17,6 +17,7 @@ DIRECT = ("tests/core/test_direct.py", "tests/core/test_layers.py")
 EXPORT = ("tests/core/test_export.py", "tests/core/test_layers.py")
 OBJECTIVE = ("tests/core/test_formulas.py", "tests/core/test_objective.py", "tests/core/test_solver.py")
 SCORES = ("tests/core/test_formulas.py",)
+SHARES = ("tests/core/test_shares.py",)
 SPARSE = ("tests/core/test_sparse.py", "tests/core/test_layers.py")
 
 MUTANTS = [
@@ -149,6 +150,18 @@ MUTANTS = [
         ("NP-LoRA is the sum", '"NP-LoRA": lambda pair: (np_lora(pair), ', '"NP-LoRA": lambda pair: (pair, '),
         ("UnZipLoRA's last block", '"output_blocks.4.", "output_blocks.5."', '"output_blocks.4."'),
         ("blocks that are not there", "if not any(inside(name, blocks) for name in pair.layers)", "if not pair.layers"),
+    ),
+    *faults(
+        "ziplora_core/shares.py",
+        SHARES,
+        ("a LoRA's own size", "others = 1 - torch.eye(count", "others = torch.eye(count"),
+        ("the larger takes less", "else 1 / disturbance", "else disturbance"),
+        ("the ridge pulls to zero", "(grams @ omega + shift)", "(grams @ omega)"),
+        ("the ridge is not in proportion", "ridge * grams.diagonal(dim1=1, dim2=2).mean()", "ridge * grams.new_ones(())"),
+        ("scale ignored", "f.scale * f.up.float()", "f.up.float()"),
+        ("kernels apart", ".sum((0, 2))", ".sum(0)[:, 0]"),
+        ("no inner products", "for j in range(i + 1):", "for j in (i,):"),
+        ("not finite goes on", "if not m.isfinite().all():", "if False:"),
     ),
     *faults(
         "ziplora_core/export.py",

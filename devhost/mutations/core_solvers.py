@@ -108,7 +108,8 @@ MUTANTS = [
     *faults(
         "ziplora_core/layerwise.py",
         LAYERWISE,
-        ("ridge ignored", "solution = solve(problem, ridge)", "solution = solve(problem, 1.0)"),
+        ("ridge ignored", "solve(problem, ridge, towards)", "solve(problem, 1.0, towards)"),
+        ("pulled to the direct merge", "solve(problem, ridge, towards)", "solve(problem, ridge)"),
         ("seed ignored", "predictor, seed + _SEED, draws)", "predictor, _SEED, draws)"),
         ("solved on the noise that it is measured by", "_SEED = 0x1A7E", "_SEED = 0x5EED"),
         ("budget never obeyed", "if chunk and used + size > budget:", "if False:"),
@@ -118,8 +119,8 @@ MUTANTS = [
             "names=joined.layers, keep=True",
         ),
         ("errors not relative", "1 / error if error > 0 else 0.0 for", "1.0 if error > 0 else 0.0 for"),
-        ("content's left-out layers lost", '{**ones.content, **found["content"]}', 'found["content"]'),
-        ("style's left-out layers lost", '{**ones.style, **found["style"]}', 'found["style"]'),
+        ("content's left-out layers lost", '"content": dict(known.content)', '"content": {}'),
+        ("style's left-out layers lost", '"style": dict(known.style)', '"style": {}'),
         (
             "each LoRA disturbs itself",
             '{"content": "style", "style": "content"}',
@@ -129,7 +130,7 @@ MUTANTS = [
         ("form not weighted", "weights[c] * forms[c] for c", "forms[c] for c"),
         ("constant left out", "constant + row[own].sum().item()", "constant"),
         ("ridge by the largest diagonal", "ridge * q.diagonal().mean()", "ridge * q.diagonal().amax()"),
-        ("ridge pulls to zero", "problem.b.to(device, torch.float64) + shift", "problem.b.to(device, torch.float64)"),
+        ("ridge pulls to zero", "problem.b.to(device, torch.float64) + shift * pull", "problem.b.to(device, torch.float64)"),
         ("float32's solution", "_EXACT, _REFINEMENTS = 1e-12, 8", "_EXACT, _REFINEMENTS = 1e-4, 8"),
         (
             "never refined",

@@ -189,6 +189,7 @@ def _made(zipped: loras.ZippedLoRA) -> str:
         loras.ZIPPED: "ZipLoRA",
         "UnZipLoRA": "UnZipLoRA's pair",
         "sum": "Direct merge (sum)",
+        "shared columns": "Direct merge (shared columns)",
         "NP-LoRA": "NP-LoRA merge" + ("" if mu is None else f" (mu {mu:g})"),
     }
     return names.get(zipped.method, f"Merge by {zipped.method}")

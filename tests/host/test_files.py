@@ -74,7 +74,7 @@ def test_exported_file_draws_the_same_in_the_stock_loader(
     assert difference.max() <= largest and (difference > 0).mean() < share
 
 
-@pytest.mark.parametrize("method", ["sum", "NP-LoRA"])
+@pytest.mark.parametrize("method", ["sum", "shared columns", "NP-LoRA"])
 def test_direct_merge_needs_no_pictures(server: ComfyServer, content: Concept, style: Concept, method: str) -> None:
     graph = picture(["apply", 0], content.prompt)
     graph["pair"] = optimised(content, style)["pair"]
