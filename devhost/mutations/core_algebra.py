@@ -157,7 +157,11 @@ MUTANTS = [
         ("a LoRA's own size", "others = 1 - torch.eye(count", "others = torch.eye(count"),
         ("the larger takes less", "else 1 / disturbance", "else disturbance"),
         ("the ridge pulls to zero", "(grams @ omega + shift)", "(grams @ omega)"),
-        ("the ridge is not in proportion", "ridge * grams.diagonal(dim1=1, dim2=2).mean()", "ridge * grams.new_ones(())"),
+        (
+            "the ridge is not in proportion",
+            "ridge * grams.diagonal(dim1=1, dim2=2).mean()",
+            "ridge * grams.new_ones(())",
+        ),
         ("scale ignored", "f.scale * f.up.float()", "f.up.float()"),
         ("kernels apart", ".sum((0, 2))", ".sum(0)[:, 0]"),
         ("no inner products", "for j in range(i + 1):", "for j in (i,):"),

@@ -130,7 +130,11 @@ MUTANTS = [
         ("form not weighted", "weights[c] * forms[c] for c", "forms[c] for c"),
         ("constant left out", "constant + row[own].sum().item()", "constant"),
         ("ridge by the largest diagonal", "ridge * q.diagonal().mean()", "ridge * q.diagonal().amax()"),
-        ("ridge pulls to zero", "problem.b.to(device, torch.float64) + shift * pull", "problem.b.to(device, torch.float64)"),
+        (
+            "ridge pulls to zero",
+            "problem.b.to(device, torch.float64) + shift * pull",
+            "problem.b.to(device, torch.float64)",
+        ),
         ("float32's solution", "_EXACT, _REFINEMENTS = 1e-12, 8", "_EXACT, _REFINEMENTS = 1e-4, 8"),
         (
             "never refined",
