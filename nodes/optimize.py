@@ -66,8 +66,8 @@ class ZipLoRAOptimize(io.ComfyNode):
                     default=Settings.steps,
                     min=0,
                     max=10_000,
-                    tooltip="Updates of the coefficients: 10 from the layer-wise start, the paper's 100 for solver "
-                    "gradient; more of them, or a higher rate, go further. 0 gives the direct merge.",
+                    tooltip="Updates of the coefficients by gradient: the paper's 100 for solver gradient, 10 from the "
+                    "layer-wise start; solver layerwise takes none. 0 gives the direct merge.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -103,8 +103,8 @@ class ZipLoRAOptimize(io.ComfyNode):
                     "solver",
                     SOLVERS,
                     "layerwise: in closed form from a few forward passes, without backpropagation: fits wherever "
-                    "sampling fits. gradient: the paper's, from all ones; give it 100 steps. Or the first as the "
-                    "second's start.",
+                    "sampling fits, and draws as well as what takes longer. gradient: the paper's, from all ones; give "
+                    "it 100 steps. Or the first as the second's start.",
                 ),
                 io.Float.Input(
                     "ridge",
@@ -114,7 +114,8 @@ class ZipLoRAOptimize(io.ComfyNode):
                     step=0.1,
                     round=False,
                     optional=True,
-                    tooltip="How strongly the layer-wise solve holds on to the direct merge: 0.1 less, 3 more.",
+                    tooltip="How strongly the layer-wise solve holds on to shared columns, the merge by the weights "
+                    "alone: 0.1 less, 3 more.",
                 ),
                 io.Int.Input(
                     "drawn_references",

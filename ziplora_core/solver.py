@@ -23,7 +23,7 @@ DRAWS = 4  # noisy latents of each reference that a retention is measured on
 MAX_SKIPPED = 12  # updates in a row that may be lost to an overflow in half precision
 
 
-SOLVERS = ("layerwise, then gradient", "gradient", "layerwise")
+SOLVERS = ("layerwise", "layerwise, then gradient", "gradient")
 _BETAS_FROM_START = (0.8, 0.999)  # few steps: less memory of the first ones
 OWN, EMPTY, OTHER = "own", "empty", "other"  # prompts of a row: its concept's, none, the other concept's
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, however many are taken
@@ -33,9 +33,9 @@ GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, however
 class Settings:
     """Raises ValueError for a value out of range, naming it.
 
-    solver: "gradient" from all ones, as the paper, which takes 100 steps at 0.01; "layerwise" in closed form, which
-    takes none (but 0 give the direct merge, whatever the solver); or, the default, the second as the first's start.
-    ridge: pull of the layer-wise solve towards the direct merge, in parts of each layer's mean diagonal.
+    solver: "layerwise" in closed form, which takes no steps (but 0 give the direct merge, whatever the solver);
+    "gradient" from all ones, as the paper, which takes 100 at 0.01; or the first as the second's start.
+    ridge: pull of the layer-wise solve towards the merge by the weights alone, in parts of each layer's mean diagonal.
     """
 
     steps: int = 10

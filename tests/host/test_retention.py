@@ -24,7 +24,7 @@ def test_pairs_keep_more_than_the_direct_merge(server: ComfyServer, concepts: di
     inputs = server.object_info("ZipLoRAOptimize")["input"]
     inputs = {**inputs["required"], **inputs["optional"]}
     defaults = {name: given[1]["default"] for name, given in inputs.items() if "default" in given[1]}
-    assert (defaults["solver"], defaults["steps"]) == ("layerwise, then gradient", 10)
+    assert (defaults["solver"], defaults["steps"]) == ("layerwise", 10)
     lines, failed = [], []
     for content, style in chosen_pairs(concepts):
         result = server.run(optimised(content, style, **defaults))
