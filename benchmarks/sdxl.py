@@ -198,7 +198,7 @@ class Bench:
     def steps(self, plan, dense: bool = False) -> dict[str, Any]:
         """A few steps: seconds of one and of its parts, peak memory, and the losses."""
         found: dict[str, Any] = {}
-        solver, settings = CORE.solver, self.settings(steps=GIVEN.steps + 1)
+        settings = self.settings(steps=GIVEN.steps + 1)
 
         def work(predict, joined, references) -> None:
             chosen = dense_pair(joined, BRIDGE.frozen.cast) if dense else joined
@@ -211,7 +211,7 @@ class Bench:
                     clock.parts = dict.fromkeys(clock.parts, 0.0)
 
             with clock.running():
-                solver.optimise(chosen, predict, references, settings, on_step)
+                CORE.gradient.optimize(chosen, predict, references, settings, on_step)
             seconds = (began[-1] - began[0]) / GIVEN.steps
             found.update(seconds=seconds, losses=losses)
             found["parts"] = {part: taken / GIVEN.steps for part, taken in clock.parts.items()}
@@ -249,7 +249,7 @@ class Bench:
         made.pictures = core.Pictures([[core.Example(self.samples["content"], 0)]])
 
         def work(denoiser, pictures, device) -> None:
-            trained = core.TrainedLoRA(shapes, settings.rank, 0, device)
+            trained = CORE.trained_lora.TrainedLoRA(shapes, settings.rank, 0, device)
             core.train(trained, denoiser, pictures, settings, lambda step: began.append(now()))
 
         with Peak() as peak, torch.inference_mode():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.v0_0_2 import io
 
+from ..ziplora_core.checks import one_of
 from ..ziplora_core.export import DTYPES
-from ..ziplora_core.solver import one_of
 from .bridge import export, provenance, saved
 from .inputs import connected
 from .sockets import LoRAModelSocket, ZippedLoRASocket

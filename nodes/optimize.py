@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from comfy_api.v0_0_2 import io, ui
 
+from ..ziplora_core.checks import one_of
 from ..ziplora_core.objective import OBJECTIVES
-from ..ziplora_core.solver import SOLVERS, Settings, one_of
+from ..ziplora_core.solver import SOLVERS, Settings
 from . import inputs
 from .bridge.optimise import check_inputs, optimise
 from .bridge.references import Asked

@@ -10,9 +10,9 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
+from ...ziplora_core.checks import in_range
 from ...ziplora_core.merge import merged_factors
 from ...ziplora_core.pair import LayerPair
-from ...ziplora_core.solver import in_range
 from . import fitting, text_encoders
 from .bar import tell
 from .bare import bare

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...ziplora_core import direct
-from ...ziplora_core.solver import one_of
+from ...ziplora_core.checks import one_of
 from . import fitting, loras
 
 

@@ -10,9 +10,9 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ...ziplora_core.checks import in_range
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.files import LoRAFileError, check_lora_file, check_tensors, read_lora_file, shown
-from ...ziplora_core.solver import in_range
 from . import hashes, keys
 
 if TYPE_CHECKING:

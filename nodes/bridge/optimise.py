@@ -13,7 +13,7 @@ import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
-from ...ziplora_core import analysis, prompts, solver, zipper
+from ...ziplora_core import analysis, prompts, retention, solver, zipper
 from ...ziplora_core.branch import JoinedPair
 from ...ziplora_core.coefficients import Coefficients
 from . import fitting, loras, plan, predictor, saved, verdict
@@ -108,8 +108,8 @@ def _solve(
         seconds = time.monotonic() - began
         progress.measuring()
         candidates = [outcome.before, result.coefficients]
-        retention = solver.measure_retention(joined, counted, references, candidates, settings.seed)
-        solved = replace(outcome, result=result, seconds=seconds, retention=retention)
+        measured = retention.measure_retention(joined, counted, references, candidates, settings.seed)
+        solved = replace(outcome, result=result, seconds=seconds, retention=measured)
         _check_finite(solved)
         progress.prompts()
         return replace(solved, prompts=prompts.measure(joined, counted, references, settings.seed))

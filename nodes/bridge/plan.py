@@ -24,7 +24,7 @@ from ...ziplora_core.branch import JoinedPair
 from ...ziplora_core.layerwise import MOMENTS, moments_at_most
 from ...ziplora_core.pair import Factors, LayerPair, LoRAPair
 from ...ziplora_core.solver import Batch, References, Settings
-from ...ziplora_core.training import TrainedLoRA
+from ...ziplora_core.trained_lora import TrainedLoRA
 from . import predictor
 from .bare import bare
 from .frozen import Injection, blocks, with_gradient

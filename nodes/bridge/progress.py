@@ -10,7 +10,7 @@ import comfy.utils
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ...ziplora_core import layerwise, prompts, solver, training
+from ...ziplora_core import layerwise, prompts, retention, training
 from ...ziplora_core.branch import Branch
 from ...ziplora_core.layerwise import SolvedLayer
 from ...ziplora_core.pair import LoRAPair
@@ -91,13 +91,13 @@ class Progress:
         steps = settings.gradient_steps
         self._passes = 2.0 * layerwise.passes(self._pair, moments)
         self._step = settings.batch_size * 2.0 * (2 + _BACKWARD)
-        self._before_steps = 2.0 * 2 * solver.DRAWS if relative and steps else 0.0
+        self._before_steps = 2.0 * 2 * retention.DRAWS if relative and steps else 0.0
         parts = {}
         if settings.solver != "gradient":
             parts[_LAYERS] = self._passes + _SOLVING
         if steps:
             parts[_STEPS] = self._before_steps + steps * self._step
-        return {**parts, _MEASURING: 2.0 * 3 * solver.DRAWS, _PROMPTS: 2.0 * 4 * prompts.DRAWS}
+        return {**parts, _MEASURING: 2.0 * 3 * retention.DRAWS, _PROMPTS: 2.0 * 4 * prompts.DRAWS}
 
     def drawing(self, concept: str, share: float, preview: Image.Image | None) -> None:
         """A concept's references are drawn by so much, 0 to 1."""

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...ziplora_core.checks import in_range
 from ...ziplora_core.coefficients import Coefficients
-from ...ziplora_core.solver import in_range
 from . import fitting, loras
 from .apply import apply
 from .plan import is_out_of_memory

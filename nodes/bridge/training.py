@@ -18,11 +18,11 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from PIL import Image
 from torch import Tensor
 
-from ...ziplora_core import export, training
+from ...ziplora_core import export, trained_lora, training
+from ...ziplora_core.checks import in_range, one_of
 from ...ziplora_core.direct import B_LORA_BLOCKS, Blocks
 from ...ziplora_core.files import read_metadata
 from ...ziplora_core.pair import Factors
-from ...ziplora_core.solver import in_range, one_of
 from ...ziplora_core.writing import write_tensors
 from . import fitting, keys, loras, paths, plan, predictor, references
 from .bare import bare
@@ -400,7 +400,7 @@ def steps_done(name: str) -> int:
 def check_fits(file: str, factors: dict[str, Factors], layers: Collection[str], settings: training.Settings) -> None:
     """Raises ValueError where a run cannot go on from a file: it has other layers or another rank."""
     try:
-        training.check_fits(factors, layers, settings.rank)
+        trained_lora.check_fits(factors, layers, settings.rank)
     except ValueError as error:
         raise ValueError(f"'{file}' {error}") from error
 
@@ -436,7 +436,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
     began = time.monotonic()
 
     def work(denoiser: Denoiser, pictures: training.Pictures, device: torch.device) -> None:
-        trained = training.TrainedLoRA(shapes, settings.rank, settings.seed, device)
+        trained = trained_lora.TrainedLoRA(shapes, settings.rank, settings.seed, device)
         if start is not None:
             trained.load(start)
 

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from ...ziplora_core import training, unzip
+from ...ziplora_core.checks import in_range
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.direct import UNZIPLORA_BLOCKS, Blocks
 from ...ziplora_core.files import read_metadata, shown
 from ...ziplora_core.pair import CONCEPTS, Factors
-from ...ziplora_core.solver import in_range
 from . import fitting, loras, paths, plan, predictor
 from . import training as bridge
 from .bare import bare

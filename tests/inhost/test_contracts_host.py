@@ -74,7 +74,7 @@ def test_a_teacher_is_what_the_host_draws_with_that_lora(pack, patcher, with_oth
     batches = []
 
     def work(predict, joined, references, _):
-        batches.extend(next(pack.ziplora_core.solver.spread_batches(references, predict, 3, 1)))
+        batches.extend(next(pack.ziplora_core.draws.spread_batches(references, predict, 3, 1)))
         for batch in batches:
             found[bool(batch.is_style[0])] = predict(batch, joined.teacher(batch.is_style)).clone()
 
@@ -136,7 +136,7 @@ def interrupted_backward(pack, patcher, struck: str, later: str) -> bool:
     def work(predict, joined, references, fitted):
         flat = joined.flatten(pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)).requires_grad_()
         with torch.enable_grad():
-            for batch in next(pack.ziplora_core.solver.spread_batches(references, predict, 0, 1)):
+            for batch in next(pack.ziplora_core.draws.spread_batches(references, predict, 0, 1)):
                 predict(batch, joined.student(flat)).square().sum().backward()
 
     try:
@@ -169,7 +169,7 @@ def test_an_interrupt_stops_before_the_next_forward_pass(pack, patcher):
         management.interrupt_current_processing()
 
     def work(predict, joined, references, _):
-        for batches in pack.ziplora_core.solver.spread_batches(references, predict, 0, 3):
+        for batches in pack.ziplora_core.draws.spread_batches(references, predict, 0, 3):
             for batch in batches:
                 predict(batch, joined.teacher(batch.is_style))
 
@@ -242,8 +242,8 @@ def spoiled_after(patcher, steps: int):
 
 def test_a_zipped_pair_that_draws_nan_is_no_success(pack, patcher, monkeypatch):
     """However well it was solved: what it draws on held-out noise is NaN."""
-    solver, measuring = pack.ziplora_core.solver, []
-    real = solver.measure_retention
+    retention, measuring = pack.ziplora_core.retention, []
+    real = retention.measure_retention
 
     def measure(*args, **given):
         measuring.append(1)
@@ -252,7 +252,7 @@ def test_a_zipped_pair_that_draws_nan_is_no_success(pack, patcher, monkeypatch):
         finally:
             measuring.pop()
 
-    monkeypatch.setattr(solver, "measure_retention", measure)
+    monkeypatch.setattr(retention, "measure_retention", measure)
     hook = patcher.model.diffusion_model.register_forward_hook(
         lambda module, args, output: output * math.nan if measuring else output
     )

@@ -137,7 +137,7 @@ def test_blocks_that_are_run_again_are_the_first(pack, patcher):
     def work(predict, joined, references):
         flat = joined.flatten(core.coefficients.Coefficients.ones(pair)).requires_grad_()
         with torch.enable_grad():
-            for batch in next(core.solver.spread_batches(references, predict, 0, 1)):
+            for batch in next(core.draws.spread_batches(references, predict, 0, 1)):
                 predict(batch, joined.student(flat)).square().sum().backward()
 
     given = {c: v["samples"] for c, v in tiny.latents().items()}

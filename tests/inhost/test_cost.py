@@ -277,11 +277,11 @@ def test_the_published_algorithm_of_the_benchmark_has_the_same_losses_and_gradie
     def work(predict, joined, references):
         for chosen, joins in ((joined, True), (dense_pair(joined, bridge.frozen.cast), False)):
             predict.joins = joins
-            batches = next(core.solver.training_batches(references, predict, settings))
+            batches = next(core.draws.training_batches(references, predict, settings))
             assert len(batches) == (1 if joins else 2)
             flat = joined.flatten(core.coefficients.Coefficients.ones(pair)).requires_grad_()
             with torch.enable_grad():
-                losses = core.solver.accumulate_gradient(
+                losses = core.gradient.accumulate_gradient(
                     chosen, predict, flat, batches, settings, {"content": 1.0, "style": 1.0}
                 )
             found.append((losses, flat.grad))

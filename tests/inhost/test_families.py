@@ -227,10 +227,10 @@ def test_gradient_is_that_of_autograd_over_copied_weights(pack, family, checkpoi
     def work(predict, joined, references):
         torch.manual_seed(0)
         flat = (torch.rand(fitted.pair.coefficient_count) + 0.5).requires_grad_()
-        batches = next(core.solver.training_batches(references, predict, settings))
+        batches = next(core.draws.training_batches(references, predict, settings))
         with torch.enable_grad():
             plain = {"content": 1.0, "style": 1.0}
-            losses = core.solver.accumulate_gradient(joined, predict, flat, batches, settings, plain, 1.0)
+            losses = core.gradient.accumulate_gradient(joined, predict, flat, batches, settings, plain, 1.0)
             other = flat.detach().clone().requires_grad_()
             options = {"optimized_attention_override": bridge.predictor.attention_with_gradient}
             reference = sum(

@@ -16,17 +16,17 @@ from test_training import PixelsAsLatents, Words, output, pictures  # noqa: F401
 
 def one_step(pack, patcher, sources=None, prompts=None, latents=None, recomputed: int = 0):
     """(loss, gradient of all coefficients) of one step on a model."""
-    bridge, solver = pack.nodes.bridge, pack.ziplora_core.solver
+    bridge, core = pack.nodes.bridge, pack.ziplora_core
     fitted = bridge.fitting.fit(sources or tiny.sources(pack, patcher.model), patcher.model)
-    settings = solver.Settings(objective=pack.ziplora_core.objective.PAPER)
+    settings = core.solver.Settings(objective=pack.ziplora_core.objective.PAPER)
     found = []
 
     def work(predict, joined, references):
         flat = torch.rand(fitted.pair.coefficient_count, generator=torch.Generator().manual_seed(0)) + 0.5
         flat.requires_grad_()
-        batch = next(solver.training_batches(references, predict, settings))
+        batch = next(core.draws.training_batches(references, predict, settings))
         with torch.enable_grad():
-            losses = solver.accumulate_gradient(
+            losses = core.gradient.accumulate_gradient(
                 joined, predict, flat, batch, settings, {"content": 1.0, "style": 1.0}, predict.loss_scale
             )
         found.append((losses.total, flat.grad / predict.loss_scale))

@@ -38,7 +38,7 @@ def test_retention_is_as_with_the_true_pictures(pack, content, style):
 
     def measure(predict, joined, references):
         ones = core.coefficients.Coefficients.ones(fitted.pair)
-        found.extend(core.solver.measure_retention(joined, predict, references, [ones, *merges], 77, draws=8))
+        found.extend(core.retention.measure_retention(joined, predict, references, [ones, *merges], 77, draws=8))
 
     samples = {c: latent["samples"] for c, latent in true.items()}
     predictor.with_predictor(studio.model, fitted.pair, conditioning, samples, measure)

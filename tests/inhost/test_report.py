@@ -48,16 +48,16 @@ def test_shares_are_those_of_the_losses(pack):
 
 
 def test_zipping_that_measures_nan_is_an_error(pack, monkeypatch):
-    patcher, solver = tiny.tiny_patcher(), pack.ziplora_core.solver
+    patcher, core = tiny.tiny_patcher(), pack.ziplora_core
     found = [{"content": 1.0, "style": 1.0}, {"content": 0.5, "style": NAN}]
-    monkeypatch.setattr(solver, "measure_retention", lambda *_, **__: found)
+    monkeypatch.setattr(core.retention, "measure_retention", lambda *_, **__: found)
     with torch.inference_mode(), pytest.raises(FloatingPointError, match="held-out noise is not finite"):
         pack.nodes.bridge.optimise.optimise(
             patcher,
             tiny.sources(pack, patcher.model),
             tiny.prompts(),
             tiny.latents(),
-            solver.Settings(solver="layerwise"),
+            core.solver.Settings(solver="layerwise"),
         )
 
 

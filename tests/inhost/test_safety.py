@@ -113,7 +113,7 @@ def test_same_seed_gives_the_same_bits(pack, patcher):
 
 
 def test_checkpointed_blocks_give_the_same_coefficients(pack, patcher):
-    bridge, solver = pack.nodes.bridge, pack.ziplora_core.solver
+    bridge, core = pack.nodes.bridge, pack.ziplora_core
     fitted = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model)
     found = []
     for recomputed in (0, 2, 99):
@@ -124,7 +124,7 @@ def test_checkpointed_blocks_give_the_same_coefficients(pack, patcher):
                 tiny.prompts(),
                 {c: v["samples"] for c, v in tiny.latents().items()},
                 lambda predict, joined, refs: found.append(
-                    solver.optimise(joined, predict, refs, solver.Settings(steps=2)).coefficients
+                    core.gradient.optimize(joined, predict, refs, core.solver.Settings(steps=2)).coefficients
                 ),
                 recomputed=recomputed,
             )

@@ -74,11 +74,11 @@ def output(tmp_path, monkeypatch):
 
 def with_denoiser(pack, patcher, asked, work):
     """work(denoiser, pictures, trained) with a LoRA whose up is not zero."""
-    bridge, core = pack.nodes.bridge.training, pack.ziplora_core.training
+    bridge = pack.nodes.bridge.training
     shapes = bridge.trained_layers(patcher.model, asked.layers)
 
     def inside(denoiser, given, device):
-        trained = core.TrainedLoRA(shapes, RANK, 0, device)
+        trained = pack.ziplora_core.trained_lora.TrainedLoRA(shapes, RANK, 0, device)
         with torch.no_grad():
             for i, up in enumerate(trained.up.values()):
                 up.copy_(0.1 * torch.randn(up.shape, generator=torch.Generator().manual_seed(i)))
@@ -356,7 +356,7 @@ def test_memory_is_planned_as_it_is_kept(pack, patcher):
         made = bridge.training.prepare(patcher, Words(), PixelsAsLatents(), asked)
     conditioning = dict.fromkeys(("content", "style"), made.prompts[0])
     pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
-    lora = pack.ziplora_core.training.TrainedLoRA(shapes, RANK, 0, "meta")
+    lora = pack.ziplora_core.trained_lora.TrainedLoRA(shapes, RANK, 0, "meta")
     rehearsed = bridge.plan.rehearse(patcher, pair, conditioning, dict.fromkeys(conditioning, made.largest), lora)
     assert rehearsed.kept(0) == pytest.approx(found["kept"], rel=0.05)
     plans = [
@@ -412,8 +412,9 @@ def test_every_family_is_trained(pack, monkeypatch, name):
 def test_a_loss_that_is_not_finite_names_the_largest_update(pack, patcher, monkeypatch):
     core = pack.ziplora_core.training
     rows, spoiled = core.step_rows, "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"
-    lora, made = core.TrainedLoRA, []
-    monkeypatch.setattr(core, "TrainedLoRA", lambda *a: made.append(lora(*a)) or made[-1])
+    trained_lora, made = pack.ziplora_core.trained_lora, []
+    lora = trained_lora.TrainedLoRA
+    monkeypatch.setattr(trained_lora, "TrainedLoRA", lambda *a: made.append(lora(*a)) or made[-1])
 
     def spoil(pictures, denoiser, settings, step):
         if step == 1:

@@ -73,7 +73,7 @@ def kept_for_backward(pack, patcher, pair, prompts, latents, recomputed: int) ->
         flat = joined.flatten(pack.ziplora_core.coefficients.Coefficients.ones(pair)).requires_grad_()
         vectors.append(flat.untyped_storage())
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            for batch in next(pack.ziplora_core.solver.spread_batches(references, predict, 0, 1)):
+            for batch in next(pack.ziplora_core.draws.spread_batches(references, predict, 0, 1)):
                 predict(batch, joined.student(flat))
 
     with torch.inference_mode():
