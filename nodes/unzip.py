@@ -8,7 +8,7 @@ from ..ziplora_core.checks import in_range
 from ..ziplora_core.direct import UNZIPLORA_BLOCKS
 from ..ziplora_core.unzip import Settings
 from . import inputs
-from .bridge import provenance
+from .bridge.disk import provenance
 from .bridge.unzip import Task, read_blocks, unzip_picture
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...ziplora_core.files import all_finite
 from ...ziplora_core.sparse import top_elements
-from . import fitting, keys, loras
+from .lora import fitting, keys, loras
 
 
 @torch.no_grad()

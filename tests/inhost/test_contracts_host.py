@@ -19,7 +19,7 @@ def patcher():
 def zip_(pack, patcher, prompts=None, latents=None, sources=None, **settings):
     settings = pack.ziplora_core.solver.Settings(**{"solver": "layerwise", **settings})
     with torch.inference_mode():
-        return pack.nodes.bridge.optimise.optimise(
+        return pack.nodes.bridge.optimize.zipping.optimize(
             patcher,
             sources or tiny.sources(pack, patcher.model),
             prompts or tiny.prompts(),
@@ -31,10 +31,10 @@ def zip_(pack, patcher, prompts=None, latents=None, sources=None, **settings):
 def with_predictor(pack, patcher, work, sources=None, prompts=None, latents=None, **how):
     """work(predict, joined, references, fitted), as a run hands them out."""
     bridge = pack.nodes.bridge
-    fitted = bridge.fitting.fit(sources or tiny.sources(pack, patcher.model), patcher.model)
+    fitted = bridge.lora.fitting.fit(sources or tiny.sources(pack, patcher.model), patcher.model)
     given = {c: v["samples"] for c, v in (latents or tiny.latents()).items()}
     with torch.inference_mode():
-        bridge.predictor.with_predictor(
+        bridge.network.predictor.with_predictor(
             patcher, fitted.pair, prompts or tiny.prompts(), given, lambda *parts: work(*parts, fitted), **how
         )
 
@@ -220,12 +220,12 @@ def test_latents_of_no_picture_are_named(pack, patcher, shape):
 
 def test_layers_that_cannot_be_zipped_are_named(pack, patcher):
     bridge = pack.nodes.bridge
-    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
     layer = next(iter(pair.layers.values()))
     strange = type(pair)({**pair.layers, "diffusion_model.out.0.weight": layer, "diffusion_model.no.weight": layer})
     given = {c: v["samples"] for c, v in tiny.latents().items()}
     with torch.inference_mode(), pytest.raises(ValueError, match="1 layers of the pair .*'diffusion_model.no.weight'"):
-        bridge.predictor.with_predictor(patcher, strange, tiny.prompts(), given, lambda *_: None)
+        bridge.network.predictor.with_predictor(patcher, strange, tiny.prompts(), given, lambda *_: None)
     assert not any("forward" in vars(module) for module in patcher.model.modules())
 
 

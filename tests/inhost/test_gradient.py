@@ -85,7 +85,7 @@ def test_equals_autograd_over_copied_weights(pack, monkeypatch, name, extras):
     storage, compute, tolerance = DTYPES[name]
     bridge, core = pack.nodes.bridge, pack.ziplora_core
     patcher = tiny.tiny_patcher(storage, compute)
-    fitted = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model)
+    fitted = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model)
     expected_weights = patcher
     if extras == "another LoRA":
         names = comfy.lora.model_lora_keys_unet(patcher.model, {})
@@ -126,7 +126,7 @@ def test_equals_autograd_over_copied_weights(pack, monkeypatch, name, extras):
         found.update(loss=(losses.total, reference.item()), gradient=(flat.grad, other.grad))
 
     with torch.inference_mode():
-        bridge.predictor.with_predictor(
+        bridge.network.predictor.with_predictor(
             expected_weights,
             fitted.pair,
             tiny.prompts(),

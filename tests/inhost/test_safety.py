@@ -12,7 +12,7 @@ STEPS = 3
 def optimise(pack, patcher, prompts=None, latents=None, steps=STEPS):
     settings = pack.ziplora_core.solver.Settings(steps=steps, solver="layerwise, then gradient")
     with torch.inference_mode():
-        return pack.nodes.bridge.optimise.optimise(
+        return pack.nodes.bridge.optimize.zipping.optimize(
             patcher, tiny.sources(pack, patcher.model), prompts or tiny.prompts(), latents or tiny.latents(), settings
         )
 
@@ -114,11 +114,11 @@ def test_same_seed_gives_the_same_bits(pack, patcher):
 
 def test_checkpointed_blocks_give_the_same_coefficients(pack, patcher):
     bridge, core = pack.nodes.bridge, pack.ziplora_core
-    fitted = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model)
+    fitted = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model)
     found = []
     for recomputed in (0, 2, 99):
         with torch.inference_mode():
-            bridge.predictor.with_predictor(
+            bridge.network.predictor.with_predictor(
                 patcher,
                 fitted.pair,
                 tiny.prompts(),

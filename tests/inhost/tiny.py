@@ -37,7 +37,7 @@ def latents(side: int = 8) -> dict[str, dict[str, Tensor]]:
 
 def sources(pack, model, ranks: tuple[int, int] = (4, 8), strengths: tuple[float, float] = (1.0, 1.0)):
     """LORA_PAIR of two random attention LoRAs."""
-    loras = pack.nodes.bridge.loras
+    loras = pack.nodes.bridge.lora.loras
     with torch.inference_mode():
         return loras.LoRASources(
             *(
@@ -77,5 +77,5 @@ def kept_for_backward(pack, patcher, pair, prompts, latents, recomputed: int) ->
                 predict(batch, joined.student(flat))
 
     with torch.inference_mode():
-        pack.nodes.bridge.predictor.with_predictor(patcher, pair, prompts, latents, work, recomputed=recomputed)
+        pack.nodes.bridge.network.predictor.with_predictor(patcher, pair, prompts, latents, work, recomputed=recomputed)
     return sum(storage.nbytes() for key, storage in storages.items() if key != vectors[0]._cdata)
