@@ -81,10 +81,14 @@ MUTANTS = [
             'self.diffusers.get(weight) if self.family.startswith("SD1") else None',
             "None",
         ),
+    ),
+    *faults(
+        "ziplora_core/formats.py",
+        FILES,
         ("peft's first text encoder goes to the second's place", (', "lora_te1_"),\n)'), (', "lora_te2_"),\n)')),
     ),
     *faults(
-        "nodes/bridge/lora/keys.py",
+        "ziplora_core/formats.py",
         PAIRS,
         ("SDXL's prompts are taken for SD 2's", '2048: "SDXL"', '2048: "SD 2"'),
         ("text encoders under SD 3's names are unknown", "|te\\d?[._]", ""),

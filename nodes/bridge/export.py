@@ -12,13 +12,13 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...ziplora_core import export
+from ...ziplora_core import export, formats
 from ...ziplora_core.export import ExportLayer
 from ...ziplora_core.merge import merged_factors
 from ...ziplora_core.pair import Factors, LayerPair
 from ...ziplora_core.writing import write_tensors
 from .disk import paths
-from .lora import fitting, keys
+from .lora import fitting
 from .lora.adapters import is_plain
 from .lora.zipped import ZIPPED, ZippedLoRA
 
@@ -72,7 +72,8 @@ def export_tensors(zipped: ZippedLoRA, rank: int, dtype: str, form: str) -> Expo
     tensors = lora_model
     if form == "diffusers":
         named = {f"unet.{names.diffusers[key]}": layer for key, layer in layers.items()}
-        tensors = export.peft_tensors({**named, **{diffusers_text_encoder(k): layer for k, layer in text.items()}})
+        named |= {formats.diffusers_text_encoder(key): layer for key, layer in text.items()}
+        tensors = export.peft_tensors(named)
         if any(zipped.fitted.riders.values()):
             report.append("bias and norm differences are left out: diffusers' form has no place for them")
     report[:0] = _summary(layers, text, tensors, rank, dtype, form)
@@ -115,7 +116,7 @@ def text_encoder_layers(zipped: ZippedLoRA, rank: int) -> tuple[dict[str, Export
     parts: dict[str, dict[str, Factors]] = {}
     left_out = []
     for concept, source in zipped.sources.by_concept().items():
-        names = keys.text_encoder_layers(source.tensors)
+        names = formats.text_encoder_layers(source.tensors)
         for name, adapter in comfy.lora.load_lora(source.tensors, names, log_missing=False).items():
             if not is_plain(adapter):
                 left_out.append(f"'{source.title}': text-encoder layer '{name}' is no plain LoRA and is left out")
@@ -126,28 +127,6 @@ def text_encoder_layers(zipped: ZippedLoRA, rank: int) -> tuple[dict[str, Export
     for name, found in parts.items():
         layers[name] = export.cut(*merged_factors(LayerPair(**found), None, None), rank)
     return layers, left_out
-
-
-def diffusers_text_encoder(name: str) -> str:
-    """peft's module name of a text-encoder layer in kohya's: `text_encoder.text_model.encoder.layers.0.….q_proj`."""
-    for prefix, module in (
-        ("lora_te2_", "text_encoder_2."),
-        ("lora_te1_", "text_encoder."),
-        ("lora_te_", "text_encoder."),
-    ):
-        if name.startswith(prefix):
-            inner = name.removeprefix(prefix)
-            for joined, dotted in _TE_WORDS.items():
-                inner = inner.replace(joined, dotted)
-            return module + inner
-    return name
-
-
-_TE_WORDS = {
-    "text_model_encoder_layers_": "text_model.encoder.layers.",
-    "_self_attn_": ".self_attn.",
-    "_mlp_fc": ".mlp.fc",
-}
 
 
 def rider_tensors(zipped: ZippedLoRA, dtype: torch.dtype, report: list[str]) -> dict[str, Tensor]:

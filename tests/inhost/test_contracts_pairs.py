@@ -214,7 +214,7 @@ def test_parts_of_a_fused_weight_land_in_their_rows_and_add_up(pack):
 )
 def test_the_width_of_prompts_tells_unets_apart(pack, width, family):
     name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight"
-    assert pack.nodes.bridge.lora.keys.looks_like({name: torch.zeros(2, width)}) == family
+    assert pack.ziplora_core.formats.looks_like({name: torch.zeros(2, width)}) == family
 
 
 @pytest.mark.parametrize(

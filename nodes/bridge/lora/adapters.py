@@ -7,6 +7,8 @@ huge.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,13 +33,10 @@ def is_plain(patch: Any) -> bool:
 def kind_of(patch: Any) -> str:
     if isinstance(patch, tuple):
         return "weight differences"
-    at = SCALES.get(patch.name)
-    if at is not None and patch.weights[at] is not None:
-        return "DoRA"
-    return _KINDS.get(patch.name, patch.name)
-
-
-_KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"}
+    kind = _KINDS.get(patch.name)
+    if kind is None:
+        return patch.name
+    return kind.title if patch.weights[kind.scale] is None else "DoRA"
 
 
 def all_used(patch: Any) -> bool:
@@ -46,18 +45,15 @@ def all_used(patch: Any) -> bool:
     return all(bool(w.any()) for w in weights if isinstance(w, Tensor))
 
 
-SCALES = {"lora": 4, "loha": 7, "lokr": 8, "glora": 5, "oft": 3, "boft": 3}  # where an adapter keeps its DoRA scale
-
-
 def fits(patch: Any, shape: torch.Size) -> bool:
     """Whether the host can add an update, as its loader reads one from a file, to a weight of this shape."""
     if isinstance(patch, tuple):
         return bool(patch[1][0].shape == shape)
-    scale = patch.weights[SCALES[patch.name]] if patch.name in SCALES else None
+    kind = _KINDS.get(patch.name)
+    scale = None if kind is None else patch.weights[kind.scale]
     if len(shape) < 2 or (scale is not None and scale.numel() not in shape[:2]):
         return False
-    makes = _MAKES.get(patch.name)
-    return makes is None or makes(patch.weights, shape)
+    return kind is None or kind.makes(patch.weights, shape)
 
 
 def _elements(left: Tensor | None, right: Tensor | None, core: Tensor | None = None, turned: bool = False) -> int:
@@ -108,4 +104,24 @@ def _blocks(parts: tuple, shape: torch.Size) -> bool:
     return side == other and number * side == shape[0] and (rescale is None or rescale.numel() == shape[0])
 
 
-_MAKES = {"lora": _lora, "loha": _loha, "lokr": _lokr, "glora": _glora, "oft": _blocks, "boft": _blocks}
+@dataclass(frozen=True)
+class Kind:
+    """A kind of adapter of the host.
+
+    title: for reports. scale: where among its weights a DoRA scale stands. makes: whether its weights make an update
+    of a shape.
+    """
+
+    title: str
+    scale: int
+    makes: Callable[[tuple, torch.Size], bool]
+
+
+_KINDS = {  # by the host's names
+    "lora": Kind("LoRA", 4, _lora),
+    "loha": Kind("LoHa", 7, _loha),
+    "lokr": Kind("LoKr", 8, _lokr),
+    "glora": Kind("GLoRA", 5, _glora),
+    "oft": Kind("OFT", 3, _blocks),
+    "boft": Kind("BOFT", 3, _blocks),
+}

@@ -14,6 +14,7 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
+from ....ziplora_core import formats
 from ....ziplora_core.files import LoRAFileError, all_finite, shown
 from ....ziplora_core.pair import Factors, LayerPair, LoRAPair
 from ..network.weights import dequantized
@@ -148,7 +149,7 @@ def _broken(source: LoRASource, key: str, why: str) -> LoRAFileError:
 
 
 def _guess(source: LoRASource) -> str:
-    family = keys.looks_like(source.tensors)
+    family = formats.looks_like(source.tensors)
     return f" (it looks like a LoRA for {family})" if family else ""
 
 
@@ -212,8 +213,8 @@ def fit_one(source: LoRASource, model) -> Fitting:
 
 
 def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[str]:
-    unused = [k for k in source.tensors if not keys.is_text_encoder(k) and keys.layer_name(k) not in names]
-    if source.tensors and keys.is_text_encoder_alone(source.tensors):
+    unused = [k for k in source.tensors if not formats.is_text_encoder(k) and formats.layer_name(k) not in names]
+    if source.tensors and formats.is_text_encoder_alone(source.tensors):
         raise text_encoder_alone(source.title)
     if not fitting.factors:
         example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))

@@ -9,9 +9,10 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ....ziplora_core import formats
 from ....ziplora_core.checks import in_range
 from ....ziplora_core.files import LoRAFileError, check_lora_file, check_tensors, read_lora_file, shown
-from . import hashes, keys
+from . import hashes
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def fingerprint(name: str) -> hashes.Version:
 def check(name: str) -> str | None:
     """One sentence on why this file cannot be used, or None. Reads its header alone: the server waits meanwhile."""
     try:
-        alone = keys.is_text_encoder_alone(check_lora_file(lora_path(name)))
+        alone = formats.is_text_encoder_alone(check_lora_file(lora_path(name)))
     except LoRAFileError as error:
         return str(error)
     return str(text_encoder_alone(shown(name, 255))) if alone else None

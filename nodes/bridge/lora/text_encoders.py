@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from . import keys
+from ....ziplora_core import formats
 from .loras import LoRASource, LoRASources
 from .zipped import ZippedLoRA
 
 
 def parts(source: LoRASource) -> int:
     """How many text-encoder layers a file changes."""
-    return len(set(keys.text_encoder_layers(source.tensors).values()))
+    return len(set(formats.text_encoder_layers(source.tensors).values()))
 
 
 def notes(sources: LoRASources, zipped: bool) -> list[str]:
