@@ -49,10 +49,10 @@ def pair(sources: loras.LoRASources) -> dict[str, str]:
     Nothing for files that have changed since, and for what other nodes made.
     """
     try:
-        bound = {concept: asdict(bound(source)) for concept, source in sources.by_concept().items()}
+        files = {concept: asdict(bound(source)) for concept, source in sources.by_concept().items()}
     except LoRAFileError:
         return {}
-    return {"ziplora_pair": json.dumps({**bound, "versions": versions()})}
+    return {"ziplora_pair": json.dumps({**files, "versions": versions()})}
 
 
 def written(name: str) -> dict[str, str]:
