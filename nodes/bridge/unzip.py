@@ -155,7 +155,7 @@ def owners(layers: Collection[str], blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[s
 
 @paths.names_given_back()
 def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
-    """model: ModelPatcher, unchanged. Raises as `training.train_concept`; both LoRAs are on disk whenever it ends, and
+    """model: ModelPatcher, unchanged. Raises as `concept.train_concept`; both LoRAs are on disk whenever it ends, and
     where the disk takes none they are returned all the same, which the report says."""
     check(model.model, task)
     settings = task.settings
