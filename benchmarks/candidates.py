@@ -169,7 +169,7 @@ def composed_moments(joined: Any, predictor: Any, references: Any, seed: int) ->
     """What layers see of composed pictures under the composed prompt, which both of the predictor's prompts are."""
     moments = layerwise.Moments(frozenset(joined.layers))
     with torch.inference_mode(False), torch.no_grad():
-        draws = core.solver.spread_batches(references, predictor, seed + 0xC0, layerwise._DRAWS)
+        draws = core.draws.spread_batches(references, predictor, seed + 0xC0, layerwise._DRAWS)
         for batch in (batch for batches in draws for batch in batches):
             predictor(batch, ComposedBranch(joined, moments))
     return moments
@@ -198,7 +198,7 @@ def stepped(method: Method) -> Method:
         began = time.monotonic()
         start = method(case).coefficients
         settings = core.solver.Settings(seed=case.seed)
-        solved = core.solver.optimise(case.joined, case.predictor, case.references, settings, start=start)
+        solved = core.gradient.optimize(case.joined, case.predictor, case.references, settings, start=start)
         return Merge(case.fitted, solved.coefficients, time.monotonic() - began)
 
     return run

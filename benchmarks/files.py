@@ -61,15 +61,15 @@ def main() -> int:
             save_file(full_size.attention_lora(model, given.rank, seed), file)
 
         def read():
-            return bridge.loras.load_pair("subject.safetensors", "style.safetensors", 1.0, 1.0)
+            return bridge.lora.loras.load_pair("subject.safetensors", "style.safetensors", 1.0, 1.0)
 
         def plain_read():
             # as the stock loader: every tensor, in memory of its own
             return [{k: t.clone() for k, t in load_file(file).items()} for file in files]
 
         sources = read()
-        fitted = bridge.fitting.fit(sources, model)
-        zipped = bridge.loras.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.pair))
+        fitted = bridge.lora.fitting.fit(sources, model)
+        zipped = bridge.lora.zipped.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.pair))
         exported = bridge.export.export_tensors(zipped, 0, "fp16", "kohya")
         megabytes = sum(t.numel() * t.element_size() for t in exported.tensors.values()) / 1e6
 
@@ -96,7 +96,7 @@ def main() -> int:
                 f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             )
         began = time.perf_counter()
-        bridge.fitting.fit(read(), model)
+        bridge.lora.fitting.fit(read(), model)
         print(f"fit to the model, with one read: {time.perf_counter() - began:.2f} s")
         began = time.perf_counter()
         name = bridge.saved.save(zipped, "mine")

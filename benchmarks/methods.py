@@ -50,7 +50,7 @@ class Case:
             if fitted is not self.fitted:
                 joined = core.branch.JoinedPair(fitted.pair, joined.device, joined.dtype)
             candidates = [merges[i].coefficients for i in mine]
-            losses = core.solver.measure_retention(
+            losses = core.retention.measure_retention(
                 self.joined, self.predictor, references, candidates, self.seed + 77, draws=8, merged=joined
             )
             found |= dict(zip(mine, losses, strict=True))
@@ -90,7 +90,9 @@ def timed(method: Callable[[Case], Any]) -> Method:
 def best_of_grid(case: Case):
     """The strengths whose direct merge has the lowest retention loss, each concept's by its own size at 1/1."""
     grid = case.grid(case.joined.pair)
-    found = core.solver.measure_retention(case.joined, case.predictor, case.references, [case.ones, *grid], case.seed)
+    found = core.retention.measure_retention(
+        case.joined, case.predictor, case.references, [case.ones, *grid], case.seed
+    )
     whole = found[0]
     cost = [sum(f[c] / max(whole[c], 1e-9) for c in whole) for f in found[1:]]
     return grid[cost.index(min(cost))]
@@ -167,8 +169,8 @@ def late_overlap(case: Case):
     """100 steps from ones, of which the first half knows no overlap and the second twice as much."""
     whole = {**PAPER_STEPS, "steps": 50, "seed": case.seed}
     given = case.joined, case.predictor, case.references
-    half = core.solver.optimise(*given, Settings(**whole, similarity_lambda=0.0)).coefficients
-    return core.solver.optimise(*given, Settings(**whole, similarity_lambda=0.02), start=half).coefficients
+    half = core.gradient.optimize(*given, Settings(**whole, similarity_lambda=0.0)).coefficients
+    return core.gradient.optimize(*given, Settings(**whole, similarity_lambda=0.02), start=half).coefficients
 
 
 FAR = node(ridge=0.1, steps=25, learning_rate=0.03)  # the lowest retention losses

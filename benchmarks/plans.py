@@ -34,8 +34,10 @@ def main() -> int:
     bridge, cpu = PACK.nodes.bridge, torch.device("cpu")
     model = ModelPatcher(full_size.sdxl_model(torch.float16, device="meta"), cpu, cpu)
     loras = [full_size.attention_lora(model.model, given.rank, seed) for seed in (0, 1)]
-    sources = bridge.loras.LoRASources(*(bridge.loras.LoRASource(str(i), lora, 1.0) for i, lora in enumerate(loras)))
-    pair = bridge.fitting.fit(sources, model.model).pair
+    sources = bridge.lora.loras.LoRASources(
+        *(bridge.lora.loras.LoRASource(str(i), lora, 1.0) for i, lora in enumerate(loras))
+    )
+    pair = bridge.lora.fitting.fit(sources, model.model).pair
     prompts = {c: full_size.random_prompt(0) for c in ("content", "style")}
     latents = {c: full_size.random_latents(given.size // 8, 0)["samples"] for c in prompts}
     settings = PACK.ziplora_core.solver.Settings(batch_size=given.batch_size)
@@ -45,7 +47,7 @@ def main() -> int:
     print("| --- | --- | --- | --- | --- | --- |")
     for card in CARDS:
         room = max(0, int((card - given.reserve) * 1e9 - weights))
-        plan = bridge.plan.make(model, pair, prompts, latents, settings, room)
+        plan = bridge.memory.plan.make(model, pair, prompts, latents, settings, room)
         together = "in one pass" if plan.together else "one at a time"
         print(
             f"| {card} | {room / 1e9:.1f} | {plan.need / 1e9:.1f} | {together} | {plan.recomputed} of {plan.blocks} | "
@@ -54,10 +56,10 @@ def main() -> int:
     print("\nTrain Concept LoRA\n")
     print("| card, GB | beside the weights, GB | needed, GB | in all, GB | blocks run again |")
     print("| --- | --- | --- | --- | --- |")
-    shapes = bridge.training.trained_layers(model.model, "attention")
+    shapes = bridge.training.layers.trained_layers(model.model, "attention")
     for card in CARDS:
         room = max(0, int((card - given.reserve) * 1e9 - weights))
-        plan = bridge.plan.make_for_training(
+        plan = bridge.memory.plan.make_for_training(
             model, shapes, prompts["content"], latents["content"], given.rank, given.batch_size, room
         )
         print(

@@ -46,7 +46,7 @@ def measure(every_pair: bool, done: set[tuple[str, str]]) -> Iterator[list[Recor
     """The records of one pair and kind of references after the other, but for those that are done."""
     from benchmarks.studio import PACK, Studio, core, fitting, predictor, torch
 
-    references, prompts = PACK.nodes.bridge.references, core.prompts
+    drawing, prompts = PACK.nodes.bridge.drawing, core.prompts
     torch.set_num_threads(1)  # the tensors are tiny
     studio = Studio()
     subjects, styles = studio.manifest.subjects, studio.manifest.styles
@@ -66,9 +66,11 @@ def measure(every_pair: bool, done: set[tuple[str, str]]) -> Iterator[list[Recor
             latents = {c: studio.latents(own) for c, (own, _) in pair.items()}
             with torch.inference_mode():
                 if kind == "drawn":
-                    asked = references.Asked(2, 128)
+                    asked = drawing.sampling.Asked(2, 128)
                     given = studio.model, sources, fitted
-                    latents = {c: references.draw(*given, c, conditioning[c], asked, SEED).latents for c in pair}
+                    latents = {
+                        c: drawing.references.draw(*given, c, conditioning[c], asked, SEED).latents for c in pair
+                    }
                 effects: dict[str, Any] = {}
 
                 def look(predict, joined, refs, effects=effects) -> None:

@@ -83,7 +83,7 @@ def run_job(job: Job) -> list[Record]:
     from benchmarks.candidates import CANDIDATES, COMPOSED
     from benchmarks.methods import ABLATION, METHODS, Case
     from benchmarks.rivals import RIVALS
-    from benchmarks.studio import core, fitting, loras
+    from benchmarks.studio import core, fitting, zipped_lora
 
     content, style = studio.concepts[job.content], studio.concepts[job.style]
     sources = studio.sources(content, style)
@@ -92,7 +92,7 @@ def run_job(job: Job) -> list[Record]:
     losses: list[list[dict[str, float]]] = []
 
     def drawn_right(coefficients) -> tuple[float, float]:
-        zipped = loras.ZippedLoRA(sources, fitted, coefficients)
+        zipped = zipped_lora.ZippedLoRA(sources, fitted, coefficients)
         prompts = [studio.manifest.prompt(content, style)] * ORACLE_PICTURES
         found = of_pair(studio, job, studio.judge.scores(studio.draw(zipped, prompts, 5000 + job.seed)))
         return found["both"], -found["distance"]
@@ -119,7 +119,7 @@ def run_job(job: Job) -> list[Record]:
             found[f"{kind}_loss"] = {c: round(v, 4) for c, v in found_losses[number].items()}
         if not job.lean:
             found |= of_columns(core, merge)
-        zipped = loras.ZippedLoRA(sources, merge.fitted, merge.coefficients)
+        zipped = zipped_lora.ZippedLoRA(sources, merge.fitted, merge.coefficients)
         found |= pictures_of(studio, job, name, zipped, merge.by_step)
         records.append(found)
     if CEILING in job.methods:
@@ -145,11 +145,11 @@ def _composed(studio, job: Job, sources, fitted) -> Any:
     """Two pictures that the direct merge draws of the composed prompt, and what layers see of them."""
     from benchmarks.candidates import Composed, composed_moments
     from benchmarks.methods import Coefficients
-    from benchmarks.studio import loras
+    from benchmarks.studio import zipped_lora
 
     content, style = studio.concepts[job.content], studio.concepts[job.style]
     prompt = studio.manifest.prompt(content, style)
-    direct = loras.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
+    direct = zipped_lora.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
     drawn = studio.vae.encode(studio.draw(direct, [prompt] * 2, 9000 + job.seed).movedim(1, -1))
 
     def work(predictor, joined, references) -> Any:

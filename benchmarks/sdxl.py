@@ -135,7 +135,7 @@ class Clock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        predictor, clock = BRIDGE.predictor.HostPredictor, self
+        predictor, clock = BRIDGE.network.predictor.HostPredictor, self
         forward, backward = predictor.__call__, torch.autograd.backward
 
         def timed_forward(self, batch, branch):
@@ -162,27 +162,27 @@ class Bench:
         with torch.inference_mode():
             self.model = full_size.sdxl_patcher(DTYPE)
             loras = [full_size.attention_lora(self.model.model, GIVEN.rank, seed) for seed in (0, 1)]
-            self.sources = BRIDGE.loras.LoRASources(
-                *(BRIDGE.loras.LoRASource(n, lora, 1.0) for n, lora in zip(CONCEPTS, loras, strict=True))
+            self.sources = BRIDGE.lora.loras.LoRASources(
+                *(BRIDGE.lora.loras.LoRASource(n, lora, 1.0) for n, lora in zip(CONCEPTS, loras, strict=True))
             )
             self.conditioning = {c: full_size.random_prompt(i) for i, c in enumerate(CONCEPTS)}
             self.latents = {c: full_size.random_latents(GIVEN.size // 8, i) for i, c in enumerate(CONCEPTS)}
         self.samples = {c: latents["samples"] for c, latents in self.latents.items()}
-        self.fitted = BRIDGE.fitting.fit(self.sources, self.model.model)
+        self.fitted = BRIDGE.lora.fitting.fit(self.sources, self.model.model)
         self.weights = self.model.model_size()
 
     def settings(self, **changes: Any):
         return CORE.solver.Settings(solver="gradient", objective=CORE.objective.PAPER, **changes)
 
     def plan(self, **settings: Any):
-        room = BRIDGE.plan.room_for(self.model)
-        return BRIDGE.plan.make(
+        room = BRIDGE.memory.plan.room_for(self.model)
+        return BRIDGE.memory.plan.make(
             self.model, self.fitted.pair, self.conditioning, self.samples, self.settings(**settings), room
         )
 
     def operations(self, recomputed: int, together: bool) -> float:
         """TFLOP of a step, counted on the network without memory."""
-        stage = BRIDGE.plan.Stage(self.model, self.fitted.pair, self.conditioning, self.samples)
+        stage = BRIDGE.memory.rehearsal.MetaPair(self.model, self.fitted.pair, self.conditioning, self.samples)
         total = 0.0
         for concepts in [CONCEPTS] if together else [[c] for c in CONCEPTS]:
             batch = stage.batch(*concepts)
@@ -198,10 +198,10 @@ class Bench:
     def steps(self, plan, dense: bool = False) -> dict[str, Any]:
         """A few steps: seconds of one and of its parts, peak memory, and the losses."""
         found: dict[str, Any] = {}
-        solver, settings = CORE.solver, self.settings(steps=GIVEN.steps + 1)
+        settings = self.settings(steps=GIVEN.steps + 1)
 
         def work(predict, joined, references) -> None:
-            chosen = dense_pair(joined, BRIDGE.frozen.cast) if dense else joined
+            chosen = dense_pair(joined, BRIDGE.network.weights.cast) if dense else joined
             clock, began, losses = Clock(), [], []
 
             def on_step(step) -> None:
@@ -211,14 +211,14 @@ class Bench:
                     clock.parts = dict.fromkeys(clock.parts, 0.0)
 
             with clock.running():
-                solver.optimise(chosen, predict, references, settings, on_step)
+                CORE.gradient.optimize(chosen, predict, references, settings, on_step)
             seconds = (began[-1] - began[0]) / GIVEN.steps
             found.update(seconds=seconds, losses=losses)
             found["parts"] = {part: taken / GIVEN.steps for part, taken in clock.parts.items()}
             found["parts"]["rest"] = seconds - sum(found["parts"].values())
 
         with Peak() as peak, torch.inference_mode():
-            BRIDGE.predictor.with_predictor(
+            BRIDGE.network.predictor.with_predictor(
                 self.model,
                 self.fitted.pair,
                 self.conditioning,
@@ -234,7 +234,7 @@ class Bench:
         """The node, from sockets to the zipped pair."""
         began = now()
         with Peak() as peak, torch.inference_mode():
-            *_, report, _ = BRIDGE.optimise.optimise(
+            *_, report, _ = BRIDGE.optimize.zipping.optimize(
                 self.model, self.sources, self.conditioning, self.latents, CORE.solver.Settings(**settings)
             )
         lines = [line for line in report.splitlines() if line.startswith(("time:", "memory:"))]
@@ -243,23 +243,23 @@ class Bench:
     def training(self) -> dict[str, Any]:
         """Training a LoRA of the attention layers with the defaults: seconds of a step, planned and peak memory."""
         bridge, core, began = BRIDGE.training, CORE.training, []
-        shapes = bridge.trained_layers(self.model.model, "attention")
+        shapes = bridge.layers.trained_layers(self.model.model, "attention")
         settings = core.Settings(steps=GIVEN.steps + 1, rank=GIVEN.rank)
-        made = bridge.Prepared([self.conditioning["content"]])
+        made = bridge.pictures.Prepared([self.conditioning["content"]])
         made.pictures = core.Pictures([[core.Example(self.samples["content"], 0)]])
 
         def work(denoiser, pictures, device) -> None:
-            trained = core.TrainedLoRA(shapes, settings.rank, 0, device)
+            trained = CORE.trained_lora.TrainedLoRA(shapes, settings.rank, 0, device)
             core.train(trained, denoiser, pictures, settings, lambda step: began.append(now()))
 
         with Peak() as peak, torch.inference_mode():
-            planned = bridge.run(self.model, made, shapes, settings, work)
+            planned = bridge.loading.with_denoiser(self.model, made, shapes, settings, work)
         return {"seconds": (began[-1] - began[0]) / GIVEN.steps, "peak": peak.bytes, "report": planned.line()}
 
     def applying(self) -> dict[str, float]:
         """Seconds of making patches and of the host writing them into the weights: ours, and a LoRA file's."""
         ones = CORE.coefficients.Coefficients.ones(self.fitted.pair)
-        zipped = BRIDGE.loras.ZippedLoRA(self.sources, self.fitted, ones)
+        zipped = BRIDGE.lora.zipped.ZippedLoRA(self.sources, self.fitted, ones)
         with torch.inference_mode():
             file = BRIDGE.export.export_tensors(zipped, 0, "fp16", "kohya").tensors
             ways = {

@@ -33,9 +33,9 @@ from demo.manifest import Trained, read_manifest  # noqa: E402
 from demo.miniature import half_is_fast  # noqa: E402
 from nodes import common_ksampler  # noqa: E402
 
-loras, fitting, predictor, bridge_apply = (
-    getattr(PACK.nodes.bridge, n) for n in ("loras", "fitting", "predictor", "apply")
-)
+loras, fitting, zipped_lora = (getattr(PACK.nodes.bridge.lora, n) for n in ("loras", "fitting", "zipped"))
+predictor, session = PACK.nodes.bridge.network.predictor, PACK.nodes.bridge.network.session
+bridge_apply = PACK.nodes.bridge.apply
 core = PACK.ziplora_core
 for _name in ("direct", "prompts", "zipper"):
     importlib.import_module(f"{core.__name__}.{_name}")
@@ -136,7 +136,7 @@ class Studio:
                 model, _ = bridge_apply.apply(self.model, None, replace(zipped, coefficients=coefficients), 1.0)
                 # the host's choice for a CPU cuts these tiny attentions into pieces, ten times slower
                 options = model.model_options["transformer_options"]
-                options["optimized_attention_override"] = predictor.attention_with_gradient
+                options["optimized_attention_override"] = session.attention_with_gradient
                 (latent,) = common_ksampler(
                     model,
                     seed,

@@ -64,7 +64,7 @@ class Bench:
         files = [self.folder / concept.picture(i) for i in range(len(concept.scenes))]
         frames = [torch.frombuffer(bytearray(Image.open(f).convert("RGB").tobytes()), dtype=torch.uint8) for f in files]
         images = torch.stack(frames).reshape(len(frames), 128, 128, 3) / 255
-        return self.pack.nodes.bridge.training.Shown([images], list(concept.prompts))
+        return self.pack.nodes.bridge.training.pictures.Shown([images], list(concept.prompts))
 
     def settings(self, **changes: Any) -> Any:
         asked = {"steps": STEPS, "learning_rate": RATE, "rank": RANK, "batch_size": BATCH, **changes}
@@ -72,7 +72,7 @@ class Bench:
 
     def train(self, concept: concepts.Concept, seed: int, **changes: Any) -> tuple[Path, float]:
         """(file, seconds)"""
-        training = self.pack.nodes.bridge.training
+        training = self.pack.nodes.bridge.training.concept
         settings = self.settings(seed=seed, **{k: changes.pop(k) for k in list(changes) if k in _SETTINGS})
         task = training.Task([self.shown(concept)], settings, f"loras/{concept.name}", 128, **changes)
         began = time.monotonic()
@@ -164,9 +164,9 @@ CLASS_PROMPT = "a figure in flat style"
 def joint(bench: Bench, seeds: int) -> None:
     """A subject and a style in one LoRA, twice as many steps, against two LoRAs trained here and zipped with the
     defaults on the references that they draw: share of 32 pictures of the subject in the style with both right."""
-    training, solver = bench.pack.nodes.bridge.training, bench.pack.ziplora_core.solver
-    loras, optimise = bench.pack.nodes.bridge.loras, bench.pack.nodes.bridge.optimise
-    asked_for = bench.pack.nodes.bridge.references.Asked(4, 128)
+    training, solver = bench.pack.nodes.bridge.training.concept, bench.pack.ziplora_core.solver
+    loras, optimise = bench.pack.nodes.bridge.lora.loras, bench.pack.nodes.bridge.optimize.zipping
+    asked_for = bench.pack.nodes.bridge.drawing.sampling.Asked(4, 128)
     for names in CASES[:2]:
         subject, style = (bench.concepts[name] for name in names)
         found: dict[str, list[dict[str, float]]] = {"joint training": [], "zipped": []}
@@ -184,7 +184,7 @@ def joint(bench: Bench, seeds: int) -> None:
                 encoded = {
                     c: bench.clip.encode_from_tokens_scheduled(bench.clip.tokenize(p)) for c, p in prompts.items()
                 }
-                zipped, *_ = optimise.optimise(
+                zipped, *_ = optimise.optimize(
                     bench.model,
                     loras.pair(*parts, 1.0, 1.0),
                     encoded,
@@ -316,10 +316,10 @@ class OnePicture:
         training = self.bench.pack.nodes.bridge.training
         settings = self.bench.settings(seed=seed, steps=self.steps, learning_rate=self.rate)
         prompts = [self.prompts["full"]] * 4 + [""] * empty
-        shown = training.Shown([self.picture] * len(prompts), prompts)
-        task = training.Task([shown], settings, "loras/one", 128, layers, b_lora=BLOCKS)
+        shown = training.pictures.Shown([self.picture] * len(prompts), prompts)
+        task = training.concept.Task([shown], settings, "loras/one", 128, layers, b_lora=BLOCKS)
         with torch.inference_mode():
-            done = training.train_concept(self.bench.model, self.bench.clip, self.bench.vae, task)
+            done = training.concept.train_concept(self.bench.model, self.bench.clip, self.bench.vae, task)
         return load_file(str(self.bench.output / done.file))
 
     def unzip(self, seed: int, **changes: Any) -> Any:

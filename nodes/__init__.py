@@ -3,14 +3,15 @@
 from .apply import ApplyZippedLoRA
 from .bridge.saved import register_folder
 from .direct import DirectMergeLoRA
-from .files import ExportMergedLoRA, LoadZippedLoRA, SaveZippedLoRA
-from .load import LoadLoRAPair
+from .export import ExportMergedLoRA
 from .optimize import ZipLoRAOptimize
+from .pair import LoadLoRAPair, PairLoRAs
 from .report import ZippedLoRAReport
+from .saved import LoadZippedLoRA, SaveZippedLoRA
 from .scores import BlindABSheet, ZipLoRAScores
 from .sparse import SparsifyLoRA
 from .style import StyleStrength
-from .train import PairLoRAs, TrainConceptLoRA
+from .training import TrainConceptLoRA
 from .unzip import UnZipLoRA
 
 register_folder()

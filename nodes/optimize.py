@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 from comfy_api.v0_0_2 import io, ui
 
+from ..ziplora_core.checks import one_of
 from ..ziplora_core.objective import OBJECTIVES
-from ..ziplora_core.solver import SOLVERS, Settings, one_of
+from ..ziplora_core.solver import SOLVERS, Settings
 from . import inputs
-from .bridge.optimise import check_inputs, optimise
-from .bridge.references import Asked
+from .bridge.drawing.sampling import Asked
+from .bridge.optimize.zipping import check_inputs, optimize
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
 
 _NOT_CONNECTED = object()  # None stands for latents that are connected and not made yet
@@ -187,7 +188,7 @@ class ZipLoRAOptimize(io.ComfyNode):
         inputs.connected(model=model, lora_pair=lora_pair)
         conditioning = {"content": content_positive, "style": style_positive}
         latents = {"content": content_latents, "style": style_latents}
-        *outputs, drawn = optimise(model, lora_pair, conditioning, latents, *read_settings(**settings))
+        *outputs, drawn = optimize(model, lora_pair, conditioning, latents, *read_settings(**settings))
         return io.NodeOutput(*outputs, ui=None if drawn is None else ui.PreviewImage(drawn, cls=cls))
 
 

@@ -8,9 +8,9 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..ziplora_core.scores import summary
 from . import inputs, sheet
-from .bridge.paths import write_output
+from .bridge.disk.paths import write_output
 from .bridge.scores import score
-from .bridge.training import check_pictures
+from .bridge.training.pictures import check_pictures
 
 
 class ZipLoRAScores(io.ComfyNode):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.v0_0_2 import io
 
-from .bridge import loras
+from .bridge.lora import loras
 from .bridge.sparse import sparsify
 from .inputs import connected
 from .sockets import LoRAModelSocket

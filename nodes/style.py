@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from comfy_api.v0_0_2 import io
 
-from ..ziplora_core.solver import in_range
+from ..ziplora_core.checks import in_range
 from .inputs import connected
 from .sockets import ZippedLoRASocket
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
+from ..ziplora_core.checks import in_range
 from ..ziplora_core.direct import UNZIPLORA_BLOCKS
-from ..ziplora_core.solver import in_range
 from ..ziplora_core.unzip import Settings
 from . import inputs
-from .bridge import provenance
+from .bridge.disk import provenance
 from .bridge.unzip import Task, read_blocks, unzip_picture
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
 

@@ -1,7 +1,8 @@
 """ZipLoRA (arXiv 2311.13600) in pure torch: pairs of LoRAs, merger coefficients, objective, solver, figures.
 
 Nothing here imports the host. `pair` says what two LoRAs are, `merge` how they become one,
-`objective` what a good merge costs, `solver` how the coefficients are found, `analysis` how aligned they are,
+`objective` what a good merge costs, `solver` what every solver is given and answers, `gradient` and
+`layerwise` two of them, `zipper` which is taken, `analysis` how aligned they are,
 `files` how a LoRA file is read and refused,
 `export` how a merge becomes one, `saved` how coefficients are kept.
 """

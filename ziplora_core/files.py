@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import re
 import stat
 import struct
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import formats
+
 _MAX_HEADER = 100 * 1024 * 1024  # the format's own limit
 _MAX_VALUES = 500_000  # in a header: a hundred times what a LoRA has, and still parsed within a second
 _MOST_AXES = 16
@@ -30,10 +31,6 @@ DTYPES = {  # by the format's names
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
-_LORA_NAME = re.compile(
-    r"lora|lycoris|hada_|lokr_|oft_|dora_scale|\.[ab][12]\.weight$|\.diff(_b)?$|\.set_weight$|\.[wb]_norm$",
-    re.IGNORECASE,
-)
 
 
 class LoRAFileError(ValueError):
@@ -220,7 +217,7 @@ def check_lora_file(path: str | os.PathLike[str]) -> list[str]:
 @contextlib.contextmanager
 def _opened_lora(path: str | os.PathLike[str], digest: hashlib._Hash | None = None) -> Iterator[OpenFile]:
     with opened(path, digest, "put it into the loras folder or choose another file") as file:
-        if not any(_LORA_NAME.search(name) for name in file.places):
+        if not any(formats.is_lora_name(name) for name in file.places):
             examples = ", ".join(map(shown, sorted(file.places)[:2])) or "it is empty"
             raise LoRAFileError(
                 f"'{file.name}' holds no LoRA: none of its {len(file.places)} tensors has a LoRA name "
@@ -239,20 +236,6 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 _NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-_TOGETHER = (  # endings of matrices that a layer has all or none of
-    (".lora_up.weight", ".lora_down.weight"),
-    (".lora_B.weight", ".lora_A.weight"),
-    (".lora_B.default.weight", ".lora_A.default.weight"),
-    (".lora_B", ".lora_A"),
-    (".lora.up.weight", ".lora.down.weight"),
-    ("_lora.up.weight", "_lora.down.weight"),
-    (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
-    (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
-    (".hada_t1", ".hada_t2"),
-    (".lokr_w1_a", ".lokr_w1_b"),
-    (".lokr_w2_a", ".lokr_w2_b"),
-    (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
-)
 
 
 def check_tensors(name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -289,7 +272,7 @@ def _check_together(name: str, tensors: Mapping[str, Tensor]) -> None:
                 f"'{name}' is broken: '{shown(key)}' has shape {tuple(tensor.shape)}, expected one number; "
                 "download it again"
             )
-        for endings in _TOGETHER:
+        for endings in formats.TOGETHER:
             stem = next((key.removesuffix(ending) for ending in endings if key.endswith(ending)), None)
             missing = [] if stem is None else [e for e in endings if f"{stem}{e}" not in tensors]
             if missing:

@@ -22,9 +22,10 @@ from torch import Tensor
 from . import shares
 from .branch import Branch, JoinedPair
 from .coefficients import Coefficients
+from .draws import spread_batches
 from .frozen import Base, JoinedLayer
 from .pair import CONCEPTS, LoRAPair
-from .solver import Predictor, References, Settings, spread_batches
+from .solver import Predictor, References, Settings
 
 _DRAWS = 8  # passes over both references, spread over the timesteps
 _SEED = 0x1A7E  # added to the seed: noise apart from training's and from measuring's

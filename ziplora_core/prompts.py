@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .branch import JoinedPair
 from .coefficients import Coefficients
-from .solver import EMPTY, OTHER, OWN, Batch, Predictor, References, spread_batches
+from .draws import spread_batches
+from .solver import EMPTY, OTHER, OWN, Batch, Predictor, References
 
 DRAWS = 3  # noisy latents of each reference, spread over the timesteps: two passes each for every prompt
 FIRES = 0.77  # what the prompt leaves of the error that an empty one leaves; chosen by benchmarks/prompts.py

@@ -38,11 +38,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import training
+from .checks import in_range
 from .coefficients import Coefficients
 from .files import all_finite
 from .frozen import Base, frozen
 from .pair import CONCEPTS, Factors, LayerPair, LoRAPair
-from .solver import in_range
+from .trained_lora import TrainedLoRA, check_fits
 
 EMPTY = 0.2  # of the rows, where a LoRA is trained as it is used
 
@@ -115,13 +116,13 @@ class UnZip:
         device: torch.device | str = "cpu",
     ):
         self._settings, self._apart, self._weight = settings, apart, weight
-        self.loras: dict[str, training.TrainedLoRA] = {}
+        self.loras: dict[str, TrainedLoRA] = {}
         self.mergers: dict[str, dict[str, Tensor]] = {}
         self.masks: dict[str, dict[str, Tensor]] = {}
         self._every_column = not apart.columns
         for number, (concept, own) in enumerate(own_layers(shapes, apart.owners).items()):
             seed = settings.seed + number * 2**31  # of a seed, torch's generator looks at the low 32 bits alone
-            self.loras[concept] = training.TrainedLoRA(own, settings.rank, seed, device)
+            self.loras[concept] = TrainedLoRA(own, settings.rank, seed, device)
             self.mergers[concept] = {n: torch.ones(s[1], device=device, requires_grad=True) for n, s in own.items()}
             whole = {n: not apart.columns or n in apart.owners for n in own}
             self.masks[concept] = {
@@ -232,7 +233,7 @@ class UnZip:
         Raises ValueError where they have other layers or another rank.
         """
         for concept, trained in self.loras.items():
-            training.check_fits(halves[concept], trained.down, self._settings.rank)
+            check_fits(halves[concept], trained.down, self._settings.rank)
             for name, f in halves[concept].items():
                 mask = self.masks[concept][name]
                 mask |= (f.down != 0).any(0).to(mask.device)

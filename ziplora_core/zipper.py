@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from . import layerwise, solver
+from . import gradient, layerwise, solver
 from .branch import JoinedPair
 
 
@@ -27,7 +27,7 @@ def close(
     if settings.steps == 0:
         return solver.direct_merge(joined.pair)
     if settings.solver == "gradient":
-        return solver.optimise(joined, predictor, references, settings, on_step)
+        return gradient.optimize(joined, predictor, references, settings, on_step)
     left: dict[str, float] = {}
 
     def solved(layer: layerwise.SolvedLayer) -> None:
@@ -38,4 +38,4 @@ def close(
     start = layerwise.merge(joined, predictor, references, settings.seed, solved, settings.ridge, moments)
     if settings.solver == "layerwise":
         return solver.Result(start, stopped="solved layer by layer, in closed form", left=left)
-    return replace(solver.optimise(joined, predictor, references, settings, on_step, start), left=left)
+    return replace(gradient.optimize(joined, predictor, references, settings, on_step, start), left=left)

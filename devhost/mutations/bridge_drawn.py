@@ -8,7 +8,7 @@ DRAWN = ("tests/inhost/test_contracts_drawn.py",)
 
 MUTANTS = [
     *faults(
-        "nodes/bridge/references.py",
+        "nodes/bridge/drawing/references.py",
         DRAWN,
         ("references are drawn by the direct merge", "ones.scaled(style=0.0) if concept", "ones if concept"),
         (
@@ -16,8 +16,12 @@ MUTANTS = [
             "(1.0, 0.0) if concept",
             "(1.0, 1.0) if concept",
         ),
-        ("references are drawn without guidance", "guidance = 1.0 if distilled else GUIDANCE", "guidance = 1.0"),
         ("both concepts start from one noise", '{"content": 0, "style": 1}', '{"content": 0, "style": 0}'),
+    ),
+    *faults(
+        "nodes/bridge/drawing/sampling.py",
+        DRAWN,
+        ("references are drawn without guidance", "guidance = 1.0 if distilled else GUIDANCE", "guidance = 1.0"),
         ("references that are NaN are used", "if bool(torch.isfinite(samples).all()) else None", ""),
         (
             "thumbnails are not of the model's own space",
@@ -26,7 +30,7 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/bridge/prompts.py",
+        "nodes/bridge/network/empty_prompt.py",
         DRAWN,
         (
             "the emptied prompt keeps its pooled output",
@@ -35,7 +39,7 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/bridge/report.py",
+        "nodes/bridge/optimize/outcome.py",
         DRAWN,
         (
             "the share is of what zipping left",

@@ -26,7 +26,7 @@ MUTANTS = [
         ("the base model under the host's name for it", "_KOHYA_BASES.get(family, family)", "family"),
         (
             "text-encoder parts of other kinds are taken for plain ones",
-            "if not fitting.is_plain(adapter):",
+            "if not is_plain(adapter):",
             "if False:",
         ),
         (
@@ -36,7 +36,7 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/bridge/paths.py",
+        "nodes/bridge/disk/paths.py",
         FILES,
         (
             "the length of a name is counted in letters",
@@ -45,14 +45,18 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/bridge/provenance.py",
+        "nodes/bridge/disk/provenance.py",
         FILES,
         ("the workflow is written although metadata is off", "not args.disable_metadata", "True"),
     ),
     *faults(
-        "nodes/bridge/saved.py",
+        "nodes/bridge/disk/provenance.py",
         FILES,
         ("a file that has changed since is bound", "if not same and hashes", "if False and hashes"),
+    ),
+    *faults(
+        "nodes/bridge/saved.py",
+        FILES,
         (
             "a file that changes while a pair is loaded goes unnoticed",
             "if bound(source).sha256 != wanted.sha256:",

@@ -14,7 +14,7 @@ DRAWN = ("tests/inhost/test_contracts_drawn.py",)
 
 MUTANTS = [
     *faults(
-        "nodes/bridge/frozen.py",
+        "nodes/bridge/network/injection.py",
         HOST,
         (
             "no interrupt in a linear layer's backward",
@@ -37,12 +37,12 @@ MUTANTS = [
         ("layers that cannot be injected go unnoticed", "if missing:", "if False:"),
     ),
     *faults(
-        "nodes/bridge/frozen.py",
+        "nodes/bridge/network/injection.py",
         HOST_FAMILIES,
         ("what a block adds to is not copied for its norm", "if changes_inputs:", "if False:"),
     ),
     *faults(
-        "nodes/bridge/frozen.py",
+        "nodes/bridge/network/injection.py",
         PLAN,
         (
             "the last blocks are run again instead of the first",
@@ -51,7 +51,7 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/bridge/predictor.py",
+        "nodes/bridge/network/checks.py",
         HOST,
         (
             "masks and ControlNets are accepted",
@@ -59,10 +59,33 @@ MUTANTS = [
             '("area", "gligen", "hooks")',
         ),
         (
+            "latents of a nested kind or of no space are taken",
+            "latents.is_nested or not 4 <= latents.ndim <= most or ",
+            "",
+        ),
+    ),
+    *faults(
+        "nodes/bridge/network/predictor.py",
+        HOST,
+        (
             "latents are not in the model's own space",
             "base.process_latent_in(latents[c].to(device, torch.float32).clone())",
             "latents[c].to(device, torch.float32).clone()",
         ),
+        (
+            "both concepts see the style prompt",
+            "{concept: conditioning[concept] for concept in",
+            '{concept: conditioning["style"] for concept in',
+        ),
+        (
+            "the style prompt is told the content picture's size",
+            "self.encode(c, latents) for c, latents in",
+            "self.encode(c, references.content) for c, latents in",
+        ),
+    ),
+    *faults(
+        "nodes/bridge/network/session.py",
+        HOST,
         (
             "other packs' transformer options are ignored",
             'options = {**options, **self._model_options.get("transformer_options", {})}',
@@ -80,43 +103,28 @@ MUTANTS = [
             "1.0",
         ),
         (
-            "both concepts see the style prompt",
-            "{concept: conditioning[concept] for concept in",
-            '{concept: conditioning["style"] for concept in',
-        ),
-        (
-            "the style prompt is told the content picture's size",
-            "self.encode(c, latents) for c, latents in",
-            "self.encode(c, references.content) for c, latents in",
-        ),
-        (
-            "latents of a nested kind or of no space are taken",
-            "latents.is_nested or not 4 <= latents.ndim <= most or ",
-            "",
-        ),
-        (
             "a pass goes on although the user has stopped it",
             "comfy.model_management.throw_exception_if_processing_interrupted()",
             "pass",
         ),
     ),
     *faults(
-        "nodes/bridge/predictor.py",
+        "nodes/bridge/network/predictor.py",
         PLAN,
         ("a plan for one reference at a time is ignored", "predict.joins = predict.joins and together", "pass"),
     ),
     *faults(
-        "nodes/bridge/optimise.py",
+        "nodes/bridge/optimize/zipping.py",
         HOST,
         ("retention that is NaN is a success", "if not all(map(math.isfinite, after.values())):", "if False:"),
         (
             "prompts are not checked",
-            'predictor.check_conditioning(f"{concept}_positive", conditioning[concept])',
+            'checks.check_conditioning(f"{concept}_positive", conditioning[concept])',
             "pass",
         ),
     ),
     *faults(
-        "nodes/bridge/optimise.py",
+        "nodes/bridge/optimize/zipping.py",
         ("tests/inhost/test_contracts_files.py::test_what_is_rescued_is_what_was_learned",),
         (
             "what is rescued is not what was kept",
@@ -125,7 +133,7 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/bridge/optimise.py",
+        "nodes/bridge/optimize/zipping.py",
         DRAWN,
         (
             "all references are drawn from the content prompt",

@@ -45,13 +45,17 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/train.py",
+        "nodes/training.py",
         NODES,
         (
             "samples and saves swapped",
             ("        sample_every,\n        save_every,\n"),
             ("        save_every,\n        sample_every,\n"),
         ),
+    ),
+    *faults(
+        "nodes/pair.py",
+        NODES,
         (
             "Pair LoRAs swaps the LoRAs",
             "loras.pair(content_lora, style_lora, ",

@@ -39,7 +39,7 @@ MUTANTS = [
         ("any strength is taken", 'in_range("strength", strength, -100, 100)', "pass"),
     ),
     *faults(
-        "nodes/bridge/fitting.py",
+        "nodes/bridge/lora/fitting.py",
         PAIRS,
         (
             "a pair fitted to one model is used on another",
@@ -65,7 +65,7 @@ MUTANTS = [
         ("what the model lacks is not told", "unused += fitting.absent", "unused += []"),
     ),
     *faults(
-        "nodes/bridge/fitting.py",
+        "nodes/bridge/lora/fitting.py",
         PAIRS_DENSE_FORMATS,
         (
             "dense updates are made from a weight that is patched",
@@ -74,23 +74,27 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/bridge/keys.py",
+        "nodes/bridge/lora/keys.py",
         FILES,
         (
             "SD 1.5's layers under names that its trainers do not use",
             'self.diffusers.get(weight) if self.family.startswith("SD1") else None',
             "None",
         ),
+    ),
+    *faults(
+        "ziplora_core/formats.py",
+        FILES,
         ("peft's first text encoder goes to the second's place", (', "lora_te1_"),\n)'), (', "lora_te2_"),\n)')),
     ),
     *faults(
-        "nodes/bridge/keys.py",
+        "ziplora_core/formats.py",
         PAIRS,
         ("SDXL's prompts are taken for SD 2's", '2048: "SDXL"', '2048: "SD 2"'),
         ("text encoders under SD 3's names are unknown", "|te\\d?[._]", ""),
     ),
     *faults(
-        "nodes/bridge/loras.py",
+        "nodes/bridge/lora/loras.py",
         FILES,
         (
             "Load LoRA Pair swaps the strengths",
@@ -98,6 +102,10 @@ MUTANTS = [
             "LoRASources(load(content, style_strength), load(style, content_strength)",
         ),
         ("a file that changes while it is read is taken", "if hashes.key(path) != file:", "if False:"),
+    ),
+    *faults(
+        "nodes/bridge/lora/zipped.py",
+        FILES,
         (
             "dials of the two concepts swapped",
             '{"content": self.content_strength, "style": self.style_strength}[concept]',
@@ -105,7 +113,7 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/bridge/loras.py",
+        "nodes/bridge/lora/loras.py",
         PAIRS,
         (
             "Pair LoRAs swaps the strengths",
@@ -126,13 +134,13 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/bridge/hashes.py",
+        "nodes/bridge/lora/hashes.py",
         PAIRS,
         ("files without numbers are one file", "if here.st_ino and there.st_ino:", "if True:"),
         ("links without numbers are two files", "os.path.normcase(os.path.realpath(path))", "path"),
     ),
     *faults(
-        "nodes/bridge/shapes.py",
+        "nodes/bridge/lora/adapters.py",
         PAIRS,
         ("a product of matrices that do not meet fits", "if rank and rank == right.shape[0] else 0", "if rank else 0"),
     ),

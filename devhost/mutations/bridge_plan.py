@@ -8,7 +8,7 @@ PLAN = ("tests/inhost/test_contracts_plan.py",)
 
 MUTANTS = [
     *faults(
-        "nodes/bridge/plan.py",
+        "nodes/bridge/memory/plan.py",
         PLAN,
         ("the factors are left out", "fixed = factors * dtype.itemsize + _VECTORS", "fixed = _VECTORS"),
         ("the coefficients are left out", " + _VECTORS * 4 * pair.coefficient_count", ""),
@@ -25,11 +25,6 @@ MUTANTS = [
             "workspace + rows * (rehearsed.kept(recomputed) + rehearsed.largest))",
             "workspace + (rehearsed.kept(recomputed) + rehearsed.largest))",
         ),
-        (
-            "the block that is run again is left out",
-            "sum(self.inside[recomputed:]) + again",
-            "sum(self.inside[recomputed:])",
-        ),
         ("the whole room is spent", "spend = int(_USED * room)", "spend = room"),
         (
             "the smaller reference is planned for",
@@ -43,6 +38,15 @@ MUTANTS = [
             "training: a step's own workspace is left out",
             "need = fixed + _BACKWARD * workspace + rows",
             "need = fixed + rows",
+        ),
+    ),
+    *faults(
+        "nodes/bridge/memory/rehearsal.py",
+        PLAN,
+        (
+            "the block that is run again is left out",
+            "sum(self.inside[recomputed:]) + again",
+            "sum(self.inside[recomputed:])",
         ),
     ),
 ]

@@ -10,7 +10,7 @@ NODES = ("tests/inhost/test_contracts_nodes.py",)
 
 MUTANTS = [
     *faults(
-        "nodes/bridge/training.py",
+        "nodes/bridge/training/loading.py",
         PLAN,
         (
             "class pictures cost no memory",
@@ -24,28 +24,52 @@ MUTANTS = [
         ("one LoRA's memory is planned for two", "loras_at_once=2", "loras_at_once=1"),
     ),
     *faults(
-        "nodes/bridge/training.py",
+        "nodes/bridge/training/denoiser.py",
         TRAINING,
-        ("samples are drawn without guidance", "plain + references.GUIDANCE * (wanted - plain)", "wanted"),
+        ("samples are drawn without guidance", "plain + GUIDANCE * (wanted - plain)", "wanted"),
+    ),
+    *faults(
+        "nodes/bridge/training/loading.py",
+        TRAINING,
         (
             "samples are guided away from the prompt itself",
             'prompts["empty"] = zeros(made.prompts[0])',
             'prompts["empty"] = made.prompts[0]',
         ),
-        ("every batch of class pictures is the same", "task.settings.seed + len(made)", "task.settings.seed"),
-        ("pictures are squashed into their bucket", '"lanczos", "center"', '"lanczos", "disabled"'),
         (
             "latents are not in the model's own space",
             "training.Example(into(e.latents.float().clone()), e.prompt)",
             "training.Example(e.latents.float().clone(), e.prompt)",
         ),
+    ),
+    *faults(
+        "nodes/bridge/training/concept.py",
+        TRAINING,
+        ("every batch of class pictures is the same", "task.settings.seed + len(made)", "task.settings.seed"),
+    ),
+    *faults(
+        "nodes/bridge/training/pictures.py",
+        TRAINING,
+        ("pictures are squashed into their bucket", '"lanczos", "center"', '"lanczos", "disabled"'),
+    ),
+    *faults(
+        "nodes/bridge/training/denoiser.py",
+        TRAINING,
         ("one picture's size is told for all", "key = (str(prompt), latents.shape[1:])", 'key = (str(prompt), "")'),
         (
             "prompts of two lengths share a pass",
             "return None if context is None else tuple(context.shape)",
             "return None",
         ),
+    ),
+    *faults(
+        "nodes/bridge/training/lora_file.py",
+        TRAINING,
         ("another trainer's steps count", 'if "ziplora_settings" in metadata else 0', ""),
+    ),
+    *faults(
+        "nodes/bridge/training/run.py",
+        TRAINING,
         (
             "the last tenth of the losses is the first",
             "(history[:tenth], history[-tenth:])",
@@ -64,8 +88,8 @@ MUTANTS = [
         ("prompts of different lengths stay so", "math.lcm(*(c.shape[1] for c in contexts))", "contexts[0].shape[1]"),
         (
             "the file that is ahead counts the steps",
-            "halves, min(bridge.steps_before",
-            "halves, max(bridge.steps_before",
+            "halves, min(steps_before",
+            "halves, max(steps_before",
         ),
     ),
     *faults(

@@ -10,7 +10,7 @@ ZIPPER = ("tests/core/test_solver.py", "tests/core/test_descent.py")
 
 MUTANTS = [
     *faults(
-        "ziplora_core/solver.py",
+        "ziplora_core/draws.py",
         SOLVER,
         (
             "only the first reference",
@@ -24,11 +24,42 @@ MUTANTS = [
             "torch.randn(picked.shape, generator=generator)",
             "torch.randn(picked.shape, generator=torch.Generator().manual_seed(1))",
         ),
+        ("measured at the ends of the schedule", "(i + 0.5) / draws", "i / draws"),
+        ("measured at one timestep", "(i + 0.5) / draws", "0.5 / draws"),
+        ("a schedule of a thousand steps", "(place * predictor.timesteps).long()", "(place * 1000).long()"),
+        ("timesteps not spread", "GOLDEN = (5**0.5 - 1) / 2", "GOLDEN = 0.5"),
+        ("steps share timesteps", "itertools.count(step=settings.batch_size)", "itertools.count(step=1)"),
+        ("one timestep for the whole run", "itertools.count(step=settings.batch_size)", "itertools.repeat(0)"),
+        ("passes joined against the predictor's word", "if not joins or content", "if content"),
+    ),
+    *faults(
+        "ziplora_core/retention.py",
+        SOLVER,
         (
             "retentions swapped",
             '(("content", ~is_style), ("style", is_style))',
             '(("style", ~is_style), ("content", is_style))',
         ),
+        ("measured sum, not mean", "total[concept] += loss.item() / draws", "total[concept] += loss.item()"),
+        (
+            "measured without the merged pair",
+            "student = predictor(batch, merged.student(flat))",
+            "student = predictor(batch, joined.student(flat))",
+        ),
+        (
+            "measured against the merged pair's LoRAs",
+            "joined.teacher(batch.is_style))\n                for",
+            "merged.teacher(batch.is_style))\n                for",
+        ),
+        (
+            "measured by another retention",
+            "batch.is_style.to(teacher.device), retention\n",
+            "batch.is_style.to(teacher.device), norm\n",
+        ),
+    ),
+    *faults(
+        "ziplora_core/gradient.py",
+        SOLVER,
         (
             "the gradient accumulates over steps",
             "adam.step()\n            adam.zero_grad()",
@@ -75,35 +106,20 @@ MUTANTS = [
             "flat = joined.flatten(Coefficients.ones(joined.pair))",
         ),
         ("the rate is ignored", "lr=settings.learning_rate", "lr=0.01"),
-        ("measured sum, not mean", "total[concept] += loss.item() / draws", "total[concept] += loss.item()"),
-        (
-            "measured without the merged pair",
-            "student = predictor(batch, merged.student(flat))",
-            "student = predictor(batch, joined.student(flat))",
-        ),
-        (
-            "measured against the merged pair's LoRAs",
-            "joined.teacher(batch.is_style))\n                for",
-            "merged.teacher(batch.is_style))\n                for",
-        ),
-        (
-            "measured by another retention",
-            "batch.is_style.to(teacher.device), retention\n",
-            "batch.is_style.to(teacher.device), norm\n",
-        ),
-        ("measured at the ends of the schedule", "(i + 0.5) / draws", "i / draws"),
-        ("measured at one timestep", "(i + 0.5) / draws", "0.5 / draws"),
-        ("a schedule of a thousand steps", "(place * predictor.timesteps).long()", "(place * 1000).long()"),
-        ("timesteps not spread", "GOLDEN = (5**0.5 - 1) / 2", "GOLDEN = 0.5"),
-        ("steps share timesteps", "itertools.count(step=settings.batch_size)", "itertools.count(step=1)"),
-        ("one timestep for the whole run", "itertools.count(step=settings.batch_size)", "itertools.repeat(0)"),
-        ("passes joined against the predictor's word", "if not joins or content", "if content"),
         ("last finite coefficients forgotten", "finite.copy_(flat.detach())", "pass"),
+        ("objectives' terms of the last batch", "values[concept] = loss.item()", "values[concept] = 1.0"),
+    ),
+    *faults(
+        "ziplora_core/solver.py",
+        SOLVER,
         ("named is the start", "= now.most_changed(start)", "= start.most_changed(start)"),
         ("steps announced that are not taken", '0 if self.solver == "layerwise" else self.steps', "self.steps"),
+    ),
+    *faults(
+        "ziplora_core/checks.py",
+        SOLVER,
         ("no lower bound", "not low <= value <= high", "not value <= high"),
         ("the lower bound is out", "not low <= value <= high", "not low < value <= high"),
-        ("objectives' terms of the last batch", "values[concept] = loss.item()", "values[concept] = 1.0"),
     ),
     *faults(
         "ziplora_core/layerwise.py",

@@ -10,14 +10,15 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
+from ...ziplora_core.checks import in_range
 from ...ziplora_core.merge import merged_factors
 from ...ziplora_core.pair import LayerPair
-from ...ziplora_core.solver import in_range
-from . import fitting, text_encoders
-from .bar import tell
-from .bare import bare
-from .loras import LoRASource, ZippedLoRA
-from .shapes import fits
+from .lora import fitting, text_encoders
+from .lora.adapters import fits, reshapes
+from .lora.loras import LoRASource
+from .lora.zipped import ZippedLoRA
+from .network.bare import bare
+from .progress.bar import tell
 
 
 class ZippedAdapter(LoRAAdapter):
@@ -65,7 +66,7 @@ def _text_encoder(clip, source: LoRASource, strength: float) -> None:
 
 def _fits(text_encoder, key: str, patch) -> bool:
     weight = fitting.parameter(text_encoder, key)
-    return weight is not None and not fitting.reshapes(patch) and fits(patch, weight.shape)
+    return weight is not None and not reshapes(patch) and fits(patch, weight.shape)
 
 
 @torch.no_grad()

@@ -12,12 +12,15 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...ziplora_core import export
+from ...ziplora_core import export, formats
 from ...ziplora_core.export import ExportLayer
 from ...ziplora_core.merge import merged_factors
 from ...ziplora_core.pair import Factors, LayerPair
 from ...ziplora_core.writing import write_tensors
-from . import fitting, keys, loras, paths
+from .disk import paths
+from .lora import fitting
+from .lora.adapters import is_plain
+from .lora.zipped import ZIPPED, ZippedLoRA
 
 FORMATS = ("kohya", "diffusers")
 _ARCHITECTURES = {  # modelspec's names, by the host's
@@ -41,7 +44,7 @@ class Exported:
 
 
 @torch.no_grad()
-def export_tensors(zipped: loras.ZippedLoRA, rank: int, dtype: str, form: str) -> Exported:
+def export_tensors(zipped: ZippedLoRA, rank: int, dtype: str, form: str) -> Exported:
     """The pair at its dials as one LoRA. rank 0: exact, at rank r_c + r_s of each layer.
 
     form: "kohya" or "diffusers" (peft's names). Raises ValueError for a model without diffusers names, and where
@@ -69,14 +72,15 @@ def export_tensors(zipped: loras.ZippedLoRA, rank: int, dtype: str, form: str) -
     tensors = lora_model
     if form == "diffusers":
         named = {f"unet.{names.diffusers[key]}": layer for key, layer in layers.items()}
-        tensors = export.peft_tensors({**named, **{diffusers_text_encoder(k): layer for k, layer in text.items()}})
+        named |= {formats.diffusers_text_encoder(key): layer for key, layer in text.items()}
+        tensors = export.peft_tensors(named)
         if any(zipped.fitted.riders.values()):
             report.append("bias and norm differences are left out: diffusers' form has no place for them")
     report[:0] = _summary(layers, text, tensors, rank, dtype, form)
     return Exported(lora_model, tensors, _metadata(zipped, layers, report), report)
 
 
-def _check_diffusers_names(zipped: loras.ZippedLoRA) -> None:
+def _check_diffusers_names(zipped: ZippedLoRA) -> None:
     names, layers = zipped.fitted.names, zipped.fitted.pair.layers
     nameless = [key for key in layers if key not in names.diffusers]
     if nameless:
@@ -107,14 +111,14 @@ def _summary(layers, text, tensors, rank: int, dtype: str, form: str) -> list[st
     return lines
 
 
-def text_encoder_layers(zipped: loras.ZippedLoRA, rank: int) -> tuple[dict[str, ExportLayer], list[str]]:
+def text_encoder_layers(zipped: ZippedLoRA, rank: int) -> tuple[dict[str, ExportLayer], list[str]]:
     """Both files' text-encoder parts, added up at their strengths: (kohya's layer name -> layer, what is left out)."""
     parts: dict[str, dict[str, Factors]] = {}
     left_out = []
     for concept, source in zipped.sources.by_concept().items():
-        names = keys.text_encoder_layers(source.tensors)
+        names = formats.text_encoder_layers(source.tensors)
         for name, adapter in comfy.lora.load_lora(source.tensors, names, log_missing=False).items():
-            if not fitting.is_plain(adapter):
+            if not is_plain(adapter):
                 left_out.append(f"'{source.title}': text-encoder layer '{name}' is no plain LoRA and is left out")
                 continue
             dialled = replace(source, strength=zipped.strength(concept))
@@ -125,29 +129,7 @@ def text_encoder_layers(zipped: loras.ZippedLoRA, rank: int) -> tuple[dict[str, 
     return layers, left_out
 
 
-def diffusers_text_encoder(name: str) -> str:
-    """peft's module name of a text-encoder layer in kohya's: `text_encoder.text_model.encoder.layers.0.….q_proj`."""
-    for prefix, module in (
-        ("lora_te2_", "text_encoder_2."),
-        ("lora_te1_", "text_encoder."),
-        ("lora_te_", "text_encoder."),
-    ):
-        if name.startswith(prefix):
-            inner = name.removeprefix(prefix)
-            for joined, dotted in _TE_WORDS.items():
-                inner = inner.replace(joined, dotted)
-            return module + inner
-    return name
-
-
-_TE_WORDS = {
-    "text_model_encoder_layers_": "text_model.encoder.layers.",
-    "_self_attn_": ".self_attn.",
-    "_mlp_fc": ".mlp.fc",
-}
-
-
-def rider_tensors(zipped: loras.ZippedLoRA, dtype: torch.dtype, report: list[str]) -> dict[str, Tensor]:
+def rider_tensors(zipped: ZippedLoRA, dtype: torch.dtype, report: list[str]) -> dict[str, Tensor]:
     """Bias and norm differences of both files at their strengths, added up. Raises ValueError where they do not fit."""
     tensors: dict[str, Tensor] = {}
     for concept, riders in zipped.fitted.riders.items():
@@ -161,7 +143,7 @@ def rider_tensors(zipped: loras.ZippedLoRA, dtype: torch.dtype, report: list[str
     return {name: export.fitting(name, t, dtype) for name, t in tensors.items()}
 
 
-def _metadata(zipped: loras.ZippedLoRA, layers, report: list[str]) -> dict[str, str]:
+def _metadata(zipped: ZippedLoRA, layers, report: list[str]) -> dict[str, str]:
     family = zipped.fitted.names.family
     content, style = zipped.sources.content, zipped.sources.style
     rank = str(max(layer.rank for layer in layers.values()))
@@ -182,11 +164,11 @@ def _metadata(zipped: loras.ZippedLoRA, layers, report: list[str]) -> dict[str, 
     }
 
 
-def _made(zipped: loras.ZippedLoRA) -> str:
+def _made(zipped: ZippedLoRA) -> str:
     """What a merge is, by how it came about."""
     mu = zipped.settings.get("mu")
     names = {
-        loras.ZIPPED: "ZipLoRA",
+        ZIPPED: "ZipLoRA",
         "UnZipLoRA": "UnZipLoRA's pair",
         "sum": "Direct merge (sum)",
         "shared columns": "Direct merge (shared columns)",
@@ -197,7 +179,7 @@ def _made(zipped: loras.ZippedLoRA) -> str:
 
 @paths.names_given_back()
 def export_file(
-    zipped: loras.ZippedLoRA, prefix: str, rank: int, dtype: str, form: str, made_by: dict[str, str] | None = None
+    zipped: ZippedLoRA, prefix: str, rank: int, dtype: str, form: str, made_by: dict[str, str] | None = None
 ) -> tuple[dict[str, Tensor], str, str]:
     """Write the file below the output folder; (LORA_MODEL, report, the file's name). made_by: more metadata."""
     exported = export_tensors(zipped, rank, dtype, form)

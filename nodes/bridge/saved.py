@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
-import comfyui_version
 import folder_paths
-import torch
 
-from ...ziplora_core import __version__, direct, saved
+from ...ziplora_core import direct, saved
 from ...ziplora_core.files import LoRAFileError, shown
-from . import fitting, hashes, loras, paths
+from .disk import paths
+from .disk.provenance import bound, versions
+from .lora import fitting, hashes, loras
+from .lora.zipped import ZippedLoRA
 
 FOLDER = "ziplora"
 
@@ -27,26 +28,8 @@ def register_folder() -> None:
     folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
 
-def bound(source: loras.LoRASource) -> saved.SavedLoRA:
-    """A LoRA file by name and hash. Raises LoRAFileError where it holds other bytes than when it was read."""
-    if source.version is None or source.sha256 is None:
-        raise LoRAFileError(
-            f"{source.title} comes from another node, not from a file that the coefficients could be bound to; load "
-            "its file with Load LoRA Pair and zip again, or use Export Merged LoRA"
-        )
-    same = loras.fingerprint(source.name) == source.version
-    if not same and hashes.HASHES.checked(loras.lora_path(source.name)) != source.sha256:
-        raise LoRAFileError(f"'{source.title}' has changed since it was loaded; queue again, then save")
-    return saved.SavedLoRA(source.name, source.sha256, source.version.size, source.strength)
-
-
-def versions() -> dict[str, str]:
-    """Of what a result may depend on."""
-    return {"ziplora": __version__, "comfyui": comfyui_version.__version__, "torch": torch.__version__}
-
-
 @paths.names_given_back()
-def save(zipped: loras.ZippedLoRA, prefix: str, made_by: dict[str, str] | None = None) -> str:
+def save(zipped: ZippedLoRA, prefix: str, made_by: dict[str, str] | None = None) -> str:
     """Write the coefficients below output/ziplora; returns the file's name as Load Zipped LoRA lists it.
 
     made_by: more metadata.
@@ -131,7 +114,7 @@ def fingerprint(name: str) -> list[Any]:
     return found
 
 
-def load(model, name: str) -> loras.ZippedLoRA:
+def load(model, name: str) -> ZippedLoRA:
     """A saved pair on a model: ModelPatcher, nothing of which is loaded.
 
     Raises LoRAFileError for a missing, changed or broken file, and for coefficients that do not fit the model.
@@ -148,6 +131,4 @@ def load(model, name: str) -> loras.ZippedLoRA:
     except ValueError as error:
         raise LoRAFileError(f"'{name}' has broken metadata ({error}); merge the pair again and save it anew") from error
     saved.check_fits(name, coefficients, fitted.pair)
-    return loras.ZippedLoRA(
-        sources, fitted, coefficients, *about.dials, about.report, about.method, dict(about.settings)
-    )
+    return ZippedLoRA(sources, fitted, coefficients, *about.dials, about.report, about.method, dict(about.settings))

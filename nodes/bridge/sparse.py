@@ -6,9 +6,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...ziplora_core import formats
 from ...ziplora_core.files import all_finite
 from ...ziplora_core.sparse import top_elements
-from . import fitting, keys, loras
+from .lora import fitting, keys, loras
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def sparsify(model, name: str, percent: float) -> tuple[dict[str, Tensor], str]:
     fitted = fitting.fit_one(source, model.model)
     names = keys.file_names(model.model)
     bar = comfy.utils.ProgressBar(len(fitted.factors))
-    tensors = {k: t for k, t in source.tensors.items() if keys.is_text_encoder(k)}
+    tensors = {k: t for k, t in source.tensors.items() if formats.is_text_encoder(k)}
     held: dict[str, float] = {}
     elements, wide = 0, 0
     for done, (key, factors) in enumerate(fitted.factors.items()):

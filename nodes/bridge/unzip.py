@@ -15,16 +15,23 @@ from PIL import Image
 from torch import Tensor
 
 from ...ziplora_core import training, unzip
+from ...ziplora_core.checks import in_range
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.direct import UNZIPLORA_BLOCKS, Blocks
 from ...ziplora_core.files import read_metadata, shown
 from ...ziplora_core.pair import CONCEPTS, Factors
-from ...ziplora_core.solver import in_range
-from . import fitting, loras, paths, plan, predictor
-from . import training as bridge
-from .bare import bare
-from .frozen import cast
-from .runs import Run
+from .disk import paths
+from .lora import fitting, loras
+from .lora.zipped import ZippedLoRA
+from .memory import plan
+from .network.bare import bare
+from .network.weights import cast, compute_dtype
+from .training import loading
+from .training.denoiser import Denoiser, picture
+from .training.layers import trained_layers
+from .training.lora_file import File, check_fits, steps_before
+from .training.pictures import Shown, check_pictures, check_prompt, prepared
+from .training.run import Run, loss_line
 
 _PROMPTED = re.compile(r"\.attn2\.to_[kv]\.weight$")
 _SMALL_WORDS = frozenset(  # which a prompt may have for itself
@@ -60,7 +67,7 @@ class Unzipped:
     """pair: for the LORA_PAIR socket, with both files' names."""
 
     pair: loras.LoRASources
-    zipped: loras.ZippedLoRA
+    zipped: ZippedLoRA
     loss_map: dict[str, list[float]]
     report: str
     files: list[str] = field(default_factory=list)
@@ -72,9 +79,9 @@ def check(model, task: Task) -> None:
     in_range("sample_every", task.sample_every, 0, 100_000)
     in_range("save_every", task.save_every, 0, 100_000)
     for name, text in task.prompts.items():
-        bridge.check_prompt("prompt" if name == "full" else f"{name}_prompt", text)
+        check_prompt("prompt" if name == "full" else f"{name}_prompt", text)
     _check_words(task.prompts)
-    bridge.check_pictures("image", [task.picture])
+    check_pictures("image", [task.picture])
     if len(task.picture) != 1:
         raise ValueError(f"image holds {len(task.picture)} pictures; UnZipLoRA learns from one")
     if not isinstance(bare(model).diffusion_model, UNetModel):
@@ -148,19 +155,19 @@ def owners(layers: Collection[str], blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[s
 
 @paths.names_given_back()
 def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
-    """model: ModelPatcher, unchanged. Raises as `training.train_concept`; both LoRAs are on disk whenever it ends, and
+    """model: ModelPatcher, unchanged. Raises as `concept.train_concept`; both LoRAs are on disk whenever it ends, and
     where the disk takes none they are returned all the same, which the report says."""
     check(model.model, task)
     settings = task.settings
-    shapes = bridge.trained_layers(model.model, "attention")
+    shapes = trained_layers(model.model, "attention")
     belongs = owners(shapes, task.blocks) if task.blocks_apart else {}
     about = {**task.made_by, "ziplora_settings": repr(settings)}
     start, first = None, 0
     if task.go_on_from is not None:
         start, first = _left(task.go_on_from, model.model, unzip.own_layers(shapes, belongs), settings)
     files = _files(model, task, about)
-    shown = bridge.Shown([task.picture], [task.prompts["full"]])
-    made = bridge.prepare(model, clip, vae, bridge.Task([shown], settings, task.prefix, task.resolution))
+    shown = Shown([task.picture], [task.prompts["full"]])
+    made = prepared(model, clip, vae, [shown], task.resolution)
     for concept in CONCEPTS:
         made.prompt(clip, task.prompts[concept])
     if task.as_used:
@@ -170,7 +177,7 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     training_run = Run(first)
     began = time.monotonic()
 
-    def work(denoiser: bridge.Denoiser, pictures: training.Pictures, device: torch.device) -> unzip.UnZip:
+    def work(denoiser: Denoiser, pictures: training.Pictures, device: torch.device) -> unzip.UnZip:
         own = dict(zip(CONCEPTS, (c.to(device, copy=True) for c in contexts[1:3]), strict=True))
         apart = unzip.Separations(
             own if task.prompts_apart else None,
@@ -187,21 +194,19 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
             return " and ".join(file.said() for file in files.values())
 
         def sample() -> Image.Image:
-            return bridge.picture(model, denoiser, made, trained, settings.seed)
+            return picture(model, denoiser, made, trained, settings.seed)
 
         training_run.follow(task, trained, denoiser, pictures, write, sample)
         return trained
 
-    planned, trained = bridge.run(model, made, shapes, settings, work, loras_at_once=2)
+    planned, trained = loading.with_denoiser(model, made, shapes, settings, work, loras_at_once=2)
     seconds, history = time.monotonic() - began, training_run.history
     sources = loras.LoRASources(*(_source(files[c], settings.steps) for c in CONCEPTS))
     fitted = fitting.fit(sources, model.model)
     written = [file.line(settings.steps, training_run.unwritten) for file in files.values()]
     report = "  \n".join([*written, *_report(task, trained, history, seconds, planned)])
     about = {"settings": repr(settings), "prompts": task.prompts}
-    zipped = loras.ZippedLoRA(
-        sources, fitted, trained.coefficients(), report=report, method="UnZipLoRA", settings=about
-    )
+    zipped = ZippedLoRA(sources, fitted, trained.coefficients(), report=report, method="UnZipLoRA", settings=about)
     losses = training_run.loss_map()
     if not task.columns_apart:
         losses["overlap"] = [s.penalty for s in history]
@@ -211,17 +216,16 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
 _HALF, _OTHER = "ziplora_half", "ziplora_other_half"  # metadata: which concept's a file is, and the other's name
 
 
-def _files(model, task: Task, about: dict[str, str]) -> dict[str, bridge.File]:
+def _files(model, task: Task, about: dict[str, str]) -> dict[str, File]:
     """One for each concept, which names the other."""
     files = {
-        c: bridge.File(model, f"{task.prefix}_{c}", {**about, "ziplora_prompt": task.prompts[c], _HALF: c})
-        for c in CONCEPTS
+        c: File(model, f"{task.prefix}_{c}", {**about, "ziplora_prompt": task.prompts[c], _HALF: c}) for c in CONCEPTS
     }
     _name_each_other(files)
     return files
 
 
-def _write(files: dict[str, bridge.File], halves: dict[str, dict[str, Factors]], steps: int) -> None:
+def _write(files: dict[str, File], halves: dict[str, dict[str, Factors]], steps: int) -> None:
     """Both, whatever becomes of one. Raises OSError where one could not be written."""
     trouble: OSError | None = None
     for concept, file in files.items():
@@ -235,7 +239,7 @@ def _write(files: dict[str, bridge.File], halves: dict[str, dict[str, Factors]],
         raise trouble
 
 
-def _name_each_other(files: dict[str, bridge.File]) -> bool:
+def _name_each_other(files: dict[str, File]) -> bool:
     """Whether one of them has got another name since: what is written says the old one."""
     before = [file.about.get(_OTHER) for file in files.values()]
     for one, other in (CONCEPTS, CONCEPTS[::-1]):
@@ -258,14 +262,14 @@ def _left(
     halves = {}
     for concept, file in names.items():
         halves[concept] = fitting.fit_one(loras.load(file, 1.0), model).factors
-        bridge.check_fits(file, halves[concept], own[concept], settings)
-    return halves, min(bridge.steps_before(file, settings) for file in names.values())
+        check_fits(file, halves[concept], own[concept], settings)
+    return halves, min(steps_before(file, settings) for file in names.values())
 
 
 def _weight(model, name: str, device: torch.device) -> Tensor:
     """W0 as the host would use it, in float32."""
     module = model.get_submodule(name.removesuffix(".weight"))
-    like = torch.empty(0, dtype=predictor.compute_dtype(model), device=device)
+    like = torch.empty(0, dtype=compute_dtype(model), device=device)
     with torch.no_grad(), cast(module, like) as (weight, _):
         return weight.float().clone()
 
@@ -278,7 +282,7 @@ def _halves(trained: unzip.UnZip) -> dict[str, dict[str, Factors]]:
     return halves
 
 
-def _source(file: bridge.File, steps: int) -> loras.LoRASource:
+def _source(file: File, steps: int) -> loras.LoRASource:
     """As read from disk, where the loras folders hold the file with so many steps; else as it was to be written."""
     name = file.lora_name() if file.steps == steps else None
     if name is None:
@@ -303,7 +307,7 @@ def _report(task: Task, trained: unzip.UnZip, history: list, seconds: float, pla
         f"apart: {', '.join(apart) or 'nothing'}{used}; {'; '.join(counts)}",
         f"rank {settings.rank}, steps {history[0].index} to {history[-1].index} at rate {settings.learning_rate:g}, "
         f"mergers at {settings.merger_rate:g}, lambda {settings.similarity_lambda:g}, seed {settings.seed}",
-        f"{bridge.loss_line(history)}; overlap {coefficients.overlap():.3f}",
+        f"{loss_line(history)}; overlap {coefficients.overlap():.3f}",
         f"time: {seconds:.1f} s",
         planned.line(),
     ]

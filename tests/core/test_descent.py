@@ -13,16 +13,11 @@ from ziplora_core import layerwise
 from ziplora_core.branch import JoinedPair
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.direct import np_lora
+from ziplora_core.draws import spread_batches, training_batches
+from ziplora_core.gradient import optimize
 from ziplora_core.objective import BALANCED, PAPER, Objective, mean_square, norm, percent_shared
-from ziplora_core.solver import (
-    SOLVERS,
-    NotFinite,
-    Settings,
-    measure_retention,
-    optimise,
-    spread_batches,
-    training_batches,
-)
+from ziplora_core.retention import measure_retention
+from ziplora_core.solver import SOLVERS, NotFinite, Settings
 from ziplora_core.zipper import close
 
 CONCEPTS = ("content", "style")
@@ -144,7 +139,7 @@ def test_a_run_is_adam_on_the_dense_loss(objective, case):
         predictor, on_step = overflowing()
     elif case == "started":
         start, betas = joined.unflatten(torch.linspace(-0.7, 1.2, joined.pair.coefficient_count)), (0.8, 0.999)
-    result = optimise(joined, predictor, references, settings, on_step, start)
+    result = optimize(joined, predictor, references, settings, on_step, start)
     weights = ones_weights(joined, predictor, references, settings)
     begun = joined.flatten(start or Coefficients.ones(joined.pair))
     path, terms = adam(joined, predictor, settings, weights, begun, betas)
@@ -160,7 +155,7 @@ def test_many_overflows_with_steps_between_them_do_not_end_a_run():
     calls = itertools.count()
     predictor = Recorded(spoil=lambda gradient: next(calls) % 2 == 0)
     joined = JoinedPair(toy_pair(), dtype=torch.float64)
-    result = optimise(joined, predictor, toy_references(), Settings(steps=15, objective=PAPER))
+    result = optimize(joined, predictor, toy_references(), Settings(steps=15, objective=PAPER))
     assert len(result.history) == predictor.overflowed == 15
 
 
@@ -168,7 +163,7 @@ def test_a_gradient_that_never_is_finite_ends_it():
     predictor = Recorded(spoil=lambda gradient: True)
     joined = JoinedPair(toy_pair(), dtype=torch.float64)
     with pytest.raises(NotFinite, match="the gradient is not finite although the loss .* tries at smaller loss scales"):
-        optimise(joined, predictor, toy_references(), Settings(steps=15, objective=PAPER))
+        optimize(joined, predictor, toy_references(), Settings(steps=15, objective=PAPER))
 
 
 def even(value):
@@ -201,7 +196,7 @@ def test_ends_early_where_the_zip_is_closed_and_nowhere_else(content, style, clo
         {n: content(len(m)) for n, m in ones.content.items()}, {n: style(len(m)) for n, m in ones.style.items()}
     )
     settings = Settings(steps=3, learning_rate=1e-8)
-    result = optimise(joined, ToyPredictor(), toy_references(), settings, start=start)
+    result = optimize(joined, ToyPredictor(), toy_references(), settings, start=start)
     assert len(result.history) == (1 if closed else 3)
     assert ("overlap" in result.stopped) == closed
 

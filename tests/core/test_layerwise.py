@@ -9,7 +9,8 @@ from toys import SHAPES, Dense, ToyPredictor, toy_pair, toy_references
 from ziplora_core import layerwise
 from ziplora_core.branch import JoinedPair
 from ziplora_core.coefficients import Coefficients
-from ziplora_core.solver import measure_retention, spread_batches
+from ziplora_core.draws import spread_batches
+from ziplora_core.retention import measure_retention
 
 CONCEPTS = ("content", "style")
 

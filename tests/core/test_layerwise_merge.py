@@ -10,7 +10,7 @@ from toys import SHAPES, Dense, ToyPredictor, factors, toy_pair, toy_references
 from ziplora_core import layerwise, shares
 from ziplora_core.branch import JoinedPair
 from ziplora_core.pair import LayerPair, LoRAPair
-from ziplora_core.solver import measure_retention
+from ziplora_core.retention import measure_retention
 
 
 @pytest.mark.parametrize("ridge", [0.02, 2.0])

@@ -8,8 +8,10 @@ from toys import SHAPES, ToyPredictor, toy_pair, toy_references
 
 from ziplora_core.branch import JoinedPair
 from ziplora_core.coefficients import Coefficients
+from ziplora_core.draws import training_batches
+from ziplora_core.gradient import accumulate_gradient
 from ziplora_core.objective import PAPER
-from ziplora_core.solver import Settings, accumulate_gradient, training_batches
+from ziplora_core.solver import Settings
 
 SETTINGS = Settings(similarity_lambda=0.37, objective=PAPER)
 PLAIN = {"content": 1.0, "style": 1.0}

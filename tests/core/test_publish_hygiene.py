@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path, PurePosixPath
 
 import pathspec
@@ -36,6 +36,7 @@ BANNED_MODULES = {"ctypes", "http", "pip", "pickle", "requests", "shelve", "sock
 BANNED_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "torch.load"}
 SUFFIXES = {".py", ".json", ".jpg", ".md", ".toml", ".png", ".svg", ""}
 LARGEST = 2_000_000  # bytes of the whole archive: no weights, no demo
+LONGEST = 350  # lines of a module: what does more than one thing is several
 
 
 def repository_files() -> list[str]:
@@ -73,6 +74,56 @@ def imports(name: str) -> Iterator[tuple[int, str]]:
             yield node.level, node.module
         elif isinstance(node, ast.ImportFrom):
             yield from ((node.level, alias.name) for alias in node.names)
+
+
+def modules_imported(name: str, read: Callable[[str], ast.Module], shipped: Set[str]) -> set[str]:
+    """Files that a file imports by relative imports, also where only a type checker would."""
+    found = set()
+    for node in ast.walk(read(name)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = PurePosixPath(name).parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for inner in (folder.joinpath(alias.name).as_posix() for alias in node.names):
+                wanted = (f"{inner}.py", f"{inner}/__init__.py", f"{folder}.py", f"{folder}/__init__.py")
+                found |= set(next(([file] for file in wanted if file in shipped), []))
+    return found
+
+
+def circle_among(graph: Mapping[str, Set[str]]) -> list[str]:
+    """Names each of which leads to the next and the last to the first; empty where there is no circle."""
+    done: set[str] = set()
+
+    def from_here(way: list[str]) -> list[str]:
+        for following in sorted(graph[way[-1]] - done):
+            if following in way:
+                return way[way.index(following) :]
+            if circle := from_here([*way, following]):
+                return circle
+        done.add(way[-1])
+        return []
+
+    return next(filter(None, (from_here([name]) for name in sorted(graph) if name not in done)), [])
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    shipped = set(shipped_python())
+    assert not circle_among({name: modules_imported(name, tree_of, shipped) for name in shipped})
+
+
+def test_a_circle_is_seen() -> None:
+    sources = {"a.py": "from .b import x", "b/__init__.py": "", "b/c.py": "from .. import a", "d.py": "from . import a"}
+    sources["b/__init__.py"] = "if TYPE_CHECKING:\n    from .c import y"
+    graph = {name: modules_imported(name, lambda n: ast.parse(sources[n]), set(sources)) for name in sources}
+    assert circle_among(graph) == ["a.py", "b/__init__.py", "b/c.py"]
+    sources["b/c.py"] = "import a"
+    graph = {name: modules_imported(name, lambda n: ast.parse(sources[n]), set(sources)) for name in sources}
+    assert graph["d.py"] == {"a.py"} and circle_among(graph) == []
+
+
+@pytest.mark.parametrize("name", shipped_python())
+def test_a_module_is_short_and_says_what_it_is_for(name: str) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= LONGEST
+    said = ast.get_docstring(tree_of(name))
+    assert said and said.splitlines()[0].endswith((".", ":"))
 
 
 def test_archive_holds_the_pack_and_nothing_else() -> None:

@@ -12,23 +12,18 @@ from toys import SHAPES, Dense, ToyPredictor, factors, toy_pair, toy_references
 
 from ziplora_core.branch import JoinedPair
 from ziplora_core.coefficients import Coefficients
+from ziplora_core.draws import training_batches
+from ziplora_core.gradient import optimize
 from ziplora_core.objective import PAPER
 from ziplora_core.pair import LayerPair, LoRAPair
-from ziplora_core.solver import (
-    SOLVERS,
-    NotFinite,
-    References,
-    Settings,
-    measure_retention,
-    optimise,
-    training_batches,
-)
+from ziplora_core.retention import measure_retention
+from ziplora_core.solver import SOLVERS, NotFinite, References, Settings
 from ziplora_core.zipper import close
 
 
 def run(settings=None, predictor=None, pair=None, references=None, on_step=None):
     joined = JoinedPair(pair or toy_pair(), dtype=torch.float64)
-    return optimise(
+    return optimize(
         joined, predictor or ToyPredictor(), references or toy_references(), settings or Settings(), on_step
     )
 
@@ -37,7 +32,7 @@ def run(settings=None, predictor=None, pair=None, references=None, on_step=None)
 def test_learns_on_noise_it_never_saw():
     joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
     settings = Settings(steps=25, learning_rate=0.03, similarity_lambda=0.0)
-    result = optimise(joined, predictor, references, settings)
+    result = optimize(joined, predictor, references, settings)
     ones = Coefficients.ones(joined.pair)
     before, after = measure_retention(joined, predictor, references, [ones, result.coefficients], seed=0)
     assert after["content"] + after["style"] < 0.8 * (before["content"] + before["style"])
@@ -59,12 +54,12 @@ def test_timesteps_of_few_steps_are_spread_over_the_schedule():
 
 
 def test_from_a_start_the_result_is_the_mean_of_the_last_half(monkeypatch):
-    monkeypatch.setattr("ziplora_core.solver._BETAS_FROM_START", (0.9, 0.999))  # as from ones, to compare with
+    monkeypatch.setattr("ziplora_core.gradient._BETAS_FROM_START", (0.9, 0.999))  # as from ones, to compare with
     joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
     start = Coefficients.ones(joined.pair)
 
     def last(steps, start=None):
-        found = optimise(joined, predictor, references, Settings(steps=steps, objective=PAPER), start=start)
+        found = optimize(joined, predictor, references, Settings(steps=steps, objective=PAPER), start=start)
         return joined.flatten(found.coefficients)
 
     expected = torch.stack([last(steps) for steps in (4, 5, 6)]).mean(0)

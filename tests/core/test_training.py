@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ziplora_core.pair import Factors
-from ziplora_core.training import Example, Pictures, Settings, TrainedLoRA, step_rows, train
+from ziplora_core.trained_lora import TrainedLoRA
+from ziplora_core.training import Example, Pictures, Settings, step_rows, train
 
 SHAPES = {"a": (6, 4), "b": (4, 6)}
 WEIGHTS = {

@@ -29,8 +29,8 @@ def stock(patcher, lora, strength: float = 1.0):
 
 def zip_pair(pack, patcher, sources, coefficients=None):
     """A ZIPPED_LORA of a pair: all ones, which is what steps = 0 gives, or given coefficients."""
-    loras, Coefficients = pack.nodes.bridge.loras, pack.ziplora_core.coefficients.Coefficients
-    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
+    loras, Coefficients = pack.nodes.bridge.lora.zipped, pack.ziplora_core.coefficients.Coefficients
+    fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
     return loras.ZippedLoRA(sources, fitted, coefficients or Coefficients.ones(fitted.pair))
 
 
@@ -55,7 +55,7 @@ def test_no_steps_equals_two_stock_loaders(pack):
     sources = tiny.sources(pack, patcher.model, strengths=(0.9, -0.4))
     settings = pack.ziplora_core.solver.Settings(steps=0)
     with torch.inference_mode():
-        zipped, losses, *_ = pack.nodes.bridge.optimise.optimise(
+        zipped, losses, *_ = pack.nodes.bridge.optimize.zipping.optimize(
             patcher, sources, tiny.prompts(), tiny.latents(), settings
         )
     assert losses == {"loss": []}
@@ -146,9 +146,9 @@ def test_another_models_pair_is_refused(pack):
 def test_full_size_sdxl_has_1571840_coefficients(pack):
     """Two rank-64 attention LoRAs on the host's own full-size class."""
     model = tiny.full_size.sdxl_model(torch.float16, device="meta")
-    loras = pack.nodes.bridge.loras
+    loras = pack.nodes.bridge.lora.loras
     lora = tiny.full_size.attention_lora(model, 64, 0)
-    fitted = pack.nodes.bridge.fitting.fit(
+    fitted = pack.nodes.bridge.lora.fitting.fit(
         loras.LoRASources(*(loras.LoRASource(n, lora, 1.0) for n in ("content", "style"))), model
     )
     assert fitted.pair.coefficient_count == 1_571_840

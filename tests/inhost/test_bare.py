@@ -80,12 +80,14 @@ def latents():
 def test_names_are_read_without_what_the_clone_wears(pack, both):
     """By each that reads them, as of a model that was never loaded; and the clone draws what it drew."""
     bridge, fresh = pack.nodes.bridge, tiny.tiny_patcher()
-    pair = bridge.fitting.fit(tiny.sources(pack, fresh.model), fresh.model).pair
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, fresh.model), fresh.model).pair
     found = bridge.direct.merge(fresh, tiny.sources(pack, fresh.model), "sum")
     readers = {
-        "files": lambda patcher: bridge.keys.unet_keys(patcher.model),
-        "training": lambda patcher: [bridge.training.trained_layers(patcher.model, w) for w in bridge.training.LAYERS],
-        "plan": lambda patcher: bridge.plan.rehearse(patcher, pair, tiny.prompts(), latents()),
+        "files": lambda patcher: bridge.lora.keys.unet_keys(patcher.model),
+        "training": lambda patcher: [
+            bridge.training.layers.trained_layers(patcher.model, w) for w in bridge.training.layers.LAYERS
+        ],
+        "plan": lambda patcher: bridge.memory.rehearsal.rehearse(patcher, pair, tiny.prompts(), latents()),
         "unzip": lambda patcher: bridge.unzip.check(patcher.model, test_unzip.task(pack)),
         "apply": lambda patcher: list(bridge.apply.apply(patcher, None, found, 1.0)[0].patches),
     }
@@ -110,7 +112,9 @@ def trained(pack, patcher):
 @pytest.mark.parametrize("work", [zipped, trained])
 def test_it_is_zipped_and_trained(pack, both, output, monkeypatch, work):  # noqa: F811
     """The plain one as a model that was never loaded. Memory is planned, not guessed."""
-    monkeypatch.setattr(pack.nodes.bridge.plan.logging, "warning", none_of(pack.nodes.bridge.plan.logging.warning))
+    monkeypatch.setattr(
+        pack.nodes.bridge.memory.plan.logging, "warning", none_of(pack.nodes.bridge.memory.plan.logging.warning)
+    )
     expected = work(pack, tiny.tiny_patcher())
     put_on(both[1])
     assert work(pack, both[0]) == expected
@@ -132,5 +136,5 @@ def none_of(warn):
 def test_models_that_are_not_asked_for_keep_what_they_wear(pack, both):
     """Another model is asked for its names; the loaded one stays as it is."""
     named = dict(both[0].model.named_modules())
-    pack.nodes.bridge.bare.bare(tiny.tiny_patcher().model)
+    pack.nodes.bridge.network.bare.bare(tiny.tiny_patcher().model)
     assert dict(both[0].model.named_modules()).keys() == named.keys()

@@ -42,11 +42,11 @@ def host_draws(patcher, source, prompt, seed: int, count: int):
 @pytest.mark.parametrize(("concept", "seed"), [("content", 5), ("style", 6)])
 def test_references_are_the_hosts_pictures_of_one_lora_under_its_prompt(pack, patcher, concept, seed):
     """With the stock loader, Conditioning Zero Out, cfg 4 and a seed of its own for each concept."""
-    references, fitting = pack.nodes.bridge.references, pack.nodes.bridge.fitting
+    drawing, fitting = pack.nodes.bridge.drawing, pack.nodes.bridge.lora.fitting
     sources, prompt = sources_of(pack, patcher), tiny.prompts()[concept]
     fitted = fitting.fit(sources, patcher.model)
     with torch.inference_mode():
-        drawn = references.draw(patcher, sources, fitted, concept, prompt, references.Asked(2, 64), 5)
+        drawn = drawing.references.draw(patcher, sources, fitted, concept, prompt, drawing.sampling.Asked(2, 64), 5)
     expected = host_draws(patcher, sources.by_concept()[concept], prompt, seed, 2)
     assert (drawn.seed, drawn.guidance) == (seed, 4.0)
     torch.testing.assert_close(drawn.latents, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
@@ -71,14 +71,14 @@ def test_each_concept_is_drawn_from_its_own_prompt_and_nan_is_refused(pack, patc
         prompts,
         {"content": None, "style": None},
         pack.ziplora_core.solver.Settings(solver="layerwise"),
-        bridge.references.Asked(1, 64),
+        bridge.drawing.sampling.Asked(1, 64),
     )
     with torch.inference_mode():
-        bridge.optimise.optimise(*arguments)
+        bridge.optimize.zipping.optimize(*arguments)
         assert seen[:2] == [float(prompts[c][0][0].double().sum()) for c in ("content", "style")]
         broken.append(True)
         with pytest.raises(FloatingPointError, match="content LoRA alone draws no picture"):
-            bridge.optimise.optimise(*arguments)
+            bridge.optimize.zipping.optimize(*arguments)
 
 
 @pytest.mark.parametrize(("name", "guidance", "rows"), [("Flux", 1.0, 1), ("SD 3", 4.0, 2)])
@@ -87,8 +87,8 @@ def test_a_model_that_was_distilled_is_not_guided_again(pack, name, guidance, ro
     patcher, seen = family.patcher(), set()
     hook = patcher.model.diffusion_model.register_forward_pre_hook(lambda _, args: seen.add(len(args[0])))
     with torch.inference_mode():
-        asked = pack.nodes.bridge.references.Asked(1, 64)
-        drawn = pack.nodes.bridge.references.draw_plain(patcher, family.prompts()["content"], asked, 0)
+        asked = pack.nodes.bridge.drawing.sampling.Asked(1, 64)
+        drawn = pack.nodes.bridge.drawing.sampling.draw_plain(patcher, family.prompts()["content"], asked, 0)
     hook.remove()
     assert drawn.guidance == guidance and seen == {rows}
 
@@ -97,7 +97,7 @@ def test_thumbnails_are_in_the_hosts_colours(pack, patcher):
     """Of latents as a VAE gives them: the host's factors are for the model's own space."""
     form = patcher.model.latent_format
     given = torch.randn(3, 4, 1, 1, generator=torch.Generator().manual_seed(0)).expand(3, 4, 8, 8) * 4
-    shown = pack.nodes.bridge.references.thumbnails(patcher, given)
+    shown = pack.nodes.bridge.drawing.sampling.thumbnails(patcher, given)
     factors, bias = torch.tensor(form.latent_rgb_factors), torch.tensor(form.latent_rgb_factors_bias)
     colours = (form.process_in(given)[:, :, 0, 0] @ factors + bias + 1) / 2
     torch.testing.assert_close(shown.mean(dim=(1, 2)), colours.clamp(0, 1), rtol=0, atol=0.02)
@@ -113,7 +113,7 @@ def retentions(report: str) -> dict[str, tuple[float, float, int]]:
 def test_the_report_and_the_loss_map_say_what_was_measured(pack, patcher, solver, rate, helps):
     settings = pack.ziplora_core.solver.Settings(steps=2, solver=solver, learning_rate=rate, similarity_lambda=0.5)
     with torch.inference_mode():
-        zipped, losses, report, _ = pack.nodes.bridge.optimise.optimise(
+        zipped, losses, report, _ = pack.nodes.bridge.optimize.zipping.optimize(
             patcher, tiny.sources(pack, patcher.model), tiny.prompts(), tiny.latents(), settings
         )
     found = retentions(report)

@@ -42,7 +42,7 @@ def test_load_lora_pair_keeps_order_and_strengths(pack, folders, pair):  # noqa:
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(pack, folders, pair, monkeypatch):  # noqa: F811
-    loras = pack.nodes.bridge.loras
+    loras = pack.nodes.bridge.lora.loras
     path, real = folders / "loras" / "subject.safetensors", loras.read_lora_file
 
     def read(*args, **given):
@@ -56,7 +56,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(pack, folders, pair, mo
 
 
 def test_a_file_that_changes_while_a_pair_is_loaded_is_refused(pack, folders, pair, monkeypatch):  # noqa: F811
-    saved, loras = pack.nodes.bridge.saved, pack.nodes.bridge.loras
+    saved, loras = pack.nodes.bridge.saved, pack.nodes.bridge.lora.loras
     name, real = saved.save(pair[1], "mine"), loras.load_pair
 
     def load_pair(*args, **given):
@@ -72,7 +72,7 @@ def test_a_pair_whose_file_has_changed_since_is_not_saved(pack, folders, pair): 
     replaced(folders / "loras" / "subject.safetensors", 77, pair[0])
     with pytest.raises(ValueError, match="'subject.safetensors' has changed since"):
         pack.nodes.bridge.saved.save(pair[1], "mine")
-    assert pack.nodes.bridge.provenance.pair(pair[1].sources) == {}
+    assert pack.nodes.bridge.disk.provenance.pair(pair[1].sources) == {}
 
 
 def test_a_saved_pair_is_as_new_as_its_lora_files(pack, folders, pair):  # noqa: F811
@@ -114,7 +114,7 @@ def test_np_lora_changes_the_content_where_the_style_is(pack, pair):  # noqa: F8
 @pytest.mark.parametrize(("prefix", "says"), [("ü" * 150, "bytes long"), ("a\nb", "characters that no file name has")])
 def test_names_that_no_file_can_have_are_refused(pack, folders, prefix, says):  # noqa: F811
     with pytest.raises(ValueError, match=says):
-        pack.nodes.bridge.paths.write_output(prefix, ".json", "{}")
+        pack.nodes.bridge.disk.paths.write_output(prefix, ".json", "{}")
     assert not [p for p in (folders / "output").rglob("*") if p.is_file()]
 
 
@@ -126,7 +126,7 @@ def test_no_workflow_is_written_where_the_host_writes_none(pack, monkeypatch):
     hidden = SimpleNamespace(prompt={"1": {"class_type": "KSampler"}})
     for disabled in (False, True):
         monkeypatch.setattr(args, "disable_metadata", disabled)
-        written = pack.nodes.bridge.provenance.workflow(hidden)
+        written = pack.nodes.bridge.disk.provenance.workflow(hidden)
         assert written == ({} if disabled else {"prompt": json.dumps(hidden.prompt)})
 
 

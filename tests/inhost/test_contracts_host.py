@@ -19,7 +19,7 @@ def patcher():
 def zip_(pack, patcher, prompts=None, latents=None, sources=None, **settings):
     settings = pack.ziplora_core.solver.Settings(**{"solver": "layerwise", **settings})
     with torch.inference_mode():
-        return pack.nodes.bridge.optimise.optimise(
+        return pack.nodes.bridge.optimize.zipping.optimize(
             patcher,
             sources or tiny.sources(pack, patcher.model),
             prompts or tiny.prompts(),
@@ -31,10 +31,10 @@ def zip_(pack, patcher, prompts=None, latents=None, sources=None, **settings):
 def with_predictor(pack, patcher, work, sources=None, prompts=None, latents=None, **how):
     """work(predict, joined, references, fitted), as a run hands them out."""
     bridge = pack.nodes.bridge
-    fitted = bridge.fitting.fit(sources or tiny.sources(pack, patcher.model), patcher.model)
+    fitted = bridge.lora.fitting.fit(sources or tiny.sources(pack, patcher.model), patcher.model)
     given = {c: v["samples"] for c, v in (latents or tiny.latents()).items()}
     with torch.inference_mode():
-        bridge.predictor.with_predictor(
+        bridge.network.predictor.with_predictor(
             patcher, fitted.pair, prompts or tiny.prompts(), given, lambda *parts: work(*parts, fitted), **how
         )
 
@@ -74,7 +74,7 @@ def test_a_teacher_is_what_the_host_draws_with_that_lora(pack, patcher, with_oth
     batches = []
 
     def work(predict, joined, references, _):
-        batches.extend(next(pack.ziplora_core.solver.spread_batches(references, predict, 3, 1)))
+        batches.extend(next(pack.ziplora_core.draws.spread_batches(references, predict, 3, 1)))
         for batch in batches:
             found[bool(batch.is_style[0])] = predict(batch, joined.teacher(batch.is_style)).clone()
 
@@ -136,7 +136,7 @@ def interrupted_backward(pack, patcher, struck: str, later: str) -> bool:
     def work(predict, joined, references, fitted):
         flat = joined.flatten(pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)).requires_grad_()
         with torch.enable_grad():
-            for batch in next(pack.ziplora_core.solver.spread_batches(references, predict, 0, 1)):
+            for batch in next(pack.ziplora_core.draws.spread_batches(references, predict, 0, 1)):
                 predict(batch, joined.student(flat)).square().sum().backward()
 
     try:
@@ -169,7 +169,7 @@ def test_an_interrupt_stops_before_the_next_forward_pass(pack, patcher):
         management.interrupt_current_processing()
 
     def work(predict, joined, references, _):
-        for batches in pack.ziplora_core.solver.spread_batches(references, predict, 0, 3):
+        for batches in pack.ziplora_core.draws.spread_batches(references, predict, 0, 3):
             for batch in batches:
                 predict(batch, joined.teacher(batch.is_style))
 
@@ -220,12 +220,12 @@ def test_latents_of_no_picture_are_named(pack, patcher, shape):
 
 def test_layers_that_cannot_be_zipped_are_named(pack, patcher):
     bridge = pack.nodes.bridge
-    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
     layer = next(iter(pair.layers.values()))
     strange = type(pair)({**pair.layers, "diffusion_model.out.0.weight": layer, "diffusion_model.no.weight": layer})
     given = {c: v["samples"] for c, v in tiny.latents().items()}
     with torch.inference_mode(), pytest.raises(ValueError, match="1 layers of the pair .*'diffusion_model.no.weight'"):
-        bridge.predictor.with_predictor(patcher, strange, tiny.prompts(), given, lambda *_: None)
+        bridge.network.predictor.with_predictor(patcher, strange, tiny.prompts(), given, lambda *_: None)
     assert not any("forward" in vars(module) for module in patcher.model.modules())
 
 
@@ -242,8 +242,8 @@ def spoiled_after(patcher, steps: int):
 
 def test_a_zipped_pair_that_draws_nan_is_no_success(pack, patcher, monkeypatch):
     """However well it was solved: what it draws on held-out noise is NaN."""
-    solver, measuring = pack.ziplora_core.solver, []
-    real = solver.measure_retention
+    retention, measuring = pack.ziplora_core.retention, []
+    real = retention.measure_retention
 
     def measure(*args, **given):
         measuring.append(1)
@@ -252,7 +252,7 @@ def test_a_zipped_pair_that_draws_nan_is_no_success(pack, patcher, monkeypatch):
         finally:
             measuring.pop()
 
-    monkeypatch.setattr(solver, "measure_retention", measure)
+    monkeypatch.setattr(retention, "measure_retention", measure)
     hook = patcher.model.diffusion_model.register_forward_hook(
         lambda module, args, output: output * math.nan if measuring else output
     )

@@ -146,7 +146,7 @@ TRAIN = {
 
 def test_training_gets_every_input_under_its_name(pack, monkeypatch):
     execute, tasks = node(pack, "TrainConceptLoRA").execute, []
-    training = execute.__func__.__globals__["training"]
+    training = execute.__func__.__globals__["concept"]
     from types import SimpleNamespace
 
     done = SimpleNamespace(lora_model={}, loss_map={}, report="", file="loras/x.safetensors")

@@ -29,10 +29,10 @@ def attention(patcher, rank: int, seed: int):
 
 def test_a_pair_of_sockets_keeps_order_and_strengths(pack, patcher):
     first, second = attention(patcher, 2, 1), attention(patcher, 3, 2)
-    pair = pack.nodes.bridge.loras.pair(first, second, 0.3, 0.7)
+    pair = pack.nodes.bridge.lora.loras.pair(first, second, 0.3, 0.7)
     assert (pair.content.strength, pair.style.strength) == (0.3, 0.7)
     assert pair.content.tensors.keys() == first.keys() and all(pair.content.tensors[k] is t for k, t in first.items())
-    fitted = pack.nodes.bridge.fitting.fit(pair, patcher.model).pair
+    fitted = pack.nodes.bridge.lora.fitting.fit(pair, patcher.model).pair
     assert {f.rank for layer in fitted.layers.values() for c, f in layer.halves() if c == "style"} == {3}
     assert {f.scale for layer in fitted.layers.values() for c, f in layer.halves() if c == "content"} == {0.3}
 
@@ -43,14 +43,14 @@ def test_strengths_out_of_range_are_named(pack, patcher, name, strength):
     given = {"content_strength": 1.0, "style_strength": 1.0, f"{name}_strength": strength}
     lora = attention(patcher, 2, 1)
     with pytest.raises(ValueError, match=f"{name}_strength is "):
-        pack.nodes.bridge.loras.pair(lora, lora, **given)
+        pack.nodes.bridge.lora.loras.pair(lora, lora, **given)
 
 
 def test_tensors_of_other_nodes_are_checked_as_files_are(pack, patcher):
     lora = attention(patcher, 2, 1)
     broken = {**lora, next(iter(lora)): torch.full((3, 3), math.nan)}
     with pytest.raises(ValueError, match="style_lora"):
-        pack.nodes.bridge.loras.pair(lora, broken, 1.0, 1.0)
+        pack.nodes.bridge.lora.loras.pair(lora, broken, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("strength", [math.nan, 101.0, -1e9])
@@ -79,9 +79,9 @@ def test_one_pair_on_two_models_is_each_models_own(pack, patcher):
         sources, content=replace(sources.content, strength=0.6), style=replace(sources.style, strength=1.2)
     )
     for model in (patcher, other, patcher):
-        fitted = pack.nodes.bridge.fitting.fit(sources, model.model)
+        fitted = pack.nodes.bridge.lora.fitting.fit(sources, model.model)
         ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
-        zipped = pack.nodes.bridge.loras.ZippedLoRA(sources, fitted, ones)
+        zipped = pack.nodes.bridge.lora.zipped.ZippedLoRA(sources, fitted, ones)
         bare, ours = weights(model), weights(pack.nodes.bridge.apply.apply(model, None, zipped, 1.0)[0])
         theirs = weights(stock(stock(model, files[0], 0.6), files[1], 1.2))
         assert largest_difference(theirs, bare) > 0.01
@@ -178,7 +178,7 @@ def test_a_broken_update_and_what_fits_nothing_are_named(pack, patcher):
     )  # fmt: skip
     for file, says in cases:
         with pytest.raises(ValueError, match=says):
-            pack.nodes.bridge.fitting.fit(as_sources(pack, good, file), patcher.model)
+            pack.nodes.bridge.lora.fitting.fit(as_sources(pack, good, file), patcher.model)
 
 
 def test_what_a_model_lacks_is_told_of_each_file(pack):
@@ -186,7 +186,7 @@ def test_what_a_model_lacks_is_told_of_each_file(pack):
     patcher = tiny.tiny_patcher()
     lora = attention(patcher, 2, 1)
     lora["lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.diff_b"] = torch.ones(64)
-    (note,) = pack.nodes.bridge.fitting.fit(as_sources(pack, lora, attention(patcher, 2, 2)), patcher.model).notes
+    (note,) = pack.nodes.bridge.lora.fitting.fit(as_sources(pack, lora, attention(patcher, 2, 2)), patcher.model).notes
     assert note.startswith("1 tensors of 'content' fit no layer")
 
 
@@ -214,7 +214,7 @@ def test_parts_of_a_fused_weight_land_in_their_rows_and_add_up(pack):
 )
 def test_the_width_of_prompts_tells_unets_apart(pack, width, family):
     name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight"
-    assert pack.nodes.bridge.keys.looks_like({name: torch.zeros(2, width)}) == family
+    assert pack.ziplora_core.formats.looks_like({name: torch.zeros(2, width)}) == family
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,9 @@ def test_the_width_of_prompts_tells_unets_apart(pack, width, family):
 )
 def test_text_encoder_parts_are_not_unused_layers(pack, patcher, name):
     lora = {**attention(patcher, 2, 1), name: torch.ones(2, 2)}
-    assert pack.nodes.bridge.fitting.fit(as_sources(pack, lora, attention(patcher, 2, 2)), patcher.model).notes == []
+    assert (
+        pack.nodes.bridge.lora.fitting.fit(as_sources(pack, lora, attention(patcher, 2, 2)), patcher.model).notes == []
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
@@ -238,16 +240,16 @@ def test_one_lora_on_both_sockets_is_not_zipped(pack, patcher, dtype):
     lora = {k: t.to(dtype) for k, t in attention(patcher, 2, 1).items()}
     copied = {k: t.clone() for k, t in lora.items()}
     for other in (lora, copied):
-        pair = bridge.loras.pair(lora, other, 1.0, 0.5)
+        pair = bridge.lora.loras.pair(lora, other, 1.0, 0.5)
         for refuses in (
-            lambda pair=pair: bridge.optimise.check_inputs(patcher, pair, {"content": None, "style": None}),
+            lambda pair=pair: bridge.optimize.zipping.check_inputs(patcher, pair, {"content": None, "style": None}),
             lambda pair=pair: zip_(pack, patcher, sources=pair),
         ):
             with pytest.raises(ValueError, match="content_lora and style_lora hold the same LoRA"):
                 refuses()
     name = next(key for key in copied if "lora_up" in key)
     copied[name] = copied[name].float().mul(2).to(dtype)
-    bridge.loras.refuse_one_lora(bridge.loras.pair(lora, copied, 1.0, 0.5))
+    bridge.lora.loras.refuse_one_lora(bridge.lora.loras.pair(lora, copied, 1.0, 0.5))
 
 
 @pytest.mark.parametrize(("rank", "fits"), [(2, True), (3, False)])
@@ -257,7 +259,7 @@ def test_matrices_that_do_not_meet_are_refused_whatever_their_size(pack, rank, f
 
     up, down = torch.ones(8, 2), torch.ones(rank, 5)
     patch = LoRAAdapter(set(), (up, down, 1.0, None, None, None))
-    assert pack.nodes.bridge.shapes.fits(patch, torch.Size((8, 5))) == fits
+    assert pack.nodes.bridge.lora.adapters.fits(patch, torch.Size((8, 5))) == fits
 
 
 @pytest.mark.parametrize("names", ["kohya's", "peft's"])
@@ -272,14 +274,14 @@ def test_a_file_for_the_text_encoder_alone_is_named(pack, patcher, tmp_path, mon
     alone = {f"{layer}.{ends[0]}": torch.ones(768, 2), f"{layer}.{ends[1]}": torch.ones(2, 768)}
     says = "' changes the text encoder alone, so there is nothing to zip; .* use ComfyUI's Load LoRA for this one"
     with pytest.raises(ValueError, match="'style" + says):
-        pack.nodes.bridge.fitting.fit(as_sources(pack, attention(patcher, 2, 1), alone), patcher.model)
+        pack.nodes.bridge.lora.fitting.fit(as_sources(pack, attention(patcher, 2, 1), alone), patcher.model)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
     save_file(alone, tmp_path / "text.safetensors")
     save_file({**attention(patcher, 2, 1), **alone}, tmp_path / "both.safetensors")
     folder_paths.filename_list_cache.clear()
     said = pack.nodes.LoadLoRAPair.validate_inputs("both.safetensors", "text.safetensors")
     assert re.match("style_lora: 'text.safetensors" + says, said)
-    assert pack.nodes.bridge.loras.check("both.safetensors") is None
+    assert pack.nodes.bridge.lora.loras.check("both.safetensors") is None
 
 
 def without_numbers(monkeypatch, which: str) -> None:
@@ -304,7 +306,7 @@ def test_two_files_without_numbers_are_two_files(pack, tmp_path, monkeypatch, wh
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "one.safetensors")
     os.link(tmp_path / "other.safetensors", tmp_path / "hard.safetensors")
-    refuse = pack.nodes.bridge.loras.refuse_one_file
+    refuse = pack.nodes.bridge.lora.loras.refuse_one_file
     with pytest.raises(ValueError, match="hold the same LoRA"):
         refuse("other.safetensors", "hard.safetensors")
     without_numbers(monkeypatch, which)
@@ -315,7 +317,7 @@ def test_two_files_without_numbers_are_two_files(pack, tmp_path, monkeypatch, wh
 
 
 def test_a_disk_that_goes_away_is_named(pack, tmp_path, monkeypatch):
-    hashes = pack.nodes.bridge.hashes
+    hashes = pack.nodes.bridge.lora.hashes
     (tmp_path / "one").write_bytes(b"")
     with pytest.raises(hashes.LoRAFileError, match="'other' is missing; choose another file"):
         hashes.is_one_file(str(tmp_path / "one"), str(tmp_path / "other"))

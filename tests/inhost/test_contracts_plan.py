@@ -19,7 +19,7 @@ def patcher():
 
 
 def pair_of(pack, patcher, ranks=(4, 8)):
-    return pack.nodes.bridge.fitting.fit(tiny.sources(pack, patcher.model, ranks), patcher.model).pair
+    return pack.nodes.bridge.lora.fitting.fit(tiny.sources(pack, patcher.model, ranks), patcher.model).pair
 
 
 def planned(pack, patcher, room=HUGE, ranks=(4, 8), sides=(8, 8), pair=None, **settings):
@@ -27,12 +27,13 @@ def planned(pack, patcher, room=HUGE, ranks=(4, 8), sides=(8, 8), pair=None, **s
         latents = {c: torch.randn(1, 4, s, s) for c, s in zip(("content", "style"), sides, strict=True)}
     settings = pack.ziplora_core.solver.Settings(**{"solver": "gradient", **settings})
     pair = pair or pair_of(pack, patcher, ranks)
-    return pack.nodes.bridge.plan.make(patcher, pair, tiny.prompts(), latents, settings, room)
+    return pack.nodes.bridge.memory.plan.make(patcher, pair, tiny.prompts(), latents, settings, room)
 
 
 def rehearsed_as(pack, monkeypatch, outside=0, inputs=(), inside=()):
-    found = pack.nodes.bridge.plan.Rehearsal(outside, list(inputs), list(inside))
-    monkeypatch.setattr(pack.nodes.bridge.plan, "rehearse", lambda *_: found)
+    found = pack.nodes.bridge.memory.rehearsal.Rehearsal(outside, list(inputs), list(inside))
+    for name in ("rehearse", "rehearse_training"):
+        monkeypatch.setattr(pack.nodes.bridge.memory.rehearsal, name, lambda *_: found)
 
 
 @pytest.fixture
@@ -96,7 +97,9 @@ def test_the_larger_reference_counts_whichever_it_is(pack, patcher, monkeypatch,
     pair, latents = pair_of(pack, patcher), {side: torch.randn(1, 4, side, side) for side in (8, 24)}
     with torch.inference_mode():
         kept = [
-            pack.nodes.bridge.plan.rehearse(patcher, pair, tiny.prompts(), {"content": latents[a], "style": latents[b]})
+            pack.nodes.bridge.memory.rehearsal.rehearse(
+                patcher, pair, tiny.prompts(), {"content": latents[a], "style": latents[b]}
+            )
             for a, b in ((24, 8), (24, 24))
         ]
     assert kept[0] == kept[1]
@@ -109,23 +112,25 @@ def test_one_reference_at_a_time_is_carried_out(pack, patcher):
     """What is planned for one reference at a time sees one in each pass, though both would fit together."""
     pair, passes = pair_of(pack, patcher), []
     hook = patcher.model.diffusion_model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
-    core = pack.ziplora_core.solver
+    draws = pack.ziplora_core.draws
 
     def work(predict, joined, references):
-        for batch in next(core.spread_batches(references, predict, 0, 1)):
+        for batch in next(draws.spread_batches(references, predict, 0, 1)):
             predict(batch, joined.teacher(batch.is_style))
 
     given = {c: v["samples"] for c, v in tiny.latents().items()}
     with torch.inference_mode():
         for together in (True, False):
-            pack.nodes.bridge.predictor.with_predictor(patcher, pair, tiny.prompts(), given, work, together=together)
+            pack.nodes.bridge.network.predictor.with_predictor(
+                patcher, pair, tiny.prompts(), given, work, together=together
+            )
     hook.remove()
     assert passes == [2, 1, 1]
 
 
 def test_blocks_that_are_run_again_are_the_first(pack, patcher):
     """As the plan reckons: the rest keeps what it needs."""
-    frozen = pack.nodes.bridge.frozen
+    frozen = pack.nodes.bridge.network.injection
     pair, calls = pair_of(pack, patcher), {}
     network = frozen.blocks(patcher.model)
     core = pack.ziplora_core
@@ -137,12 +142,12 @@ def test_blocks_that_are_run_again_are_the_first(pack, patcher):
     def work(predict, joined, references):
         flat = joined.flatten(core.coefficients.Coefficients.ones(pair)).requires_grad_()
         with torch.enable_grad():
-            for batch in next(core.solver.spread_batches(references, predict, 0, 1)):
+            for batch in next(core.draws.spread_batches(references, predict, 0, 1)):
                 predict(batch, joined.student(flat)).square().sum().backward()
 
     given = {c: v["samples"] for c, v in tiny.latents().items()}
     with torch.inference_mode():
-        pack.nodes.bridge.predictor.with_predictor(patcher, pair, tiny.prompts(), given, work, recomputed=2)
+        pack.nodes.bridge.network.predictor.with_predictor(patcher, pair, tiny.prompts(), given, work, recomputed=2)
     for hook in hooks:
         hook.remove()
     assert [calls[i] for i in range(len(network))] == [2, 2] + [1] * (len(network) - 2)
@@ -160,7 +165,7 @@ def test_the_room_is_what_the_card_has_without_other_models_less_this_one_and_th
     monkeypatch.setattr(management, "current_loaded_models", loaded)
     monkeypatch.setattr(management, "extra_reserved_memory", lambda: 7)
     room = [
-        pack.nodes.bridge.plan.room_for(SimpleNamespace(load_device=card, model_size=lambda size=size: size))
+        pack.nodes.bridge.memory.plan.room_for(SimpleNamespace(load_device=card, model_size=lambda size=size: size))
         for size in (30, 10_000)
     ]
     assert room == [100 + 50 + 20 - 30 - 7, 0]
@@ -169,13 +174,13 @@ def test_the_room_is_what_the_card_has_without_other_models_less_this_one_and_th
 def training_plan(pack, patcher, shapes, rank=4, rows=1, side=8):
     with torch.inference_mode():
         latents = torch.randn(1, 4, side, side)
-        return pack.nodes.bridge.plan.make_for_training(
+        return pack.nodes.bridge.memory.plan.make_for_training(
             patcher, shapes, tiny.prompts()["content"], latents, rank, rows, HUGE
         )
 
 
 def test_training_needs_what_is_trained_and_three_times_a_pass(pack, patcher, monkeypatch, workspace):
-    shapes = pack.nodes.bridge.training.trained_layers(patcher.model, "attention")
+    shapes = pack.nodes.bridge.training.layers.trained_layers(patcher.model, "attention")
     rehearsed_as(pack, monkeypatch)
     need = {rank: training_plan(pack, patcher, shapes, rank).need for rank in (1, 65)}
     trained = 64 * sum(out + columns for out, columns in shapes.values())
@@ -190,23 +195,23 @@ def test_training_needs_what_is_trained_and_three_times_a_pass(pack, patcher, mo
 def test_class_pictures_are_planned_for_as_so_many_more_rows(pack):
     """And two LoRAs that are trained at once as one of twice the rank."""
     patcher, bridge, asked_for = tiny.tiny_patcher(), pack.nodes.bridge, []
-    real = bridge.plan.make_for_training
+    real = bridge.memory.plan.make_for_training
 
     def make(model, shapes, conditioning, latents, rank, rows, room):
         asked_for.append((rank, rows))
         return real(model, shapes, conditioning, latents, rank, rows, room)
 
-    bridge.plan.make_for_training = make
+    bridge.memory.plan.make_for_training = make
     try:
         with torch.inference_mode():
             words, vae = Words(), PixelsAsLatents()
             for given in ({}, {"class_prompt": "a figure", "class_pictures": [pictures(1)]}):
-                bridge.training.train_concept(patcher, words, vae, task(pack, steps=1, batch_size=3, **given))
+                bridge.training.concept.train_concept(patcher, words, vae, task(pack, steps=1, batch_size=3, **given))
             prompts = {"full": "a sks dog in szn style", "content": "a sks dog", "style": "szn style"}
             settings = pack.ziplora_core.unzip.Settings(steps=1, rank=5)
             bridge.unzip.unzip_picture(
                 patcher, words, vae, bridge.unzip.Task(pictures(1), prompts, settings, "loras/apart", 64)
             )
     finally:
-        bridge.plan.make_for_training = real
+        bridge.memory.plan.make_for_training = real
     assert asked_for == [(4, 3), (4, 6), (10, 1)]

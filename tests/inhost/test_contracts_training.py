@@ -50,7 +50,7 @@ class Lengths(Words):
 def lora_of(pack, patcher, trained):  # noqa: F811
     """What is being trained, as a file for the host's loader."""
     with torch.no_grad():
-        return pack.nodes.bridge.training.lora_tensors(patcher, trained.factors(), torch.float32)
+        return pack.nodes.bridge.training.lora_file.lora_tensors(patcher, trained.factors(), torch.float32)
 
 
 def test_a_pass_is_the_hosts_for_each_picture_and_prompt(pack, patcher):  # noqa: F811
@@ -71,7 +71,7 @@ def test_a_pass_is_the_hosts_for_each_picture_and_prompt(pack, patcher):  # noqa
     assert len(found) == 2
     vae, prompt = PixelsAsLatents(), WORDS.encode_from_tokens_scheduled("a sks figure 0")
     for image in images:
-        size = pack.nodes.bridge.training.bucket(image.shape[2], image.shape[1], 64)
+        size = pack.nodes.bridge.training.pictures.bucket(image.shape[2], image.shape[1], 64)
         rows, prediction, target = found[torch.Size((size[1] // 8, size[0] // 8))]
         space = patcher.model.process_latent_in(torch.ones(1, *rows.latents.shape[1:]))
         latents = rows.latents / space  # back to what a VAE gives
@@ -85,15 +85,17 @@ def test_a_pass_is_the_hosts_for_each_picture_and_prompt(pack, patcher):  # noqa
 
 def test_prompts_of_two_lengths_have_passes_of_their_own(pack, patcher):  # noqa: F811
     bridge, found = pack.nodes.bridge.training, []
-    shown = [bridge.Shown([pictures(2)], ["a sks figure", "a long sks figure"])]
-    asked = bridge.Task(shown, pack.ziplora_core.training.Settings(rank=2, batch_size=8), "x", 64)
+    shown = [bridge.pictures.Shown([pictures(2)], ["a sks figure", "a long sks figure"])]
+    asked = bridge.concept.Task(shown, pack.ziplora_core.training.Settings(rank=2, batch_size=8), "x", 64)
 
     def work(denoiser, given, device):
         found.extend(pack.ziplora_core.training.step_rows(given, denoiser, asked.settings, 0))
 
     with torch.inference_mode():
-        made = bridge.prepare(patcher, Lengths(), PixelsAsLatents(), asked)
-        bridge.run(patcher, made, bridge.trained_layers(patcher.model, "attention"), asked.settings, work)
+        made = bridge.concept.prepare(patcher, Lengths(), PixelsAsLatents(), asked)
+        bridge.loading.with_denoiser(
+            patcher, made, bridge.layers.trained_layers(patcher.model, "attention"), asked.settings, work
+        )
     assert sorted(set(rows.prompts) for rows in found) == [{0}, {1}]
 
 
@@ -128,7 +130,7 @@ def test_the_picture_of_a_sample_has_the_hosts_colours(pack, patcher):  # noqa: 
     made = SimpleNamespace(pictures=SimpleNamespace(sets=[[example]]))
     denoiser = SimpleNamespace(sample=lambda *_: latents.clone())
     trained = SimpleNamespace(branch=lambda rows: None)
-    shown = pack.nodes.bridge.training.picture(patcher, denoiser, made, trained, 0)
+    shown = pack.nodes.bridge.training.denoiser.picture(patcher, denoiser, made, trained, 0)
     factors, bias = torch.tensor(form.latent_rgb_factors), torch.tensor(form.latent_rgb_factors_bias)
     expected = ((latents[0, :, 0, 0] @ factors + bias + 1) / 2).clamp(0, 1) * 255
     assert shown.getpixel((5, 5)) == pytest.approx(expected.tolist(), abs=4)
@@ -140,7 +142,7 @@ def test_pictures_are_cut_to_their_bucket_not_squashed_and_lose_their_alpha(pack
     ramp = torch.linspace(0, 1, width).view(1, 1, width, 1).expand(1, height, width, 4)
     vae = Watched()
     with torch.inference_mode():
-        pack.nodes.bridge.training.prepare(patcher, WORDS, vae, task(pack, images=[ramp]))
+        pack.nodes.bridge.training.concept.prepare(patcher, WORDS, vae, task(pack, images=[ramp]))
     (seen,) = vae.seen
     assert seen.shape[-1] == 3
     kept = height * seen.shape[2] / seen.shape[1] / width  # of the picture's width
@@ -154,7 +156,7 @@ def test_pictures_are_cut_to_their_bucket_not_squashed_and_lose_their_alpha(pack
 def test_class_pictures_of_every_batch_are_others(pack, patcher):  # noqa: F811
     asked = task(pack, class_prompt="a figure", class_count=5)
     with torch.inference_mode():
-        made = pack.nodes.bridge.training.prepare(patcher, WORDS, PixelsAsLatents(), asked)
+        made = pack.nodes.bridge.training.concept.prepare(patcher, WORDS, PixelsAsLatents(), asked)
     drawn = [example.latents for example in made.pictures.priors]
     assert len(drawn) == 5
     assert min((a - b).norm() / b.norm() for i, a in enumerate(drawn) for b in drawn[:i]) > 0.01
@@ -168,7 +170,7 @@ def test_only_steps_that_were_done_here_count(pack, output):  # noqa: F811
         ("mine", {"ss_steps": "700", "ziplora_settings": "x"}, 700),
     ):
         save_file(tensors, output / "loras" / f"{name}.safetensors", about)
-        assert pack.nodes.bridge.training.steps_done(f"{name}.safetensors") == steps
+        assert pack.nodes.bridge.training.lora_file.steps_done(f"{name}.safetensors") == steps
 
 
 def test_the_report_tells_the_first_and_the_last_tenth(pack, patcher):  # noqa: F811
@@ -180,7 +182,7 @@ def test_the_report_tells_the_first_and_the_last_tenth(pack, patcher):  # noqa: 
 
 
 def test_a_steady_loss_is_shown_as_it_is(pack):
-    smooth = pack.nodes.bridge.progress._smooth
+    smooth = pack.nodes.bridge.training.progress._smooth
     assert smooth([0.5] * 40) == pytest.approx([0.5] * 40)
     assert smooth([0.0] * 40 + [1.0])[-1] == pytest.approx(1 / 25)
 

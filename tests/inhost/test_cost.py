@@ -24,14 +24,16 @@ def sdxl(pack):
     patcher = ModelPatcher(full_size.sdxl_model(torch.bfloat16, device="meta"), cpu, cpu)
     with torch.inference_mode():
         loras = [full_size.attention_lora(patcher.model, 64, seed, torch.bfloat16) for seed in (0, 1)]
-        sources = bridge.loras.LoRASources(
-            *(bridge.loras.LoRASource(n, lora, 1.0) for n, lora in zip(("content", "style"), loras, strict=True))
+        sources = bridge.lora.loras.LoRASources(
+            *(bridge.lora.loras.LoRASource(n, lora, 1.0) for n, lora in zip(("content", "style"), loras, strict=True))
         )
         prompts = {c: full_size.random_prompt(0) for c in ("content", "style")}
         latents = {c: full_size.random_latents(SIDE, 0)["samples"] for c in ("content", "style")}
-    fitted = bridge.fitting.fit(sources, patcher.model)
-    zipped = bridge.loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair))
-    return bridge.plan.Stage(patcher, fitted.pair, prompts, latents), patcher, zipped
+    fitted = bridge.lora.fitting.fit(sources, patcher.model)
+    zipped = bridge.lora.zipped.ZippedLoRA(
+        sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
+    )
+    return bridge.memory.rehearsal.MetaPair(patcher, fitted.pair, prompts, latents), patcher, zipped
 
 
 def step(stage):
@@ -68,7 +70,7 @@ def forward(pack, sdxl):
     with stage.injected():
         stage.injection.branch = None
         x, context, vector = (torch.empty(1, *shape, device="meta") for shape in ((4, SIDE, SIDE), (77, 2048), (2816,)))
-        options = {"optimized_attention_override": pack.nodes.bridge.predictor.attention_with_gradient}
+        options = {"optimized_attention_override": pack.nodes.bridge.network.session.attention_with_gradient}
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             stage.base.apply_model(
                 x, torch.empty(1, device="meta"), c_crossattn=context, y=vector, transformer_options=options
@@ -133,7 +135,7 @@ def test_two_passes_a_step_and_only_one_has_a_gradient(pack):
     direct = 4 * 2  # what the direct merge loses, which the balanced objective is relative to
     prompts = 3 * 2 * 3  # draws, with each LoRA and without, of three prompts: none wakes LoRAs of random numbers
     with torch.inference_mode():
-        pack.nodes.bridge.optimise.optimise(
+        pack.nodes.bridge.optimize.zipping.optimize(
             patcher, tiny.sources(pack, patcher.model), tiny.prompts(), tiny.latents(), settings
         )
     record.remove()
@@ -145,19 +147,19 @@ def test_two_passes_a_step_and_only_one_has_a_gradient(pack):
 @pytest.mark.parametrize("recomputed", [0, 2, 99])
 def test_the_rehearsal_counts_what_a_real_pass_keeps(pack, recomputed):
     patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
-    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
     latents = {c: v["samples"] for c, v in tiny.latents(16).items()}
-    rehearsed = bridge.plan.rehearse(patcher, pair, tiny.prompts(), latents)
+    rehearsed = bridge.memory.rehearsal.rehearse(patcher, pair, tiny.prompts(), latents)
     kept = tiny.kept_for_backward(pack, patcher, pair, tiny.prompts(), latents, recomputed)
     count = len(rehearsed.inside)
-    assert count == len(bridge.frozen.blocks(patcher.model)) > 2
+    assert count == len(bridge.network.injection.blocks(patcher.model)) > 2
     expected = rehearsed.outside + sum(rehearsed.inputs) + sum(rehearsed.inside[recomputed:])
     assert 2 * expected == pytest.approx(kept, rel=0.05)
 
 
 def test_a_rehearsal_leaves_no_step_of_its_pass_alive(pack):
     patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
-    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
     latents = {c: v["samples"] for c, v in tiny.latents().items()}
 
     def steps() -> int:
@@ -165,18 +167,18 @@ def test_a_rehearsal_leaves_no_step_of_its_pass_alive(pack):
         return sum(issubclass(type(thing), BackwardCFunction) for thing in gc.get_objects())
 
     before = steps()
-    bridge.plan.rehearse(patcher, pair, tiny.prompts(), latents)
+    bridge.memory.rehearsal.rehearse(patcher, pair, tiny.prompts(), latents)
     assert steps() == before
 
 
 def plans(pack, monkeypatch, rooms, **settings):
     patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
-    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
-    rehearsed = bridge.plan.Rehearsal(outside=10**9, inputs=[10**8] * 10, inside=[10**9] * 10)
-    monkeypatch.setattr(bridge.plan, "rehearse", lambda *_: rehearsed)
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    rehearsed = bridge.memory.rehearsal.Rehearsal(outside=10**9, inputs=[10**8] * 10, inside=[10**9] * 10)
+    monkeypatch.setattr(bridge.memory.rehearsal, "rehearse", lambda *_: rehearsed)
     latents = {c: v["samples"] for c, v in tiny.latents().items()}
     settings = pack.ziplora_core.solver.Settings(**settings)
-    return [bridge.plan.make(patcher, pair, tiny.prompts(), latents, settings, int(room)) for room in rooms]
+    return [bridge.memory.plan.make(patcher, pair, tiny.prompts(), latents, settings, int(room)) for room in rooms]
 
 
 def test_the_plan_is_the_fastest_that_fits(pack, monkeypatch):
@@ -200,10 +202,10 @@ def test_a_model_that_cannot_be_rehearsed_is_run_sparingly(pack, monkeypatch, ca
         raise NotImplementedError("no meta kernel")
 
     patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
-    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
-    monkeypatch.setattr(bridge.plan, "rehearse", fails)
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    monkeypatch.setattr(bridge.memory.rehearsal, "rehearse", fails)
     latents = {c: v["samples"] for c, v in tiny.latents().items()}
-    plan = bridge.plan.make(patcher, pair, tiny.prompts(), latents, pack.ziplora_core.solver.Settings(), 10**12)
+    plan = bridge.memory.plan.make(patcher, pair, tiny.prompts(), latents, pack.ziplora_core.solver.Settings(), 10**12)
     assert plan.together and plan.recomputed == plan.blocks > 0 and plan.need > 0
     assert "no meta kernel" in caplog.text
 
@@ -212,11 +214,11 @@ def test_an_interrupt_while_rehearsing_interrupts(pack):
     import comfy.model_management as management
 
     patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
-    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
     latents = {c: v["samples"] for c, v in tiny.latents().items()}
     management.interrupt_current_processing()
     with pytest.raises(management.InterruptProcessingException):
-        bridge.plan.make(patcher, pair, tiny.prompts(), latents, pack.ziplora_core.solver.Settings(), 10**12)
+        bridge.memory.plan.make(patcher, pair, tiny.prompts(), latents, pack.ziplora_core.solver.Settings(), 10**12)
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -226,7 +228,7 @@ def test_out_of_memory_steps_down_once_and_then_says_what_to_change(pack, monkey
     bridge, solver = pack.nodes.bridge, pack.ziplora_core.solver
     patcher, settings = tiny.tiny_patcher(), solver.Settings(steps=2, solver="gradient")
     before = tiny.sample(patcher)
-    real, calls, struck = bridge.predictor.HostPredictor.__call__, [], []
+    real, calls, struck = bridge.network.predictor.HostPredictor.__call__, [], []
 
     def call(self, batch, branch):
         calls.append(len(batch.is_style))
@@ -237,15 +239,15 @@ def test_out_of_memory_steps_down_once_and_then_says_what_to_change(pack, monkey
 
     def zipped():
         with torch.inference_mode():
-            return bridge.optimise.optimise(
+            return bridge.optimize.zipping.optimize(
                 patcher, tiny.sources(pack, patcher.model), tiny.prompts(), tiny.latents(), settings
             )
 
-    count = len(bridge.frozen.blocks(patcher.model))
+    count = len(bridge.network.injection.blocks(patcher.model))
     with monkeypatch.context() as patched:
-        patched.setattr(bridge.plan, "make", lambda *_: bridge.plan.Plan(False, count, count))
+        patched.setattr(bridge.memory.plan, "make", lambda *_: bridge.memory.plan.Plan(False, count, count))
         expected = zipped()[0].coefficients
-    monkeypatch.setattr(bridge.predictor.HostPredictor, "__call__", call)
+    monkeypatch.setattr(bridge.network.predictor.HostPredictor, "__call__", call)
     if times == 2:
         with pytest.raises(management.OOM_EXCEPTION, match="not enough memory to zip: about .* GB .* lower batch_size"):
             zipped()
@@ -258,7 +260,7 @@ def test_out_of_memory_steps_down_once_and_then_says_what_to_change(pack, monkey
 
 
 def test_a_second_try_is_the_least(pack):
-    plan = pack.nodes.bridge.plan.Plan(blocks=10)
+    plan = pack.nodes.bridge.memory.plan.Plan(blocks=10)
     least = plan.least()
     assert (least.together, least.recomputed) == (False, 10) and least.moments < plan.moments
     assert least.least() is None, "there is no third"
@@ -269,25 +271,25 @@ def test_the_published_algorithm_of_the_benchmark_has_the_same_losses_and_gradie
     from benchmarks.dense import dense_pair
 
     patcher, bridge, core = tiny.tiny_patcher(), pack.nodes.bridge, pack.ziplora_core
-    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
     latents = {c: v["samples"] for c, v in tiny.latents().items()}
     settings = core.solver.Settings(objective=core.objective.PAPER)
     found = []
 
     def work(predict, joined, references):
-        for chosen, joins in ((joined, True), (dense_pair(joined, bridge.frozen.cast), False)):
+        for chosen, joins in ((joined, True), (dense_pair(joined, bridge.network.weights.cast), False)):
             predict.joins = joins
-            batches = next(core.solver.training_batches(references, predict, settings))
+            batches = next(core.draws.training_batches(references, predict, settings))
             assert len(batches) == (1 if joins else 2)
             flat = joined.flatten(core.coefficients.Coefficients.ones(pair)).requires_grad_()
             with torch.enable_grad():
-                losses = core.solver.accumulate_gradient(
+                losses = core.gradient.accumulate_gradient(
                     chosen, predict, flat, batches, settings, {"content": 1.0, "style": 1.0}
                 )
             found.append((losses, flat.grad))
 
     with torch.inference_mode():
-        bridge.predictor.with_predictor(patcher, pair, tiny.prompts(), latents, work)
+        bridge.network.predictor.with_predictor(patcher, pair, tiny.prompts(), latents, work)
     (ours, gradient), (published, expected) = found
     assert (ours.content, ours.style) == pytest.approx((published.content, published.style), rel=1e-4)
     assert (gradient - expected).norm() < 1e-3 * expected.norm()

@@ -129,11 +129,13 @@ def test_update_and_export_are_the_stock_loaders(pack, tmp_path, monkeypatch, ki
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    patcher, loras = tiny.tiny_patcher(), pack.nodes.bridge.loras
+    patcher, lora = tiny.tiny_patcher(), pack.nodes.bridge.lora
     file = written(patcher.model, kind, name)
     other = {k: v * 0 for k, v in tiny.full_size.attention_lora(patcher.model, 2, 1, torch.float32).items()}
-    sources = loras.LoRASources(loras.LoRASource("mine", file, strength), loras.LoRASource("other", other, 1.0))
-    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
+    sources = lora.loras.LoRASources(
+        lora.loras.LoRASource("mine", file, strength), lora.loras.LoRASource("other", other, 1.0)
+    )
+    fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
     dense = [note for note in fitted.notes if "not of low rank" in note]
     assert len(fitted.notes) == len(dense) == (name not in ("LoRA", "LoCon"))
     assert all(word in note for note in dense for word in ("DoRA" if "DoRA" in name else name.split(",")[0], " MB"))
@@ -145,7 +147,7 @@ def test_update_and_export_are_the_stock_loaders(pack, tmp_path, monkeypatch, ki
             delta = (f.scale * f.up @ f.down.flatten(1)).reshape(bare[key].shape)
             torch.testing.assert_close(delta, theirs[key] - bare[key], rtol=1e-4, atol=1e-5)
     ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
-    zipped = loras.ZippedLoRA(sources, fitted, ones)
+    zipped = lora.zipped.ZippedLoRA(sources, fitted, ones)
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 1.0)[0])
     assert largest_difference(ours, theirs) < 1e-4
     _, report, _ = pack.nodes.bridge.export.export_file(zipped, "mine", 0, "fp32", "kohya")
@@ -161,7 +163,7 @@ def test_a_pair_of_them_is_zipped(pack, name):
     sources = as_sources(pack, file, other)
     settings = pack.ziplora_core.solver.Settings(steps=2)
     with torch.inference_mode():
-        zipped, _, report, _ = pack.nodes.bridge.optimise.optimise(
+        zipped, _, report, _ = pack.nodes.bridge.optimize.zipping.optimize(
             patcher, sources, tiny.prompts(), tiny.latents(), settings
         )
     assert f"of 'content' are {name}" in report and "steps: 2 of 2" in report
@@ -175,10 +177,10 @@ def test_base_weights_are_read_without_what_the_host_has_patched_in(pack):
     patcher = tiny.tiny_patcher()
     file = written(patcher.model, "linear", "DoRA")
     other = tiny.full_size.attention_lora(patcher.model, 2, 1, torch.float32)
-    clean = pack.nodes.bridge.fitting.fit(as_sources(pack, file, other), patcher.model)
+    clean = pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, other), patcher.model)
     with torch.inference_mode():
         management.load_models_gpu([stock(patcher, other, 3.0)])
-        patched = pack.nodes.bridge.fitting.fit(as_sources(pack, file, other), patcher.model)
+        patched = pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, other), patcher.model)
     for key, layer in clean.pair.layers.items():
         if layer.content is not None:
             assert torch.equal(layer.content.down, patched.pair.layers[key].content.down)

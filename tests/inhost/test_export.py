@@ -116,9 +116,9 @@ def test_text_encoder_parts_go_along(pack, miniature, output, form):
     import comfy.sd
 
     patcher, clip = tiny.tiny_patcher(), miniature.clip
-    loras, core = pack.nodes.bridge.loras, pack.ziplora_core
+    loras, core = pack.nodes.bridge.lora.zipped, pack.ziplora_core
     sources = as_sources(pack, *(with_text_encoder(patcher, clip, seed) for seed in (1, 2)))
-    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
+    fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
     zipped = loras.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.pair), 0.5, 1.5)
     _, report, _ = pack.nodes.bridge.export.export_file(zipped, "mine", 0, "fp32", form)
     file = load_file(written(output, report))

@@ -28,9 +28,9 @@ def test_update_is_the_stock_loaders_and_export_is_too(pack, family, tmp_path, m
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    patcher, loras = family.patcher(), pack.nodes.bridge.loras
+    patcher, loras = family.patcher(), pack.nodes.bridge.lora.zipped
     sources = pair_of(pack, family, patcher.model)
-    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
+    fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
     assert fitted.notes == [] and len(fitted.pair.layers) == len(family.weights(patcher.model))
     zipped = loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair))
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 0.8)[0])
@@ -50,7 +50,7 @@ def test_every_format_on_every_family(pack, family, tmp_path, monkeypatch, name)
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    patcher, loras = family.patcher(), pack.nodes.bridge.loras
+    patcher, loras = family.patcher(), pack.nodes.bridge.lora.zipped
     g, file = torch.Generator().manual_seed(9), {}
     for key, weight in list(family.weights(patcher.model).items())[::3]:
         layer = "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
@@ -58,7 +58,7 @@ def test_every_format_on_every_family(pack, family, tmp_path, monkeypatch, name)
     silent = {k: v * 0 for k, v in family.lora(patcher.model, 2, 2).items()}
     sources = as_sources(pack, file, silent)
     sources = replace(sources, content=replace(sources.content, strength=0.8))
-    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
+    fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
     assert all("not of low rank" in note for note in fitted.notes)
     zipped = loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair))
     theirs = weights(stock(patcher, file, 0.8))
@@ -73,10 +73,10 @@ def test_every_format_on_every_family(pack, family, tmp_path, monkeypatch, name)
 def test_memory_is_estimated_as_it_is(pack, family):
     """Where blocks are run again, torch keeps some of their inputs where only the estimate sees them."""
     patcher, bridge = family.patcher(), pack.nodes.bridge
-    pair = bridge.fitting.fit(pair_of(pack, family, patcher.model), patcher.model).pair
+    pair = bridge.lora.fitting.fit(pair_of(pack, family, patcher.model), patcher.model).pair
     latents = {c: v["samples"] for c, v in family.latents().items()}
-    rehearsed = bridge.plan.rehearse(patcher, pair, family.prompts(), latents)
-    assert len(rehearsed.inside) == len(bridge.frozen.blocks(patcher.model)) > 0
+    rehearsed = bridge.memory.rehearsal.rehearse(patcher, pair, family.prompts(), latents)
+    assert len(rehearsed.inside) == len(bridge.network.injection.blocks(patcher.model)) > 0
     again = rehearsed.outside + sum(rehearsed.inputs)
     kept, kept_again = (
         tiny.kept_for_backward(pack, patcher, pair, family.prompts(), latents, recomputed) for recomputed in (0, 99)
@@ -90,7 +90,7 @@ def test_optimising_lowers_the_losses_and_leaves_the_model(pack, family):
     before = family.sample(patcher)
     settings = pack.ziplora_core.solver.Settings(steps=5, learning_rate=0.03)
     with torch.inference_mode():
-        _, losses, report, _ = pack.nodes.bridge.optimise.optimise(
+        _, losses, report, _ = pack.nodes.bridge.optimize.zipping.optimize(
             patcher, pair_of(pack, family, patcher.model), family.prompts(), family.latents(), settings
         )
     shares = [int(line.split("(")[1].split("%")[0]) for line in report.splitlines() if "retention loss" in line]
@@ -110,7 +110,7 @@ def test_a_lora_of_another_family_is_told_by_its_own(pack, mine, other):
     with pytest.raises(
         ValueError, match=f"(no layer that fits|made for another model).*looks like a LoRA for .*{other}"
     ):
-        pack.nodes.bridge.fitting.fit(as_sources(pack, file, file), patcher.model)
+        pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, file), patcher.model)
 
 
 def diffusers_flux(model) -> dict[str, torch.Tensor]:
@@ -135,11 +135,11 @@ def diffusers_flux(model) -> dict[str, torch.Tensor]:
 def test_split_layers_on_one_side_and_fused_ones_on_the_other(pack):
     """Flux: a diffusers file with q, k and v apart, and a kohya file with them in one."""
     family = FAMILIES["Flux"]
-    patcher, loras = family.patcher(), pack.nodes.bridge.loras
+    patcher, loras = family.patcher(), pack.nodes.bridge.lora.zipped
     fused = family.lora(patcher.model, 2, 2)
     split = diffusers_flux(patcher.model)
     sources = as_sources(pack, split, fused)
-    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
+    fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
     assert fitted.notes == [] and fitted.pair.layer_counts()["both"] == len(family.weights(patcher.model))
     ranks = {layer.content.rank for layer in fitted.pair.layers.values()}
     assert ranks == {3, 9, 12}, "one layer, q + k + v, and these with the MLP"
@@ -154,13 +154,13 @@ def test_references_are_drawn_in_its_own_latents(pack, family):
     patcher = family.patcher()
     bridge, settings = pack.nodes.bridge, pack.ziplora_core.solver.Settings(solver="layerwise")
     with torch.inference_mode():
-        _, _, report, drawn = bridge.optimise.optimise(
+        _, _, report, drawn = bridge.optimize.zipping.optimize(
             patcher,
             pair_of(pack, family, patcher.model),
             family.prompts(),
             {"content": None, "style": None},
             settings,
-            bridge.references.Asked(2, 64),
+            bridge.drawing.sampling.Asked(2, 64),
         )
     assert "style references: 2 drawn with its LoRA alone, latents of 8 x 8, seed 1" in report
     assert drawn is not None and drawn.shape[0] == 4 and drawn.shape[-1] == 3
@@ -220,19 +220,19 @@ def dense_retention(family, patcher, fitted, m, batch, conditioning, options):
 def test_gradient_is_that_of_autograd_over_copied_weights(pack, family, checkpointed):
     bridge, core = pack.nodes.bridge, pack.ziplora_core
     patcher = family.patcher()
-    fitted = bridge.fitting.fit(pair_of(pack, family, patcher.model), patcher.model)
+    fitted = bridge.lora.fitting.fit(pair_of(pack, family, patcher.model), patcher.model)
     settings = core.solver.Settings(similarity_lambda=0.0, objective=core.objective.PAPER)
     found = {}
 
     def work(predict, joined, references):
         torch.manual_seed(0)
         flat = (torch.rand(fitted.pair.coefficient_count) + 0.5).requires_grad_()
-        batches = next(core.solver.training_batches(references, predict, settings))
+        batches = next(core.draws.training_batches(references, predict, settings))
         with torch.enable_grad():
             plain = {"content": 1.0, "style": 1.0}
-            losses = core.solver.accumulate_gradient(joined, predict, flat, batches, settings, plain, 1.0)
+            losses = core.gradient.accumulate_gradient(joined, predict, flat, batches, settings, plain, 1.0)
             other = flat.detach().clone().requires_grad_()
-            options = {"optimized_attention_override": bridge.predictor.attention_with_gradient}
+            options = {"optimized_attention_override": bridge.network.session.attention_with_gradient}
             reference = sum(
                 dense_retention(
                     family,
@@ -250,7 +250,7 @@ def test_gradient_is_that_of_autograd_over_copied_weights(pack, family, checkpoi
 
     with torch.inference_mode():
         samples = {c: v["samples"] for c, v in family.latents().items()}
-        bridge.predictor.with_predictor(
+        bridge.network.predictor.with_predictor(
             patcher, fitted.pair, family.prompts(), samples, work, recomputed=99 * checkpointed
         )
     assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-4)

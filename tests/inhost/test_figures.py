@@ -22,7 +22,7 @@ def zipped(pack):
     patcher = tiny.tiny_patcher()
     settings = pack.ziplora_core.solver.Settings(steps=3)
     with torch.inference_mode():
-        return pack.nodes.bridge.optimise.optimise(
+        return pack.nodes.bridge.optimize.zipping.optimize(
             patcher, tiny.sources(pack, patcher.model), tiny.prompts(), tiny.latents(), settings
         )[:2]
 
@@ -77,10 +77,10 @@ def test_interference_of_the_miniatures_loras_is_the_dense_one(pack, miniature, 
     """The panel's numbers, before and after, against whole columns in float64."""
     from safetensors.torch import load_file
 
-    loras, analysis = pack.nodes.bridge.loras, pack.ziplora_core.analysis
+    loras, analysis = pack.nodes.bridge.lora.loras, pack.ziplora_core.analysis
     files = {concept: load_file(lora_files[name]) for concept, name in (("content", "mushroom"), ("style", "ember"))}
     sources = loras.LoRASources(*(loras.LoRASource(c, file, 1.0) for c, file in files.items()))
-    pair = pack.nodes.bridge.fitting.fit(sources, miniature.model.model).pair
+    pair = pack.nodes.bridge.lora.fitting.fit(sources, miniature.model.model).pair
     ones = pack.ziplora_core.coefficients.Coefficients.ones(pair)
     g = torch.Generator().manual_seed(0)
     wild = {c: {k: torch.randn(m.shape, generator=g) for k, m in getattr(ones, c).items()} for c in files}
@@ -114,7 +114,7 @@ def losses_panel(pack, losses):
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_losses_of_training_are_not_called_errors_of_layers(pack, merged):
     """As Train Concept LoRA and UnZip LoRA hand them on, of a run that went on from step 7."""
-    run = pack.nodes.bridge.runs.Run(7)
+    run = pack.nodes.bridge.training.run.Run(7)
     run.history += [pack.ziplora_core.training.Step(8 + i, 9, 0.5 - 0.1 * i, 0.2) for i in range(2)]
     known = run.loss_map() | ({"overlap": [step.penalty for step in run.history]} if merged else {})
     curves = ["training loss", *(["overlap x lambda"] if merged else [])]
@@ -130,7 +130,7 @@ def test_every_other_loss_map_has_its_own_title(pack, zipped):
     patcher = tiny.tiny_patcher()
     settings = pack.ziplora_core.solver.Settings(solver="layerwise")
     with torch.inference_mode():
-        layerwise = pack.nodes.bridge.optimise.optimise(
+        layerwise = pack.nodes.bridge.optimize.zipping.optimize(
             patcher, tiny.sources(pack, patcher.model), tiny.prompts(), tiny.latents(), settings
         )[1]
     assert losses_panel(pack, layerwise)[:2] == ("What is left of each layer's error", "layer")

@@ -76,7 +76,7 @@ def written(model, layers, write) -> dict[str, torch.Tensor]:
 
 
 def as_sources(pack, content, style):
-    loras = pack.nodes.bridge.loras
+    loras = pack.nodes.bridge.lora.loras
     return loras.LoRASources(loras.LoRASource("content", content, 1.0), loras.LoRASource("style", style, 1.0))
 
 
@@ -87,7 +87,7 @@ def test_every_format_reads_as_the_same_factors(pack, name):
     layers = canonical(model, 5)
     file = written(model, layers, FORMATS[name])
     other = tiny.full_size.attention_lora(model, 2, 1, torch.float32)
-    fitted = pack.nodes.bridge.fitting.fit(as_sources(pack, file, other), model)
+    fitted = pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, other), model)
     assert fitted.notes == []
     assert fitted.pair.layers.keys() == layers.keys()
     for key, (up, down, alpha) in layers.items():
@@ -100,7 +100,7 @@ def test_every_format_reads_as_the_same_factors(pack, name):
 def test_no_alpha_means_scale_one(pack):
     model = tiny.tiny_patcher().model
     file = {k: v for k, v in written(model, canonical(model, 5), diffusers).items() if not k.endswith(".alpha")}
-    fitted = pack.nodes.bridge.fitting.fit(as_sources(pack, file, file), model)
+    fitted = pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, file), model)
     assert {f.scale for layer in fitted.pair.layers.values() for _, f in layer.halves()} == {1.0}
 
 
@@ -134,7 +134,7 @@ def test_convolutions_with_and_without_tucker_core_equal_the_stock_loader(pack):
     assert largest_difference(weights(ours), weights(theirs)) < 2e-6
     settings = pack.ziplora_core.solver.Settings(steps=2, solver="layerwise, then gradient")
     with torch.inference_mode():
-        zipped, losses, *_ = pack.nodes.bridge.optimise.optimise(
+        zipped, losses, *_ = pack.nodes.bridge.optimize.zipping.optimize(
             patcher, zipped.sources, tiny.prompts(), tiny.latents(), settings
         )
     moved = [k for k, m in zipped.coefficients.content.items() if not torch.equal(m, torch.ones_like(m))]
@@ -161,7 +161,7 @@ def test_unused_keys_are_counted_not_dropped_in_silence(pack):
     content["lora_unet_no_such_layer.lora_down.weight"] = torch.ones(1, 2)
     content["lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
     style = tiny.full_size.attention_lora(model, 2, 2, torch.float32)
-    (note,) = pack.nodes.bridge.fitting.fit(as_sources(pack, content, style), model).notes
+    (note,) = pack.nodes.bridge.lora.fitting.fit(as_sources(pack, content, style), model).notes
     assert note.startswith("2 tensors of 'content'") and "no_such_layer" in note
 
 
@@ -191,7 +191,7 @@ def test_what_cannot_be_zipped_is_named(pack, spoil, says):
     good = tiny.full_size.attention_lora(model, 2, 2, torch.float32)
     LoRAFileError = pack.ziplora_core.files.LoRAFileError
     with pytest.raises(LoRAFileError, match=says) as caught:
-        pack.nodes.bridge.fitting.fit(as_sources(pack, good, spoiled(model, spoil)), model)
+        pack.nodes.bridge.lora.fitting.fit(as_sources(pack, good, spoiled(model, spoil)), model)
     assert "'style'" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -225,6 +225,6 @@ def test_a_layer_under_two_names_that_the_host_does_not_know_counts_once(pack):
     layers = {name: canonical(model, rank) for name, rank in (("peft", 5), ("diffusers", 3))}
     file = {k: t for name, found in layers.items() for k, t in written(model, found, FORMATS[name]).items()}
     other = tiny.full_size.attention_lora(model, 2, 1, torch.float32)
-    fitted = pack.nodes.bridge.fitting.fit(as_sources(pack, file, other), model)
+    fitted = pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, other), model)
     assert {layer.content.rank for layer in fitted.pair.layers.values()} <= {3, 5}
     assert len(fitted.notes) == 1 and "layers twice" in fitted.notes[0]

@@ -182,7 +182,7 @@ def test_found(pack, fuzz, models, name):
     tensors, says = FOUND[name]
     path = fuzz.base / "loras" / "found.safetensors"
     path.write_bytes(to_bytes(tensors))
-    loras, fitting = pack.nodes.bridge.loras, pack.nodes.bridge.fitting
+    loras, fitting = pack.nodes.bridge.lora.loras, pack.nodes.bridge.lora.fitting
     try:
         with torch.inference_mode():
             found = fuzz(
@@ -201,7 +201,7 @@ def test_found(pack, fuzz, models, name):
 
 def try_file(pack, fuzz, models, kind: str, family: str, raw: bytes) -> None:
     """As Load LoRA Pair does when queued and when it runs, and as the first node after it does."""
-    loras, fitting = pack.nodes.bridge.loras, pack.nodes.bridge.fitting
+    loras, fitting = pack.nodes.bridge.lora.loras, pack.nodes.bridge.lora.fitting
     name = f"spoiled{next(NUMBER)}.safetensors"
     path = fuzz.base / "loras" / name
     path.write_bytes(raw)
@@ -317,7 +317,7 @@ def test_nothing_is_unpickled(pack, fuzz, models, what, ending):
         ):
             result = fuzz("unpickling", lambda n=node, o=odd: run(pack, fuzz, models, None, n, o), (name,))
             assert (result is not None) == (what == "a LoRA")
-        done = fuzz("unpickling", lambda: pack.nodes.bridge.training.steps_done(name), (name,))
+        done = fuzz("unpickling", lambda: pack.nodes.bridge.training.lora_file.steps_done(name), (name,))
         assert done == 0
     finally:
         path.unlink()
@@ -329,7 +329,7 @@ def test_nothing_is_unpickled(pack, fuzz, models, what, ending):
 def test_coefficient_files(pack, fuzz, models, zipped, vectors, data):
     """As Load Zipped LoRA does when queued and when it runs, and what it loaded is applied and saved again."""
     about = json.loads(json.dumps(asdict(pack.ziplora_core.saved.SavedZip(
-        *(pack.nodes.bridge.saved.bound(source) for source in zipped.sources.by_concept().values()),
+        *(pack.nodes.bridge.disk.provenance.bound(source) for source in zipped.sources.by_concept().values()),
         (1.0, 1.0), "sum", {"steps": 3}, {"torch": "2"}, "what it did",
     ))))  # fmt: skip
     raw = data.draw(spoiled_coefficients(vectors, about))

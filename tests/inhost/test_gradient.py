@@ -83,9 +83,9 @@ def test_equals_autograd_over_copied_weights(pack, monkeypatch, name, extras):
     import comfy.model_management as management
 
     storage, compute, tolerance = DTYPES[name]
-    bridge, solver = pack.nodes.bridge, pack.ziplora_core.solver
+    bridge, core = pack.nodes.bridge, pack.ziplora_core
     patcher = tiny.tiny_patcher(storage, compute)
-    fitted = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model)
+    fitted = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model)
     expected_weights = patcher
     if extras == "another LoRA":
         names = comfy.lora.model_lora_keys_unet(patcher.model, {})
@@ -95,17 +95,17 @@ def test_equals_autograd_over_copied_weights(pack, monkeypatch, name, extras):
         monkeypatch.setattr(management, "is_device_cpu", lambda device: False)
         monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
     found = {}
-    paper = solver.Settings(similarity_lambda=LAMBDA, objective=pack.ziplora_core.objective.PAPER)
+    paper = core.solver.Settings(similarity_lambda=LAMBDA, objective=pack.ziplora_core.objective.PAPER)
     plain = {"content": 1.0, "style": 1.0}
 
     def work(predict, joined, references):
         torch.manual_seed(0)
         flat = torch.rand(fitted.pair.coefficient_count) + 0.5
-        batch = next(solver.training_batches(references, predict, solver.Settings()))
+        batch = next(core.draws.training_batches(references, predict, core.solver.Settings()))
         assert len(batch) == 1
         flat.requires_grad_()
         with torch.enable_grad():
-            losses = solver.accumulate_gradient(joined, predict, flat, batch, paper, plain, predict.loss_scale)
+            losses = core.gradient.accumulate_gradient(joined, predict, flat, batch, paper, plain, predict.loss_scale)
         flat.grad /= predict.loss_scale
         if extras == "low VRAM":
             assert predict._model.model_lowvram, "the host did not offload: this case tests nothing"
@@ -126,7 +126,7 @@ def test_equals_autograd_over_copied_weights(pack, monkeypatch, name, extras):
         found.update(loss=(losses.total, reference.item()), gradient=(flat.grad, other.grad))
 
     with torch.inference_mode():
-        bridge.predictor.with_predictor(
+        bridge.network.predictor.with_predictor(
             expected_weights,
             fitted.pair,
             tiny.prompts(),

@@ -13,8 +13,8 @@ import pytest
 @pytest.fixture
 def hashes(pack, monkeypatch):
     """The module, which trusts the times of files that were made just now too."""
-    monkeypatch.setattr(pack.nodes.bridge.hashes, "_SETTLED", -1.0)
-    return pack.nodes.bridge.hashes
+    monkeypatch.setattr(pack.nodes.bridge.lora.hashes, "_SETTLED", -1.0)
+    return pack.nodes.bridge.lora.hashes
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_file_that_may_change_within_the_same_tick_is_read_again(pack, tmp_pat
     """Where times are coarse, a file of just now can become another one without another time."""
     path, kept = tmp_path / "a", tmp_path / "kept.json"
     path.write_bytes(b"a")
-    pack.nodes.bridge.hashes.Hashes(lambda: str(kept)).of(str(path))
+    pack.nodes.bridge.lora.hashes.Hashes(lambda: str(kept)).of(str(path))
     assert not kept.exists()
 
 

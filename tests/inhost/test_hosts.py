@@ -16,24 +16,24 @@ from test_training import PixelsAsLatents, Words, output, pictures  # noqa: F401
 
 def one_step(pack, patcher, sources=None, prompts=None, latents=None, recomputed: int = 0):
     """(loss, gradient of all coefficients) of one step on a model."""
-    bridge, solver = pack.nodes.bridge, pack.ziplora_core.solver
-    fitted = bridge.fitting.fit(sources or tiny.sources(pack, patcher.model), patcher.model)
-    settings = solver.Settings(objective=pack.ziplora_core.objective.PAPER)
+    bridge, core = pack.nodes.bridge, pack.ziplora_core
+    fitted = bridge.lora.fitting.fit(sources or tiny.sources(pack, patcher.model), patcher.model)
+    settings = core.solver.Settings(objective=pack.ziplora_core.objective.PAPER)
     found = []
 
     def work(predict, joined, references):
         flat = torch.rand(fitted.pair.coefficient_count, generator=torch.Generator().manual_seed(0)) + 0.5
         flat.requires_grad_()
-        batch = next(solver.training_batches(references, predict, settings))
+        batch = next(core.draws.training_batches(references, predict, settings))
         with torch.enable_grad():
-            losses = solver.accumulate_gradient(
+            losses = core.gradient.accumulate_gradient(
                 joined, predict, flat, batch, settings, {"content": 1.0, "style": 1.0}, predict.loss_scale
             )
         found.append((losses.total, flat.grad / predict.loss_scale))
 
     with torch.inference_mode():
         given = {c: v["samples"] for c, v in (latents or tiny.latents()).items()}
-        bridge.predictor.with_predictor(
+        bridge.network.predictor.with_predictor(
             patcher, fitted.pair, prompts or tiny.prompts(), given, work, recomputed=recomputed
         )
     return found[0]
@@ -108,7 +108,7 @@ def test_nor_a_zipped_pair_a_trained_lora_or_an_unzipped_one(pack, monkeypatch, 
 
     def made():
         with torch.inference_mode():
-            zipped = bridge.optimise.optimise(
+            zipped = bridge.optimize.zipping.optimize(
                 patcher,
                 tiny.sources(pack, patcher.model),
                 tiny.prompts(),
@@ -116,9 +116,9 @@ def test_nor_a_zipped_pair_a_trained_lora_or_an_unzipped_one(pack, monkeypatch, 
                 core.solver.Settings(steps=2, solver="layerwise, then gradient"),
             )[0]
             training = core.training.Settings(steps=2, learning_rate=1e-3, rank=2)
-            shown = bridge.training.Shown([pictures()], ["a sks figure"])
-            task = bridge.training.Task([shown], training, "loras/one", 64)
-            trained = bridge.training.train_concept(patcher, Words(), PixelsAsLatents(), task)
+            shown = bridge.training.pictures.Shown([pictures()], ["a sks figure"])
+            task = bridge.training.concept.Task([shown], training, "loras/one", 64)
+            trained = bridge.training.concept.train_concept(patcher, Words(), PixelsAsLatents(), task)
             words = {"full": "a sks dog in szn style", "content": "a sks dog", "style": "szn style"}
             unzip = core.unzip.Settings(steps=2, learning_rate=1e-3, rank=2)
             task = bridge.unzip.Task(pictures(1), words, unzip, "loras/two", 64)
@@ -175,7 +175,7 @@ def test_a_host_without_that_flag_gets_none(pack, monkeypatch):
     import comfy.model_management as management
 
     monkeypatch.delattr(management, "in_training", raising=False)
-    frozen = pack.nodes.bridge.frozen
+    frozen = pack.nodes.bridge.network.injection
     with frozen.with_gradient():
         pass
     assert not hasattr(management, "in_training")
@@ -214,9 +214,9 @@ def test_a_layer_may_give_a_view(pack, monkeypatch):
 
 def zipped_on(pack, patcher):
     sources = tiny.sources(pack, patcher.model)
-    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
+    fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
     ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
-    return pack.nodes.bridge.loras.ZippedLoRA(sources, fitted, ones)
+    return pack.nodes.bridge.lora.zipped.ZippedLoRA(sources, fitted, ones)
 
 
 def test_the_host_may_copy_what_it_applies(pack):
@@ -262,8 +262,10 @@ def test_a_model_that_may_be_dynamic_is_rehearsed(pack, monkeypatch):
 
 def rehearsed(pack, patcher, sources=None):
     bridge = pack.nodes.bridge
-    pair = bridge.fitting.fit(sources or tiny.sources(pack, patcher.model), patcher.model).pair
-    return bridge.plan.rehearse(patcher, pair, tiny.prompts(), {c: v["samples"] for c, v in tiny.latents().items()})
+    pair = bridge.lora.fitting.fit(sources or tiny.sources(pack, patcher.model), patcher.model).pair
+    return bridge.memory.rehearsal.rehearse(
+        patcher, pair, tiny.prompts(), {c: v["samples"] for c, v in tiny.latents().items()}
+    )
 
 
 def test_linear_layers_may_have_no_weight_before_a_file_is_loaded(pack, monkeypatch):
@@ -287,7 +289,7 @@ def test_newer_hosts_know_more_kinds_of_out_of_memory(pack, monkeypatch):
     class Spent(RuntimeError):
         pass
 
-    plan = pack.nodes.bridge.plan
+    plan = pack.nodes.bridge.memory.retry
     assert not plan.is_out_of_memory(Spent("code 2"))
     monkeypatch.setattr(management, "is_oom", lambda error: isinstance(error, Spent), raising=False)
     assert plan.is_out_of_memory(Spent("code 2")) and not plan.is_out_of_memory(ValueError("code 2"))
@@ -305,7 +307,7 @@ def test_an_interrupt_may_be_no_ordinary_exception(pack, monkeypatch, base):
     patcher = tiny.tiny_patcher()
     hook = patcher.model.diffusion_model.register_forward_hook(lambda *_: management.interrupt_current_processing())
     with torch.inference_mode(), pytest.raises(Interrupt):
-        pack.nodes.bridge.optimise.optimise(
+        pack.nodes.bridge.optimize.zipping.optimize(
             patcher,
             tiny.sources(pack, patcher.model),
             tiny.prompts(),
@@ -328,11 +330,11 @@ def test_the_host_is_asked_for_the_memory_that_is_planned(pack, monkeypatch):
 
     monkeypatch.setattr(management, "load_models_gpu", load)
     patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
-    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
     need = 50 * 2**20
     with torch.inference_mode():
         given = {c: v["samples"] for c, v in tiny.latents().items()}
-        bridge.predictor.with_predictor(patcher, pair, tiny.prompts(), given, lambda *_: None, need=need)
+        bridge.network.predictor.with_predictor(patcher, pair, tiny.prompts(), given, lambda *_: None, need=need)
     assert max(asked) >= need
 
 
@@ -414,7 +416,7 @@ def test_what_is_cast_is_these_numbers_in_an_ordinary_tensor(pack, coded):
         for name, module in plain.model.diffusion_model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 own = patcher.model.diffusion_model.get_submodule(name)
-                with pack.nodes.bridge.frozen.cast(own, torch.empty(0)) as (weight, _):
+                with pack.nodes.bridge.network.weights.cast(own, torch.empty(0)) as (weight, _):
                     assert type(weight) in (torch.Tensor, torch.nn.Parameter)
                     torch.testing.assert_close(weight, module.weight, rtol=1e-5, atol=1e-6, check_dtype=False)
 
@@ -424,7 +426,9 @@ def test_updates_are_of_these_numbers_too(pack, coded):
     _, patcher, plain = coded
     file = written(plain.model, "linear", "DoRA")
     other = tiny.full_size.attention_lora(plain.model, 2, 1, torch.float32)
-    ours, theirs = (pack.nodes.bridge.fitting.fit(as_sources(pack, file, other), m.model) for m in (patcher, plain))
+    ours, theirs = (
+        pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, other), m.model) for m in (patcher, plain)
+    )
     for key, layer in theirs.pair.layers.items():
         if layer.content is not None:
             got = ours.pair.layers[key].content

@@ -121,11 +121,11 @@ def zip_pair(pack, patcher):
 
 def train(pack, patcher):
     core = pack.ziplora_core.training
-    shown = pack.nodes.bridge.training.Shown([pictures()], ["a sks figure"])
+    shown = pack.nodes.bridge.training.pictures.Shown([pictures()], ["a sks figure"])
     settings = core.Settings(steps=1, learning_rate=1e-3, rank=2)
-    task = pack.nodes.bridge.training.Task([shown], settings, "loras/one", 64)
+    task = pack.nodes.bridge.training.concept.Task([shown], settings, "loras/one", 64)
     with torch.inference_mode():
-        pack.nodes.bridge.training.train_concept(patcher, Words(), PixelsAsLatents(), task)
+        pack.nodes.bridge.training.concept.train_concept(patcher, Words(), PixelsAsLatents(), task)
 
 
 def unzip(pack, patcher):
@@ -244,7 +244,7 @@ def test_what_the_host_takes_off_and_puts_back_meanwhile_is_still_below(pack):
     injected_before(patcher, 0)
     sources = tiny.sources(pack, patcher.model)
     expected = one_step(pack, patcher, sources)
-    predictor = pack.nodes.bridge.predictor
+    predictor = pack.nodes.bridge.network.session
     real = predictor.Network.denoised
 
     def moving(self, *args):

@@ -173,18 +173,18 @@ class Witness:
 
 def both_ways(pack, patched, recomputed: int = 0, left_out: bool = False):
     """(our losses and gradient, the witness's) of one step on a patched model."""
-    bridge, solver = pack.nodes.bridge, pack.ziplora_core.solver
-    fitted = bridge.fitting.fit(tiny.sources(pack, patched.model), patched.model)
-    settings = solver.Settings(objective=pack.ziplora_core.objective.PAPER, similarity_lambda=0.0)
+    bridge, core = pack.nodes.bridge, pack.ziplora_core
+    fitted = bridge.lora.fitting.fit(tiny.sources(pack, patched.model), patched.model)
+    settings = core.solver.Settings(objective=pack.ziplora_core.objective.PAPER, similarity_lambda=0.0)
     found = []
 
     def work(predict, joined, references):
         flat = torch.rand(fitted.pair.coefficient_count, generator=torch.Generator().manual_seed(0)) + 0.5
         flat.requires_grad_()
         other = flat.detach().clone().requires_grad_()
-        (batch,) = next(solver.training_batches(references, predict, settings))
+        (batch,) = next(core.draws.training_batches(references, predict, settings))
         with torch.enable_grad():
-            ours = solver.accumulate_gradient(
+            ours = core.gradient.accumulate_gradient(
                 joined, predict, flat, [batch], settings, {"content": 1.0, "style": 1.0}, predict.loss_scale
             )
             witness = Witness(predict, patched, left_out)
@@ -196,7 +196,9 @@ def both_ways(pack, patched, recomputed: int = 0, left_out: bool = False):
 
     with torch.inference_mode():
         latents = {c: v["samples"] for c, v in tiny.latents().items()}
-        bridge.predictor.with_predictor(patched, fitted.pair, tiny.prompts(), latents, work, recomputed=recomputed)
+        bridge.network.predictor.with_predictor(
+            patched, fitted.pair, tiny.prompts(), latents, work, recomputed=recomputed
+        )
     return found[0]
 
 
@@ -291,4 +293,4 @@ def test_hooks_are_refused_in_words(pack):
     group.add(comfy.hooks.WeightHook())
     hooked = comfy.hooks.set_hooks_for_conditioning(prompt, group)
     with pytest.raises(ValueError, match=r"style_positive carries hooks.*connect a text encode node"):
-        pack.nodes.bridge.predictor.check_conditioning("style_positive", hooked)
+        pack.nodes.bridge.network.checks.check_conditioning("style_positive", hooked)

@@ -149,7 +149,7 @@ def test_what_patches_keep_is_given_back(pack):
 
     patcher = tiny.tiny_patcher()
     patcher.set_model_output_block_patch(patch)
-    pair = pack.nodes.bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = pack.nodes.bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
     tiny.kept_for_backward(pack, patcher, pair, tiny.prompts(), plain_latents(), 0)
     gc.collect()
     assert seen and not any(ref() for ref in seen)
@@ -221,9 +221,9 @@ def test_latents_are_brought_into_the_models_own_space(pack):
 
     patcher, found = tiny.tiny_patcher(), []
     given = plain_latents()
-    pair = pack.nodes.bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = pack.nodes.bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
     with torch.inference_mode():
-        pack.nodes.bridge.predictor.with_predictor(
+        pack.nodes.bridge.network.predictor.with_predictor(
             patcher, pair, tiny.prompts(), given, lambda predict, joined, references: found.append(references)
         )
     scale = comfy.latent_formats.SDXL().scale_factor

@@ -26,7 +26,7 @@ def write_sixty(paths, text, ready):
 def test_two_processes_that_write_at_once_lose_no_file(pack, output):
     fork = multiprocessing.get_context("fork")
     ready = fork.Barrier(2)
-    writers = [fork.Process(target=write_sixty, args=(pack.nodes.bridge.paths, t, ready)) for t in ("one", "two")]
+    writers = [fork.Process(target=write_sixty, args=(pack.nodes.bridge.disk.paths, t, ready)) for t in ("one", "two")]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -37,13 +37,13 @@ def test_two_processes_that_write_at_once_lose_no_file(pack, output):
 
 
 def test_two_trainings_at_once_have_two_files(pack, output):
-    files = [pack.nodes.bridge.training.File(None, "loras/concept", {}) for _ in range(2)]
+    files = [pack.nodes.bridge.training.lora_file.File(None, "loras/concept", {}) for _ in range(2)]
     assert [file.name for file in files] == ["loras/concept_00001_.safetensors", "loras/concept_00002_.safetensors"]
 
 
 @pytest.mark.parametrize("ends", [None, ValueError("no"), KeyboardInterrupt()])
 def test_a_name_that_was_not_written_to_is_free_again(pack, output, ends):
-    paths, kept = pack.nodes.bridge.paths, []
+    paths, kept = pack.nodes.bridge.disk.paths, []
 
     @paths.names_given_back()
     def work():
@@ -75,18 +75,18 @@ def test_a_training_that_fails_leaves_no_empty_file(pack, output):
     import torch
 
     training = pack.nodes.bridge.training
-    task = training.Task(
-        [training.Shown([torch.full((1, 16, 16, 3), 0.5)], ["a sks dog"])],
+    task = training.concept.Task(
+        [training.pictures.Shown([torch.full((1, 16, 16, 3), 0.5)], ["a sks dog"])],
         pack.ziplora_core.training.Settings(steps=1),
         "loras/concept",
         resolution=64,
     )
     with pytest.raises(AttributeError):
-        training.train_concept(tiny.tiny_patcher(), None, None, task)
+        training.concept.train_concept(tiny.tiny_patcher(), None, None, task)
     assert list((output / "loras").iterdir()) == []
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\n", "\x1b"])
 def test_a_name_is_one_line(pack, output, character):
     with pytest.raises(ValueError, match="holds characters that no file name has"):
-        pack.nodes.bridge.paths.reserve(f"a{character}b", str(output), ".txt")
+        pack.nodes.bridge.disk.paths.reserve(f"a{character}b", str(output), ".txt")

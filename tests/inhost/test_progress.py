@@ -16,9 +16,9 @@ def no_hook(monkeypatch):
 
 def optimise(pack, patcher, latents=None, **settings):
     given = pack.ziplora_core.solver.Settings(**{"steps": 3, **settings})
-    asked = pack.nodes.bridge.references.Asked(1, 64)
+    asked = pack.nodes.bridge.drawing.sampling.Asked(1, 64)
     with torch.inference_mode():
-        return pack.nodes.bridge.optimise.optimise(
+        return pack.nodes.bridge.optimize.zipping.optimize(
             patcher, tiny.sources(pack, patcher.model), tiny.prompts(), latents or tiny.latents(), given, asked
         )
 
@@ -27,7 +27,7 @@ def interrupting(place: str, at: int, monkeypatch, pack) -> list[int]:
     """Interrupt once the node's bar has heard of a place so many times; the list counts how often it has."""
     import comfy.model_management as management
 
-    bar, heard = pack.nodes.bridge.bar.Bar, []
+    bar, heard = pack.nodes.bridge.progress.bar.Bar, []
     says = bar.at
 
     def at_bar(self, part, done, words, *rest, **more):
@@ -66,7 +66,7 @@ def test_an_interrupt_ends_the_loop_that_runs(pack, monkeypatch, no_hook, place)
 
 def test_the_bar_divides_what_is_left_where_a_run_starts_again(pack, no_hook, monkeypatch):
     """One maximum, never back, and the end only at the end."""
-    bar_module = pack.nodes.bridge.bar
+    bar_module = pack.nodes.bridge.progress.bar
     sent = []
     monkeypatch.setattr(
         "comfy.utils.ProgressBar.update_absolute", lambda self, v, total, preview=None: sent.append((v, total))

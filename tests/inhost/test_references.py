@@ -24,8 +24,8 @@ def test_retention_is_as_with_the_true_pictures(pack, content, style):
     merges, shown = [], []
     for latents in (true, {"content": None, "style": None}, {"content": None, "style": true["style"]}):
         with torch.inference_mode():
-            zipped, _, report, drawn = pack.nodes.bridge.optimise.optimise(
-                studio.model, sources, conditioning, latents, settings, pack.nodes.bridge.references.Asked(4, 128)
+            zipped, _, report, drawn = pack.nodes.bridge.optimize.zipping.optimize(
+                studio.model, sources, conditioning, latents, settings, pack.nodes.bridge.drawing.sampling.Asked(4, 128)
             )
         merges.append(zipped.coefficients)
         shown.append(None if drawn is None else tuple(drawn.shape))
@@ -33,12 +33,12 @@ def test_retention_is_as_with_the_true_pictures(pack, content, style):
             line = f"{concept} references: 4 drawn with its LoRA alone, latents of 16 x 16, seed {seed}"
             assert (line in report) == (latents[concept] is None), report
     assert shown == [None, (8, 256, 256, 3), (4, 256, 256, 3)]
-    fitted = pack.nodes.bridge.fitting.fit(sources, studio.model.model)
+    fitted = pack.nodes.bridge.lora.fitting.fit(sources, studio.model.model)
     found = []
 
     def measure(predict, joined, references):
         ones = core.coefficients.Coefficients.ones(fitted.pair)
-        found.extend(core.solver.measure_retention(joined, predict, references, [ones, *merges], 77, draws=8))
+        found.extend(core.retention.measure_retention(joined, predict, references, [ones, *merges], 77, draws=8))
 
     samples = {c: latent["samples"] for c, latent in true.items()}
     predictor.with_predictor(studio.model, fitted.pair, conditioning, samples, measure)
@@ -52,7 +52,7 @@ def test_the_same_pictures_one_by_one_where_memory_runs_out(pack, patcher, monke
     import comfy.model_management as management
     import comfy.sample
 
-    references = pack.nodes.bridge.references
+    references = pack.nodes.bridge.drawing.sampling
     asked, prompt = references.Asked(3, 64), tiny.prompts()["content"]
     with torch.inference_mode():
         at_once = references.draw_plain(patcher, prompt, asked, 5).latents

@@ -13,7 +13,7 @@ class Doubling(torch.nn.Module):
 
 @pytest.fixture
 def replaced(pack):
-    return pack.nodes.bridge.replaced
+    return pack.nodes.bridge.network.replaced
 
 
 @pytest.mark.parametrize("own", ["none", "the class's", "another's"])

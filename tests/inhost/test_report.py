@@ -15,10 +15,12 @@ def outcome_of(pack, before: dict[str, float], after: dict[str, float]):
     bridge, core = pack.nodes.bridge, pack.ziplora_core
     patcher = tiny.tiny_patcher()
     sources = tiny.sources(pack, patcher.model)
-    fitted = bridge.fitting.fit(sources, patcher.model)
+    fitted = bridge.lora.fitting.fit(sources, patcher.model)
     ones = core.coefficients.Coefficients.ones(fitted.pair)
     result = core.solver.Result(ones)
-    return bridge.report.Outcome(sources, fitted, core.solver.Settings(), ones, result, retention=[before, after])
+    return bridge.optimize.outcome.Outcome(
+        sources, fitted, core.solver.Settings(), ones, result, retention=[before, after]
+    )
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -28,41 +30,41 @@ def test_a_loss_that_is_not_finite_is_no_success(pack, bad, where, concept):
     retention = [{"content": 2.0, "style": 2.0}, {"content": 1.0, "style": 1.0}]
     retention[where][concept] = bad
     outcome = outcome_of(pack, *retention)
-    report = pack.nodes.bridge.report.write(outcome)
+    report = pack.nodes.bridge.optimize.outcome.report(outcome)
     (line,) = (line for line in report.splitlines() if line.startswith(f"{concept} retention"))
     assert "%" not in line and "These losses are not finite" in report
-    said = pack.nodes.bridge.verdict.lines(outcome)
+    said = pack.nodes.bridge.optimize.verdict.lines(outcome)
     assert [line for line in said if line.startswith(concept)] == [f"{concept}: the loss of the merge is not finite"]
 
 
 def test_shares_are_those_of_the_losses(pack):
     outcome = outcome_of(pack, {"content": 2.0, "style": 4.0}, {"content": 0.5, "style": 3.0})
-    report = pack.nodes.bridge.report.write(outcome)
+    report = pack.nodes.bridge.optimize.outcome.report(outcome)
     assert "2 direct merge, 0.5 zipped (25%)" in report and "4 direct merge, 3 zipped (75%)" in report
-    assert pack.nodes.bridge.verdict.lines(outcome) == [
+    assert pack.nodes.bridge.optimize.verdict.lines(outcome) == [
         "content: 25% of the direct merge's loss is left",
         "style: 75% of the direct merge's loss is left",
     ]
     worse = outcome_of(pack, {"content": 2.0, "style": 4.0}, {"content": 2.0, "style": 4.5})
-    assert "Zipping did not help this pair" in pack.nodes.bridge.report.write(worse)
+    assert "Zipping did not help this pair" in pack.nodes.bridge.optimize.outcome.report(worse)
 
 
 def test_zipping_that_measures_nan_is_an_error(pack, monkeypatch):
-    patcher, solver = tiny.tiny_patcher(), pack.ziplora_core.solver
+    patcher, core = tiny.tiny_patcher(), pack.ziplora_core
     found = [{"content": 1.0, "style": 1.0}, {"content": 0.5, "style": NAN}]
-    monkeypatch.setattr(solver, "measure_retention", lambda *_, **__: found)
+    monkeypatch.setattr(core.retention, "measure_retention", lambda *_, **__: found)
     with torch.inference_mode(), pytest.raises(FloatingPointError, match="held-out noise is not finite"):
-        pack.nodes.bridge.optimise.optimise(
+        pack.nodes.bridge.optimize.zipping.optimize(
             patcher,
             tiny.sources(pack, patcher.model),
             tiny.prompts(),
             tiny.latents(),
-            solver.Settings(solver="layerwise"),
+            core.solver.Settings(solver="layerwise"),
         )
 
 
 def test_the_last_picture_holds_the_references_and_the_verdict(pack):
-    verdict = pack.nodes.bridge.verdict
+    verdict = pack.nodes.bridge.optimize.verdict
     red = torch.zeros(3, 64, 64, 3)
     red[..., 0] = 1.0
     blue = red.flip(-1)
@@ -80,7 +82,7 @@ def test_prompts_for_zipping_are_compared_with_the_hosts_own_zeros(pack):
 
     prompt = tiny.prompts()["content"]
     (theirs,) = nodes.ConditioningZeroOut().zero_out(prompt)
-    (ours,) = pack.nodes.bridge.prompts.zeros(prompt)
+    (ours,) = pack.nodes.bridge.network.empty_prompt.zeros(prompt)
     assert torch.equal(ours[0], theirs[0][0])
     assert torch.equal(ours[1]["pooled_output"], theirs[0][1]["pooled_output"])
 
@@ -100,7 +102,7 @@ def test_wrong_prompts_are_told_from_right_ones(pack, case):
     prompts = {c: studio.prompt(text) for c, text in words.items()}
     latents = {c: {"samples": studio.latents(t)} for c, t in (("content", content), ("style", style))}
     with torch.inference_mode():
-        report = pack.nodes.bridge.optimise.optimise(
+        report = pack.nodes.bridge.optimize.zipping.optimize(
             studio.model, studio.sources(content, style), prompts, latents, core.solver.Settings(solver="layerwise")
         )[2]
     warned = [c for c in words if f"The {c} prompt does not seem to wake its LoRA" in report]

@@ -34,7 +34,7 @@ def node(request, pack):
     """Its run, and what to do at the start of a try's pass: `at(number of the try, step)`."""
     core, tried = pack.ziplora_core.training, SimpleNamespace(number=0, steps=[])
     made = SimpleNamespace(run=NODES[request.param], at=lambda number, step: None, tried=tried)
-    rows, network = core.step_rows, pack.nodes.bridge.predictor.with_network
+    rows, network = core.step_rows, pack.nodes.bridge.network.session.with_network
 
     def watched(pictures, denoiser, settings, step):
         made.at(tried.number, step)
@@ -47,7 +47,7 @@ def node(request, pack):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core, "step_rows", watched)
-        patch.setattr(pack.nodes.bridge.predictor, "with_network", entered)
+        patch.setattr(pack.nodes.bridge.network.session, "with_network", entered)
         yield made
 
 

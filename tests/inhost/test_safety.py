@@ -12,7 +12,7 @@ STEPS = 3
 def optimise(pack, patcher, prompts=None, latents=None, steps=STEPS):
     settings = pack.ziplora_core.solver.Settings(steps=steps, solver="layerwise, then gradient")
     with torch.inference_mode():
-        return pack.nodes.bridge.optimise.optimise(
+        return pack.nodes.bridge.optimize.zipping.optimize(
             patcher, tiny.sources(pack, patcher.model), prompts or tiny.prompts(), latents or tiny.latents(), settings
         )
 
@@ -113,18 +113,18 @@ def test_same_seed_gives_the_same_bits(pack, patcher):
 
 
 def test_checkpointed_blocks_give_the_same_coefficients(pack, patcher):
-    bridge, solver = pack.nodes.bridge, pack.ziplora_core.solver
-    fitted = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model)
+    bridge, core = pack.nodes.bridge, pack.ziplora_core
+    fitted = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model)
     found = []
     for recomputed in (0, 2, 99):
         with torch.inference_mode():
-            bridge.predictor.with_predictor(
+            bridge.network.predictor.with_predictor(
                 patcher,
                 fitted.pair,
                 tiny.prompts(),
                 {c: v["samples"] for c, v in tiny.latents().items()},
                 lambda predict, joined, refs: found.append(
-                    solver.optimise(joined, predict, refs, solver.Settings(steps=2)).coefficients
+                    core.gradient.optimize(joined, predict, refs, core.solver.Settings(steps=2)).coefficients
                 ),
                 recomputed=recomputed,
             )

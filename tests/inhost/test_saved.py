@@ -44,12 +44,12 @@ def pair(pack, folders):
     for seed, name in enumerate(("subject", "style")):
         lora = tiny.full_size.attention_lora(patcher.model, 4 + seed, seed, torch.float32)
         save_file({k: t.clone() for k, t in lora.items()}, folders / "loras" / f"{name}.safetensors")
-    loras = pack.nodes.bridge.loras
-    sources = loras.load_pair("subject.safetensors", "style.safetensors", 0.7, 1.1)
-    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
+    lora = pack.nodes.bridge.lora
+    sources = lora.loras.load_pair("subject.safetensors", "style.safetensors", 0.7, 1.1)
+    fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
     coefficients = random_coefficients(pack, fitted.pair).scaled(0.5, 1.5)
     settings = {"steps": 3, "solver": "gradient"}
-    return patcher, loras.ZippedLoRA(sources, fitted, coefficients, 0.5, 1.5, "what it did", settings=settings)
+    return patcher, lora.zipped.ZippedLoRA(sources, fitted, coefficients, 0.5, 1.5, "what it did", settings=settings)
 
 
 def rename(folders, old: str, new: str) -> None:
@@ -192,11 +192,11 @@ def test_full_size_pair_is_saved_in_six_megabytes(pack, folders):
             {k: t.clone() for k, t in tiny.full_size.attention_lora(model, 1, seed).items()},
             folders / "loras" / f"{name}.safetensors",
         )
-    loras = pack.nodes.bridge.loras
-    sources = loras.load_pair("subject.safetensors", "style.safetensors", 1.0, 1.0)
-    fitted = pack.nodes.bridge.fitting.fit(sources, model)
+    lora = pack.nodes.bridge.lora
+    sources = lora.loras.load_pair("subject.safetensors", "style.safetensors", 1.0, 1.0)
+    fitted = pack.nodes.bridge.lora.fitting.fit(sources, model)
     ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
-    name = pack.nodes.bridge.saved.save(loras.ZippedLoRA(sources, fitted, ones), "big")
+    name = pack.nodes.bridge.saved.save(lora.zipped.ZippedLoRA(sources, fitted, ones), "big")
     size = (folders / "output" / "ziplora" / name).stat().st_size
     assert 4 * 1_571_840 <= size <= 4 * 1_571_840 + 300_000
 
@@ -298,7 +298,7 @@ def test_validation_of_a_saved_pair_searches_no_files(pack, folders, pair, reque
 
 def test_a_candidate_that_cannot_be_read_is_passed_over(pack, folders, pair, monkeypatch):
     patcher, zipped = pair
-    saved, hashes, loras = pack.nodes.bridge.saved, pack.nodes.bridge.hashes, folders / "loras"
+    saved, hashes, loras = pack.nodes.bridge.saved, pack.nodes.bridge.lora.hashes, folders / "loras"
     name = saved.save(zipped, "mine")
     shutil.copyfile(loras / "style.safetensors", loras / "a bad disk.safetensors")
     rename(folders, "style.safetensors", "z.safetensors")
@@ -352,7 +352,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(pack, folders, pair, mo
 
     monkeypatch.setattr(files, "_check_numbers", check_and_change)
     with pytest.raises(files.LoRAFileError, match=r"'subject.safetensors' (has changed while it was read|is missing)"):
-        pack.nodes.bridge.loras.load("subject.safetensors", 1.0)
+        pack.nodes.bridge.lora.loras.load("subject.safetensors", 1.0)
     assert len(seen) > 1
 
 
@@ -363,11 +363,11 @@ def test_a_lora_that_cp_put_in_the_place_of_another_is_seen(pack, folders, pair)
     shutil.copy2(path, other)
     flip_a_byte(other)
     shutil.copystat(path, other)
-    name, before = saved.save(zipped, "mine"), pack.nodes.bridge.loras.fingerprint(path.name)
+    name, before = saved.save(zipped, "mine"), pack.nodes.bridge.lora.loras.fingerprint(path.name)
     later_than(folders / "clock", path)
     shutil.copy2(other, path)
     assert path.stat().st_mtime_ns == zipped.sources.content.version[2]
-    assert pack.nodes.bridge.loras.fingerprint(path.name) != before
+    assert pack.nodes.bridge.lora.loras.fingerprint(path.name) != before
     with pytest.raises(ValueError, match="'subject.safetensors' has changed since it was loaded"):
         saved.save(zipped, "again")
     with pytest.raises(ValueError, match="'subject.safetensors' .* has changed since"):
@@ -401,7 +401,7 @@ def touched(path):
 @pytest.mark.parametrize("change", [new_rights, linked, away_and_back, put_back, touched])
 def test_the_same_bytes_are_the_same_file(pack, folders, pair, monkeypatch, change):
     """Its pair is saved, and, where its modification time is the same, not zipped again."""
-    hashes, saved, loras = pack.nodes.bridge.hashes, pack.nodes.bridge.saved, pack.nodes.bridge.loras
+    hashes, saved, loras = pack.nodes.bridge.lora.hashes, pack.nodes.bridge.saved, pack.nodes.bridge.lora.loras
     monkeypatch.setattr(hashes, "_SETTLED", -1.0)
     path = folders / "loras" / "subject.safetensors"
     names = (path.name, "style.safetensors")
@@ -420,27 +420,27 @@ def test_the_same_bytes_are_the_same_file(pack, folders, pair, monkeypatch, chan
 def test_the_hash_is_that_of_the_numbers_that_were_read(pack, folders, pair):
     for source in pair[1].sources.by_concept().values():
         content = (folders / "loras" / source.name).read_bytes()
-        assert pack.nodes.bridge.saved.bound(source).sha256 == hashlib.sha256(content).hexdigest()
+        assert pack.nodes.bridge.disk.provenance.bound(source).sha256 == hashlib.sha256(content).hexdigest()
 
 
 def test_a_name_with_line_breaks_is_one_line_of_a_report(pack, folders, pair):
     """As file systems allow them: of every kind that Python, or a table's reader, takes for one."""
     odd = "a\u2028b\u2029c\x85d\ne\x0bf\x1cg\u202eh"
     rename(folders, "subject.safetensors", f"{odd}.safetensors")
-    loras, report = pack.nodes.bridge.loras, pack.nodes.bridge.report
-    sources = loras.load_pair(f"{odd}.safetensors", "style.safetensors", 1.0, 1.0)
+    lora, report = pack.nodes.bridge.lora, pack.nodes.bridge.optimize.outcome
+    sources = lora.loras.load_pair(f"{odd}.safetensors", "style.safetensors", 1.0, 1.0)
     tensors = {**sources.content.tensors, f"{odd}.lora_up.weight": torch.ones(1, 1)}
     sources = replace(sources, content=replace(sources.content, tensors=tensors))
-    fitted = pack.nodes.bridge.fitting.fit(sources, pair[0].model)
+    fitted = pack.nodes.bridge.lora.fitting.fit(sources, pair[0].model)
     ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
     solver = pack.ziplora_core.solver
-    text = report.write(report.Outcome(sources, fitted, solver.Settings(), ones, solver.Result(ones)))
+    text = report.report(report.Outcome(sources, fitted, solver.Settings(), ones, solver.Result(ones)))
     lines = text.split("  \n")
     assert (
         all(line.isprintable() for line in lines)
         and text.splitlines() == [line + "  " for line in lines[:-1]] + lines[-1:]
     )
     assert sum("a�b�c�d�e�f�g�h" in line for line in lines) == 2, "the file's own line, and the note on its tensors"
-    zipped = loras.ZippedLoRA(sources, fitted, ones)
+    zipped = lora.zipped.ZippedLoRA(sources, fitted, ones)
     about = pack.nodes.bridge.export.export_tensors(zipped, 0, "fp16", "kohya").metadata
     assert about["modelspec.title"].isprintable() and about["modelspec.description"].isprintable()

@@ -23,7 +23,7 @@ def pixels(path: Path) -> torch.Tensor:
 def test_keeps_both_better_than_the_direct_merge(
     pack: Any, miniature: Any, lora_files: dict[str, Path], solver: str, objective: str
 ) -> None:
-    loras, optimise = pack.nodes.bridge.loras, pack.nodes.bridge.optimise
+    loras, optimise = pack.nodes.bridge.lora.loras, pack.nodes.bridge.optimize.zipping
     core = pack.ziplora_core
     sources = loras.LoRASources(
         *(
@@ -41,7 +41,7 @@ def test_keeps_both_better_than_the_direct_merge(
     }
     settings = core.solver.Settings(steps=30, objective=core.objective.OBJECTIVES[objective], solver=solver)
     with torch.inference_mode():
-        zipped, losses, report, _ = optimise.optimise(miniature.model, sources, conditioning, latents, settings)
+        zipped, losses, report, _ = optimise.optimize(miniature.model, sources, conditioning, latents, settings)
     shares = [int(line.split("(")[1].split("%")[0]) for line in report.splitlines() if "retention loss" in line]
     assert len(shares) == 2 and sum(shares) < 180, report
     assert f"solver: {solver}, seed 0" in report

@@ -24,13 +24,15 @@ def test_applied_to_clip_as_the_stock_loader_does(pack, miniature):
     import comfy.sd
 
     patcher, clip = miniature.model, miniature.clip
-    loras, Coefficients = pack.nodes.bridge.loras, pack.ziplora_core.coefficients.Coefficients
+    lora, Coefficients = pack.nodes.bridge.lora, pack.ziplora_core.coefficients.Coefficients
     files = [with_text_encoder(patcher, clip, seed) for seed in (1, 2)]
     assert any(k.startswith("lora_te2_") for k in files[0])
-    sources = loras.LoRASources(loras.LoRASource("content", files[0], 0.7), loras.LoRASource("style", files[1], 1.2))
-    fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
+    sources = lora.loras.LoRASources(
+        lora.loras.LoRASource("content", files[0], 0.7), lora.loras.LoRASource("style", files[1], 1.2)
+    )
+    fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
     assert fitted.notes == [], "text-encoder tensors are used, not reported as unused"
-    zipped = loras.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
+    zipped = lora.zipped.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
 
     def encoded(text_encoder) -> torch.Tensor:
         with torch.inference_mode():
@@ -50,7 +52,7 @@ def test_a_layer_under_two_names_is_exported_as_the_one_that_the_host_takes(pack
     import comfy.lora
 
     patcher, clip = miniature.model, miniature.clip
-    loras, Coefficients = pack.nodes.bridge.loras, pack.ziplora_core.coefficients.Coefficients
+    lora, Coefficients = pack.nodes.bridge.lora, pack.ziplora_core.coefficients.Coefficients
     kohya = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     names = (kohya, "text_encoder.text_model.encoder.layers.0.mlp.fc1", "base_model.model.text_encoder.text_model")
     known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
@@ -63,9 +65,11 @@ def test_a_layer_under_two_names_is_exported_as_the_one_that_the_host_takes(pack
             file[f"{full}.lora_down.weight"] = torch.ones(1, columns)
         (patch,) = comfy.lora.load_lora(file, known, log_missing=False).values()
         other = tiny.full_size.attention_lora(patcher.model, 2, 2, torch.float32)
-        sources = loras.LoRASources(loras.LoRASource("content", file, 1.0), loras.LoRASource("style", other, 1.0))
-        fitted = pack.nodes.bridge.fitting.fit(sources, patcher.model)
-        zipped = loras.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
+        sources = lora.loras.LoRASources(
+            lora.loras.LoRASource("content", file, 1.0), lora.loras.LoRASource("style", other, 1.0)
+        )
+        fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
+        zipped = lora.zipped.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
         tensors = pack.nodes.bridge.export.export_tensors(zipped, 0, "fp32", "kohya").tensors
         delta = tensors[f"{kohya}.lora_up.weight"] @ tensors[f"{kohya}.lora_down.weight"]
         torch.testing.assert_close(delta, patch.weights[0] @ patch.weights[1])
@@ -76,25 +80,30 @@ def test_report_and_apply_say_where_a_text_encoder_part_is_left_out(pack, miniat
     import comfy.lora
 
     patcher, clip, bridge = miniature.model, miniature.clip, pack.nodes.bridge
-    loras, core = bridge.loras, pack.ziplora_core
+    lora, core = bridge.lora, pack.ziplora_core
     rich = with_text_encoder(patcher, clip, 1)
     plain = {k: v for k, v in with_text_encoder(patcher, clip, 2).items() if not k.startswith("lora_te")}
-    sources = loras.LoRASources(
-        loras.LoRASource("rich.safetensors", rich, 1.0), loras.LoRASource("p.safetensors", plain, 1.0)
+    sources = lora.loras.LoRASources(
+        lora.loras.LoRASource("rich.safetensors", rich, 1.0), lora.loras.LoRASource("p.safetensors", plain, 1.0)
     )
-    fitted = bridge.fitting.fit(sources, patcher.model)
+    fitted = bridge.lora.fitting.fit(sources, patcher.model)
     ones = core.coefficients.Coefficients.ones(fitted.pair)
     known = comfy.lora.load_lora(rich, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}), log_missing=False)
-    assert len(known) == bridge.text_encoders.parts(sources.content) > 0 == bridge.text_encoders.parts(sources.style)
+    assert (
+        len(known)
+        == bridge.lora.text_encoders.parts(sources.content)
+        > 0
+        == bridge.lora.text_encoders.parts(sources.style)
+    )
 
-    outcome = bridge.report.Outcome(sources, fitted, core.solver.Settings(), ones, core.solver.Result(ones))
-    report = bridge.report.write(outcome)
+    outcome = bridge.optimize.outcome.Outcome(sources, fitted, core.solver.Settings(), ones, core.solver.Result(ones))
+    report = bridge.optimize.outcome.report(outcome)
     assert f"'rich.safetensors' also changes the text encoder ({len(known)} layers)" in report
     assert "a prompt does not tell which text encoder made it" in report and "'p.safetensors' also" not in report
 
     def warned(connected, **dials) -> bool:
         caplog.clear()
-        bridge.apply.apply(patcher, connected, loras.ZippedLoRA(sources, fitted, ones, **dials), 1.0)
+        bridge.apply.apply(patcher, connected, lora.zipped.ZippedLoRA(sources, fitted, ones, **dials), 1.0)
         return "clip is not connected: the text-encoder part of 'rich.safetensors' is left out" in caplog.text
 
     assert warned(None) and not warned(clip) and not warned(None, content_strength=0.0)
@@ -103,23 +112,25 @@ def test_report_and_apply_say_where_a_text_encoder_part_is_left_out(pack, miniat
 def test_nothing_is_said_of_files_without_one(pack, miniature, caplog):
     bridge, core, patcher = pack.nodes.bridge, pack.ziplora_core, miniature.model
     sources = tiny.sources(pack, patcher.model)
-    fitted = bridge.fitting.fit(sources, patcher.model)
+    fitted = bridge.lora.fitting.fit(sources, patcher.model)
     ones = core.coefficients.Coefficients.ones(fitted.pair)
-    outcome = bridge.report.Outcome(sources, fitted, core.solver.Settings(), ones, core.solver.Result(ones))
-    assert "text encoder" not in bridge.report.write(outcome)
-    bridge.apply.apply(patcher, None, bridge.loras.ZippedLoRA(sources, fitted, ones), 1.0)
+    outcome = bridge.optimize.outcome.Outcome(sources, fitted, core.solver.Settings(), ones, core.solver.Result(ones))
+    assert "text encoder" not in bridge.optimize.outcome.report(outcome)
+    bridge.apply.apply(patcher, None, bridge.lora.zipped.ZippedLoRA(sources, fitted, ones), 1.0)
     assert "clip is not connected" not in caplog.text
 
 
 def test_a_name_with_line_breaks_is_one_line_of_what_is_said(pack, miniature):
     """Of both files, though one name were the other's."""
     patcher, clip, bridge = miniature.model, miniature.clip, pack.nodes.bridge
-    loras, core = bridge.loras, pack.ziplora_core
+    lora, core = bridge.lora, pack.ziplora_core
     name = "a\u2028b\n.safetensors"
-    sources = loras.LoRASources(*(loras.LoRASource(name, with_text_encoder(patcher, clip, n), 1.0) for n in (1, 2)))
-    fitted = bridge.fitting.fit(sources, patcher.model)
-    zipped = loras.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.pair))
-    notes = bridge.text_encoders.notes(sources, zipped=False)
+    sources = lora.loras.LoRASources(
+        *(lora.loras.LoRASource(name, with_text_encoder(patcher, clip, n), 1.0) for n in (1, 2))
+    )
+    fitted = bridge.lora.fitting.fit(sources, patcher.model)
+    zipped = lora.zipped.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.pair))
+    notes = bridge.lora.text_encoders.notes(sources, zipped=False)
     assert len(notes) == 2 and all(line.isprintable() for line in notes)
-    assert bridge.text_encoders.left_out(zipped).isprintable()
-    assert str(loras._same_file(name, name)).isprintable()
+    assert bridge.lora.text_encoders.left_out(zipped).isprintable()
+    assert str(lora.loras._same_file(name, name)).isprintable()

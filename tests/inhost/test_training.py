@@ -46,14 +46,14 @@ def task(pack, prompts=1, images=None, second=None, **changes) -> Any:
         k: changes.pop(k) for k in list(changes) if k in Settings.__dataclass_fields__
     }
     words = [f"a sks figure {i}" for i in range(prompts)]
-    sets = [bridge.Shown(images or [pictures()], words)] + ([second] if second else [])
+    sets = [bridge.pictures.Shown(images or [pictures()], words)] + ([second] if second else [])
     defaults = {"prefix": "loras/tiny", "resolution": 64}
-    return bridge.Task(sets, Settings(**settings), **{**defaults, **changes})
+    return bridge.concept.Task(sets, Settings(**settings), **{**defaults, **changes})
 
 
 def train(pack, patcher, asked):
     with torch.inference_mode():
-        return pack.nodes.bridge.training.train_concept(patcher, Words(), PixelsAsLatents(), asked)
+        return pack.nodes.bridge.training.concept.train_concept(patcher, Words(), PixelsAsLatents(), asked)
 
 
 @pytest.fixture
@@ -74,19 +74,19 @@ def output(tmp_path, monkeypatch):
 
 def with_denoiser(pack, patcher, asked, work):
     """work(denoiser, pictures, trained) with a LoRA whose up is not zero."""
-    bridge, core = pack.nodes.bridge.training, pack.ziplora_core.training
-    shapes = bridge.trained_layers(patcher.model, asked.layers)
+    bridge = pack.nodes.bridge.training
+    shapes = bridge.layers.trained_layers(patcher.model, asked.layers)
 
     def inside(denoiser, given, device):
-        trained = core.TrainedLoRA(shapes, RANK, 0, device)
+        trained = pack.ziplora_core.trained_lora.TrainedLoRA(shapes, RANK, 0, device)
         with torch.no_grad():
             for i, up in enumerate(trained.up.values()):
                 up.copy_(0.1 * torch.randn(up.shape, generator=torch.Generator().manual_seed(i)))
         work(denoiser, given, trained)
 
     with torch.inference_mode():
-        made = bridge.prepare(patcher, Words(), PixelsAsLatents(), asked)
-        bridge.run(patcher, made, shapes, asked.settings, inside)
+        made = bridge.concept.prepare(patcher, Words(), PixelsAsLatents(), asked)
+        bridge.loading.with_denoiser(patcher, made, shapes, asked.settings, inside)
 
 
 def dense_loss(patcher, denoiser, passes, updates):
@@ -120,7 +120,7 @@ def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher
     if case == "every layer":
         changes["layers"] = "all linear"
     if case == "checkpointed":
-        monkeypatch.setattr(pack.nodes.bridge.plan, "room_for", lambda model: 0)
+        monkeypatch.setattr(pack.nodes.bridge.memory.plan, "room_for", lambda model: 0)
     asked, found = task(pack, **changes), {}
 
     def work(denoiser, given, trained):
@@ -165,7 +165,7 @@ def test_the_file_is_a_lora_for_the_stock_loader(pack, patcher, output):
     before, after = tiny.sample(patcher), tiny.sample(patched)
     assert not torch.equal(before, after)
     dense = tiny.tiny_patcher()
-    names = pack.nodes.bridge.keys.file_names(patcher.model)
+    names = pack.nodes.bridge.lora.keys.file_names(patcher.model)
     with torch.inference_mode():
         for key in patched.patches:
             layer = names.kohya(key)
@@ -212,7 +212,7 @@ def test_interrupted_run_is_saved_and_goes_on(pack, patcher, output, monkeypatch
     monkeypatch.setattr(core, "step_rows", rows)
     assert torch.equal(tiny.sample(patcher), before)
     (file,) = (output / "loras").iterdir()
-    assert pack.nodes.bridge.training.steps_done(file.name) == 2
+    assert pack.nodes.bridge.training.lora_file.steps_done(file.name) == 2
     seen = []
     monkeypatch.setattr(core, "step_rows", lambda p, d, s, step: seen.append(step) or rows(p, d, s, step))
     done = train(pack, patcher, task(pack, steps=5, go_on_from=file.name))
@@ -225,16 +225,18 @@ def test_interrupted_run_is_saved_and_goes_on(pack, patcher, output, monkeypatch
 
 def test_saves_on_the_way(pack, patcher, output, monkeypatch):
     written = []
-    write = pack.nodes.bridge.training.File.write
+    write = pack.nodes.bridge.training.lora_file.File.write
     monkeypatch.setattr(
-        pack.nodes.bridge.training.File, "write", lambda self, f, steps: written.append(steps) or write(self, f, steps)
+        pack.nodes.bridge.training.lora_file.File,
+        "write",
+        lambda self, f, steps: written.append(steps) or write(self, f, steps),
     )
     train(pack, patcher, task(pack, steps=5, save_every=2, sample_every=3))
     assert written == [2, 4, 5]
 
 
 def test_pictures_of_several_sizes_have_their_buckets(pack, patcher):
-    bucket = pack.nodes.bridge.training.bucket
+    bucket = pack.nodes.bridge.training.pictures.bucket
     assert bucket(3000, 2000, 1024) == (1280, 832) and bucket(500, 500, 1024) == (1024, 1024)
     assert bucket(10, 1000, 128) == (16, 1280)
     images = [pictures(1, 64, 96), pictures(1, 64, 64)]
@@ -244,13 +246,13 @@ def test_pictures_of_several_sizes_have_their_buckets(pack, patcher):
 
 def test_prompts_belong_to_their_pictures(pack, patcher):
     asked = task(pack, prompts=2, steps=1)
-    made = pack.nodes.bridge.training.prepare(patcher, Words(), PixelsAsLatents(), asked)
+    made = pack.nodes.bridge.training.concept.prepare(patcher, Words(), PixelsAsLatents(), asked)
     assert [e.prompt for e in made.pictures.sets[0]] == [0, 1]
 
 
 def test_two_concepts_take_turns(pack, patcher):
     """Joint training: one LoRA, both sets."""
-    bridge = pack.nodes.bridge.training
+    bridge = pack.nodes.bridge.training.pictures
     second = bridge.Shown([pictures(3, seed=9)], ["a house in szn style"])
     asked, seen = task(pack, second=second, batch_size=1), []
 
@@ -270,7 +272,7 @@ def test_the_base_model_draws_the_class(pack, patcher):
 
 
 def test_b_lora_trains_its_two_blocks(pack, patcher):
-    bridge = pack.nodes.bridge.training
+    bridge = pack.nodes.bridge.training.layers
     both = bridge.trained_layers(patcher.model, "B-LoRA")
     content = bridge.trained_layers(patcher.model, "B-LoRA content block")
     style = bridge.trained_layers(patcher.model, "B-LoRA style block")
@@ -304,7 +306,7 @@ def test_b_lora_trains_the_blocks_that_a_task_names(pack, patcher):
     ],
 )
 def test_refuses_in_one_sentence_before_anything_is_loaded(pack, patcher, monkeypatch, changes, says):
-    monkeypatch.setattr(pack.nodes.bridge.predictor, "with_network", None)
+    monkeypatch.setattr(pack.nodes.bridge.network.session, "with_network", None)
     with pytest.raises(ValueError, match=says):
         train(pack, patcher, task(pack, **changes))
 
@@ -318,12 +320,12 @@ def test_out_of_range_settings_are_named(pack):
 
 
 def test_pairs_from_sockets_zip(pack, patcher):
-    loras, optimise = pack.nodes.bridge.loras, pack.nodes.bridge.optimise
+    loras, optimise = pack.nodes.bridge.lora.loras, pack.nodes.bridge.optimize.zipping
     first, second = (train(pack, patcher, task(pack, seed=seed, learning_rate=1e-1)).lora_model for seed in (1, 2))
     pair = loras.pair(first, second, 1.0, 0.5)
     settings = pack.ziplora_core.solver.Settings(steps=1)
     with torch.inference_mode():
-        zipped, *_ = optimise.optimise(patcher, pair, tiny.prompts(), tiny.latents(), settings)
+        zipped, *_ = optimise.optimize(patcher, pair, tiny.prompts(), tiny.latents(), settings)
         with pytest.raises(ValueError, match="content_lora comes from another node"):
             pack.nodes.bridge.saved.save(zipped, "x")
         with pytest.raises(ValueError, match="style_lora holds no LoRA"):
@@ -334,7 +336,7 @@ def test_memory_is_planned_as_it_is_kept(pack, patcher):
     """What autograd keeps of a real pass, trained numbers apart, is what was rehearsed; less room, more run again."""
     asked, found = task(pack, batch_size=1), {}
     bridge = pack.nodes.bridge
-    shapes = bridge.training.trained_layers(patcher.model, asked.layers)
+    shapes = bridge.training.layers.trained_layers(patcher.model, asked.layers)
 
     def work(denoiser, given, trained):
         own = {p.untyped_storage()._cdata for p in trained.parameters()}
@@ -353,14 +355,12 @@ def test_memory_is_planned_as_it_is_kept(pack, patcher):
 
     with_denoiser(pack, patcher, asked, work)
     with torch.inference_mode():
-        made = bridge.training.prepare(patcher, Words(), PixelsAsLatents(), asked)
-    conditioning = dict.fromkeys(("content", "style"), made.prompts[0])
-    pair = bridge.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
-    lora = pack.ziplora_core.training.TrainedLoRA(shapes, RANK, 0, "meta")
-    rehearsed = bridge.plan.rehearse(patcher, pair, conditioning, dict.fromkeys(conditioning, made.largest), lora)
+        made = bridge.training.concept.prepare(patcher, Words(), PixelsAsLatents(), asked)
+    lora = pack.ziplora_core.trained_lora.TrainedLoRA(shapes, RANK, 0, "meta")
+    rehearsed = bridge.memory.rehearsal.rehearse_training(patcher, made.prompts[0], made.largest, lora)
     assert rehearsed.kept(0) == pytest.approx(found["kept"], rel=0.05)
     plans = [
-        bridge.plan.make_for_training(patcher, shapes, made.prompts[0], made.largest, RANK, 1, room)
+        bridge.memory.plan.make_for_training(patcher, shapes, made.prompts[0], made.largest, RANK, 1, room)
         for room in (0, 10**7, 10**12)
     ]
     assert plans[0].recomputed == plans[0].blocks > plans[-1].recomputed == 0
@@ -371,7 +371,7 @@ def test_full_size_training_is_planned_under_12_gb(pack):
     """SDXL in half precision at 1024 x 1024 with the defaults, weights and all, on a card that holds much more."""
     from comfy.model_patcher import ModelPatcher
 
-    plan, training = pack.nodes.bridge.plan, pack.nodes.bridge.training
+    plan, training = pack.nodes.bridge.memory.plan, pack.nodes.bridge.training.layers
     model = ModelPatcher(full_size.sdxl_model(torch.float16, device="meta"), torch.device("cpu"), torch.device("cpu"))
     shapes = training.trained_layers(model.model, "attention")
     latents = full_size.random_latents(128, 0)["samples"]
@@ -385,7 +385,7 @@ def test_every_family_is_trained(pack, monkeypatch, name):
     """A clip and a VAE that give the family's own prompts and latents; the file is one that the stock loader takes."""
     import comfy.lora
 
-    family, bridge = FAMILIES[name], pack.nodes.bridge.training
+    family, bridge = FAMILIES[name], pack.nodes.bridge.training.concept
     patcher = family.patcher()
 
     class Clip(Words):
@@ -412,8 +412,9 @@ def test_every_family_is_trained(pack, monkeypatch, name):
 def test_a_loss_that_is_not_finite_names_the_largest_update(pack, patcher, monkeypatch):
     core = pack.ziplora_core.training
     rows, spoiled = core.step_rows, "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"
-    lora, made = core.TrainedLoRA, []
-    monkeypatch.setattr(core, "TrainedLoRA", lambda *a: made.append(lora(*a)) or made[-1])
+    trained_lora, made = pack.ziplora_core.trained_lora, []
+    lora = trained_lora.TrainedLoRA
+    monkeypatch.setattr(trained_lora, "TrainedLoRA", lambda *a: made.append(lora(*a)) or made[-1])
 
     def spoil(pictures, denoiser, settings, step):
         if step == 1:

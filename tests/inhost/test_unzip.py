@@ -37,7 +37,7 @@ def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher
     """W0·x(full) + ΔW_c·x(content) + ΔW_s·x(style) formed densely, by ordinary autograd."""
     core, bridge = pack.ziplora_core, pack.nodes.bridge.unzip
     if room is not None:
-        monkeypatch.setattr(pack.nodes.bridge.plan, "room_for", lambda model: room)
+        monkeypatch.setattr(pack.nodes.bridge.memory.plan, "room_for", lambda model: room)
     train, found, told = core.training.train, {}, set()
 
     def instead(trained, denoiser, given, settings, on_step, first, adam):
@@ -167,7 +167,7 @@ def test_blocks_that_a_task_names_belong_to_one_concept(pack, patcher):  # noqa:
 
 def test_blocks_are_read_and_refused_by_name(pack, patcher):  # noqa: F811
     bridge = pack.nodes.bridge.unzip
-    layers = pack.nodes.bridge.training.trained_layers(patcher.model, "attention")
+    layers = pack.nodes.bridge.training.layers.trained_layers(patcher.model, "attention")
     said = bridge.read_blocks("output_blocks.1.1.\n middle_block", "output_blocks.0.1,output_blocks.2")
     assert said == {
         "content": ("output_blocks.1.1.", "middle_block."),
@@ -222,7 +222,7 @@ def test_nothing_apart_is_two_loras_of_everything(pack, patcher):  # noqa: F811
     ],
 )
 def test_refuses_in_one_sentence_before_anything_is_loaded(pack, patcher, monkeypatch, changes, says):  # noqa: F811
-    monkeypatch.setattr(pack.nodes.bridge.predictor, "with_network", None)
+    monkeypatch.setattr(pack.nodes.bridge.network.session, "with_network", None)
     with pytest.raises(ValueError, match=says):
         take_apart(pack, patcher, task(pack, **changes))
 
@@ -281,7 +281,7 @@ def test_goes_on_only_from_its_own_files(pack, patcher, output):  # noqa: F811
 
 def test_saves_both_on_the_way(pack, patcher, output, monkeypatch):  # noqa: F811
     written = []
-    file = pack.nodes.bridge.training.File
+    file = pack.nodes.bridge.training.lora_file.File
     write = file.write
     monkeypatch.setattr(file, "write", lambda self, f, steps: written.append(steps) or write(self, f, steps))
     take_apart(pack, patcher, task(pack, steps=5, save_every=2))

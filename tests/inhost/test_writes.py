@@ -23,7 +23,7 @@ def metadata(path):
 @pytest.fixture
 def another(pack, output, monkeypatch):  # noqa: F811
     """Another program, which reserves nothing, writes under these names as soon as a training has begun."""
-    run = pack.nodes.bridge.training.run
+    run = pack.nodes.bridge.training.loading.with_denoiser
 
     def begun(*names):
         def working(*args, **given):
@@ -31,7 +31,7 @@ def another(pack, output, monkeypatch):  # noqa: F811
                 (output / name).write_bytes(b"another's")
             return run(*args, **given)
 
-        monkeypatch.setattr(pack.nodes.bridge.training, "run", working)
+        monkeypatch.setattr(pack.nodes.bridge.training.loading, "with_denoiser", working)
 
     return begun
 
@@ -60,8 +60,8 @@ def test_both_files_of_a_picture_name_each_other_as_they_are_called(pack, patche
 @pytest.fixture
 def refused(pack, monkeypatch):
     """Writes of a training that the disk refuses: a function of the write's number, from 1, and its steps."""
-    training, calls = pack.nodes.bridge.training, []
-    real = training.write_tensors
+    lora_file, calls = pack.nodes.bridge.training.lora_file, []
+    real = lora_file.write_tensors
 
     def write(path, tensors, about):
         calls.append(int(about["ss_steps"]))
@@ -73,7 +73,7 @@ def refused(pack, monkeypatch):
 
     writing = pack.ziplora_core.writing
     write.calls = calls
-    monkeypatch.setattr(training, "write_tensors", write)
+    monkeypatch.setattr(lora_file, "write_tensors", write)
     return write
 
 
@@ -115,14 +115,14 @@ def test_a_full_disk_loses_no_training(pack, patcher, output, refused, caplog, o
 @pytest.mark.parametrize("full", [("content",), ("content", "style")])
 def test_a_full_disk_loses_neither_half_of_a_picture(pack, patcher, output, refused, monkeypatch, full):  # noqa: F811
     """A half that is on disk with fewer steps is not taken for the one that was learned."""
-    real = pack.nodes.bridge.training.File.write
+    real = pack.nodes.bridge.training.lora_file.File.write
     struck = []
 
     def write(self, factors, steps):
         struck[:] = [self.about["ziplora_half"]]
         return real(self, factors, steps)
 
-    monkeypatch.setattr(pack.nodes.bridge.training.File, "write", write)
+    monkeypatch.setattr(pack.nodes.bridge.training.lora_file.File, "write", write)
     refused.refuses = lambda number, steps: steps == 2 and struck[0] in full
     done = test_unzip.take_apart(pack, patcher, test_unzip.task(pack, steps=2, save_every=1))
     refused.refuses = lambda number, steps: False
@@ -138,7 +138,7 @@ def test_a_full_disk_loses_neither_half_of_a_picture(pack, patcher, output, refu
 
 def test_the_node_shows_no_file_where_there_is_none(pack, monkeypatch):
     node = next(node for node in pack.nodes.NODES if node.__name__ == "TrainConceptLoRA")
-    training = pack.nodes.bridge.training
+    training = pack.nodes.bridge.training.concept
     for file, files in (
         ("", ()),
         ("a/b.safetensors", ({"filename": "b.safetensors", "subfolder": "a", "type": "output"},)),
@@ -165,7 +165,7 @@ def exported(pack, patcher):  # noqa: F811
 
 def saved(pack, patcher):  # noqa: F811
     """Of two files, as it is bound to them."""
-    loras = pack.nodes.bridge.loras
+    loras = pack.nodes.bridge.lora.loras
     for name, source in tiny.sources(pack, patcher.model).by_concept().items():
         save_file({k: t.clone() for k, t in source.tensors.items()}, folder() / "loras" / f"{name}.safetensors")
     sources = loras.load_pair("content.safetensors", "style.safetensors", 1.0, 1.0)
@@ -173,7 +173,7 @@ def saved(pack, patcher):  # noqa: F811
 
 
 def told(pack, patcher):  # noqa: F811
-    return pack.nodes.bridge.paths.write_output("made", ".json", "text")
+    return pack.nodes.bridge.disk.paths.write_output("made", ".json", "text")
 
 
 def folder() -> Path:
@@ -185,7 +185,7 @@ def folder() -> Path:
 @pytest.mark.parametrize("write", [exported, saved, told])
 def test_what_is_written_once_leaves_a_file_that_came_meanwhile(pack, patcher, output, monkeypatch, write):  # noqa: F811
     (output / "loras").mkdir()
-    paths, taken = pack.nodes.bridge.paths, []
+    paths, taken = pack.nodes.bridge.disk.paths, []
     reserve = paths.reserve
 
     def crossed(*given):

@@ -37,7 +37,7 @@ def latents(side: int = 8) -> dict[str, dict[str, Tensor]]:
 
 def sources(pack, model, ranks: tuple[int, int] = (4, 8), strengths: tuple[float, float] = (1.0, 1.0)):
     """LORA_PAIR of two random attention LoRAs."""
-    loras = pack.nodes.bridge.loras
+    loras = pack.nodes.bridge.lora.loras
     with torch.inference_mode():
         return loras.LoRASources(
             *(
@@ -73,9 +73,9 @@ def kept_for_backward(pack, patcher, pair, prompts, latents, recomputed: int) ->
         flat = joined.flatten(pack.ziplora_core.coefficients.Coefficients.ones(pair)).requires_grad_()
         vectors.append(flat.untyped_storage())
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            for batch in next(pack.ziplora_core.solver.spread_batches(references, predict, 0, 1)):
+            for batch in next(pack.ziplora_core.draws.spread_batches(references, predict, 0, 1)):
                 predict(batch, joined.student(flat))
 
     with torch.inference_mode():
-        pack.nodes.bridge.predictor.with_predictor(patcher, pair, prompts, latents, work, recomputed=recomputed)
+        pack.nodes.bridge.network.predictor.with_predictor(patcher, pair, prompts, latents, work, recomputed=recomputed)
     return sum(storage.nbytes() for key, storage in storages.items() if key != vectors[0]._cdata)

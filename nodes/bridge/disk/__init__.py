@@ -1,0 +1,1 @@
+"""Files below the host's folders: their names, and what they say of how they were made."""

@@ -1,0 +1,51 @@
+"""Reference latents where a user has no pictures: drawn by each LoRA alone."""
+
+from __future__ import annotations
+
+from ....ziplora_core.coefficients import Coefficients
+from ..apply import apply
+from ..lora import fitting, loras
+from ..lora.zipped import ZippedLoRA
+from ..memory.retry import is_out_of_memory
+from .sampling import Asked, Drawn, Watch, draw_plain
+
+_OTHER_SEED = {"content": 0, "style": 1}  # two concepts, two noises
+
+
+DEFAULT = Asked()
+
+
+def draw(
+    model,
+    sources: loras.LoRASources,
+    fitted: fitting.FittedPair,
+    concept: str,
+    conditioning: list,
+    asked: Asked,
+    seed: int,
+    watch: Watch | None = None,
+) -> Drawn:
+    """Latents that one LoRA draws at its strength from its own prompt.
+
+    model: ModelPatcher, unchanged. watch: as of `draw_plain`. The negative prompt is zeros, as Conditioning Zero Out
+    makes them.
+    """
+    ones = Coefficients.ones(fitted.pair)
+    alone = ones.scaled(style=0.0) if concept == "content" else ones.scaled(content=0.0)
+    dials = (1.0, 0.0) if concept == "content" else (0.0, 1.0)
+    patched, _ = apply(model, None, ZippedLoRA(sources, fitted, alone, *dials), 1.0)
+    try:
+        drawn = draw_plain(patched, conditioning, asked, seed + _OTHER_SEED[concept], watch)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise type(error)(
+            f"not enough memory to draw {asked.count} {concept} references of {asked.side} x {asked.side} pixels; "
+            f"lower drawn_references or drawn_size, or connect {concept}_latents"
+        ) from None
+    if drawn is None:
+        raise FloatingPointError(
+            f"the {concept} LoRA alone draws no picture (its latents are not finite): look at the file, load "
+            f"the model in bf16 or fp32, or connect {concept}_latents"
+        )
+    return drawn

@@ -1,0 +1,139 @@
+"""Latents that a model draws from a prompt with the host's own sampler, and rough pictures of latents."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.sample
+import latent_preview
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ....ziplora_core.checks import in_range
+from ..memory.retry import is_out_of_memory
+from ..network.empty_prompt import zeros
+from ..network.session import attention_with_gradient
+
+Watch = Callable[[float, Image.Image | None], None]
+STEPS, GUIDANCE, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How many references to draw where none are connected, and their side in pixels."""
+
+    count: int = 4
+    side: int = 1024
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range, naming the input."""
+        in_range("drawn_references", self.count, 1, 64)
+        in_range("drawn_size", self.side, 64, 8192)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn for one concept: latents as a LATENT's samples, and the seed that draws them again."""
+
+    latents: Tensor
+    seed: int
+    guidance: float
+
+    @staticmethod
+    def rows(asked: Asked) -> int:
+        """About how many rows go through the network for so many references: with guidance, two a step each."""
+        return 2 * STEPS * asked.count
+
+    def line(self, concept: str) -> str:
+        count, height, width = len(self.latents), *self.latents.shape[-2:]
+        return (
+            f"{concept} references: {count} drawn with its LoRA alone, latents of {width} x {height}, "
+            f"seed {self.seed}, {SAMPLER}, {SCHEDULER}, {STEPS} steps, cfg {self.guidance:g}"
+        )
+
+
+def draw_plain(model, conditioning: list, asked: Asked, seed: int, watch: Watch | None = None) -> Drawn | None:
+    """Latents that a model draws from a prompt; None where they are not finite. model: ModelPatcher, unchanged.
+
+    watch: hears after each step how much is done, 0 to 1, and sees a rough picture where the host previews; what it
+    raises ends the drawing, as an interrupt does. Without it the progress shows as any sampler's.
+    """
+    model = model.clone()
+    if model.load_device.type == "cpu":  # the host's choice there cuts attention into pieces
+        options = model.model_options.setdefault("transformer_options", {})
+        options["optimized_attention_override"] = attention_with_gradient
+    side = asked.side // getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
+    shape = (asked.count, 4, side, side)
+    distilled = model.model.model_config.unet_config.get("guidance_embed", False)  # guided in one pass, as Flux dev
+    guidance = 1.0 if distilled else GUIDANCE
+    latents = comfy.sample.fix_empty_latent_channels(model, torch.zeros(shape))
+    seed %= 2**64
+    noise = comfy.sample.prepare_noise(latents, seed)
+
+    def sample(part: slice) -> Tensor:
+        start, stop, _ = part.indices(asked.count)
+        return comfy.sample.sample(
+            model,
+            noise[part],
+            STEPS,
+            guidance,
+            SAMPLER,
+            SCHEDULER,
+            conditioning,
+            zeros(conditioning),
+            latents[part],
+            callback=_callback(model, watch, start / asked.count, (stop - start) / asked.count),
+            disable_pbar=True,
+            seed=seed,
+        )
+
+    samples = _at_once_or_one_by_one(sample, asked.count)
+    return Drawn(samples, seed, guidance) if bool(torch.isfinite(samples).all()) else None
+
+
+def _callback(model, watch: Watch | None, before: float, mine: float) -> Callable[..., None]:
+    """The sampler's, of pictures that are so much of all of them, after so many others."""
+    if watch is None:
+        return latent_preview.prepare_callback(model, STEPS)
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def callback(step: int, x0: Tensor, _: Tensor, steps: int) -> None:
+        preview = previewer.decode_latent_to_preview_image("JPEG", x0)[1] if previewer else None
+        watch(before + mine * (step + 1) / steps, preview)
+
+    return callback
+
+
+def _at_once_or_one_by_one(sample: Callable[[slice], Tensor], count: int) -> Tensor:
+    """The same pictures where memory runs out for all of them together, in more time."""
+    try:
+        return sample(slice(None))
+    except Exception as error:
+        if count == 1 or not is_out_of_memory(error):
+            raise
+    logging.warning("ZipLoRA: not enough memory to draw %d pictures at once; one by one.", count)
+    comfy.model_management.soft_empty_cache()
+    return torch.cat([sample(slice(i, i + 1)) for i in range(count)])
+
+
+def thumbnails(model, latents: Tensor) -> Tensor | None:
+    """Rough small pictures of latents, an IMAGE (N, H, W, 3), from the host's colour factors; None without these."""
+    form = model.get_model_object("latent_format")
+    factors = getattr(form, "latent_rgb_factors", None)
+    if factors is None:
+        return None
+    previewer = latent_preview.Latent2RGBPreviewer(factors, getattr(form, "latent_rgb_factors_bias", None))
+    ready = form.process_in(latents.float())
+    pictures = [previewer.decode_latent_to_preview(x[None]) for x in ready]
+    side = max(256, pictures[0].width)
+    enlarged = [p.resize((side, side * p.height // p.width), Image.Resampling.BICUBIC) for p in pictures]
+    return torch.stack([_pixels(p) for p in enlarged])
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    raw = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+    return raw.reshape(picture.height, picture.width, 3) / 255

@@ -1,0 +1,256 @@
+"""LoRA files of any format to a pair that fits a model."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.weight_adapter import LoRAAdapter
+from torch import Tensor
+
+from ....ziplora_core import formats
+from ....ziplora_core.files import LoRAFileError, all_finite, shown
+from ....ziplora_core.pair import Factors, LayerPair, LoRAPair
+from ..network.weights import dequantized
+from . import keys
+from .adapters import all_used, fits, is_low_rank, is_plain, kind_of, reshapes
+from .loras import LoRASource, LoRASources, text_encoder_alone
+
+
+@dataclass(frozen=True)
+class FittedPair:
+    """A pair on the layers of one model.
+
+    riders: concept -> host patches that are no matrix (bias and norm differences): they are not zipped,
+    they follow their LoRA's strength. notes: what a user should know about the files. names: how LoRA files call
+    this model's weights.
+    """
+
+    pair: LoRAPair
+    riders: dict[str, dict[str, Any]]
+    notes: list[str]
+    names: keys.FileNames
+
+
+@dataclass
+class Fitting:
+    """One file on its way onto the layers of a model."""
+
+    source: LoRASource
+    model: Any
+    factors: dict[str, Factors] = field(default_factory=dict)
+    riders: dict[str, Any] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)  # a note on tensors that fit no layer
+    absent: list[str] = field(default_factory=list)  # what a file changes and the model has not
+    doubled: list[tuple[str, str]] = field(default_factory=list)  # names passed over for others of the same layer
+    dense: dict[str, list[str]] = field(default_factory=dict)  # kind of update -> layers kept as ΔW itself
+    eyes: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def add(self, target: str | tuple, patch: Any) -> None:
+        """A patch of the host on a weight, or on a slice (axis, start, length) of a fused one."""
+        key, place = (target, None) if isinstance(target, str) else (target[0], target[1])
+        weight = parameter(self.model, key)
+        if weight is None:
+            self.absent.append(key)
+            return
+        part = weight if place is None else weight.narrow(*place)
+        if reshapes(patch):
+            raise LoRAFileError(
+                f"'{self.source.title}' changes the shape of layer '{key}'; a zipped pair cannot: use another file"
+            )
+        if not (is_plain(patch) and part.ndim > 1) and not fits(patch, part.shape):
+            raise _other_model(self.source, key, kind_of(patch), part.shape)
+        if part.ndim < 2:
+            self.riders[key] = patch
+            return
+        if is_low_rank(patch):
+            found = _reshaped(self.source, key, low_rank(self.source, key, patch), part.shape)
+        else:
+            found = self._dense(key, patch, place, part)
+        if place is not None:
+            found = _widened(found, weight.shape, *place)
+        self.factors[key] = found if key not in self.factors else _side_by_side(self.factors[key], found)
+
+    def _dense(self, key: str, patch: Any, place: tuple[int, int, int] | None, part: Tensor) -> Factors:
+        """What the host makes of the base weight with any other kind of update, minus the weight.
+
+        ΔW itself stands for `down`, with a unit matrix as `up`: columns scale as in any LoRA.
+        """
+        kind = kind_of(patch)
+        before = _base_weight(self.model, key)
+        before = (before if place is None else before.narrow(*place)).float().clone()
+        try:
+            after = comfy.lora.calculate_weight([(self.source.strength, patch, 1.0, None, None)], before.clone(), key)
+        except (RuntimeError, IndexError) as error:
+            raise _other_model(self.source, key, kind, part.shape) from error
+        delta = after - before if after.shape == before.shape else None
+        if delta is None or (self.source.strength and not delta.any() and all_used(patch)):
+            raise _other_model(self.source, key, kind, part.shape)  # the host only logs that it does not fit
+        if not all_finite(delta):
+            raise _broken(self.source, key, "its update holds NaN or infinite numbers")
+        dtype = part.dtype if part.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        self.dense.setdefault(kind, []).append(key)
+        size = (delta.shape[0], dtype)
+        if size not in self.eyes:
+            self.eyes[size] = torch.eye(*size[:1], dtype=dtype)
+        return Factors(self.eyes[size], delta.to("cpu", dtype))
+
+    def notes(self) -> list[str]:
+        lines = []
+        if self.doubled:
+            over, used = self.doubled[0]
+            lines.append(
+                f"'{self.source.title}' has {len(self.doubled)} layers twice, under different names; only one "
+                f"counts, as in ComfyUI's own LoRA loader: e.g. '{shown(used)}', not '{shown(over)}'"
+            )
+        for kind, layers in self.dense.items():
+            size = sum(self.factors[k].down.numel() * self.factors[k].down.element_size() for k in set(layers))
+            lines.append(
+                f"{len(layers)} layers of '{self.source.title}' are {kind}, not of low rank: their updates are kept "
+                f"whole, {size / 1e6:.0f} MB, and more while optimising"
+            )
+        return lines
+
+
+def parameter(model, key: str) -> Tensor | None:
+    """A weight or bias of a model; None where it has none of this name, as a layer without bias."""
+    try:
+        found = comfy.utils.get_attr(model, key)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def _base_weight(model, key: str) -> Tensor:
+    """A weight without the patches that the host may have written into it, in its stored dtype or float32."""
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models if entry.model is not None]
+    backups = [patcher.backup for patcher in loaded if patcher.model is model and key in patcher.backup]
+    weight = backups[0][key].weight if backups else comfy.utils.get_attr(model, key)
+    weight = dequantized(weight)
+    scale = comfy.utils.get_attr(model, key.rpartition(".")[0]).__dict__.get("_parameters", {}).get("scale_weight")
+    return weight if scale is None else weight.float() * scale.float()
+
+
+def _other_model(source: LoRASource, key: str, kind: str, shape: torch.Size) -> LoRAFileError:
+    return LoRAFileError(
+        f"'{source.title}' was made for another model{_guess(source)}: its {kind} at layer '{key}' does not fit a "
+        f"weight of shape {tuple(shape)}; choose a LoRA of the same model family"
+    )
+
+
+def _broken(source: LoRASource, key: str, why: str) -> LoRAFileError:
+    return LoRAFileError(f"'{source.title}' is broken at layer '{key}': {why}; download it again")
+
+
+def _guess(source: LoRASource) -> str:
+    family = formats.looks_like(source.tensors)
+    return f" (it looks like a LoRA for {family})" if family else ""
+
+
+def low_rank(source: LoRASource, layer: str, adapter: LoRAAdapter) -> Factors:
+    """The host's adapter of one layer as up (out, r) and down (r, in, *kernel), at its file's strength.
+
+    Tucker convolutions are written out. Raises LoRAFileError where the two matrices do not multiply.
+    """
+    up, down, alpha, mid, *_ = adapter.weights
+    if min(up.ndim, down.ndim) < 2 or not down.shape[0]:
+        raise _broken(source, layer, f"up {tuple(up.shape)} and down {tuple(down.shape)} are no two matrices")
+    up, down = (m if m.is_floating_point() else m.float() for m in (up, down))
+    if mid is not None:  # down'[p, in, kernel] = Σ_q mid[p, q, kernel] · down[q, in]
+        down = torch.einsum("pq...,qi->pi...", mid.float(), down.flatten(1).float())
+    try:
+        return Factors(up.flatten(1), down, source.strength * (1.0 if alpha is None else alpha / down.shape[0]))
+    except ValueError as error:
+        raise _broken(source, layer, str(error)) from error
+
+
+def _reshaped(source: LoRASource, key: str, found: Factors, shape: torch.Size) -> Factors:
+    """Factors for a weight of this shape: some files store a 1 x 1 convolution as a linear layer, or the reverse."""
+    columns = found.down.numel() // found.rank
+    if found.up.shape[0] != shape[0] or columns != math.prod(shape[1:]):
+        raise LoRAFileError(
+            f"'{source.title}' was made for another model{_guess(source)}: its layer '{key}' changes a weight of shape "
+            f"({found.up.shape[0]}, {columns}), this model's is {tuple(shape)}; "
+            "choose a LoRA of the same model family"
+        )
+    return replace(found, down=found.down.reshape(found.rank, *shape[1:]))
+
+
+def _widened(factors: Factors, shape: torch.Size, axis: int, start: int, length: int) -> Factors:
+    """An update of a slice as one of the whole fused weight: zeros in the other rows (axis 0) or columns (1)."""
+    side = factors.up if axis == 0 else factors.down
+    size = list(side.shape)
+    size[axis] = shape[axis]
+    whole = side.new_zeros(size)
+    whole.narrow(axis, start, length).copy_(side)
+    return replace(factors, up=whole) if axis == 0 else replace(factors, down=whole)
+
+
+def _side_by_side(a: Factors, b: Factors) -> Factors:
+    """The sum of two updates of one weight, exactly: ranks add up."""
+    return Factors(
+        torch.cat([f.up.float() * f.scale for f in (a, b)], dim=1), torch.cat([f.down.float() for f in (a, b)])
+    )
+
+
+def fit_one(source: LoRASource, model) -> Fitting:
+    """One file on the layers of a model. Raises LoRAFileError where it fits no layer, or another model's layers."""
+    hosts, more = keys.unet_keys(model)
+    fitting = Fitting(source, model)
+    with torch.no_grad():
+        patches, others = (comfy.lora.load_lora(source.tensors, names, log_missing=False) for names in (hosts, more))
+        for target, patch in {**others, **patches}.items():
+            fitting.add(target, patch)
+    fitting.unused = _unused(source, model, {**hosts, **more}, fitting)
+    fitting.doubled = keys.doubled(source.tensors, hosts, more)
+    return fitting
+
+
+def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[str]:
+    unused = [k for k in source.tensors if not formats.is_text_encoder(k) and formats.layer_name(k) not in names]
+    if source.tensors and formats.is_text_encoder_alone(source.tensors):
+        raise text_encoder_alone(source.title)
+    if not fitting.factors:
+        example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))
+        raise LoRAFileError(
+            f"'{source.title}' has no layer that fits this model ({type(model).__name__}){_guess(source)}: "
+            f"found e.g. '{example}'; "
+            "choose a LoRA of the same model family"
+        )
+    unused += fitting.absent
+    if not unused:
+        return []
+    return [f"{len(unused)} tensors of '{source.title}' fit no layer and are not used, e.g. '{shown(unused[0])}'"]
+
+
+_fitted: weakref.WeakKeyDictionary[LoRASources, tuple[weakref.ref, FittedPair]] = weakref.WeakKeyDictionary()
+
+
+def fit(sources: LoRASources, model) -> FittedPair:
+    """Put both files on the layers of a model. Moves and loads nothing; the same pair and model are fitted once.
+
+    model: the host's BaseModel. Raises LoRAFileError where a file fits no layer, or another model's layers.
+    """
+    known = _fitted.get(sources)
+    if known is None or known[0]() is not model:
+        known = _fitted[sources] = (weakref.ref(model), _fit(sources, model))
+    return known[1]
+
+
+def _fit(sources: LoRASources, model) -> FittedPair:
+    notes = list(sources.warnings)
+    fitted = {}
+    for concept, source in sources.by_concept().items():
+        fitted[concept] = fit_one(source, model)
+        notes += [*fitted[concept].unused, *fitted[concept].notes()]
+    content, style = fitted["content"].factors, fitted["style"].factors
+    order = [*content, *(k for k in style if k not in content)]
+    pair = LoRAPair({k: LayerPair(content.get(k), style.get(k)) for k in order})
+    riders = {concept: fitting.riders for concept, fitting in fitted.items()}
+    return FittedPair(pair, riders, notes, keys.file_names(model))

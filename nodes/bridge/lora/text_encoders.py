@@ -1,0 +1,47 @@
+"""Text-encoder parts of LoRA files: they are not zipped, and only a connected `clip` gets them."""
+
+from __future__ import annotations
+
+from ....ziplora_core import formats
+from .loras import LoRASource, LoRASources
+from .zipped import ZippedLoRA
+
+
+def parts(source: LoRASource) -> int:
+    """How many text-encoder layers a file changes."""
+    return len(set(formats.text_encoder_layers(source.tensors).values()))
+
+
+def notes(sources: LoRASources, zipped: bool) -> list[str]:
+    """What a report says of them, for each file and for both. zipped: whether prompts were looked at."""
+    found = [(source.title, parts(source)) for source in sources.by_concept().values()]
+    lines = [
+        f"'{title}' also changes the text encoder ({count} layers). This part is not zipped: it counts where clip is "
+        "connected to Apply Zipped LoRA and the prompts to draw are encoded with the clip that comes out of it"
+        for title, count in found
+        if count
+    ]
+    if lines and zipped:
+        lines.append(
+            "a prompt does not tell which text encoder made it: where the two prompts for zipping were encoded with "
+            "the checkpoint's own clip, as in the graphs that ship, each LoRA was looked at without its text-encoder "
+            "part; to have it in, put Load LoRA with that file (strength_model 0, strength_clip as the LoRA's "
+            "strength) before the text encode of its own training prompt"
+        )
+    return lines
+
+
+def left_out(zipped: ZippedLoRA) -> str | None:
+    """What is lost where a zipped pair is applied without `clip`; None where nothing is."""
+    titles = [
+        source.title
+        for concept, source in zipped.sources.by_concept().items()
+        if zipped.strength(concept) and parts(source)
+    ]
+    if not titles:
+        return None
+    files = " and ".join(f"'{title}'" for title in titles)
+    return (
+        f"clip is not connected: the text-encoder part of {files} is left out. Connect the checkpoint's clip here, and "
+        "encode the prompts with the clip that comes out"
+    )

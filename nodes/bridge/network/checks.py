@@ -1,0 +1,85 @@
+"""Prompts and latents that a user has connected: refused where they cannot be this model's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ....ziplora_core.files import all_finite
+
+_UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks")
+
+
+def check_conditioning(name: str, conditioning: list) -> None:
+    """Raises ValueError unless a conditioning is one plain prompt: areas, masks and ControlNets have no teacher."""
+    if not isinstance(conditioning, list) or not all(map(_is_prompt, conditioning)):
+        raise ValueError(f"{name} is no conditioning; connect a text encode node to it")
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"{name} holds {len(conditioning)} prompts; expected one: connect a single text encode node to it"
+        )
+    found = [key for key in _UNSUPPORTED if conditioning[0][1].get(key) is not None]
+    if found:
+        raise ValueError(f"{name} carries {found[0]}; expected a plain prompt: connect a text encode node to it")
+    context, options = conditioning[0]
+    tensors = [part for part in (context, options.get("pooled_output")) if part is not None]
+    ranges = [value for value in options.values() if isinstance(value, float)]
+    if not (all(map(_is_usable, tensors)) and all(map(math.isfinite, ranges))):
+        raise ValueError(f"{name} holds no usable numbers; check the nodes that made it")
+
+
+def _is_usable(numbers: Tensor) -> bool:
+    """Of a kind that has arithmetic, and finite."""
+    known = numbers.is_floating_point() and numbers.element_size() > 1
+    return known and numbers.numel() > 0 and all_finite(numbers)
+
+
+def _is_prompt(entry: Any) -> bool:
+    """As the host keeps one: [context (1, tokens, width), options]."""
+    if not (isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], dict)):
+        return False
+    context, pooled = entry[0], entry[1].get("pooled_output")
+    return isinstance(context, Tensor) and context.ndim == 3 and (pooled is None or isinstance(pooled, Tensor))
+
+
+_WIDTHS = ("context_dim", "context_in_dim", "cap_feat_dim", "joint_attention_dim")  # in the host's configurations
+
+
+def check_width(name: str, conditioning: list, model) -> None:
+    """Raises ValueError for a prompt of another model's text encoder. model: ModelPatcher.
+
+    For when the model has failed: other packs teach models prompts of other widths.
+    """
+    config, found = model.model.model_config.unet_config, conditioning[0][0].shape[-1]
+    expected = [config[key] for key in _WIDTHS if isinstance(config.get(key), int)]
+    if expected and found not in expected:
+        raise ValueError(
+            f"{name} is {found} wide, this model's prompts are {expected[0]}: it comes from another model's text "
+            "encoder; connect a text encode node with this checkpoint's own clip"
+        )
+
+
+def read_latents(name: str, given: Any, model) -> Tensor:
+    """The samples of a LATENT, (N, C, *space). Raises ValueError where they cannot be this model's."""
+    samples = given.get("samples") if isinstance(given, dict) else None
+    if not isinstance(samples, Tensor):
+        raise ValueError(f"{name} is no latent; connect VAE Encode to it")
+    check_latents(name, samples, model)
+    return samples
+
+
+def check_latents(name: str, latents: Tensor, model) -> None:
+    """Raises ValueError where latents cannot be this model's. latents: (N, C, *space). model: ModelPatcher."""
+    form = model.get_model_object("latent_format")
+    channels, most = form.latent_channels, max(4, 2 + getattr(form, "latent_dimensions", 3))
+    if latents.is_nested or not 4 <= latents.ndim <= most or latents.shape[1] != channels:
+        raise ValueError(
+            f"{name} has shape {tuple(latents.shape)}; this model's latents have {channels} channels: "
+            "connect VAE Encode with this checkpoint's own VAE"
+        )
+    if not (latents.numel() and latents.is_floating_point()):
+        raise ValueError(f"{name} is empty or holds no fractions; connect VAE Encode with this checkpoint's own VAE")
+    if not all_finite(latents):
+        raise ValueError(f"{name} holds NaN or infinite numbers; check the picture and the VAE that encoded it")

@@ -1,0 +1,66 @@
+"""A layer's weight as the host would use it: cast, patched, dequantised."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import comfy.model_management
+import comfy.ops
+import comfy.rmsnorm
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+
+def compute_dtype(model) -> torch.dtype:
+    """The dtype in which the host runs this BaseModel's network."""
+    return model.manual_cast_dtype or model.get_dtype()
+
+
+_QUANTIZED = getattr(comfy.ops, "QuantizedTensor", ())  # absent from older hosts
+
+
+@contextlib.contextmanager
+def cast(module: torch.nn.Module, like: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """The module's weight and bias as the host would use them for `like`; valid inside the block only."""
+    if module.weight is None:
+        yield None, None
+    elif isinstance(module, comfy.ops.CastWeightBiasOp) and _is_cast(module):
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            module, dtype=like.dtype, bias_dtype=like.dtype, device=like.device, offloadable=True
+        )
+        try:
+            yield _whole(module, weight), bias
+        finally:
+            comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+    else:
+        yield module.weight.to(like), None if module.bias is None else module.bias.to(like)
+
+
+def _whole(module: torch.nn.Module, weight: Tensor) -> Tensor:
+    """What a layer multiplies its input with: dequantised, with the scales that its forward uses apart from it."""
+    weight = dequantized(weight)
+    scale, smoothing = (getattr(module, name, None) for name in ("scale_weight", "pre_quant_scale"))
+    weight = weight if scale is None else weight * scale.to(weight)
+    return weight if smoothing is None else weight * smoothing.to(weight)  # of each column of the input
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether it is the host's own kind of tensor, which stands for other numbers than it holds."""
+    return isinstance(weight, _QUANTIZED)
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """The numbers that a weight stands for, as ordinary floats."""
+    return weight.dequantize() if is_quantized(weight) else weight
+
+
+def _is_cast(module: comfy.ops.CastWeightBiasOp) -> bool:
+    """Whether the host itself would cast or change this layer's weight in its forward, or use it as it is."""
+    return bool(module.comfy_cast_weights or module.weight_function or module.bias_function or _is_coded(module))
+
+
+def _is_coded(module: torch.nn.Module) -> bool:
+    return is_quantized(module.weight) or getattr(module, "scale_weight", None) is not None

@@ -1,0 +1,1 @@
+"""ZipLoRA Optimize: a pair zipped on a model, shown and told of."""

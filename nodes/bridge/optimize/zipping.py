@@ -1,0 +1,191 @@
+"""From sockets to a zipped pair: check, load, solve, measure, report."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+
+import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
+from torch import Tensor
+
+from ....ziplora_core import analysis, prompts, retention, solver, zipper
+from ....ziplora_core.branch import JoinedPair
+from ....ziplora_core.coefficients import Coefficients
+from .. import saved
+from ..drawing import references, sampling
+from ..lora import fitting, loras
+from ..lora.zipped import ZippedLoRA
+from ..memory import plan, retry
+from ..network import checks, predictor
+from . import verdict
+from .outcome import Outcome, report
+from .progress import Progress
+
+
+def check_inputs(model, sources: loras.LoRASources, latents: dict[str, dict | None]) -> None:
+    """Refuse files and latents that do not fit a model. Latents that are not made yet (None) are left out.
+
+    model: ModelPatcher; nothing of it is loaded. Raises ValueError (LoRAFileError for a file).
+    """
+    loras.refuse_one_lora(sources)
+    fitting.fit(sources, model.model)
+    for concept, made in latents.items():
+        if made is not None:
+            checks.read_latents(f"{concept}_latents", made, model)
+
+
+def optimize(
+    model,
+    sources: loras.LoRASources,
+    conditioning: dict[str, list],
+    latents: dict[str, dict | None],
+    settings: solver.Settings,
+    asked: sampling.Asked = references.DEFAULT,
+) -> tuple[ZippedLoRA, dict[str, list[float]], str, Tensor | None]:
+    """Zip a pair on a model: (zipped pair, LOSS_MAP, report, rough pictures of what was drawn as a reference).
+
+    model: ModelPatcher, unchanged. conditioning, latents: host values by concept ("content", "style"); where there
+    are no latents, the concept's LoRA alone draws them. Every check comes before anything is loaded. steps = 0 loads
+    nothing: the direct merge.
+    Raises ValueError (LoRAFileError for a file) or FloatingPointError, and the host's own exception where memory runs
+    out twice; interrupts pass through.
+    """
+    loras.refuse_one_lora(sources)
+    samples: dict[str, Tensor] = {}
+    for concept in ("content", "style"):
+        given = latents[concept]
+        if given is not None:
+            samples[concept] = checks.read_latents(f"{concept}_latents", given, model)
+        checks.check_conditioning(f"{concept}_positive", conditioning[concept])
+    fitted = fitting.fit(sources, model.model)
+    outcome = Outcome(sources, fitted, settings, Coefficients.ones(fitted.pair), solver.direct_merge(fitted.pair))
+    if settings.steps == 0:
+        outcome = replace(outcome, alignment=_alignment(outcome))
+        zipped = _zipped(outcome)
+        return zipped, outcome.loss_map, zipped.report, None
+    without = [concept for concept in latents if concept not in samples]
+    progress = Progress(settings, fitted.pair, without, sampling.Drawn.rows(asked))
+    with _explained(model, conditioning):
+        drawn = {}
+        for concept in without:
+            watch = partial(progress.drawing, concept)
+            drawn[concept] = references.draw(
+                model, sources, fitted, concept, conditioning[concept], asked, settings.seed, watch
+            )
+            samples[concept] = drawn[concept].latents
+        outcome = replace(outcome, drawn=drawn)
+        planned = plan.make(model, fitted.pair, conditioning, samples, settings, plan.room_for(model))
+        try:
+            used, solved = retry.carry_out(
+                planned, lambda planned: _solve(planned, model, conditioning, samples, outcome, progress)
+            )
+        except solver.NotFinite as error:
+            raise FloatingPointError(f"{error}; {_rescue(outcome, error.kept)}") from error
+    outcome = replace(solved, plan=used, again=used != planned)
+    outcome = replace(outcome, alignment=_alignment(outcome))
+    zipped, shown = _zipped(outcome), _shown(model, outcome)
+    lines = verdict.lines(outcome)
+    progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, shown))
+    return zipped, outcome.loss_map, zipped.report, _pictures(shown)
+
+
+def _solve(
+    planned: plan.Plan,
+    model,
+    conditioning: dict[str, list],
+    samples: dict[str, Tensor],
+    outcome: Outcome,
+    progress: Progress,
+) -> Outcome:
+    """One try: the outcome with what was found and what is measured of it. Raises NotFinite."""
+    settings = outcome.settings
+
+    def work(predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References) -> Outcome:
+        began = time.monotonic()
+        progress.start(planned.moments)
+        counted = progress.counted(predict)
+        result = zipper.close(joined, counted, references, settings, progress.step, progress.layer, planned.moments)
+        seconds = time.monotonic() - began
+        progress.measuring()
+        candidates = [outcome.before, result.coefficients]
+        measured = retention.measure_retention(joined, counted, references, candidates, settings.seed)
+        solved = replace(outcome, result=result, seconds=seconds, retention=measured)
+        _check_finite(solved)
+        progress.prompts()
+        return replace(solved, prompts=prompts.measure(joined, counted, references, settings.seed))
+
+    return predictor.with_predictor(
+        model,
+        outcome.fitted.pair,
+        conditioning,
+        samples,
+        work,
+        planned.together,
+        planned.recomputed,
+        planned.need,
+    )
+
+
+def _alignment(outcome: Outcome) -> list[dict[str, float]]:
+    """Of the columns of both LoRAs, by layer: [direct merge, zipped]."""
+    found = []
+    with torch.inference_mode(False):
+        for coefficients in (outcome.before, outcome.result.coefficients):
+            throw_exception_if_processing_interrupted()
+            found.append(analysis.column_alignment(outcome.fitted.pair, coefficients))
+    return found
+
+
+def _zipped(outcome: Outcome) -> ZippedLoRA:
+    made = {**asdict(outcome.settings), "objective": outcome.settings.objective.name}
+    coefficients = outcome.result.coefficients
+    return ZippedLoRA(outcome.sources, outcome.fitted, coefficients, report=report(outcome), settings=made)
+
+
+def _check_finite(outcome: Outcome) -> None:
+    """Raises NotFinite where the zipped model draws no numbers on held-out noise, whatever its losses were."""
+    after, result = outcome.retention[1], outcome.result
+    if not all(map(math.isfinite, after.values())):
+        what = f"the loss on held-out noise is not finite (content {after['content']:g}, style {after['style']:g})"
+        kept = replace(result, stopped=what)
+        raise solver.NotFinite(what, len(result.history), outcome.before, result.coefficients, kept)
+
+
+def _rescue(outcome: Outcome, kept: solver.Result | None) -> str:
+    """Save the last finite coefficients of a run that ended early, if it can be done; says where they are."""
+    if kept is None:
+        return "there are no coefficients to keep"
+    zipped = _zipped(replace(outcome, result=kept))
+    try:
+        return f"the last finite coefficients are in '{saved.save(zipped, 'stopped')}', for Load Zipped LoRA"
+    except (ValueError, OSError) as error:
+        return f"the last finite coefficients could not be saved: {error}"
+
+
+@contextlib.contextmanager
+def _explained(model, conditioning: dict[str, list]) -> Iterator[None]:
+    """Where a model fails and a prompt is another model's, the error says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        for concept, prompt in conditioning.items():
+            try:
+                checks.check_width(f"{concept}_positive", prompt, model)
+            except ValueError as found:
+                raise found from error
+        raise
+
+
+def _shown(model, outcome: Outcome) -> dict[str, Tensor]:
+    """Rough pictures of the references that were drawn, by concept."""
+    shown = {concept: sampling.thumbnails(model, drawn.latents) for concept, drawn in outcome.drawn.items()}
+    return {concept: pictures for concept, pictures in shown.items() if pictures is not None}
+
+
+def _pictures(shown: dict[str, Tensor]) -> Tensor | None:
+    return torch.cat(list(shown.values())) if shown else None

@@ -1,0 +1,50 @@
+"""Which layers of a model are trained."""
+
+from __future__ import annotations
+
+import re
+
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+from ....ziplora_core.checks import one_of
+from ....ziplora_core.direct import B_LORA_BLOCKS, Blocks
+from ..network.bare import bare
+from ..network.injection import blocks
+
+_ATTENTION = re.compile(r"\.(?:attn\d?|attention|self_attn|cross_attn|img_attn|txt_attn)\.")
+LAYERS = ("attention", "all linear", "B-LoRA", "B-LoRA content block", "B-LoRA style block")
+
+
+def trained_layers(model, which: str, b_lora: Blocks = B_LORA_BLOCKS) -> dict[str, tuple[int, int]]:
+    """Layer (`diffusion_model.….weight`) -> (out, in) of the linear layers to train.
+
+    model: the host's BaseModel. which: one of LAYERS. b_lora: the blocks that B-LoRA means. Raises ValueError where
+    this model has none of them.
+    """
+    one_of("layers", which, LAYERS)
+    bare(model)
+    inside = {id(part) for block in blocks(model) for part in block.modules()}
+    found = {}
+    for path, module in model.named_modules():
+        if not path.startswith("diffusion_model.") or not hasattr(module, "in_features"):
+            continue
+        if which == "all linear" and id(module) not in inside:
+            continue
+        if which != "all linear" and not _ATTENTION.search(f".{path}."):
+            continue
+        if which.startswith("B-LoRA") and not _in_b_lora(path, which, b_lora):
+            continue
+        found[f"{path}.weight"] = (module.out_features, module.in_features)
+    if not found or (which.startswith("B-LoRA") and not isinstance(model.diffusion_model, UNetModel)):
+        raise ValueError(
+            f"this model ({type(model.model_config).__name__}) has no layers for '{which}'; choose "
+            + {"attention": "'all linear'", "all linear": "another model"}.get(
+                which, "'attention': B-LoRA's blocks are SDXL's"
+            )
+        )
+    return found
+
+
+def _in_b_lora(path: str, which: str, b_lora: Blocks) -> bool:
+    wanted = [block for concept in b_lora if which == "B-LoRA" or concept in which for block in b_lora[concept]]
+    return any(path.startswith(f"diffusion_model.{block}") for block in wanted)

@@ -1,0 +1,103 @@
+"""LoadLoRAPair, PairLoRAs: two LoRAs, from the loras folder or from other nodes, as a pair."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.v0_0_2 import io
+
+from .bridge.lora import loras
+from .sockets import LoRAModelSocket, LoRAPairSocket
+
+
+class LoadLoRAPair(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = folder_paths.get_filename_list("loras")
+        return io.Schema(
+            node_id="LoadLoRAPair",
+            display_name="Load LoRA Pair",
+            category="ZipLoRA",
+            description="Loads a content (subject) LoRA and a style LoRA of the same base model, to be zipped.",
+            inputs=[
+                io.Combo.Input(
+                    "content_lora",
+                    options=files,
+                    tooltip="LoRA of the subject: what to draw. Any trainer's format, any rank.",
+                ),
+                io.Combo.Input(
+                    "style_lora",
+                    options=files,
+                    tooltip="LoRA of the style: how to draw it. May differ in rank.",
+                ),
+                io.Float.Input(
+                    "content_strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Strength at which the content LoRA alone draws its subject well. "
+                    "The zipped model is taught to draw as the LoRA does at this strength.",
+                ),
+                io.Float.Input(
+                    "style_strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Strength at which the style LoRA alone draws its style well. "
+                    "To dial the style after zipping use Style Strength, which costs nothing.",
+                ),
+            ],
+            outputs=[LoRAPairSocket.Output(display_name="lora_pair", tooltip="Both LoRAs, for ZipLoRA Optimize.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, content_lora: str | None, style_lora: str | None) -> bool | str:
+        # Before anything runs: a broken file should not cost the load of a checkpoint. The host shows the answer
+        # at both inputs, so it says which one is meant. A name that another node makes is not known yet (None).
+        names = {"content_lora": content_lora, "style_lora": style_lora}
+        checked = {socket: loras.check(name) for socket, name in names.items() if name is not None}
+        problems = [f"{name}: {problem}" for name, problem in checked.items() if problem]
+        if None not in names.values() and not problems:
+            try:
+                loras.refuse_one_file(content_lora, style_lora)
+            except loras.LoRAFileError as error:
+                problems = [str(error)]
+        return "; ".join(problems) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, content_lora: str | None, style_lora: str | None, **_):
+        return [loras.fingerprint(name) for name in (content_lora, style_lora) if name is not None]
+
+    @classmethod
+    def execute(
+        cls, content_lora: str, style_lora: str, content_strength: float, style_strength: float
+    ) -> io.NodeOutput:
+        return io.NodeOutput(loras.load_pair(content_lora, style_lora, content_strength, style_strength))
+
+
+class PairLoRAs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
+        return io.Schema(
+            node_id="PairLoRAs",
+            display_name="Pair LoRAs",
+            category="ZipLoRA",
+            description="Makes a pair of two LoRAs that other nodes made, such as Train Concept LoRA, to be zipped.",
+            inputs=[
+                LoRAModelSocket.Input("content_lora", tooltip="LoRA of the subject."),
+                LoRAModelSocket.Input("style_lora", tooltip="LoRA of the style."),
+                io.Float.Input(
+                    "content_strength", **strength, tooltip="Strength at which the content LoRA alone draws well."
+                ),
+                io.Float.Input(
+                    "style_strength", **strength, tooltip="Strength at which the style LoRA alone draws well."
+                ),
+            ],
+            outputs=[LoRAPairSocket.Output(display_name="lora_pair", tooltip="Both LoRAs, for ZipLoRA Optimize.")],
+        )
+
+    @classmethod
+    def execute(cls, content_lora, style_lora, content_strength: float, style_strength: float) -> io.NodeOutput:
+        return io.NodeOutput(loras.pair(content_lora, style_lora, content_strength, style_strength))

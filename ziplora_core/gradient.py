@@ -1,0 +1,137 @@
+"""Finding the merger coefficients by gradient descent (arXiv 2311.13600, Sec. 3.3 and 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .branch import JoinedPair
+from .coefficients import Coefficients
+from .draws import training_batches
+from .retention import measure_retention, retentions
+from .solver import Batch, Losses, NotFinite, Predictor, References, Result, Settings, Step
+
+_ZERO_OVERLAP = 1e-4  # mean |m_c ⊙ m_s|; Adam reaches zero only nearly
+MAX_SKIPPED = 12  # updates in a row that may be lost to an overflow in half precision
+_BETAS_FROM_START = (0.8, 0.999)  # few steps: less memory of the first ones
+
+
+def optimize(
+    joined: JoinedPair,
+    predictor: Predictor,
+    references: References,
+    settings: Settings,
+    on_step: Callable[[Step], None] | None = None,
+    start: Coefficients | None = None,
+) -> Result:
+    """Learn m_c and m_s (Eq. 3) with Adam, from all ones or from `start`, for at most `settings.steps` updates.
+
+    One step is one teacher pass without gradient and one student pass with it (two of each where content and
+    style cannot share a batch). Stops early when the overlap is zero, as the paper does. `on_step` is called
+    after each update; what it or the predictor raises ends the run. Deterministic for a seed on one machine.
+    From a `start`, where there is no way to go but noise to settle, the result is the mean over the last half of
+    the steps. Raises NotFinite when a loss is not finite.
+    """
+    averaged, betas = 1, (0.9, 0.999)
+    if start is not None:
+        averaged, betas = max(1, settings.steps // 2), _BETAS_FROM_START
+    start = start or Coefficients.ones(joined.pair)
+    if settings.steps == 0:
+        return Result(start, stopped="no steps asked for")
+    with torch.inference_mode(False), torch.enable_grad():
+        flat = joined.flatten(start).requires_grad_(True)
+        adam = torch.optim.Adam([flat], lr=settings.learning_rate, betas=betas)
+        scale, skipped = float(predictor.loss_scale), 0
+        history: list[Step] = []
+        mean = torch.zeros_like(flat, requires_grad=False)
+        finite = flat.detach().clone()  # the coefficients of the last finite loss
+
+        def stopped(step: Step, what: str) -> NotFinite:
+            kept = Result(joined.unflatten(finite), history, f"stopped at step {step.index}: {what}")
+            return NotFinite(what, step.index, start, joined.unflatten(flat), kept if history else None)
+
+        weights = _weights(joined, predictor, references, settings)
+        batches = training_batches(references, predictor, settings)
+        while len(history) < settings.steps:
+            losses = accumulate_gradient(joined, predictor, flat, next(batches), settings, weights, scale)
+            step = Step(len(history) + 1, settings.steps, losses)
+            if not math.isfinite(losses.total):
+                parts = f"content {losses.content:g}, style {losses.style:g}, overlap {losses.overlap:g}"
+                raise stopped(step, f"the loss is not finite ({parts})")
+            finite.copy_(flat.detach())
+            gradient = flat.grad
+            if gradient is None:
+                raise ValueError("no layer of the pair took part in the forward pass, so there is nothing to learn")
+            if not bool(torch.isfinite(gradient).all()):
+                skipped, scale = skipped + 1, scale / 4
+                adam.zero_grad()
+                if skipped > MAX_SKIPPED:
+                    what = f"the gradient is not finite although the loss ({losses.total:g}) is"
+                    raise stopped(step, f"{what}, after {skipped} tries at smaller loss scales")
+                continue
+            skipped = 0
+            gradient.div_(scale)
+            adam.step()
+            adam.zero_grad()
+            history.append(step)
+            if settings.steps - step.index < averaged:
+                mean += flat.detach() / averaged
+            if on_step is not None:
+                on_step(step)
+            if _closed(joined, flat):
+                return Result(joined.unflatten(flat), history, "the overlap reached zero")
+        return Result(joined.unflatten(mean), history)
+
+
+def _weights(joined: JoinedPair, predictor: Predictor, references: References, settings: Settings) -> dict[str, float]:
+    """What each retention is multiplied by: 1, or for a relative objective its inverse at the direct merge."""
+    if not settings.objective.relative:
+        return {"content": 1.0, "style": 1.0}
+    ones = [Coefficients.ones(joined.pair)]
+    (at_start,) = measure_retention(
+        joined, predictor, references, ones, settings.seed + 1, retention=settings.objective.retention
+    )
+    return {concept: 1 / value if value else 1.0 for concept, value in at_start.items()}
+
+
+def _closed(joined: JoinedPair, flat: Tensor) -> bool:
+    """Whether no column is left in both LoRAs: the paper's stop. Column by column, so that signs cannot cancel."""
+    if not joined.shared_sizes:
+        return False
+    content, style = joined.shared_columns(flat.detach())
+    return bool((content * style).abs().mean() < _ZERO_OVERLAP)
+
+
+def accumulate_gradient(
+    joined: JoinedPair,
+    predictor: Predictor,
+    flat: Tensor,
+    batches: Sequence[Batch],
+    settings: Settings,
+    weights: dict[str, float],
+    scale: float = 1.0,
+) -> Losses:
+    """The objective on the rows of one step; adds the gradient of scale · loss to `flat.grad`.
+
+    flat: (pair.coefficient_count,) leaf that requires a gradient. weights: of each concept's retention. Content
+    and style may come in one batch or in two: the loss and the gradient are the same.
+    """
+    values = {"content": 0.0, "style": 0.0}
+    for batch in batches:
+        with torch.no_grad():
+            teacher = predictor(batch, joined.teacher(batch.is_style))
+        student = predictor(batch, joined.student(flat))
+        losses = retentions(student, teacher, batch.is_style.to(teacher.device), settings.objective.retention)
+        losses = {concept: loss * weights[concept] for concept, loss in losses.items()}
+        torch.autograd.backward(torch.stack(list(losses.values())).sum() * scale)
+        for concept, loss in losses.items():
+            values[concept] = loss.item()
+    overlap = flat.new_zeros(())
+    if joined.shared_sizes:
+        overlap = settings.objective.overlap(*joined.shared_columns(flat), joined.shared_sizes)
+        torch.autograd.backward(overlap * (settings.similarity_lambda * scale))
+    total = values["content"] + values["style"] + settings.similarity_lambda * overlap.item()
+    return Losses(values["content"], values["style"], overlap.item(), total)
