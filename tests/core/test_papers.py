@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import dev
+from benchmarks import intervals
+from benchmarks.quality_table import read_records
 from devhost.base import NODES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -102,17 +104,20 @@ def test_readme_links_every_help_page_and_names_every_graph_and_page() -> None:
     assert not [page.name for page in (ROOT / "docs").glob("*.md") if f"](docs/{page.name})" not in text]
 
 
-def test_readmes_results_are_those_of_the_whole_table() -> None:
-    """Rows of the small table, without their first cell, are columns of rows of the large one."""
+def test_results_in_the_papers_are_what_the_command_prints() -> None:
+    """Rows of docs/benchmarks.md without their first cell are the command's; README's are columns of those."""
 
-    def rows(paper: Path, width: int) -> list[list[str]]:
-        lines = (line for line in text_of(paper).splitlines() if re.match(r"\|.*\| \d\.\d\d \|", line))
+    def rows(text: str, width: int) -> list[list[str]]:
+        lines = (line.replace("−", "-") for line in text.splitlines() if re.match(r"\|.*\| \d\.\d\d \|", line))
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         return [row[1:] for row in cells if len(row) == width]
 
-    small, large = rows(README, 5), rows(ROOT / "docs" / "benchmarks.md", 10)
-    assert small and large
-    assert not [row for row in small if row not in [[*whole[:3], whole[-1]] for whole in large]]
+    records = intervals.without(read_records(intervals.RESULTS / "confirm.jsonl"), intervals.WEAK["confirm"])
+    printed = rows("\n".join(intervals.table(records, "direct 1/1")), 12)
+    columns = [row[1:5] + row[7:] for row in printed]  # without the number of pairs, colors and structure
+    large, small = rows(text_of(ROOT / "docs" / "benchmarks.md"), 9), rows(text_of(README), 5)
+    assert len(large) > 10 and not [row for row in large if row not in columns]
+    assert len(small) == 4 and not [row for row in small if row not in [[*whole[:3], whole[4]] for whole in large]]
 
 
 def test_the_map_has_every_folder() -> None:
