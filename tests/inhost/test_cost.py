@@ -171,13 +171,18 @@ def test_a_rehearsal_leaves_no_step_of_its_pass_alive(pack):
     assert steps() == before
 
 
+def stepped(pack):
+    """Settings with a backward pass in them."""
+    return pack.ziplora_core.solver.Settings(solver="layerwise, then gradient")
+
+
 def plans(pack, monkeypatch, rooms, **settings):
     patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
     pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
     rehearsed = bridge.memory.rehearsal.Rehearsal(outside=10**9, inputs=[10**8] * 10, inside=[10**9] * 10)
     monkeypatch.setattr(bridge.memory.rehearsal, "rehearse", lambda *_: rehearsed)
     latents = {c: v["samples"] for c, v in tiny.latents().items()}
-    settings = pack.ziplora_core.solver.Settings(**settings)
+    settings = pack.ziplora_core.solver.Settings(**{"solver": "layerwise, then gradient", **settings})
     return [bridge.memory.plan.make(patcher, pair, tiny.prompts(), latents, settings, int(room)) for room in rooms]
 
 
@@ -205,7 +210,7 @@ def test_a_model_that_cannot_be_rehearsed_is_run_sparingly(pack, monkeypatch, ca
     pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
     monkeypatch.setattr(bridge.memory.rehearsal, "rehearse", fails)
     latents = {c: v["samples"] for c, v in tiny.latents().items()}
-    plan = bridge.memory.plan.make(patcher, pair, tiny.prompts(), latents, pack.ziplora_core.solver.Settings(), 10**12)
+    plan = bridge.memory.plan.make(patcher, pair, tiny.prompts(), latents, stepped(pack), 10**12)
     assert plan.together and plan.recomputed == plan.blocks > 0 and plan.need > 0
     assert "no meta kernel" in caplog.text
 
@@ -218,7 +223,7 @@ def test_an_interrupt_while_rehearsing_interrupts(pack):
     latents = {c: v["samples"] for c, v in tiny.latents().items()}
     management.interrupt_current_processing()
     with pytest.raises(management.InterruptProcessingException):
-        bridge.memory.plan.make(patcher, pair, tiny.prompts(), latents, pack.ziplora_core.solver.Settings(), 10**12)
+        bridge.memory.plan.make(patcher, pair, tiny.prompts(), latents, stepped(pack), 10**12)
 
 
 @pytest.mark.parametrize("times", [1, 2])

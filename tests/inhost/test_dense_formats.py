@@ -161,7 +161,7 @@ def test_a_pair_of_them_is_zipped(pack, name):
     file = written(patcher.model, "linear", name)
     other = tiny.full_size.attention_lora(patcher.model, 2, 1, torch.float32)
     sources = as_sources(pack, file, other)
-    settings = pack.ziplora_core.solver.Settings(steps=2)
+    settings = pack.ziplora_core.solver.Settings(steps=2, solver="layerwise, then gradient")
     with torch.inference_mode():
         zipped, _, report, _ = pack.nodes.bridge.optimize.zipping.optimize(
             patcher, sources, tiny.prompts(), tiny.latents(), settings

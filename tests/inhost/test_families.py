@@ -88,7 +88,7 @@ def test_memory_is_estimated_as_it_is(pack, family):
 def test_optimising_lowers_the_losses_and_leaves_the_model(pack, family):
     patcher = family.patcher()
     before = family.sample(patcher)
-    settings = pack.ziplora_core.solver.Settings(steps=5, learning_rate=0.03)
+    settings = pack.ziplora_core.solver.Settings(steps=5, learning_rate=0.03, solver="layerwise, then gradient")
     with torch.inference_mode():
         _, losses, report, _ = pack.nodes.bridge.optimize.zipping.optimize(
             patcher, pair_of(pack, family, patcher.model), family.prompts(), family.latents(), settings

@@ -20,7 +20,7 @@ def shows(picture: torch.Tensor, name: str) -> bool:
 @pytest.fixture(scope="module")
 def zipped(pack):
     patcher = tiny.tiny_patcher()
-    settings = pack.ziplora_core.solver.Settings(steps=3)
+    settings = pack.ziplora_core.solver.Settings(steps=3, solver="layerwise, then gradient")
     with torch.inference_mode():
         return pack.nodes.bridge.optimize.zipping.optimize(
             patcher, tiny.sources(pack, patcher.model), tiny.prompts(), tiny.latents(), settings

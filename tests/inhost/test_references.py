@@ -20,7 +20,7 @@ def test_retention_is_as_with_the_true_pictures(pack, content, style):
     sources = studio.sources(*concepts.values())
     conditioning = {c: studio.prompt(t.learned.prompt) for c, t in concepts.items()}
     true = {c: {"samples": studio.latents(t)} for c, t in concepts.items()}
-    settings = core.solver.Settings()
+    settings = core.solver.Settings(solver="layerwise, then gradient")
     merges, shown = [], []
     for latents in (true, {"content": None, "style": None}, {"content": None, "style": true["style"]}):
         with torch.inference_mode():
