@@ -66,7 +66,7 @@ def test_graph_runs_to_the_end(
     put_in(opened, "What to draw: subject in style", text=world.prompt(subject, style))
     put_in(opened, "ImageScale", width=world.size, height=world.size)
     put_in(opened, "EmptyLatentImage", width=world.size, height=world.size)
-    put_in(opened, "ZipLoRAOptimize", steps=3)
+    put_in(opened, "ZipLoRAOptimize", steps=3, solver="layerwise, then gradient")
     put_in(opened, "KSampler", steps=3)
 
     history = server.wait(opened.queue())
