@@ -6,7 +6,7 @@ python3 dev.py run benchmarks/quality.py --candidates --block choose --seeds 0 -
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from benchmarks.studio import core
 Coefficients = core.coefficients.Coefficients
 layerwise = core.layerwise
 CONCEPTS = ("content", "style")
-Solve = Callable[[Any, dict[str, Tensor], dict[str, float]], Tensor]
 
 
 def softened(case: Case, mu: float, outputs: float = 0.0) -> tuple[Any, Any]:
@@ -66,8 +65,8 @@ def layer_wise(
     concepts of which half the references are pictures of the composed prompt, seen with the concept's own prompt.
     parts_of: what errors are counted in: the direct merge's, what a LoRA itself adds ("own"), or nothing ("equal").
     alike: "layer" for one coefficient in a layer for each LoRA. prior: ridge of the solution with the identity's
-    moments that this one is pulled towards. prompts: "kept" where layers that see the
-    prompt keep its moments, "identity" where only these have the identity's.
+    moments (shared columns) that this one is pulled towards. prompts: "kept" where layers that see the prompt keep its
+    moments, "identity" where only these have the identity's.
     """
 
     def run(case: Case) -> Merge:
@@ -104,8 +103,7 @@ def layer_wise(
                     one = layerwise.Quadratic(spread.T @ problem.q @ spread, problem.b @ spread, problem.constant)
                     solution = spread @ _pulled(one, ridge, pull)
                 else:
-                    towards = _of_weights(layer, prior) if prior else pull
-                    solution = _pulled(problem, ridge, towards)
+                    solution = _pulled(problem, ridge, _of_weights(joined, name, prior) if prior else pull)
                 parts = torch.split(solution, layer.columns)
                 for (concept, _), part in zip(layerwise._halves(layer), parts, strict=True):
                     found[concept][name] = part.cpu().float()
@@ -175,13 +173,10 @@ def composed_moments(joined: Any, predictor: Any, references: Any, seed: int) ->
     return moments
 
 
-def _of_weights(layer: Any, ridge: float) -> Tensor:
-    """The solution with the identity in the place of the moments: of the weights alone."""
-    form = layerwise.gram(layer)
-    eye = torch.eye(layer.columns).to(form).repeat(len(layerwise._halves(layer)), len(layerwise._halves(layer)))
-    forms = dict.fromkeys(CONCEPTS, form * eye)
-    weights = {c: 1 / e if e > 0 else 0.0 for c, e in layerwise.error_at_direct(layer, forms).items()}
-    return layerwise.solve(layerwise.quadratic(layer, forms, weights), ridge)
+def _of_weights(joined: Any, name: str, ridge: float) -> Tensor:
+    """Shared columns of a layer, stacked as its columns are."""
+    solved = core.shares.layer_coefficients([factors for _, factors in joined.pair.layers[name].halves()], ridge)
+    return torch.cat(solved)
 
 
 def _pulled(problem: Any, ridge: float, pull: float | Tensor) -> Tensor:
@@ -253,7 +248,10 @@ def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
 
 
 CANDIDATES: dict[str, Method] = {
-    **{name: METHODS[name] for name in ("direct 1/1", "direct .8/.8", "direct .6/.8", "NP-LoRA", "default")},
+    **{
+        name: METHODS[name]
+        for name in ("direct 1/1", "direct .8/.8", "direct .6/.8", "NP-LoRA", "shared columns", "default")
+    },
     "old default": stepped(layer_wise()),
     "layer-wise": layer_wise(),
     "layer-wise, style twice": layer_wise(style=2.0),
@@ -272,7 +270,6 @@ CANDIDATES: dict[str, Method] = {
     "NP .5, half identity": layer_wise(mu=0.5, identity=0.5),
     "NP .5, identity": layer_wise(mu=0.5, identity=1.0),
     "identity, pull .8": layer_wise(identity=1.0, pull=0.8),
-    "identity, ridge .3": layer_wise(identity=1.0, ridge=0.3),
     "identity, ridge 3": layer_wise(identity=1.0, ridge=3.0),
     "identity, ridge .1": layer_wise(identity=1.0, ridge=0.1),
     "identity, own, ridge .3": layer_wise(identity=1.0, ridge=0.3, parts_of="own"),
