@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import moments
 from benchmarks.methods import METHODS, Case, Merge, Method, timed
 from benchmarks.studio import core
 
 Coefficients = core.coefficients.Coefficients
-layerwise = core.layerwise
 CONCEPTS = ("content", "style")
 
 
@@ -56,6 +56,8 @@ def layer_wise(
     alike: str = "",
     prior: float = 0.0,
     prompts: str = "",
+    diagonal: bool = False,
+    positions: int = 0,
 ) -> Method:
     """The closed form, changed.
 
@@ -66,7 +68,8 @@ def layer_wise(
     parts_of: what errors are counted in: the direct merge's, what a LoRA itself adds ("own"), or nothing ("equal").
     alike: "layer" for one coefficient in a layer for each LoRA. prior: ridge of the solution with the identity's
     moments (shared columns) that this one is pulled towards. prompts: "kept" where layers that see the prompt keep its
-    moments, "identity" where only these have the identity's.
+    moments, "identity" where only these have the identity's. diagonal: moments without what inputs have in common, so
+    that each column is a problem of its own. positions: of a layer's input that are kept of each row and pass; 0: all.
     """
 
     def run(case: Case) -> Merge:
@@ -74,38 +77,39 @@ def layer_wise(
         fitted, joined = softened(case, mu, outputs)
         found: dict[str, dict[str, Tensor]] = {c: {} for c in CONCEPTS}
         with torch.inference_mode(False), torch.no_grad():
-            moments = layerwise._record(
-                joined, case.predictor, case.references, case.seed, layerwise._DRAWS, joined.layers
-            )
+            seen_by = Sampled(positions) if positions else moments.Moments()
+            record = moments.record(joined, case.predictor, case.references, case.seed, seen_by)
             if restyled:
-                _restyle(moments, case, joined, restyled)
-            for (source, _), seen in moments.sums.items():
+                _restyle(record, case, joined, restyled)
+            for (source, _), seen in record.sums.items():
                 sees_prompt = ".attn2.to_" in source and ".to_q" not in source and ".to_out" not in source
                 if prompts and sees_prompt != (prompts == "identity"):
                     continue
                 trace = seen.total.diagonal().mean()
                 seen.total = (1 - identity) * seen.total + identity * trace * torch.eye(len(seen.total)).to(seen.total)
-            for name in moments.source:
+                if diagonal:
+                    seen.total = torch.diag(seen.total.diagonal())
+            for name in record.source:
                 layer = joined.layers[name]
-                forms = moments.forms(name, layer)
-                direct = layerwise.error_at_direct(layer, forms)
+                forms = record.forms(name, layer)
+                direct = moments.error_at_direct(layer, forms)
                 if parts_of != "direct":
                     sizes = {"content": direct["style"], "style": direct["content"]}
                     direct = sizes if parts_of == "own" else dict.fromkeys(direct, sum(direct.values()))
                 weights = {c: 1 / e if e > 0 else 0.0 for c, e in direct.items()}
                 weights["style"] *= style
-                problem = layerwise.quadratic(layer, forms, weights)
+                problem = moments.quadratic(layer, forms, weights)
                 if composed:
-                    problem = _held(problem, _composed_form(case, moments, name, layer), composed)
+                    problem = _held(problem, _composed_form(case, name, layer), composed)
                 if alike:
-                    spread = torch.block_diag(*[torch.ones(layer.columns, 1)] * len(layerwise._halves(layer)))
+                    spread = torch.block_diag(*[torch.ones(layer.columns, 1)] * len(moments.halves(layer)))
                     spread = spread.to(problem.q)
-                    one = layerwise.Quadratic(spread.T @ problem.q @ spread, problem.b @ spread, problem.constant)
+                    one = moments.Quadratic(spread.T @ problem.q @ spread, problem.b @ spread, problem.constant)
                     solution = spread @ _pulled(one, ridge, pull)
                 else:
                     solution = _pulled(problem, ridge, _of_weights(joined, name, prior) if prior else pull)
                 parts = torch.split(solution, layer.columns)
-                for (concept, _), part in zip(layerwise._halves(layer), parts, strict=True):
+                for (concept, _), part in zip(moments.halves(layer), parts, strict=True):
                     found[concept][name] = part.cpu().float()
         ones = Coefficients.ones(joined.pair)
         merged = Coefficients({**ones.content, **found["content"]}, {**ones.style, **found["style"]})
@@ -114,12 +118,25 @@ def layer_wise(
     return run
 
 
-def _restyle(moments: Any, case: Case, joined: Any, concepts: Sequence[str]) -> None:
+class Sampled(moments.Moments):
+    """Moments of some of a layer's positions, spread over its input by the golden ratio."""
+
+    def __init__(self, positions: int):
+        super().__init__()
+        self.positions = positions
+
+    def add(self, name: str, concept: str, rows: Tensor) -> None:
+        if len(rows) > self.positions:
+            start = self.sums[name, concept].count if (name, concept) in self.sums else 0
+            places = (torch.arange(start, start + self.positions) * core.draws.GOLDEN % 1 * len(rows)).long()
+            rows = rows[places.to(rows.device)]
+        super().add(name, concept, rows)
+
+
+def _restyle(record: Any, case: Case, joined: Any, concepts: Sequence[str]) -> None:
     """Add to concepts' moments as much of what their teachers see of composed pictures."""
-    more = layerwise._record(
-        joined, case.predictor, case.composed.references, case.seed + 1, layerwise._DRAWS, joined.layers
-    )
-    for (name, concept), seen in moments.sums.items():
+    more = moments.record(joined, case.predictor, case.composed.references, case.seed + 1)
+    for (name, concept), seen in record.sums.items():
         if concept in concepts:
             added = more.sums[name, concept]
             seen.total += added.total
@@ -134,30 +151,30 @@ class Composed:
     moments: Any
 
 
-def _composed_form(case: Case, moments: Any, name: str, layer: Any) -> Tensor:
+def _composed_form(case: Case, name: str, layer: Any) -> Tensor:
     """H of a layer under the composed prompt."""
     seen = case.composed.moments
     mean = seen.sums[seen.source[name], "content"].mean
     if layer.down.ndim > 2:
         return mean
-    halves = len(layerwise._halves(layer))
-    return layerwise.gram(layer) * mean.repeat(halves, halves)
+    halves = len(moments.halves(layer))
+    return moments.gram(layer) * mean.repeat(halves, halves)
 
 
 def _held(problem: Any, form: Tensor, weight: float) -> Any:
     """The problem + weight · (z − 1)ᵀ H (z − 1), in parts of what the direct merge adds there."""
     size = form.sum().item()
     held = form * (weight / size if size > 0 else 0.0)
-    return layerwise.Quadratic(problem.q + held, problem.b + held.sum(1), problem.constant + held.sum().item())
+    return moments.Quadratic(problem.q + held, problem.b + held.sum(1), problem.constant + held.sum().item())
 
 
-class ComposedBranch(layerwise.RecordingBranch):
+class ComposedBranch(moments.MomentsBranch):
     """The direct merge, all of whose rows are recorded together, as the content's."""
 
-    def __init__(self, joined: Any, moments: Any):
-        parts = {n: torch.ones(layer.columns * len(layerwise._halves(layer))) for n, layer in joined.layers.items()}
+    def __init__(self, joined: Any, record: Any):
+        parts = {n: torch.ones(layer.columns * len(moments.halves(layer))) for n, layer in joined.layers.items()}
         core.branch.Branch.__init__(self, joined.layers, coefficients=parts)
-        self._moments, self._recent = moments, []
+        self._moments, self._recent = record, []
 
     def own(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x[:0]
@@ -165,25 +182,25 @@ class ComposedBranch(layerwise.RecordingBranch):
 
 def composed_moments(joined: Any, predictor: Any, references: Any, seed: int) -> Any:
     """What layers see of composed pictures under the composed prompt, which both of the predictor's prompts are."""
-    moments = layerwise.Moments(frozenset(joined.layers))
+    record = moments.Moments()
     with torch.inference_mode(False), torch.no_grad():
-        draws = core.draws.spread_batches(references, predictor, seed + 0xC0, layerwise._DRAWS)
+        draws = core.draws.spread_batches(references, predictor, seed + 0xC0, core.layerwise.DRAWS)
         for batch in (batch for batches in draws for batch in batches):
-            predictor(batch, ComposedBranch(joined, moments))
-    return moments
+            predictor(batch, ComposedBranch(joined, record))
+    return record
 
 
 def _of_weights(joined: Any, name: str, ridge: float) -> Tensor:
     """Shared columns of a layer, stacked as its columns are."""
-    solved = core.shares.layer_coefficients([factors for _, factors in joined.pair.layers[name].halves()], ridge)
-    return torch.cat(solved)
+    solved = core.shares.share([factors for _, factors in joined.pair.layers[name].halves()], ridge)
+    return torch.cat(solved.coefficients)
 
 
 def _pulled(problem: Any, ridge: float, pull: float | Tensor) -> Tensor:
     """argmin of the problem + ridge · mean(diag Q) · ‖z − pull‖², by the core's own solve in z − pull + 1."""
     away = torch.as_tensor(pull, dtype=problem.q.dtype, device=problem.q.device) - 1
     moved = problem.q @ away.expand(len(problem.q))
-    return layerwise.solve(layerwise.Quadratic(problem.q, problem.b - moved, problem.constant), ridge) + away
+    return moments.solve(moments.Quadratic(problem.q, problem.b - moved, problem.constant), ridge) + away
 
 
 def stepped(method: Method) -> Method:
@@ -210,10 +227,8 @@ def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
         fitted, joined = softened(case, mu)
         layers = dict(fitted.pair.layers)
         with torch.inference_mode(False), torch.no_grad():
-            moments = layerwise._record(
-                joined, case.predictor, case.references, case.seed, layerwise._DRAWS, joined.layers
-            )
-            for name in moments.source:
+            record = moments.record(joined, case.predictor, case.references, case.seed)
+            for name in record.source:
                 layer = joined.layers[name]
                 if (
                     layer.down.ndim > 2
@@ -225,7 +240,7 @@ def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
                 outs = up.T @ up
                 grams = {}
                 for c in CONCEPTS:
-                    seen = moments.sums[moments.source[name], c].mean.double()
+                    seen = record.sums[record.source[name], c].mean.double()
                     grams[c] = down @ seen @ down.T
                 sizes = {c: float((outs * grams[c]).sum()) for c in CONCEPTS}
                 zero = down @ down.T
@@ -282,6 +297,13 @@ CANDIDATES: dict[str, Method] = {
     "layer-wise, prompts identity": layer_wise(identity=1.0, prompts="identity"),
     "layer-wise to identity, prompts identity": layer_wise(identity=1.0, prior=0.3, prompts="identity"),
     "layer-wise to identity": layer_wise(prior=0.3),
+    "diagonal": layer_wise(diagonal=True, ridge=0.3),
+    "diagonal, ridge 1": layer_wise(diagonal=True),
+    "diagonal, ridge .1": layer_wise(diagonal=True, ridge=0.1),
+    "diagonal, pull .8": layer_wise(diagonal=True, pull=0.8),
+    "diagonal to identity": layer_wise(diagonal=True, prior=0.3),
+    "8 positions": layer_wise(prior=0.3, positions=8),
+    "24 positions": layer_wise(prior=0.3, positions=24),
     "layer-wise to identity, ridge 3": layer_wise(prior=0.3, ridge=3.0),
     "NP .2, half identity, pull .7": layer_wise(mu=0.2, identity=0.5, pull=0.7),
     "layer-wise, pull .6": layer_wise(pull=0.6),

@@ -43,15 +43,14 @@ def main() -> int:
     settings = PACK.ziplora_core.solver.Settings(batch_size=given.batch_size)
     weights = model.model_size()
     print(f"weights {weights / 1e9:.1f} GB, {given.size} x {given.size}, rank {given.rank}, batch {given.batch_size}\n")
-    print("| card, GB | beside the weights, GB | needed, GB | references | blocks run again | layer-wise start, GB |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| card, GB | beside the weights, GB | needed, GB | references | blocks run again |")
+    print("| --- | --- | --- | --- | --- |")
     for card in CARDS:
         room = max(0, int((card - given.reserve) * 1e9 - weights))
         plan = bridge.memory.plan.make(model, pair, prompts, latents, settings, room)
         together = "in one pass" if plan.together else "one at a time"
         print(
-            f"| {card} | {room / 1e9:.1f} | {plan.need / 1e9:.1f} | {together} | {plan.recomputed} of {plan.blocks} | "
-            f"{plan.moments / 1e9:.1f} |"
+            f"| {card} | {room / 1e9:.1f} | {plan.need / 1e9:.1f} | {together} | {plan.recomputed} of {plan.blocks} |"
         )
     print("\nTrain Concept LoRA\n")
     print("| card, GB | beside the weights, GB | needed, GB | in all, GB | blocks run again |")

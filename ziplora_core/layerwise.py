@@ -1,150 +1,68 @@
-"""A merge without backpropagation: what it changes in each layer's output, as a quadratic form.
+"""A merge without backpropagation: columns go to the LoRA under whose reference their input feature is active.
 
-With x the input of a layer under the content reference, G_ab = ΔW_aᵀ ΔW_b (from the factors) and C = E[x xᵀ],
-
-    E‖ΔW_c·diag(m_c − 1)·x + ΔW_s·diag(m_s)·x‖² = uᵀ H u,    u = (m_c − 1, m_s),    H = G ∘ C,
-
-and under the style reference the same with its own H and v = (m_c, m_s − 1). The inputs are those that each
-concept's own LoRA sees: a few forward passes, no gradient. The sum of both has its minimum in closed form.
+A few forward passes, in which each reference's rows see their own LoRA alone, give E_r[x²] of each input feature of
+each layer under each reference; with these `shares` has each layer's coefficients in closed form. What is kept between
+passes is one number for each coefficient, and no pass has a gradient.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import shares
 from .branch import Branch, JoinedPair
 from .coefficients import Coefficients
 from .draws import spread_batches
-from .frozen import Base, JoinedLayer
-from .pair import CONCEPTS, LoRAPair
+from .frozen import Base
+from .pair import CONCEPTS, Factors
+from .shares import refuse_not_finite, share
 from .solver import Predictor, References, Settings
 
-_DRAWS = 8  # passes over both references, spread over the timesteps
+DRAWS = 8  # passes over the references, spread over the timesteps
 _SEED = 0x1A7E  # added to the seed: noise apart from training's and from measuring's
-MOMENTS = 2**30  # bytes of moments kept at once
-_EXACT, _REFINEMENTS = 1e-12, 8  # of a refined solution: residual over right-hand side, and tries
-_POSITIONS = 64  # of a convolution's output, per row and pass: enough of them, and of bounded cost
 
 
 @dataclass
-class _Sum:
-    total: Tensor
-    count: int = 0
+class Activity:
+    """E_r[x²] of what layers see: sums (columns,) float32 by layer and concept, and of how many rows."""
 
-    @property
-    def mean(self) -> Tensor:
-        return self.total / max(self.count, 1)
+    sums: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)
 
+    def add(self, name: str, concept: str, x: Tensor) -> None:
+        """x: (..., columns), of any dtype; added up in float32."""
+        rows = x.flatten(0, -2)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=wide).square().float()
+        at = (name, concept)
+        self.sums[at] = self.sums[at] + squares if at in self.sums else squares
+        self.counts[at] = self.counts.get(at, 0) + len(rows)
 
-@dataclass
-class Moments:
-    """Second moments of what layers see, by concept; layers with the same input (q, k and v; prompts) share them.
-
-    source: layer -> the first layer that had the same input. A convolution keeps its form H, a linear layer C.
-    """
-
-    names: frozenset[str]
-    keep: bool = True
-    source: dict[str, str] = field(default_factory=dict)
-    sums: dict[tuple[str, str], _Sum] = field(default_factory=dict)
-
-    def add(self, name: str, concept: str, rows: Tensor) -> None:
-        """rows: (samples, n) float32; adds rowsᵀ rows."""
-        self.add_form(name, concept, rows.T @ rows, len(rows))
-
-    def add_form(self, name: str, concept: str, form: Tensor, count: int) -> None:
-        seen = self.sums.setdefault((name, concept), _Sum(torch.zeros_like(form)))
-        seen.total += form
-        seen.count += count
-
-    def forms(self, name: str, layer: JoinedLayer) -> dict[str, Tensor]:
-        """H of a layer under each concept's reference, float32; columns as in `stacked`."""
-        means = {concept: self.sums[self.source[name], concept].mean for concept in CONCEPTS}
-        if layer.down.ndim > 2:
-            return means
-        halves, g = len(_halves(layer)), gram(layer)
-        return {concept: g * mean.repeat(halves, halves) for concept, mean in means.items()}
-
-
-def _halves(layer: JoinedLayer) -> list[tuple[str, slice]]:
-    """The concepts that change a layer, content first, and their part of the rank axis."""
-    return [(c, part) for c, part in zip(CONCEPTS, layer.parts, strict=True) if layer.down[part].shape[0]]
-
-
-def stacked(layer: JoinedLayer, down: Tensor) -> Tensor:
-    """down (..., R, n) as (..., R, halves · n): each half of the rank axis beside the other, zeros elsewhere."""
-    blocks = []
-    for _, part in _halves(layer):
-        block = torch.zeros_like(down)
-        block[..., part, :] = down[..., part, :]
-        blocks.append(block)
-    return torch.cat(blocks, dim=-1)
-
-
-def gram(layer: JoinedLayer) -> Tensor:
-    """ΔWᵀ ΔW of [ΔW_c | ΔW_s] beside each other, (halves · n, halves · n) float32."""
-    up, down = layer.up.float(), stacked(layer, layer.down.float())
-    return down.T @ ((up.T @ up) @ down)
-
-
-def _convolution_form(layer: JoinedLayer, x: Tensor, **convolution: Any) -> tuple[Tensor, int]:
-    """(Σ over sampled output positions of each column's output times each other's, number of positions)."""
-    kernel = tuple(layer.down.shape[2:])
-    patches = F.unfold(x.float(), kernel, **convolution)  # rows, n · kernel, positions
-    every = max(1, patches.shape[2] // _POSITIONS)
-    chosen = patches[:, :, ::every].movedim(1, 2).reshape(-1, layer.columns, patches.shape[1] // layer.columns)
-    up, down = layer.up.float(), layer.down.float().flatten(2)
-    out = torch.einsum("rnk,snk->srn", down, chosen)  # each column's part of the hidden channels
-    factor = torch.linalg.qr(up, mode="r").R  # ‖up h‖ = ‖factor h‖
-    rows = (factor @ stacked(layer, out)).flatten(0, 1)
-    return rows.T @ rows, len(chosen)
-
-
-def _version(x: Tensor) -> int:
-    """Changes when a tensor is changed in place, where torch counts that."""
-    return 0 if x.is_inference() else int(x._version)
+    def of(self, name: str, concepts: list[str]) -> Tensor | None:
+        """(columns, concepts) of a layer; None where it took no part in a pass of theirs."""
+        if any((name, concept) not in self.sums for concept in concepts):
+            return None
+        return torch.stack([self.sums[name, c] / self.counts[name, c] for c in concepts], dim=1)
 
 
 class RecordingBranch(Branch):
-    """A teacher that adds up second moments of what its layers see."""
+    """A teacher that adds up how active the features are that its layers see."""
 
-    def __init__(self, joined: JoinedPair, is_style: Tensor, moments: Moments):
+    def __init__(self, joined: JoinedPair, is_style: Tensor, activity: Activity):
         super().__init__(joined.layers, is_style=is_style)
-        self._moments = moments
-        self._recent: list[tuple[Tensor, int, str]] = []  # kept alive, so that `is` means the same input
+        self._activity = activity
 
     def layer(self, name: str, x: Tensor, base: Base, **convolution: Any) -> Tensor:
-        if name in self._moments.names:
-            self._record(name, x, convolution)
-        return super().layer(name, x, base, **convolution)
-
-    def _record(self, name: str, x: Tensor, convolution: dict[str, Any]) -> None:
         layer = self._layers[name]
-        linear = layer.down.ndim == 2
-        for seen, version, source in self._recent:
-            if seen is x and version == _version(x) and linear:
-                self._moments.source[name] = source
-                return
-        self._moments.source[name] = name
-        if linear:
-            self._recent = [*self._recent[-7:], (x, _version(x), name)]
-        if not self._moments.keep:
-            return
         for concept, mine in zip(CONCEPTS, self.own(x), strict=True):
-            if not len(mine):
-                continue
-            if linear:
-                self._moments.add(name, concept, mine.flatten(0, -2).float())
-            else:
-                self._moments.add_form(name, concept, *_convolution_form(layer, mine, **convolution))
+            if len(mine):
+                features = mine if layer.down.ndim == 2 else mine.movedim(1, -1)
+                self._activity.add(name, concept, features)
+        return super().layer(name, x, base, **convolution)
 
 
 @dataclass(frozen=True)
@@ -157,118 +75,13 @@ class SolvedLayer:
     left: float
 
 
-@dataclass(frozen=True)
-class Quadratic:
-    """zᵀ Q z − 2 bᵀ z + constant in the coefficients z = (m_c, m_s) of one layer, or those that it has."""
-
-    q: Tensor
-    b: Tensor
-    constant: float
-
-    def __call__(self, z: Tensor) -> float:
-        return (z @ (self.q @ z - 2 * self.b)).item() + self.constant
-
-    def left(self, z: Tensor) -> float:
-        """The error at z over that of the direct merge; 1 where there is none to take away."""
-        direct = self(torch.ones_like(z))
-        return max(self(z), 0.0) / direct if direct > 0 else 1.0
-
-
-def quadratic(layer: JoinedLayer, forms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Quadratic:
-    """The layer's error under both references, each times its weight. forms: concept -> H."""
-    q = torch.stack([weights[c] * forms[c] for c in CONCEPTS]).sum(0)
-    b, constant = q.new_zeros(len(q)), 0.0
-    for number, (concept, _) in enumerate(_halves(layer)):
-        own = slice(number * layer.columns, (number + 1) * layer.columns)
-        row = weights[concept] * forms[concept][:, own].sum(1)
-        b, constant = b + row, constant + row[own].sum().item()
-    return Quadratic(q, b, constant)
-
-
-def error_at_direct(layer: JoinedLayer, forms: Mapping[str, Tensor]) -> dict[str, float]:
-    """E‖·‖² of the direct merge under each reference: what the other LoRA adds to the layer's output.
-
-    Where there is no other LoRA, what the reference's own adds.
-    """
-    added = {}  # LoRA -> what it adds under each reference
-    for number, (concept, _) in enumerate(_halves(layer)):
-        part = slice(number * layer.columns, (number + 1) * layer.columns)
-        added[concept] = {reference: forms[reference][part, part].sum().item() for reference in CONCEPTS}
-    disturber = {"content": "style", "style": "content"}
-    return {c: added.get(disturber[c], added.get(c, {}))[c] for c in CONCEPTS}
-
-
-def solve(problem: Quadratic, ridge: float, towards: Tensor | None = None) -> Tensor:
-    """argmin zᵀQz − 2 bᵀz + ridge·mean(diag Q)·‖z − towards‖², by Cholesky after scaling the diagonal to one.
-
-    The ridge keeps columns of which the references say little near `towards`; None: near one. Factored in float32,
-    where graphics cards are many times faster, and refined in float64 until that is what it equals; factored in
-    float64 where it does not get there.
-    """
-    device = "cpu" if problem.q.device.type == "mps" else problem.q.device  # which has no float64
-    q = problem.q.to(device, torch.float64, copy=True)
-    shift = ridge * q.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    q.diagonal().add_(shift)
-    pull = 1.0 if towards is None else towards.to(device, torch.float64)
-    b = problem.b.to(device, torch.float64) + shift * pull
-    scale = q.diagonal().rsqrt()
-    q.mul_(scale).mul_(scale[:, None])
-    z = _refined(q, scale * b)
-    if z is None:
-        z = torch.cholesky_solve((scale * b)[:, None], torch.linalg.cholesky(q))[:, 0]
-    return (scale * z).to(problem.b)
-
-
-def _refined(q: Tensor, b: Tensor) -> Tensor | None:
-    """The solution of q z = b to float64's own accuracy from a factor in float32; None where that is not to be had."""
-    factor, info = torch.linalg.cholesky_ex(q.float())
-    if int(info) != 0:
-        return None
-    z, goal = torch.zeros_like(b), _EXACT * b.norm()
-    for _ in range(_REFINEMENTS):
-        residual = b - q @ z
-        if residual.norm() <= goal:
-            return z
-        z += torch.cholesky_solve(residual.float()[:, None], factor)[:, 0].double()
-    return None
-
-
-def _moments_size(columns: int, convolution: bool, halves: int) -> int:
-    """Bytes of one layer's: n x n of a linear layer, of a convolution's joined columns, for each concept."""
-    side = columns * (halves if convolution else 1)
-    return len(CONCEPTS) * 4 * side * side
-
-
-def moments_at_most(pair: LoRAPair) -> int:
-    """Bytes of all layers' moments at once, were no two to share an input."""
-    total = 0
-    for layer in pair.layers.values():
-        factors = [f for _, f in layer.halves()]
-        total += _moments_size(layer.columns, factors[0].down.ndim > 2, len(factors))
-    return total
-
-
-def passes(pair: LoRAPair, budget: int) -> int:
-    """About how many passes over both references `merge` takes; fewer where layers share their inputs."""
-    return 1 + _DRAWS * max(1, math.ceil(moments_at_most(pair) / budget))
-
-
-def _chunks(joined: JoinedPair, source: Mapping[str, str], budget: int) -> Iterator[list[str]]:
-    """Layers in groups whose moments fit into `budget` bytes; layers with one input stay together."""
-    groups: dict[str, list[str]] = {}
-    for name, first in source.items():
-        groups.setdefault(first, []).append(name)
-    chunk: list[str] = []
-    used = 0
-    for first, names in groups.items():
-        layer = joined.layers[first]
-        size = _moments_size(layer.columns, layer.down.ndim > 2, len(_halves(layer)))
-        if chunk and used + size > budget:
-            yield chunk
-            chunk, used = [], 0
-        chunk, used = [*chunk, *names], used + size
-    if chunk:
-        yield chunk
+def record(joined: JoinedPair, predictor: Predictor, references: References, seed: int, draws: int = DRAWS) -> Activity:
+    """Teacher passes over the references, `draws` of them on noise of their own. What a predictor raises ends them."""
+    activity = Activity()
+    for batches in spread_batches(references, predictor, seed + _SEED, draws):
+        for batch in batches:
+            predictor(batch, RecordingBranch(joined, batch.is_style, activity))
+    return activity
 
 
 def merge(
@@ -278,57 +91,25 @@ def merge(
     seed: int,
     on_layer: Callable[[SolvedLayer], None] | None = None,
     ridge: float = Settings.ridge,
-    budget: int = MOMENTS,
 ) -> Coefficients:
-    """The coefficients that change each layer's output least, layer by layer, in closed form.
+    """The coefficients of every layer, from `DRAWS` passes over the references and the LoRAs' own columns.
 
-    In each layer the error under a reference counts in parts of what the direct merge does to it, and the ridge pulls
-    towards the merge by the weights alone (`shares`), which layers that take no part in a pass have. No gradient
-    through the network: about `_DRAWS` teacher passes, more of them where the moments (n x n for each distinct
-    input of width n and each concept) exceed `budget` bytes and layers are taken in groups. `on_layer`
-    is called after each; what it or the predictor raises ends the run. Deterministic for a seed. Raises
-    FloatingPointError when a layer's numbers are not finite.
+    A layer that took no part in a pass is shared out by the weights alone. `on_layer` is called after each layer; what
+    it or the predictor raises ends the run. Deterministic for a seed. Raises FloatingPointError where a layer's numbers
+    are not finite.
     """
-    known = shares.merge(joined.pair)
-    found: dict[str, dict[str, Tensor]] = {"content": dict(known.content), "style": dict(known.style)}
+    found: dict[str, dict[str, Tensor]] = {"content": {}, "style": {}}
+    device = torch.device("cpu") if joined.device.type == "mps" else joined.device  # which has no float64
     with torch.inference_mode(False), torch.no_grad():
-        source = _record(joined, predictor, references, seed, draws=1, names=joined.layers, keep=False).source
-        done = 0
-        for names in _chunks(joined, source, budget):
-            moments = _record(joined, predictor, references, seed, _DRAWS, names)
-            for name in names:
-                layer = joined.layers[name]
-                forms = moments.forms(name, layer)
-                direct = error_at_direct(layer, forms)
-                if not all(math.isfinite(error) for error in direct.values()):
-                    raise FloatingPointError(
-                        f"layer {name}: what the LoRAs do there is not finite; look at the LoRA's numbers, or load the "
-                        "model in bf16 or fp32"
-                    )
-                weights = {concept: 1 / error if error > 0 else 0.0 for concept, error in direct.items()}
-                problem = quadratic(layer, forms, weights)
-                towards = torch.cat([found[concept][name] for concept, _ in _halves(layer)])
-                solution = solve(problem, ridge, towards)
-                for (concept, _), part in zip(_halves(layer), torch.split(solution, layer.columns), strict=True):
-                    found[concept][name] = part.to("cpu", torch.float32, copy=True)
-                done += 1
-                if on_layer is not None:
-                    on_layer(SolvedLayer(name, done, len(source), problem.left(solution)))
+        activity = record(joined, predictor, references, seed)
+        for index, (name, layer) in enumerate(joined.pair.layers.items(), 1):
+            halves = list(layer.halves())
+            active = activity.of(name, [concept for concept, _ in halves])
+            factors = [Factors(f.up.to(device), f.down.to(device), f.scale) for _, f in halves]
+            solved = share(factors, ridge, None if active is None else active.to(device))
+            refuse_not_finite(name, solved)
+            for (concept, _), m in zip(halves, solved.coefficients, strict=True):
+                found[concept][name] = m
+            if on_layer is not None:
+                on_layer(SolvedLayer(name, index, len(joined.pair.layers), solved.left))
     return Coefficients(**found)
-
-
-def _record(
-    joined: JoinedPair,
-    predictor: Predictor,
-    references: References,
-    seed: int,
-    draws: int,
-    names: Iterable[str],
-    keep: bool = True,
-) -> Moments:
-    """Teacher passes in which the inputs of some layers are added up, or (keep=False) only told apart."""
-    moments = Moments(frozenset(names), keep)
-    for batches in spread_batches(references, predictor, seed + _SEED, draws):
-        for batch in batches:
-            predictor(batch, RecordingBranch(joined, batch.is_style, moments))
-    return moments

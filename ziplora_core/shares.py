@@ -1,19 +1,24 @@
-"""A merge by the weights alone: strong columns share their place, weak ones stay. No picture, prompt or model pass.
+"""A merge in which each layer's columns are shared out: strong columns share their place, weak ones stay.
 
-With a_k the column of LoRA k's update in one layer, and m_k its coefficient, the merged column should be, for inputs of
-no preferred direction, what each LoRA alone adds:
+With a_k the column of LoRA k's update that belongs to one input feature of a layer, and m_k its coefficient, the merged
+column should add what each LoRA alone adds, under each reference r by as much as the feature is active there:
 
-    min over m of  Σ_k w_k ‖Σ_i m_i a_i − a_k‖²  +  ridge · g · Σ_k w_k · ‖m − 1‖²
+    min over m of  Σ_r v_r ‖Σ_k m_k a_k − a_r‖²  +  ridge · q · ‖m − 1‖²,        v_r = w_r E_r[x²]
 
-w_k is one over what the other LoRAs add in that layer, ‖Σ_{i≠k} ΔW_i‖², and g the mean of all ‖a_i‖² there. With the
-Gram matrix G of the columns and the shares ω_k = w_k / Σ w, the minimum is (G + ridge · g)⁻¹ (G ω + ridge · g · 1): ω
-where columns are strong, 1 where they are weak. It is the layer-wise solve (`layerwise`) with the identity in the place
-of the inputs' second moments.
+x is the feature's value, w_r one over what the other LoRAs add in that layer under reference r,
+Σ over features of E_r[x²] ‖Σ_{k≠r} a_k‖², and q the mean of (Σ_r v_r) ‖a_k‖² over the layer's columns. With the Gram
+matrix G of the columns the minimum is (s G + ridge · q)⁻¹ (G v + ridge · q · 1), s = Σ_r v_r: v / s where columns are
+strong, 1 where they are weak. Without E_r[x²] every feature is as active as any other: a merge by the weights alone,
+for which no picture, prompt or model pass is needed. `layerwise` measures E_r[x²].
+
+Features of one layer count as uncorrelated. With whole second moments E_r[x xᵀ], which couple all columns of a layer,
+pictures are no better (docs/benchmarks.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,33 +44,59 @@ def column_grams(factors: Sequence[Factors]) -> Tensor:
     return grams
 
 
-def shares(grams: Tensor) -> Tensor:
-    """ω (n,): each LoRA's weight in a layer, as much as the others' update is small beside its own. Adds up to one.
+def shares(grams: Tensor, active: Tensor | None = None) -> Tensor:
+    """v of a layer's columns, (columns, n): each LoRA's weight there. Their sum over LoRAs is 1 in the mean.
 
-    grams: (columns, n, n). Where the others add nothing a LoRA has all of it; where nobody adds anything, equal parts.
+    grams: (columns, n, n). active: E_r[x²] (columns, n), None for ones. A LoRA weighs as much as the others' update is
+    small beside its own. Where the others add nothing a LoRA has all of it; where nobody adds anything, equal parts.
     """
-    total = grams.sum(0)
-    count = len(total)
-    others = 1 - torch.eye(count, dtype=total.dtype, device=total.device)
-    disturbance = torch.einsum("ki,ij,kj->k", others, total, others).clamp_min(0)
-    silent = disturbance <= torch.finfo(total.dtype).eps * total.diagonal().sum()
-    weights = silent.to(total.dtype) if silent.any() else 1 / disturbance
-    return weights / weights.sum()
+    columns, count = grams.shape[:2]
+    if active is None:
+        active = grams.new_ones(columns, count)
+    others = 1 - torch.eye(count, dtype=grams.dtype, device=grams.device)
+    disturbance = torch.einsum("jr,ri,jil,rl->r", active, others, grams, others).clamp_min(0)
+    own = torch.einsum("jr,jii->r", active, grams)
+    silent = disturbance <= torch.finfo(grams.dtype).eps * own
+    weights = silent.to(grams.dtype) if silent.any() else 1 / disturbance
+    v = weights * active
+    return v / v.sum(1).mean().clamp_min(torch.finfo(grams.dtype).tiny)
 
 
-def layer_coefficients(factors: Sequence[Factors], ridge: float = RIDGE) -> list[Tensor]:
-    """One layer's coefficients, (columns,) float32 for each of the n LoRAs in turn; ones for a single LoRA."""
+@dataclass(frozen=True)
+class SharedLayer:
+    """One layer's coefficients, (columns,) float32 for each of the n LoRAs in turn.
+
+    left: of the direct merge's error, Σ_r v_r ‖Σ_k m_k a_k − a_r‖² over all columns; 1 where that has none.
+    """
+
+    coefficients: list[Tensor]
+    left: float
+
+
+def share(factors: Sequence[Factors], ridge: float = RIDGE, active: Tensor | None = None) -> SharedLayer:
+    """The minimum above for one layer: ones for a single LoRA, or where no feature is active.
+
+    active: E_r[x²] (columns, n) on the factors' device, None for ones.
+    """
     grams = column_grams(factors)
-    omega = shares(grams)
-    shift = ridge * grams.diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(torch.float64).tiny)
-    shifted = grams + shift * torch.eye(len(omega), dtype=grams.dtype, device=grams.device)
-    wanted = (grams @ omega + shift)[..., None]
-    solution = torch.linalg.solve(shifted, wanted)[..., 0]
-    return [solution[:, i].to("cpu", torch.float32) for i in range(len(omega))]
+    v = shares(grams, None if active is None else active.double())
+    total = v.sum(1)[:, None, None]
+    q = (total * grams).diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(torch.float64).tiny)
+    identity = torch.eye(len(factors), dtype=grams.dtype, device=grams.device)
+    wanted = (grams @ v[..., None]) + ridge * q
+    solution = torch.linalg.solve(total * grams + ridge * q * identity, wanted)
+
+    def error(m: Tensor) -> float:
+        merged = total * (m.mT @ grams @ m) - 2 * m.mT @ grams @ v[..., None]
+        return float(merged.sum() + (v * grams.diagonal(dim1=1, dim2=2)).sum())
+
+    direct = error(torch.ones_like(solution))
+    left = max(error(solution), 0.0) / direct if direct > 0 else 1.0
+    return SharedLayer([m.to("cpu", torch.float32) for m in solution[..., 0].unbind(1)], left)
 
 
 def merge(pair: LoRAPair, ridge: float = RIDGE) -> Coefficients:
-    """The coefficients of every layer. ridge: the larger, the nearer to the direct merge, which has all ones.
+    """The coefficients of every layer by the weights alone. ridge: the larger, the nearer to the direct merge.
 
     Raises FloatingPointError where a layer's numbers are not finite.
     """
@@ -73,11 +104,17 @@ def merge(pair: LoRAPair, ridge: float = RIDGE) -> Coefficients:
     with torch.inference_mode(False), torch.no_grad():
         for name, layer in pair.layers.items():
             halves = list(layer.halves())
-            solved = layer_coefficients([factors for _, factors in halves], ridge)
-            for (concept, _), m in zip(halves, solved, strict=True):
-                if not m.isfinite().all():
-                    raise FloatingPointError(
-                        f"layer {name}: what the LoRAs do there is not finite; look at the LoRA's numbers"
-                    )
+            solved = share([factors for _, factors in halves], ridge)
+            refuse_not_finite(name, solved)
+            for (concept, _), m in zip(halves, solved.coefficients, strict=True):
                 found[concept][name] = m
     return Coefficients(**found)
+
+
+def refuse_not_finite(name: str, solved: SharedLayer) -> None:
+    """Raises FloatingPointError where a layer's coefficients are no numbers."""
+    if not all(m.isfinite().all() for m in solved.coefficients):
+        raise FloatingPointError(
+            f"layer {name}: what the LoRAs do there is not finite; look at the LoRA's numbers, or load the model in "
+            "bf16 or fp32"
+        )

@@ -16,13 +16,12 @@ def close(
     settings: solver.Settings,
     on_step: Callable[[solver.Step], None] | None = None,
     on_layer: Callable[[layerwise.SolvedLayer], None] | None = None,
-    moments: int = layerwise.MOMENTS,
 ) -> solver.Result:
     """Find m_c and m_s. No steps give the direct merge, whatever the solver.
 
     `on_step` hears of each gradient step, `on_layer` of each layer that is solved in closed form; what they or the
-    predictor raise ends the run. moments: bytes that the layer-wise solve may keep at once; the more, the fewer
-    passes. Raises FloatingPointError where what the LoRAs do in a layer is not finite, NotFinite where a loss is not.
+    predictor raise ends the run. Raises FloatingPointError where what the LoRAs do in a layer is not finite,
+    NotFinite where a loss is not.
     """
     if settings.steps == 0:
         return solver.direct_merge(joined.pair)
@@ -35,7 +34,7 @@ def close(
         if on_layer is not None:
             on_layer(layer)
 
-    start = layerwise.merge(joined, predictor, references, settings.seed, solved, settings.ridge, moments)
+    start = layerwise.merge(joined, predictor, references, settings.seed, solved, settings.ridge)
     if settings.solver == "layerwise":
         return solver.Result(start, stopped="solved layer by layer, in closed form", left=left)
     return replace(gradient.optimize(joined, predictor, references, settings, on_step, start), left=left)

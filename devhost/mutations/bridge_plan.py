@@ -12,8 +12,7 @@ MUTANTS = [
         PLAN,
         ("the factors are left out", "fixed = factors * dtype.itemsize + _VECTORS", "fixed = _VECTORS"),
         ("the coefficients are left out", " + _VECTORS * 4 * pair.coefficient_count", ""),
-        ("forward passes are left out", "before = fixed + 2 * workspace + (0 if", "before = fixed + (0 if"),
-        ("the layer-wise moments are left out", '(0 if settings.solver == "gradient" else moments)', "0"),
+        ("forward passes are left out", "before = fixed + 2 * workspace", "before = fixed"),
         ("a step's own workspace is left out", "passes * (_BACKWARD * workspace + rows", "passes * (rows"),
         (
             "the gradients of a block are left out",

@@ -6,13 +6,11 @@ import pytest
 import torch
 from toys import SHAPES, Dense, ToyPredictor, toy_pair, toy_references
 
-from ziplora_core import layerwise
+from ziplora_core import layerwise, shares
 from ziplora_core.branch import JoinedPair
 from ziplora_core.coefficients import Coefficients
-from ziplora_core.draws import spread_batches
+from ziplora_core.pair import CONCEPTS
 from ziplora_core.retention import measure_retention
-
-CONCEPTS = ("content", "style")
 
 
 class Watched(ToyPredictor):
@@ -27,148 +25,169 @@ class Watched(ToyPredictor):
 
         class Spy:
             def layer(self, name, x, base, **options):
-                watched.seen.append((name, batch.is_style, x))
+                watched.seen.append((name, batch.is_style, x.clone()))
                 return branch.layer(name, x, base, **options)
 
         return super().__call__(batch, Spy())
 
+    def features(self, name, concept):
+        """What a layer saw under a concept's reference: (positions, columns)."""
+        rows = [x[is_style == (concept == "style")] for n, is_style, x in self.seen if n == name]
+        return torch.cat([(x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2) for x in rows])
+
 
 @pytest.fixture
-def recorded():
-    joined, predictor = JoinedPair(toy_pair(), dtype=torch.float64), Watched()
-    moments = layerwise.Moments(frozenset(joined.layers))
-    for batches in spread_batches(toy_references(), predictor, seed=0, draws=6):
-        for batch in batches:
-            predictor(batch, layerwise.RecordingBranch(joined, batch.is_style, moments))
-    return joined, predictor, moments
+def solved():
+    """(joined, what its layers saw, the merge, what was told of each layer)"""
+    joined, predictor, told = JoinedPair(toy_pair(), dtype=torch.float64), Watched(), []
+    found = layerwise.merge(joined, predictor, toy_references(), 3, told.append, ridge=0.2)
+    return joined, predictor, found, told
 
 
-def outputs(joined, predictor, name, concept):
-    """One row for each output number of a layer under a reference, one column for each coefficient: dense."""
-    layer = joined.pair.layers[name]
-    rows = []
-    for seen, is_style, x in predictor.seen:
-        if seen != name:
-            continue
-        x = x[is_style] if concept == "style" else x[~is_style]
-        columns = []
-        for _, f in layer.halves():
-            delta = f.scale * torch.einsum("or,ri...->oi...", f.up, f.down)
-            for j in range(f.columns):
-                one = torch.zeros_like(delta)
-                one[:, j] = delta[:, j]
-                y = torch.nn.functional.conv2d(x, one, padding=1) if x.ndim == 4 else x @ one.T
-                columns.append(y.flatten())
-        rows.append(torch.stack(columns, dim=1))
-    return torch.cat(rows)
+def deltas(joined, name):
+    """ΔW of each LoRA of a layer, (rows, columns) float64: what belongs to a column in one axis."""
+    return {
+        concept: (f.scale * torch.einsum("or,ri...->oi...", f.up, f.down)).movedim(1, -1).flatten(0, -2)
+        for concept, f in joined.pair.layers[name].halves()
+    }
 
 
-def wanted(joined, name, concept):
-    """What a concept's own LoRA has as coefficients: ones for itself, zeros for the other."""
-    layer = joined.pair.layers[name]
-    return torch.cat([torch.full((f.columns,), float(c == concept), dtype=torch.float64) for c, f in layer.halves()])
+def as_least_squares(joined, predictor, name, ridge):
+    """Rows and targets of the sum that `shares` states, one column of the update after the other; the ridge's last."""
+    parts = deltas(joined, name)
+    active = {c: predictor.features(name, c).square().mean(0) for c in parts}
+    disturbed = {c: sum(d for o, d in parts.items() if o != c) for c in parts}
+    weights = {c: 1 / (active[c] * disturbed[c].square().sum(0)).sum() for c in parts}
+    size = sum(weights[c] * active[c] for c in parts) * torch.stack([d.square().sum(0) for d in parts.values()])
+    for j in range(len(size[0])):
+        columns = torch.stack([d[:, j] for d in parts.values()], dim=1)
+        rows = [(weights[c] * active[c][j]).sqrt() * columns for c in parts]
+        targets = [(weights[c] * active[c][j]).sqrt() * parts[c][:, j] for c in parts]
+        pull = (ridge * size.mean()).sqrt()
+        yield rows + [pull * torch.eye(len(parts)).double()], targets + [pull * torch.ones(len(parts)).double()]
 
 
-def positions(predictor, name, concept):
-    """Samples that the moments are a mean over."""
-    chosen = [(x[s] if concept == "style" else x[~s]) for n, s, x in predictor.seen if n == name]
-    return sum(x.shape[0] * (x[0, 0].numel() if x.ndim == 4 else x[0].numel() // x.shape[-1]) for x in chosen)
+BOTH = [name for name in SHAPES if not name.startswith("only")]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_forms_are_the_outputs_squared(recorded, name):
-    joined, predictor, moments = recorded
+@pytest.mark.parametrize("name", BOTH)
+def test_each_layer_is_the_dense_ridge_solution_of_relative_errors(solved, name):
+    joined, predictor, found, told = solved
+    expected, errors = [], torch.zeros(2, dtype=torch.float64)  # at the solution, at the direct merge
+    for rows, targets in as_least_squares(joined, predictor, name, 0.2):
+        z = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)[:, None]).solution[:, 0]
+        expected.append(z)
+        for at, m in enumerate((z, torch.ones_like(z))):
+            errors[at] += sum((r @ m - t).square().sum() for r, t in zip(rows[:-1], targets[:-1], strict=True))
+    expected = torch.stack(expected, 1)
+    got = torch.stack([getattr(found, c)[name] for c in CONCEPTS]).double()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert (got - 1).abs().max() > 0.1, "near the direct merge the comparison shows little"
+    (left,) = [layer.left for layer in told if layer.name == name]
+    assert left == pytest.approx((errors[0] / errors[1]).item(), rel=1e-4)
+
+
+def test_a_feature_that_only_one_reference_uses_goes_to_its_lora():
+    """Two LoRAs of one size that fill different outputs; feature 0 is the content's, 1 the style's, 2 both's."""
+    grams = torch.eye(2, dtype=torch.float64).expand(3, 2, 2)
+    active = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    v = shares.shares(grams, active)
+    torch.testing.assert_close(v / v.sum(1, keepdim=True), torch.tensor([[1, 0], [0, 1], [0.5, 0.5]]).double())
+
+
+def test_layers_of_one_lora_stay_and_every_layer_is_told_of(solved):
+    joined, _, found, told = solved
     for concept in CONCEPTS:
-        dense = outputs(joined, predictor, name, concept)
-        expected = dense.T @ dense / positions(predictor, name, concept)
-        form = moments.forms(name, joined.layers[name])[concept].double()
-        torch.testing.assert_close(form, expected, rtol=1e-4, atol=1e-6)
+        assert torch.equal(getattr(found, concept)[f"only {concept}"], torch.ones(SHAPES[f"only {concept}"][1]))
+        wanted = [n for n, layer in joined.pair.layers.items() if getattr(layer, concept) is not None]
+        assert list(getattr(found, concept)) == wanted
+    assert [(s.name, s.index, s.layers) for s in told] == [(n, i, len(SHAPES)) for i, n in enumerate(SHAPES, 1)]
+    assert [s.left for s in told if s.name.startswith("only")] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("ridge", [1e-3, 0.1])
-def test_solution_is_the_dense_least_squares_one(recorded, name, ridge):
-    joined, predictor, moments = recorded
-    weights = {"content": 0.7, "style": 2.1}
-    forms = moments.forms(name, joined.layers[name])
-    problem = layerwise.quadratic(joined.layers[name], forms, weights)
-    found = layerwise.solve(problem, ridge).double()
-    rows, targets = [], []
-    for concept in CONCEPTS:
-        scale = (weights[concept] / positions(predictor, name, concept)) ** 0.5
-        dense = outputs(joined, predictor, name, concept)
-        rows.append(scale * dense)
-        targets.append(scale * dense @ wanted(joined, name, concept))
-    pull = (ridge * sum((r * r).sum() for r in rows) / len(found)) ** 0.5
-    rows.append(pull * torch.eye(len(found), dtype=torch.float64))
-    targets.append(pull * torch.ones(len(found), dtype=torch.float64))
-    expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)[:, None]).solution[:, 0]
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+def test_it_takes_eight_passes_and_keeps_a_number_for_each_coefficient():
+    joined, predictor = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor()
+    activity = layerwise.record(joined, predictor, toy_references(), 0)
+    assert predictor.calls == layerwise.DRAWS == 8
+    both = 2 * sum(layer.columns for layer in joined.pair.layers.values())
+    assert sum(sums.numel() for sums in activity.sums.values()) == both
+    assert {sums.dtype for sums in activity.sums.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_error_at_the_direct_merge(recorded, name):
-    joined, predictor, moments = recorded
-    forms = moments.forms(name, joined.layers[name])
-    found = layerwise.error_at_direct(joined.layers[name], forms)
-    for concept in CONCEPTS:
-        dense = outputs(joined, predictor, name, concept)
-        own = wanted(joined, name, concept)
-        other = torch.ones_like(own) if bool(own.all()) else 1 - own  # alone in its layer: its own effect
-        expected = (dense @ other).square().sum() / positions(predictor, name, concept)
-        assert found[concept] == pytest.approx(expected.item(), rel=1e-4, abs=1e-9)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_squares_that_half_precision_cannot_hold_are_added_up_in_float32(dtype):
+    activity, x = layerwise.Activity(), torch.full((2, 3, 4), 3000.0, dtype=dtype)
+    activity.add("layer", "content", x)
+    activity.add("layer", "content", x / 3)
+    value = x[0, 0, 0].double()
+    expected = (value**2 + (x / 3)[0, 0, 0].double() ** 2) / 2
+    torch.testing.assert_close(activity.of("layer", ["content"]).double(), expected.expand(4, 1), rtol=1e-5, atol=0)
+    assert activity.of("layer", ["content", "style"]) is None
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_what_is_left_of_a_layers_error(recorded, name):
-    joined, predictor, moments = recorded
-    weights = {"content": 0.7, "style": 2.1}
-    problem = layerwise.quadratic(joined.layers[name], moments.forms(name, joined.layers[name]), weights)
-    at = torch.linspace(-0.5, 1.5, len(problem.b))
-    errors = []
-    for z in (at, torch.ones_like(at)):
-        parts = []
-        for concept in CONCEPTS:
-            off = outputs(joined, predictor, name, concept) @ (z.double() - wanted(joined, name, concept))
-            parts.append(weights[concept] * off.square().sum() / positions(predictor, name, concept))
-        errors.append(sum(parts).item())
-    assert problem.left(at) == pytest.approx(errors[0] / errors[1], rel=1e-3)
+def test_noise_is_the_seeds_spread_over_the_schedule_and_never_that_of_measuring():
+    joined, references = JoinedPair(toy_pair(), dtype=torch.float64), toy_references()
+
+    class Noises(ToyPredictor):
+        def __init__(self):
+            super().__init__()
+            self.noise, self.eighths = [], set()
+
+        def __call__(self, batch, branch):
+            self.noise.append(batch.noise.flatten())
+            self.eighths |= {int(t) * 8 // self.timesteps for t in batch.timesteps}
+            return super().__call__(batch, branch)
+
+    def noise(work):
+        predictor = Noises()
+        work(predictor)
+        return torch.cat(predictor.noise), predictor.eighths
+
+    ones = [joined.unflatten(torch.ones(joined.pair.coefficient_count))]
+    first, eighths = noise(lambda p: layerwise.merge(joined, p, references, 0))
+    second, _ = noise(lambda p: layerwise.merge(joined, p, references, 1))
+    measured, _ = noise(lambda p: measure_retention(joined, p, references, ones, 0))
+    assert eighths == set(range(8))
+    assert all(torch.isin(first, other).float().mean() < 0.01 for other in (second, measured))
 
 
-def test_layers_with_one_input_share_its_moments():
+def test_layers_that_take_no_part_are_shared_out_by_the_weights_alone():
     pair = toy_pair()
-    joined = JoinedPair(pair, dtype=torch.float64)
-    moments = layerwise.Moments(frozenset({"first", "second"}))
-    branch = layerwise.RecordingBranch(joined, torch.tensor([False, True]), moments)
-    x = torch.randn(2, 5, dtype=torch.float64)
-    weights = ToyPredictor().weights
-    branch.layer("first", x, Dense(weights["first"]))
-    branch.layer("second", torch.randn(2, 7, dtype=torch.float64), Dense(weights["second"]))
-    joined.layers["again"] = joined.layers["first"]
-    moments.names |= {"again"}
-    branch.layer("again", x, Dense(weights["first"]))
-    assert moments.source == {"first": "first", "second": "second", "again": "first"}
-    assert set(moments.sums) == {(n, c) for n in ("first", "second") for c in CONCEPTS}
+
+    class Forgetful(ToyPredictor):
+        def __call__(self, batch, branch):
+            class Some:
+                def layer(self, name, x, base, **options):
+                    return base.forward(x) if name == "first" else branch.layer(name, x, base, **options)
+
+            return super().__call__(batch, Some())
+
+    found = layerwise.merge(JoinedPair(pair, dtype=torch.float64), Forgetful(), toy_references(), 0, ridge=shares.RIDGE)
+    known = shares.merge(pair)
+    for concept in CONCEPTS:
+        for name in BOTH:
+            same = torch.equal(getattr(found, concept)[name], getattr(known, concept)[name])
+            assert same == (name == "first"), name
 
 
-def test_all_moments_take_no_more_than_is_said(recorded):
-    joined, _, moments = recorded
-    taken = sum(seen.total.numel() * 4 for seen in moments.sums.values())
-    assert 0.5 * layerwise.moments_at_most(joined.pair) <= taken <= layerwise.moments_at_most(joined.pair)
-
-
-def test_in_groups_or_at_once_is_the_same_merge():
+def test_both_references_apart_or_together_is_the_same_merge():
     joined = JoinedPair(toy_pair(), dtype=torch.float64)
-    seen = []
-    merges = [
-        layerwise.merge(joined, ToyPredictor(), toy_references(), 3, seen.append, budget=budget)
-        for budget in (1, 2**30)
-    ]
-    for side in ("content", "style"):
+    merges = [layerwise.merge(joined, ToyPredictor(joins), toy_references(), 3) for joins in (True, False)]
+    for side in CONCEPTS:
         for name, m in getattr(merges[0], side).items():
             torch.testing.assert_close(m, getattr(merges[1], side)[name])
-    assert [(s.index, s.layers) for s in seen] == [(i + 1, len(SHAPES)) for i in range(len(SHAPES))] * 2
-    assert {s.name for s in seen} == set(SHAPES)
+
+
+def test_a_layer_that_a_pass_calls_twice_counts_twice():
+    joined, activity = JoinedPair(toy_pair(), dtype=torch.float64), layerwise.Activity()
+    branch = layerwise.RecordingBranch(joined, torch.tensor([False, True]), activity)
+    base = Dense(ToyPredictor().weights["first"])
+    first, second = torch.rand(2, 2, 6, 5, dtype=torch.float64).unbind(0)
+    for x in (first, second):
+        branch.layer("first", x, base)
+    for i, concept in enumerate(CONCEPTS):
+        expected = torch.cat([first[i], second[i]]).square().mean(0)
+        torch.testing.assert_close(activity.of("first", [concept])[:, 0].double(), expected, rtol=1e-5, atol=0)
 
 
 def test_merge_keeps_both_better_than_the_direct_merge():
@@ -179,31 +198,19 @@ def test_merge_keeps_both_better_than_the_direct_merge():
 
 
 def test_numbers_that_overflow_are_refused_by_the_name_of_their_layer():
-    joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
-    joined.layers["second"].up[:] = float("inf")
+    pair = toy_pair()
+    pair.layers["second"].content.up[:] = float("inf")
     with pytest.raises(FloatingPointError, match="second.*not finite"):
-        layerwise.merge(joined, predictor, references, seed=0)
+        layerwise.merge(JoinedPair(pair, dtype=torch.float64), ToyPredictor(), toy_references(), seed=0)
 
 
-@pytest.mark.parametrize(("ridge", "spread"), [(1.0, 1.0), (0.1, 3.0), (1e-6, 12.0)])
-def test_the_solution_is_float64s_whatever_it_is_factored_in(ridge, spread):
-    """Down to a condition at which float32 alone has no digit left."""
-    g = torch.Generator().manual_seed(0)
-    n = 40
-    basis = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64)).Q
-    q = (basis * torch.logspace(-spread / 2, spread / 2, n, dtype=torch.float64)) @ basis.T
-    q, b = (q + q.T) / 2, torch.randn(n, generator=g, dtype=torch.float64)
-    shift = ridge * q.diagonal().mean()
-    exact = torch.linalg.solve(q + shift * torch.eye(n, dtype=torch.float64), b + shift)
-    found = layerwise.solve(layerwise.Quadratic(q, b, 0.0), ridge)
-    assert (found - exact).norm() < 1e-8 * exact.norm()
+def test_what_its_listener_raises_ends_it_after_one_layer():
+    told = []
 
+    def stop(layer):
+        told.append(layer)
+        raise KeyboardInterrupt
 
-def test_what_float32_cannot_factor_is_factored_in_float64():
-    q = torch.diag(torch.tensor([1.0, 1e-14], dtype=torch.float64))
-    mixed = torch.tensor([[1.0, 1.0 - 1e-10], [1.0 - 1e-10, 1.0]], dtype=torch.float64)
-    assert layerwise._refined(mixed, torch.ones(2, dtype=torch.float64)) is None
-    assert layerwise._refined(q / q, torch.ones(2, dtype=torch.float64)) is None
-    problem = layerwise.Quadratic(mixed, torch.tensor([1.0, 0.5], dtype=torch.float64), 0.0)
-    exact = torch.linalg.solve(mixed + 1e-9 * torch.eye(2, dtype=torch.float64), problem.b + 1e-9)
-    assert (layerwise.solve(problem, 1e-9) - exact).norm() < 1e-5 * exact.norm()
+    with pytest.raises(KeyboardInterrupt):
+        layerwise.merge(JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references(), 0, stop)
+    assert len(told) == 1

@@ -8,8 +8,7 @@ import pytest
 import torch
 from toys import toy_pair
 
-from ziplora_core import layerwise, shares
-from ziplora_core.branch import JoinedPair
+from ziplora_core import shares
 from ziplora_core.direct import METHODS
 from ziplora_core.pair import CONCEPTS, Factors, LayerPair, LoRAPair
 
@@ -27,13 +26,14 @@ def dense(factors: Factors) -> torch.Tensor:
     return delta.movedim(1, -1).flatten(0, -2)
 
 
-def least_squares(factors: list[Factors], ridge: float) -> torch.Tensor:
+def least_squares(factors: list[Factors], ridge: float, active: torch.Tensor) -> torch.Tensor:
     """(n, columns): the sum that the module's first lines state, stacked as rows and solved column by column."""
     deltas = torch.stack([dense(f) for f in factors])  # n, rows, columns
-    weights = [1 / float((deltas.sum(0) - d).square().sum()) for d in deltas]
-    pull = (ridge * float(deltas.square().sum(1).mean()) * sum(weights)) ** 0.5
+    disturbed = [(c * (deltas.sum(0) - d).square().sum(0)).sum() for d, c in zip(deltas, active.T, strict=True)]
+    v = torch.stack([c / added for c, added in zip(active.T, disturbed, strict=True)])
+    pull = (ridge * float((v.sum(0) * deltas.square().sum(1)).mean())) ** 0.5
     solved = []
-    for a in deltas.unbind(-1):
+    for a, weights in zip(deltas.unbind(-1), v.T.tolist(), strict=True):
         rows = [w**0.5 * a.T for w in weights] + [pull * torch.eye(len(a), dtype=a.dtype)]
         wanted = [w**0.5 * a[k] for k, w in enumerate(weights)] + [pull * torch.ones(len(a), dtype=a.dtype)]
         solved.append(torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)[:, None]).solution[:, 0])
@@ -43,28 +43,39 @@ def least_squares(factors: list[Factors], ridge: float) -> torch.Tensor:
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("ridge", [0.03, 0.3, 3.0])
-def test_coefficients_are_the_least_squares(count: int, kernel: tuple[int, ...], ridge: float) -> None:
+@pytest.mark.parametrize("measured", [False, True])
+def test_coefficients_are_the_least_squares(count: int, kernel: tuple[int, ...], ridge: float, measured: bool) -> None:
     factors = [random_factors(k, 2 + k, 0.5 + 0.4 * k, kernel) for k in range(count)]
-    found = torch.stack(shares.layer_coefficients(factors, ridge))
-    torch.testing.assert_close(found.double(), least_squares(factors, ridge), rtol=1e-5, atol=1e-6)
+    active = torch.rand(6, count, generator=torch.Generator().manual_seed(9)) ** 4 if measured else None
+    found = torch.stack(shares.share(factors, ridge, active).coefficients)
+    expected = least_squares(factors, ridge, torch.ones(6, count).double() if active is None else active.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     assert (found - 1).abs().max() > 0.1, "near the direct merge the comparison shows little"
 
 
 def test_permuting_loras_permutes_the_result() -> None:
     factors = [random_factors(k, 3, 1 + k) for k in range(3)]
-    first = shares.layer_coefficients(factors)
+    active = torch.rand(6, 3, generator=torch.Generator().manual_seed(9))
+    first = shares.share(factors, active=active).coefficients
     for order in permutations(range(3)):
-        again = shares.layer_coefficients([factors[k] for k in order])
+        again = shares.share([factors[k] for k in order], active=active[:, order]).coefficients
         torch.testing.assert_close(again, [first[k] for k in order], rtol=1e-6, atol=1e-7)
 
 
 def test_one_lora_stays_what_it_is() -> None:
-    (found,) = shares.layer_coefficients([random_factors(0, 3)])
-    assert torch.equal(found, torch.ones(6))
+    for active in (None, torch.rand(6, 1)):
+        solved = shares.share([random_factors(0, 3)], active=active)
+        assert solved.left == 1.0
+        torch.testing.assert_close(solved.coefficients[0], torch.ones(6), rtol=0, atol=1e-6)
+
+
+def test_a_layer_in_which_nothing_is_active_stays() -> None:
+    for found in shares.share([random_factors(k, 3) for k in range(2)], active=torch.zeros(6, 2)).coefficients:
+        assert torch.equal(found, torch.ones(6))
 
 
 def test_a_large_ridge_is_the_direct_merge() -> None:
-    for found in shares.layer_coefficients([random_factors(k, 3) for k in range(3)], ridge=1e9):
+    for found in shares.share([random_factors(k, 3) for k in range(3)], ridge=1e9).coefficients:
         torch.testing.assert_close(found, torch.ones(6), rtol=0, atol=1e-6)
 
 
@@ -73,7 +84,7 @@ def test_strong_columns_share_their_place_and_weak_ones_stay() -> None:
     sizes = torch.tensor([1e-3, 1.0, 1e3])
     ups = torch.eye(4)
     factors = [Factors(ups[:, k : k + 1], sizes[None]) for k in range(2)]
-    for found in shares.layer_coefficients(factors, ridge=1e-5):
+    for found in shares.share(factors, ridge=1e-5).coefficients:
         torch.testing.assert_close(found, torch.tensor([1.0, found[1].item(), 0.5]), rtol=0, atol=1e-4)
         assert 0.5 < found[1] < 1
 
@@ -81,31 +92,15 @@ def test_strong_columns_share_their_place_and_weak_ones_stay() -> None:
 def test_a_larger_update_has_the_larger_share() -> None:
     grams = shares.column_grams([random_factors(0, 3, 1.0), random_factors(1, 3, 2.0)])
     sizes = grams.sum(0).diagonal()
-    torch.testing.assert_close(shares.shares(grams), sizes / sizes.sum())
+    torch.testing.assert_close(shares.shares(grams), (sizes / sizes.sum()).expand(6, 2))
 
 
 def test_a_lora_that_does_nothing_in_a_layer_takes_nothing_from_the_other() -> None:
     nothing = Factors(torch.zeros(10, 2), torch.ones(2, 6))
-    found = shares.layer_coefficients([random_factors(0, 3), nothing])
+    found = shares.share([random_factors(0, 3), nothing]).coefficients
     torch.testing.assert_close(found[0], torch.ones(6))
-    for all_nothing in shares.layer_coefficients([nothing, nothing]):
+    for all_nothing in shares.share([nothing, nothing]).coefficients:
         torch.testing.assert_close(all_nothing, torch.ones(6))
-
-
-def test_it_is_the_layer_wise_solve_with_the_identity_for_moments() -> None:
-    pair = toy_pair()
-    joined = JoinedPair(pair, torch.device("cpu"), torch.float32)
-    found, compared = shares.merge(pair), 0
-    for name, layer in joined.layers.items():
-        if None in (pair.layers[name].content, pair.layers[name].style) or layer.down.ndim > 2:
-            continue
-        forms = dict.fromkeys(CONCEPTS, layerwise.gram(layer) * torch.eye(layer.columns).repeat(2, 2))
-        weights = {c: 1 / e for c, e in layerwise.error_at_direct(layer, forms).items()}
-        solved = layerwise.solve(layerwise.quadratic(layer, forms, weights), shares.RIDGE).split(layer.columns)
-        for concept, expected in zip(CONCEPTS, solved, strict=True):
-            torch.testing.assert_close(getattr(found, concept)[name], expected, rtol=1e-4, atol=1e-5)
-            compared += 1
-    assert compared >= 4
 
 
 def test_a_layer_of_one_lora_stays_and_every_layer_has_its_coefficients() -> None:

@@ -10,7 +10,6 @@ import comfy.model_management as management
 import torch
 from torch import Tensor
 
-from ....ziplora_core.layerwise import MOMENTS, moments_at_most
 from ....ziplora_core.pair import LoRAPair
 from ....ziplora_core.solver import Settings
 from ....ziplora_core.trained_lora import TrainedLoRA
@@ -24,7 +23,6 @@ _TRAINED = 20  # bytes for a number that is trained: float32 of itself, its grad
 _TRAINING_IN_ALL = 11_200_000_000  # bytes, with the weights, where training can do with so much
 _USED = 0.9  # of the room: allocators waste some
 _BACKWARD = 3  # what a step takes and gives back, in parts of what a plain pass does: measured, see docs/performance.md
-_MOST_MOMENTS = 6 * 2**30  # all of SDXL's at once
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,13 @@ class Plan:
     """How a run spends memory.
 
     together: both references in one pass; None where there is no pair of them, in training. recomputed: of the
-    transformer blocks, how many (from the first) are run again in backward instead of being kept. moments: bytes
-    for the layer-wise start. need, room: bytes beside the model's weights, estimated and there; 0 where unknown.
+    transformer blocks, how many (from the first) are run again in backward instead of being kept. need, room:
+    bytes beside the model's weights, estimated and there; 0 where unknown.
     """
 
     together: bool | None = True
     recomputed: int = 0
     blocks: int = 0
-    moments: int = MOMENTS
     need: int = 0
     room: int = 0
 
@@ -50,8 +47,7 @@ class Plan:
 
     def least(self) -> Plan | None:
         """What needs least, for a second try; None where this is it."""
-        moments = min(self.moments, MOMENTS // 4)
-        least = replace(self, together=self.together and False, recomputed=self.blocks, moments=moments)
+        least = replace(self, together=self.together and False, recomputed=self.blocks)
         return None if self == least else least
 
 
@@ -71,20 +67,19 @@ def make(
     factors = sum(f.up.numel() + f.down.numel() for layer in pair.layers.values() for _, f in layer.halves())
     fixed = factors * dtype.itemsize + _VECTORS * 4 * pair.coefficient_count
     spend = int(_USED * room)
-    moments = min(max(spend - fixed - 2 * workspace, MOMENTS // 4), _MOST_MOMENTS, moments_at_most(pair))
-    before = fixed + 2 * workspace + (0 if settings.solver == "gradient" else moments)
+    before = fixed + 2 * workspace
     if not settings.gradient_steps:
-        return Plan(moments=moments, need=before, room=room)
+        return Plan(need=before, room=room)
     rehearsed = _or_none(lambda: rehearsal.rehearse(model, pair, conditioning, latents))
     if rehearsed is None:
         count = len(blocks(model.model))
-        return Plan(True, count, count, MOMENTS, max(before, fixed + 4 * workspace), room)
+        return Plan(True, count, count, max(before, fixed + 4 * workspace), room)
     count = len(rehearsed.inside)
 
     def plan(together: bool, recomputed: int) -> Plan:
         passes = 2 if together else 1
         step = fixed + passes * (_BACKWARD * workspace + rows * (rehearsed.kept(recomputed) + rehearsed.largest))
-        return Plan(together, recomputed, count, moments, max(before, step), room)
+        return Plan(together, recomputed, count, max(before, step), room)
 
     ways = (plan(together, recomputed) for together in (True, False) for recomputed in range(count + 1))
     return next((way for way in ways if way.need <= spend), plan(False, count))
@@ -103,12 +98,12 @@ def make_for_training(
     rehearsed = _or_none(lambda: rehearsal.rehearse_training(model, conditioning, latents, trained))
     if rehearsed is None:
         count = len(blocks(model.model))
-        return Plan(None, count, count, 0, fixed + 4 * workspace, room)
+        return Plan(None, count, count, fixed + 4 * workspace, room)
     count = len(rehearsed.inside)
 
     def plan(recomputed: int) -> Plan:
         need = fixed + _BACKWARD * workspace + rows * (rehearsed.kept(recomputed) + rehearsed.largest)
-        return Plan(None, recomputed, count, 0, need, room)
+        return Plan(None, recomputed, count, need, room)
 
     ways = [plan(recomputed) for recomputed in range(count + 1)]
     usable = int(_USED * room)

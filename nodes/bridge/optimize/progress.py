@@ -11,7 +11,6 @@ from torch import Tensor
 from ....ziplora_core import layerwise, prompts, retention
 from ....ziplora_core.branch import Branch
 from ....ziplora_core.layerwise import SolvedLayer
-from ....ziplora_core.pair import LoRAPair
 from ....ziplora_core.solver import Batch, Predictor, Settings, Step
 from ..progress.bar import Bar
 from ..progress.plots import SECONDS_BETWEEN_PREVIEWS, layer_picture, loss_picture
@@ -19,7 +18,7 @@ from ..progress.plots import SECONDS_BETWEEN_PREVIEWS, layer_picture, loss_pictu
 _LAYERS, _STEPS = "looking at the layers", "gradient steps"  # parts of the bar, as log and node call them
 _MEASURING, _PROMPTS = "measuring what is kept", "measuring the prompts"
 _BACKWARD = 2  # rows of a forward pass that a row's backward pass takes as long as, about
-_SOLVING = 8.0  # the same of solving all layers
+_SOLVING = 4.0  # the same of solving all layers
 
 
 class Progress:
@@ -29,20 +28,20 @@ class Progress:
     are drawn. count: references of each. batch_size, steps: of the gradient part.
     """
 
-    def __init__(self, settings: Settings, pair: LoRAPair, drawn: Sequence[str], drawing: int):
-        self._settings, self._pair = settings, pair
+    def __init__(self, settings: Settings, drawn: Sequence[str], drawing: int):
+        self._settings = settings
         self._drawing = {f"drawing {concept} references": float(drawing) for concept in drawn}
-        self._bar = Bar({**self._drawing, **self._work(layerwise.MOMENTS)})
+        self._bar = Bar({**self._drawing, **self._work()})
         self._part, self._done = "", 0.0
         self._history: list[Step] = []
         self._solved: list[SolvedLayer] = []
         self._last = 0.0
 
-    def _work(self, moments: int) -> dict[str, float]:
-        """Rows of everything that comes after drawing. moments: bytes for the layer-wise part."""
+    def _work(self) -> dict[str, float]:
+        """Rows of everything that comes after drawing."""
         settings, relative = self._settings, self._settings.objective.relative
         steps = settings.gradient_steps
-        self._passes = 2.0 * layerwise.passes(self._pair, moments)
+        self._passes = 2.0 * layerwise.DRAWS
         self._step = settings.batch_size * 2.0 * (2 + _BACKWARD)
         self._before_steps = 2.0 * 2 * retention.DRAWS if relative and steps else 0.0
         parts = {}
@@ -57,9 +56,9 @@ class Progress:
         part = f"drawing {concept} references"
         self._bar.at(part, share * self._drawing[part], part, preview if self._due(False) else None)
 
-    def start(self, moments: int) -> None:
+    def start(self) -> None:
         """The references are there. Called again where memory ran out and everything after them is done once more."""
-        self._bar.plan(self._work(moments))
+        self._bar.plan(self._work())
         self._history, self._solved = [], []
         self._begin(_LAYERS if self._settings.solver != "gradient" else _STEPS)
 

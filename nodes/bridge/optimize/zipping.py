@@ -69,7 +69,7 @@ def optimize(
         zipped = _zipped(outcome)
         return zipped, outcome.loss_map, zipped.report, None
     without = [concept for concept in latents if concept not in samples]
-    progress = Progress(settings, fitted.pair, without, sampling.Drawn.rows(asked))
+    progress = Progress(settings, without, sampling.Drawn.rows(asked))
     with _explained(model, conditioning):
         drawn = {}
         for concept in without:
@@ -107,9 +107,9 @@ def _solve(
 
     def work(predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References) -> Outcome:
         began = time.monotonic()
-        progress.start(planned.moments)
+        progress.start()
         counted = progress.counted(predict)
-        result = zipper.close(joined, counted, references, settings, progress.step, progress.layer, planned.moments)
+        result = zipper.close(joined, counted, references, settings, progress.step, progress.layer)
         seconds = time.monotonic() - began
         progress.measuring()
         candidates = [outcome.before, result.coefficients]
