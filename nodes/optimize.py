@@ -115,8 +115,7 @@ class ZipLoRAOptimize(io.ComfyNode):
                     step=0.1,
                     round=False,
                     optional=True,
-                    tooltip="How strongly the layer-wise solve holds on to shared columns, the merge by the weights "
-                    "alone: 0.1 less, 3 more.",
+                    tooltip="How strongly the layer-wise solve holds on to the plain sum of both LoRAs: 0.1 less, 1 more.",
                 ),
                 io.Int.Input(
                     "drawn_references",

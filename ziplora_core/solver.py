@@ -12,6 +12,7 @@ from .checks import in_range, one_of
 from .coefficients import Coefficients
 from .objective import BALANCED, Objective
 from .pair import LoRAPair
+from .shares import RIDGE
 
 SOLVERS = ("layerwise", "layerwise, then gradient", "gradient")
 OWN, EMPTY, OTHER = "own", "empty", "other"  # prompts of a row: its concept's, none, the other concept's
@@ -23,7 +24,7 @@ class Settings:
 
     solver: "layerwise" in closed form, which takes no steps (but 0 give the direct merge, whatever the solver);
     "gradient" from all ones, as the paper, which takes 100 at 0.01; or the first as the second's start.
-    ridge: pull of the layer-wise solve towards the merge by the weights alone, in parts of each layer's mean diagonal.
+    ridge: pull of the layer-wise solve towards the direct merge, in parts of each layer's mean diagonal (`shares`).
     """
 
     steps: int = 10
@@ -33,7 +34,7 @@ class Settings:
     seed: int = 0
     objective: Objective = BALANCED
     solver: str = SOLVERS[0]
-    ridge: float = 1.0
+    ridge: float = RIDGE
 
     def __post_init__(self) -> None:
         in_range("steps", self.steps, 0, 10_000)
