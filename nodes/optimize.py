@@ -115,7 +115,8 @@ class ZipLoRAOptimize(io.ComfyNode):
                     step=0.1,
                     round=False,
                     optional=True,
-                    tooltip="How strongly the layer-wise solve holds on to the plain sum of both LoRAs: 0.1 less, 1 more.",
+                    tooltip="How strongly the layer-wise solve holds on to the plain sum of both LoRAs: 0.1 less, "
+                    "1 more.",
                 ),
                 io.Int.Input(
                     "drawn_references",
