@@ -113,7 +113,7 @@ class Proxy:
             request.transport.abort()
         return web.Response()
 
-    async def _websocket(self, request: web.Request) -> web.WebSocketResponse:
+    async def _websocket(self, request: web.Request) -> web.StreamResponse:
         self.sockets += 1
         ours = web.WebSocketResponse(max_msg_size=0)
         await ours.prepare(request)
