@@ -369,9 +369,6 @@ class ComfyServer:
         found: dict[str, Any] = self.get("object_info" if node is None else f"object_info/{node}")
         return found if node is None else found[node]
 
-    def system_stats(self) -> dict[str, Any]:
-        return dict(self.get("system_stats"))
-
     def queue(self, prompt: Prompt, **extra: Any) -> str:
         """Queue a prompt in API format and return its id; PromptRefused where validation fails."""
         self.check_alive()

@@ -20,7 +20,8 @@ from .base import make_base
 from .frontend import Frontend, open_browser
 from .install import ROOT
 from .server import ComfyServer, Prompt
-from .templates import TEMPLATES, Graph, ObjectInfo
+from .templates import TEMPLATES
+from .templates.graph import Graph, ObjectInfo
 
 FOLDER = ROOT / "workflows"
 

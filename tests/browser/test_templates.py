@@ -13,7 +13,8 @@ from demo import encoders
 from demo.manifest import read_manifest
 from demo.templates import on_the_miniature
 from devhost.base import NODES
-from devhost.templates import CLIP, SKETCHES, TEMPLATES
+from devhost.templates import SKETCHES, TEMPLATES
+from devhost.templates.words import CLIP
 from devhost.workflows import FOLDER
 
 if TYPE_CHECKING:
