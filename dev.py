@@ -31,7 +31,8 @@ import sys
 
 from devhost.base import MissingMiniature, link, make_base
 from devhost.chromium import ensure_chromium
-from devhost.install import DEV, ROOT, THREADS, Host, SetupError, freeze, set_up
+from devhost.host import DEV, ROOT, THREADS, Host, SetupError
+from devhost.install import freeze, set_up
 from devhost.mutants import run_mutants
 from devhost.suites import run_suites
 

@@ -20,8 +20,9 @@ from demo.concepts import WHOLE
 from demo.gates import CFG
 from demo.manifest import Manifest, read_manifest
 from demo.miniature import BLOCKS
+from devhost.answers import Prompt
 from devhost.base import make_base
-from devhost.server import ComfyServer, Prompt
+from devhost.server import ComfyServer
 from devhost.templates import TEMPLATES, words, zipped
 from devhost.workflows import FOLDER, api_file
 

@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from .install import ROOT
+from .host import ROOT
 
 PACK = "ComfyUI-ZipLoRA"
 MINIATURE = "ziplora-miniature"

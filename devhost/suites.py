@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .chromium import ensure_chromium
-from .install import DEV, ROOT, THREADS, Host
+from .host import DEV, ROOT, THREADS, Host
 
 # In this order: what fails fast comes first. How each is shared out: the host's and the browser's tests by file
 # (tests/conftest.py), for those of a file share what they need; the others one by one, so that all cores end together.

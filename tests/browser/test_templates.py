@@ -20,8 +20,9 @@ from devhost.workflows import FOLDER
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from devhost.answers import Prompt
     from devhost.frontend import Frontend
-    from devhost.server import ComfyServer, Prompt
+    from devhost.server import ComfyServer
 
 # Graph: the nodes whose help pages show a picture taken in it.
 CLOSE_UPS = {
