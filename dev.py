@@ -6,6 +6,7 @@
     python3 dev.py test        every test; paths and pytest's own options narrow it down
                 --quick        for the work between commits, under a minute: no server, nothing that takes long
                 --all          with every random case that a nightly run has time for
+                --cov          and which lines of ziplora_core and nodes they ran
     python3 dev.py serve       a ComfyUI with the pack and the miniature model, to use by hand
     python3 dev.py lint        ruff and mypy
     python3 dev.py mutants     deliberate faults, each against the tests that should notice it (minutes to an hour)
@@ -37,7 +38,7 @@ from devhost.mutants import run_mutants
 from devhost.suites import run_suites
 
 # What set-up and the tests leave under .dev/.
-MADE = ("venv*", "comfyui", "comfyui.partial", "dl", "base", "reports", "*_cache", "types", "setup.log")
+MADE = ("venv*", "comfyui", "comfyui.partial", "dl", "base", "reports", "coverage", "*_cache", "types", "setup.log")
 
 
 def main(arguments: list[str]) -> int:

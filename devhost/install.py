@@ -33,6 +33,7 @@ TOOLS = (
     "websocket-client",
     "pytest",
     "pytest-xdist",
+    "coverage",
     "execnet",  # of pytest-xdist
     "pathspec",
     "ruff",
