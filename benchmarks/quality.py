@@ -143,7 +143,11 @@ def main() -> int:
     named = given.half or given.pairs or given.each
     print(report(given.results, {f"{c}+{s}" for c, s in chosen_pairs(given)} if named else None))
     if given.sheet:
-        sheet(given.results, given.sheet)
+        try:
+            sheet(given.results, given.sheet)
+        except FileNotFoundError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     return 0
 
 
