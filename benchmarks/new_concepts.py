@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from demo import world
 from demo.world import RGB, Part, Style
-from devhost.install import DEV, current_host
+from devhost.host import DEV, current_host
 
 BLOCKS = ("choose", "confirm", "final")  # to choose a method on, to confirm it, to be drawn once for the last table
 COUNT = 12  # of each kind

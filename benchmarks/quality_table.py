@@ -208,7 +208,10 @@ def sheet(results: Path, to: Path) -> None:
         if pair not in files and all(f.exists() for f in found):
             files[pair] = found
     if not files:
-        raise FileNotFoundError(f"{folder} holds no pair with pictures of: {', '.join(_SHOWN)}")
+        raise FileNotFoundError(
+            f"{folder} holds no pair with pictures of {', '.join(_SHOWN)}: git does not keep them; measure into a new "
+            "file of --results first"
+        )
     with Image.open(next(iter(files.values()))[0]) as first:
         across = first.width // first.height
     step = across * _SIZE + 3 * _GAP

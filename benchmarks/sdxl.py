@@ -14,18 +14,14 @@ counted, not estimated.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import json
 import platform
 import statistics
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,68 +59,15 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from benchmarks import meters  # noqa: E402
 from benchmarks.dense import dense_pair  # noqa: E402
 
 BRIDGE, CORE = PACK.nodes.bridge, PACK.ziplora_core
 CUDA = GIVEN.device == "cuda"
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[GIVEN.dtype]
 CONCEPTS = ("content", "style")
-
-
-def now() -> float:
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class Peak:
-    """The most memory taken inside the block, in bytes: the card's allocator's, or resident in this process."""
-
-    def __enter__(self) -> Peak:
-        self.bytes = 0
-        gc.collect()
-        if CUDA:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed
-                ctypes.CDLL(None).malloc_trim(0)
-            self._stop = threading.Event()
-            self._watch = threading.Thread(target=self._sample, daemon=True)
-            self._watch.start()
-        return self
-
-    def _sample(self) -> None:
-        process = psutil.Process()
-        while not self._stop.wait(0.01):
-            self.bytes = max(self.bytes, process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        if CUDA:
-            self.bytes = torch.cuda.max_memory_allocated()
-        else:
-            self._stop.set()
-            self._watch.join()
-
-
-def ceilings() -> dict[str, float]:
-    """TFLOP/s of a large matrix product, GB/s of a large copy (read and written): the best of several."""
-    device, side = ("cuda", 8192) if CUDA else ("cpu", 2048)
-    a, b = (torch.randn(side, side, device=device).to(DTYPE) for _ in range(2))
-    source = torch.empty(2**30 if CUDA else 2**27, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def best(work: Callable[[], object], repeats: int = 10) -> float:
-        times = []
-        for _ in range(repeats):
-            began = now()
-            work()
-            times.append(now() - began)
-        return min(times)
-
-    return {
-        "tflops": 2 * side**3 / best(lambda: a @ b) / 1e12,
-        "copy_gb_s": 2 * source.numel() / best(lambda: target.copy_(source)) / 1e9,
-    }
+now = partial(meters.now, CUDA)
+Peak = partial(meters.Peak, CUDA)
 
 
 @dataclass
@@ -253,7 +196,7 @@ class Bench:
             core.train(trained, denoiser, pictures, settings, lambda step: began.append(now()))
 
         with Peak() as peak, torch.inference_mode():
-            planned = bridge.loading.with_denoiser(self.model, made, shapes, settings, work)
+            planned, _ = bridge.loading.with_denoiser(self.model, made, shapes, settings, work)
         return {"seconds": (began[-1] - began[0]) / GIVEN.steps, "peak": peak.bytes, "report": planned.line()}
 
     def applying(self) -> dict[str, float]:
@@ -301,7 +244,7 @@ def main() -> int:
         "torch": torch.__version__,
         **{key: getattr(GIVEN, key) for key in ("dtype", "size", "rank", "steps", "limit")},
     }
-    top = figures["ceilings"] = ceilings()
+    top = figures["ceilings"] = meters.ceilings(CUDA, DTYPE)
     print(
         f"{figures['device']}, torch {figures['torch']}, {GIVEN.dtype}, {GIVEN.size} x {GIVEN.size}, rank {GIVEN.rank}"
     )

@@ -15,14 +15,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import functools
-import json
 import random
-import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,106 +24,22 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from demo import concepts, gates, judge, lora, miniature, world
-from devhost.base import find_miniature
-from devhost.inprocess import load_miniature_extension, load_pack
-
-STEPS, RATE, RANK, BATCH = 450, 2e-3, 16, 8
-
-
-class Bench:
-    """The miniature twice: as ComfyUI loads it, to train on, and as the demo loads it, to be judged."""
-
-    def __init__(self) -> None:
-        self.pack = load_pack()
-        load_miniature_extension()
-        import comfy.sd
-        import folder_paths
-
-        found = find_miniature()
-        self.folder = found.checkpoint.parent.parent
-        self.output = Path(tempfile.mkdtemp())
-        folder_paths.set_output_directory(str(self.output))
-        with torch.inference_mode():
-            self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(found.checkpoint))
-        self.judged = miniature.load_miniature(str(found.checkpoint))
-        self.names = {lora.file_name(name): name for name, _ in self.judged.unet.named_modules()}
-        self.jury = judge.load_judge(str(self.folder / "weights" / "judge.safetensors"))
-        self.concepts = {concept.name: concept for concept in concepts.concepts()}
-
-    def shown(self, concept: concepts.Concept) -> Any:
-        files = [self.folder / concept.picture(i) for i in range(len(concept.scenes))]
-        frames = [torch.frombuffer(bytearray(Image.open(f).convert("RGB").tobytes()), dtype=torch.uint8) for f in files]
-        images = torch.stack(frames).reshape(len(frames), 128, 128, 3) / 255
-        return self.pack.nodes.bridge.training.pictures.Shown([images], list(concept.prompts))
-
-    def settings(self, **changes: Any) -> Any:
-        asked = {"steps": STEPS, "learning_rate": RATE, "rank": RANK, "batch_size": BATCH, **changes}
-        return self.pack.ziplora_core.training.Settings(**asked)
-
-    def train(self, concept: concepts.Concept, seed: int, **changes: Any) -> tuple[Path, float]:
-        """(file, seconds)"""
-        training = self.pack.nodes.bridge.training.concept
-        settings = self.settings(seed=seed, **{k: changes.pop(k) for k in list(changes) if k in _SETTINGS})
-        task = training.Task([self.shown(concept)], settings, f"loras/{concept.name}", 128, **changes)
-        began = time.monotonic()
-        with torch.inference_mode():
-            done = training.train_concept(self.model, self.clip, self.vae, task)
-        return self.output / done.file, time.monotonic() - began
-
-    def gates(self, concept: concepts.Concept, file: Path, seed: int = 1000) -> dict[str, float]:
-        """As `demo.train --parts gates` judges a LoRA file."""
-        with self.file(file):
-            gate = gates.subject_gates if concept.kind == "content" else gates.style_gates
-            figures, _ = gate(self.judged, self.jury, concept, seed)
-            return {**figures, "base": gates.leak_gates(self.judged, self.jury, seed + 7)}
-
-    @functools.cache  # noqa: B019
-    def true_features(self, shape: str, style: str) -> torch.Tensor:
-        """The judge's mean features of true renderings."""
-        rng = random.Random(f"truth {shape} {style}")
-        colours = list(world.COLOURS)
-        scenes = [
-            world.subject_scene(shape, style, rng)
-            if shape in world.SUBJECTS
-            else world.shape_scene(shape, rng.choice(colours), style, rng)
-            for _ in range(gates.COUNT)
-        ]
-        features: torch.Tensor = self.jury.scores(world.render(scenes))["features"]
-        return features.mean(0)
-
-    def drift(self, concept: concepts.Concept, file: Path | None, seed: int = 2000) -> float:
-        """Share of pictures of the class in which the judge sees the subject."""
-        with contextlib.nullcontext() if file is None else self.file(file):
-            pictures = gates.generate(self.judged, [CLASS_PROMPT] * gates.COUNT, seed)
-        return float(self.jury.right(pictures, shape=concept.name).float().mean())
-
-    @contextlib.contextmanager
-    def file(self, file: Path) -> Iterator[None]:
-        """A LoRA file on the judged model."""
-        tensors = load_file(str(file))
-        rank = next(t.shape[0] for k, t in tensors.items() if k.endswith("lora_down.weight"))
-        branches = lora.attach(self.judged.unet, rank, float(rank))
-        try:
-            lora.load_into(branches, tensors)
-            yield
-        finally:
-            lora.detach(self.judged.unet, branches)
-
-
-_SETTINGS = ("steps", "learning_rate", "rank", "batch_size", "prior_weight")
-
-
-def line(name: str, figures: dict[str, float]) -> str:
-    return f"{name:40}" + "  ".join(f"{k} {v:.2f}" for k, v in figures.items())
-
-
-def spread(several: list[dict[str, float]]) -> str:
-    spreads = {k: (statistics.mean(v), statistics.pstdev(v)) for k in several[0] for v in [[f[k] for f in several]]}
-    return "  ".join(f"{k} {mean:.2f} ± {sd:.2f}" for k, (mean, sd) in spreads.items())
+from benchmarks import one_picture
+from benchmarks.training_bench import (
+    CASES,
+    CLASS_PROMPT,
+    RATE,
+    STEPS,
+    Bench,
+    Halves,
+    attached,
+    line,
+    of_file,
+    spread,
+)
+from demo import concepts, gates, world
 
 
 def concept(bench: Bench, names: list[str], seeds: int, steps: int, rate: float) -> None:
@@ -156,9 +66,6 @@ def prior(bench: Bench, names: list[str], seeds: int) -> None:
                 file, _ = bench.train(taught, seed, **changes)
                 found.append({**bench.gates(taught, file), "drift": bench.drift(taught, file)})
             print(f"{name}: {said:28}{spread(found)}", flush=True)
-
-
-CLASS_PROMPT = "a figure in flat style"
 
 
 def joint(bench: Bench, seeds: int) -> None:
@@ -217,12 +124,6 @@ def of_zipped(zipped: Any) -> Halves:
     return halves
 
 
-# --- blocks --------------------------------------------------------------------------------------------------------
-
-# What `blocks` found, as starts of layer names (B-LoRA, arXiv 2403.14572, Sec. 4.1, finds SDXL's so).
-BLOCKS = {concept: tuple(f"{name}." for name in names) for concept, names in miniature.BLOCKS.items()}
-
-
 def blocks(bench: Bench, seed: int = 3000) -> None:
     """Asked for one shape in one style (A), with cross-attention of some blocks seeing a prompt of another shape in
     another style (B): in what share of the pictures the judge sees whose shape and whose style. Base's own words."""
@@ -270,198 +171,6 @@ def told(bench: Bench, group: list[str], prompts: list[str]) -> Iterator[None]:
             hook.remove()
 
 
-# --- one picture ---------------------------------------------------------------------------------------------------
-
-RESULTS = Path(__file__).resolve().parent / "results" / "unzip.jsonl"
-CASES = (("mushroom", "ember"), ("house", "mint"), ("icecream", "dusk"), ("lamp", "poster"))
-ONE_STEPS, ONE_RATE = 225, 1e-3
-ABLATION = {
-    "UnZip": {},
-    "UnZip, not trained as used": {"as_used": False},
-    "UnZip, one prompt": {"prompts_apart": False},
-    "UnZip, all columns": {"columns_apart": False},
-    "UnZip, no blocks": {"blocks_apart": False},
-    "UnZip, nothing apart": {"prompts_apart": False, "columns_apart": False, "blocks_apart": False},
-}
-Layers = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> (up, down)
-Halves = dict[str, Layers]
-
-
-@dataclasses.dataclass(frozen=True)
-class Taught:
-    """What draws the content, what draws the style, and what is added up to draw both."""
-
-    content: Layers
-    style: Layers
-    both: Halves
-
-
-class OnePicture:
-    """A subject in a style, rendered once: trained on in several ways, each asked for content, style and both."""
-
-    def __init__(self, bench: Bench, pair: str, number: int, rate: float, steps: int):
-        self.bench, self.rate, self.steps = bench, rate, steps
-        subject, style = pair.split("+")
-        self.subject, self.style = bench.concepts[subject], bench.concepts[style]
-        scene = world.subject_scene(subject, style, random.Random(f"{subject} {style} {number}"))
-        self.picture = world.render([scene]).movedim(1, -1).float()
-        self.prompts = {
-            "full": world.prompt(f"{self.subject.identifier} figure", None, self.style.identifier),
-            "content": world.prompt(f"{self.subject.identifier} figure", None, None),
-            "style": world.prompt(None, None, self.style.identifier),
-        }
-
-    def dreambooth(self, seed: int, layers: str = "attention", empty: bool = False) -> dict[str, torch.Tensor]:
-        """empty: a fifth of the rows has an empty prompt, as UnZip's have."""
-        training = self.bench.pack.nodes.bridge.training
-        settings = self.bench.settings(seed=seed, steps=self.steps, learning_rate=self.rate)
-        prompts = [self.prompts["full"]] * 4 + [""] * empty
-        shown = training.pictures.Shown([self.picture] * len(prompts), prompts)
-        task = training.concept.Task([shown], settings, "loras/one", 128, layers, b_lora=BLOCKS)
-        with torch.inference_mode():
-            done = training.concept.train_concept(self.bench.model, self.bench.clip, self.bench.vae, task)
-        return load_file(str(self.bench.output / done.file))
-
-    def unzip(self, seed: int, **changes: Any) -> Any:
-        unzip, core = self.bench.pack.nodes.bridge.unzip, self.bench.pack.ziplora_core.unzip
-        asked = {"steps": self.steps, "learning_rate": self.rate, "rank": RANK, "batch_size": BATCH, "seed": seed}
-        asked |= {name: changes.pop(name) for name in list(changes) if name in core.Settings.__dataclass_fields__}
-        task = unzip.Task(
-            self.picture, self.prompts, core.Settings(**asked), "loras/unzipped", 128, **{"blocks": BLOCKS, **changes}
-        )
-        with torch.inference_mode():
-            return unzip.unzip_picture(self.bench.model, self.bench.clip, self.bench.vae, task)
-
-    def ask(self, taught: Taught, seed: int = 1000) -> dict[str, float]:
-        """content: the subject in known styles, by the content half alone; style: known shapes in the style, by the
-        style half alone; together: the subject in the style, by both."""
-        count, jury = gates.COUNT, self.bench.jury
-        known = [concepts.KNOWN_STYLES[i % len(concepts.KNOWN_STYLES)] for i in range(count)]
-        shapes = [concepts.UNSEEN_SHAPES[i % len(concepts.UNSEEN_SHAPES)] for i in range(count)]
-        asked = {
-            "content": ([concepts.subject_prompt(self.subject.identifier, s) for s in known], self.subject.name, known),
-            "style": ([concepts.style_prompt(self.style.identifier, s) for s in shapes], shapes, self.style.name),
-            "both": ([self.prompts["full"]] * count, self.subject.name, self.style.name),
-        }
-        found: dict[str, float] = {}
-        loras = {"content": {"content": taught.content}, "style": {"style": taught.style}, "both": taught.both}
-        for what, (prompts, shape, style) in asked.items():
-            with attached(self.bench, loras[what]):
-                pictures = gates.generate(self.bench.judged, prompts, seed)
-            wanted = [[name] * count if isinstance(name, str) else name for name in (shape, style)]
-            right = gates.rights(jury, pictures, *wanted) | {"distance": self._distance(pictures, *wanted)}
-            found |= {f"{what}/{k}": v for k, v in right.items()}
-        return found
-
-    def _distance(self, pictures: torch.Tensor, shapes: list[str], styles: list[str]) -> float:
-        """From the mean of the pictures of one shape and style to that of true renderings, in the judge's features;
-        the mean over what was asked for."""
-        features: torch.Tensor = self.bench.jury.scores(pictures)["features"]
-        asked = list(zip(shapes, styles, strict=True))
-        distances = []
-        for pair in sorted(set(asked)):
-            mean = features[torch.tensor([found == pair for found in asked])].mean(0)
-            distances.append(float((mean - self.bench.true_features(*pair)).norm()))
-        return statistics.mean(distances)
-
-
-@contextlib.contextmanager
-def attached(bench: Bench, halves: Halves) -> Iterator[None]:
-    """These LoRAs added up on the judged model."""
-    rank = sum(max(up.shape[1] for up, _ in layers.values()) for layers in halves.values())
-    branches = lora.attach(bench.judged.unet, rank, float(rank))
-    try:
-        with torch.no_grad():
-            for name, branch in branches.items():
-                branch.up.zero_(), branch.down.zero_()
-                start = 0
-                for up, down in (layers[name] for layers in halves.values() if name in layers):
-                    end = start + up.shape[1]
-                    branch.up[:, start:end], branch.down[start:end] = up, down
-                    start = end
-        yield
-    finally:
-        lora.detach(bench.judged.unet, branches)
-
-
-def of_file(names: dict[str, str], tensors: dict[str, torch.Tensor], blocks: tuple[str, ...] = ("",)) -> Layers:
-    """Layers by the judged model's names, of kohya's. names: `Bench.names`. blocks: starts of the former."""
-    found = {}
-    for key in tensors:
-        name = key.removesuffix(".lora_up.weight")
-        if name != key and names[name].startswith(blocks):
-            found[names[name]] = (tensors[key].float(), tensors[f"{name}.lora_down.weight"].float())
-    return found
-
-
-def of_pair(names: dict[str, str], done: Any) -> Halves:
-    """The two files: added up, they are the zipped pair."""
-    return {which: of_file(names, source.tensors) for which, source in done.pair.by_concept().items()}
-
-
-def one_picture(bench: Bench, asked: argparse.Namespace) -> None:
-    """Every method that is asked for and not in the results file yet, seed by seed."""
-    for seed in range(asked.seeds):
-        for pair in asked.pairs.split(","):
-            done = {r["method"] for r in records(asked.results) if (r["pair"], r["seed"]) == (pair, seed)}
-            one = OnePicture(bench, pair, seed, asked.rate or ONE_RATE, asked.steps or ONE_STEPS)
-            for method in asked.methods.split(";"):
-                if method in done:
-                    continue
-                began = time.monotonic()
-                taught = learned(one, seed, method)
-                seconds = time.monotonic() - began
-                figures = {k: round(v, 4) for k, v in one.ask(taught).items()}
-                record = {"pair": pair, "seed": seed, "method": method, **figures}
-                with open(asked.results, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-                print(line(f"{pair} {seed}: {method}, {seconds:.0f} s", figures), flush=True)
-    print(table(asked.results))
-
-
-def learned(one: OnePicture, seed: int, method: str) -> Taught:
-    names = one.bench.names
-    if method.startswith("DreamBooth"):
-        whole = of_file(names, one.dreambooth(seed, empty=method != "DreamBooth"))
-        return Taught(whole, whole, {"content": whole})
-    if method == "B-LoRA":
-        tensors = one.dreambooth(seed, "B-LoRA")
-        halves = {concept: of_file(names, tensors, blocks) for concept, blocks in BLOCKS.items()}
-    else:
-        halves = of_pair(names, one.unzip(seed, **ABLATION[method]))
-    return Taught(halves["content"], halves["style"], halves)
-
-
-def records(results: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
-
-
-def table(results: Path) -> str:
-    """By method: shape and style right (mean, ± the standard deviation of the seeds), distance to true renderings; of
-    each, how many pictures are better and worse than from one DreamBooth LoRA."""
-    asked = {"content": "its subject in other styles", "style": "its style on other shapes", "both": "both together"}
-    rows = [f"| from one picture | {' | '.join(asked.values())} | seeds |", "|---" * 5 + "|"]
-    by_method: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
-    for record in records(results):
-        by_method.setdefault(record["method"], {})[record["pair"], record["seed"]] = record
-    for method, found in by_method.items():
-        seeds = sorted({seed for _, seed in found})
-        cells = []
-        for what in asked:
-            of_seeds = [
-                statistics.mean(r[f"{what}/both"] for (_, s), r in found.items() if s == seed) for seed in seeds
-            ]
-            distance = statistics.mean(r[f"{what}/distance"] for r in found.values())
-            cells.append(f"{statistics.mean(of_seeds):.2f} ± {statistics.pstdev(of_seeds):.2f}, {distance:.1f}")
-            plain = by_method.get("DreamBooth", {})
-            if method != "DreamBooth" and plain:
-                for key, sign in ((f"{what}/both", 1), (f"{what}/distance", -1)):
-                    gains = [sign * (r[key] - plain[run][key]) for run, r in found.items() if run in plain]
-                    cells[-1] += f" ({sum(g > 0 for g in gains)}:{sum(g < 0 for g in gains)})"
-        rows.append(f"| {method} | {' | '.join(cells)} | {len(seeds)} |")
-    return "\n".join(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["concept", "prior", "joint", "blocks", "unzip"])
@@ -470,13 +179,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rate", type=float)
-    every = ";".join(["DreamBooth", "DreamBooth, empty prompts", "B-LoRA", *ABLATION])
+    every = ";".join(["DreamBooth", "DreamBooth, empty prompts", "B-LoRA", *one_picture.ABLATION])
     parser.add_argument("--methods", default=every, help="of unzip, by semicolons")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="of unzip")
+    parser.add_argument("--results", type=Path, default=one_picture.RESULTS, help="of unzip")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table of unzip")
     asked = parser.parse_args()
     if asked.table:
-        print(table(asked.results))
+        print(one_picture.table(asked.results))
         return
     bench = Bench()
     if asked.part == "concept":
@@ -489,7 +198,7 @@ def main() -> None:
     elif asked.part == "blocks":
         blocks(bench)
     else:
-        one_picture(bench, asked)
+        one_picture.run(bench, asked)
 
 
 if __name__ == "__main__":

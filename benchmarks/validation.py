@@ -24,9 +24,10 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from devhost.answers import PromptRefused
 from devhost.base import CHECKPOINT, make_base
 from devhost.large_files import sparse_lora
-from devhost.server import ComfyServer, PromptRefused
+from devhost.server import ComfyServer
 from ziplora_core import saved
 from ziplora_core.coefficients import Coefficients
 

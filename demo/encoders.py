@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from devhost.base import link
-from devhost.install import DEV
-from devhost.templates import CLIP, DINO
+from devhost.host import DEV
+from devhost.templates.words import CLIP, DINO
 
 _WIDE, _TEXT, _LAYERS, _PATCH = 1024, 768, 24, 14
 Shapes = Iterator[tuple[str, tuple[int, ...]]]

@@ -28,9 +28,11 @@ from demo.graphs import Drawing, Graphs, Prompt, Sampling
 from demo.judge import Judge, load_judge
 from demo.manifest import Manifest, Trained, read_manifest
 from demo.scores import Question, Score
+from devhost.answers import Result
 from devhost.base import MissingMiniature, find_miniature, make_base
-from devhost.install import ROOT
-from devhost.server import ComfyServer, Result, has_gpu
+from devhost.host import ROOT
+from devhost.process import has_gpu
+from devhost.server import ComfyServer
 
 OUTPUT = ROOT / "demo" / "output"
 SEED = 1000

@@ -20,9 +20,10 @@ from demo.concepts import WHOLE
 from demo.gates import CFG
 from demo.manifest import Manifest, read_manifest
 from demo.miniature import BLOCKS
-from devhost import templates
+from devhost.answers import Prompt
 from devhost.base import make_base
-from devhost.server import ComfyServer, Prompt
+from devhost.server import ComfyServer
+from devhost.templates import TEMPLATES, words, zipped
 from devhost.workflows import FOLDER, api_file
 
 PAIRS = (("mushroom", "ember"), ("icecream", "dusk"))  # a subject and a style each
@@ -40,39 +41,39 @@ def replacements(world: Manifest) -> dict[str, str]:
     of_name = {trained.name: trained for trained in (*world.subjects, *world.styles)}
     subjects, styles = (
         dict(zip(placeholders, (of_name[name] for name in names), strict=True))
-        for placeholders, names in zip((templates.SUBJECTS, templates.STYLES), zip(*PAIRS, strict=True), strict=True)
+        for placeholders, names in zip((words.SUBJECTS, words.STYLES), zip(*PAIRS, strict=True), strict=True)
     )
-    found = {templates.MODEL: world.checkpoint}
-    for picture_of, placeholder in templates.PICTURES.items():
+    found = {words.MODEL: world.checkpoint}
+    for picture_of, placeholder in words.PICTURES.items():
         found[picture_of] = {**subjects, **styles}[placeholder].learned.picture
     for placeholder, trained in {**subjects, **styles}.items():
         found[placeholder] = trained.learned.file
-        found[{**templates.SUBJECTS, **templates.STYLES}[placeholder]] = trained.learned.prompt
+        found[{**words.SUBJECTS, **words.STYLES}[placeholder]] = trained.learned.prompt
     one, how = (of_name[name].identifier for name in WHOLE)
-    found[templates.WHOLE] = f"{'_in_'.join(WHOLE)}/1.png"
+    found[words.WHOLE] = f"{'_in_'.join(WHOLE)}/1.png"
     found["one sks dog"], found["a picture in szn style"] = f"a {one} figure", f"a picture in {how} style"
-    found[f"one sks dog in {templates.NEW_STYLE} style"] = f"a {one} figure in {NEW_STYLE} style"
-    found[f"{templates.NEW_SUBJECT} in szn style"] = f"{NEW_SUBJECT} in {how} style"
-    found[templates.V] = f"a {one}"
-    found[f"{templates.V} in {templates.NEW_STYLE} style"] = f"a {one} in {NEW_STYLE} style"
-    found[f"{templates.NEW_SUBJECT} in sks style"] = f"{NEW_SUBJECT} in {one} style"
+    found[f"one sks dog in {words.NEW_STYLE} style"] = f"a {one} figure in {NEW_STYLE} style"
+    found[f"{words.NEW_SUBJECT} in szn style"] = f"{NEW_SUBJECT} in {how} style"
+    found[words.V] = f"a {one}"
+    found[f"{words.V} in {words.NEW_STYLE} style"] = f"a {one} in {NEW_STYLE} style"
+    found[f"{words.NEW_SUBJECT} in sks style"] = f"{NEW_SUBJECT} in {one} style"
     for subject, its in subjects.items():
         for style, of in styles.items():
-            found[templates.drawn(subject, style)] = world.prompt(its, of)
-            for context, place in zip(templates.CONTEXTS, PLACES, strict=True):
+            found[words.drawn(subject, style)] = world.prompt(its, of)
+            for context, place in zip(words.CONTEXTS, PLACES, strict=True):
                 there = world.prompt(its, of).replace(" in ", f" on the {place} in ")
-                found[templates.drawn(subject, style, context)] = there
+                found[words.drawn(subject, style, context)] = there
     return found
 
 
 def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt:
     """A shipped graph in API form with the miniature's files, words and sizes. steps: of sampling."""
-    made, words = copy.deepcopy(prompt), replacements(world)
+    made, ours = copy.deepcopy(prompt), replacements(world)
     for node in made.values():
         for name, value in node["inputs"].items():
             if isinstance(value, str):
-                node["inputs"][name] = words.get(value, value)
-            elif value == templates.SIDE:
+                node["inputs"][name] = ours.get(value, value)
+            elif value == words.SIDE:
                 node["inputs"][name] = world.size
         if node["class_type"] == "KSampler":
             node["inputs"] |= {"steps": steps, "cfg": CFG}
@@ -85,12 +86,12 @@ def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt
 def main() -> int:
     wanted, world = sys.argv[1:], read_manifest()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base, ComfyServer(make_base(Path(base))) as server:
-        for make in templates.TEMPLATES:
+        for make in TEMPLATES:
             name = make().name
             if wanted and name not in wanted:
                 continue
             file = FOLDER / f"{name}.json"
-            if name == templates.scores().name:
+            if name == zipped.scores().name:
                 encoders.provide(Path(base), *encoders.EVERY)
             prompt = json.loads(api_file(file).read_text(encoding="utf-8"))
             done = server.run(on_the_miniature(prompt, world))

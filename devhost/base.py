@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from .install import ROOT
+from .host import ROOT
 
 PACK = "ComfyUI-ZipLoRA"
 MINIATURE = "ziplora-miniature"
@@ -90,8 +90,8 @@ def make_base(base: Path, *, miniature: bool = True) -> Path:
         link(found.checkpoint, base / "models" / "checkpoints" / found.checkpoint.name)
         for lora in found.loras:
             link(lora, base / "models" / "loras" / lora.name)
-        for folder in found.pictures:
-            place(folder, base / "input" / folder.name)
+        for pictures in found.pictures:
+            place(pictures, base / "input" / pictures.name)
     return base
 
 

@@ -7,7 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from .install import Host, SetupError, Stages, call, runs
+from .host import Host, SetupError
+from .install import Stages, call, runs
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 APPLICATIONS = (

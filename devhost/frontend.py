@@ -10,9 +10,10 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page, Route, sync_playwright
 
+from .answers import Prompt
 from .chromium import find_chromium
-from .install import SetupError
-from .server import ComfyServer, Prompt
+from .host import SetupError
+from .server import ComfyServer
 
 SWITCHES = (
     "--no-sandbox",  # containers run as root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ SDXL_UNET = {
 }
 
 
-def sdxl_model(dtype: torch.dtype, compute: torch.dtype | None = None, device: str = "cpu", **changes):
+def sdxl_model(dtype: torch.dtype, compute: torch.dtype | None = None, device: str = "cpu", **changes: Any) -> Any:
     """The host's SDXL BaseModel with weights in `dtype`, cast to `compute` for use where that is given.
 
     changes: other numbers for the U-Net. On "meta" it takes no memory.
@@ -52,12 +53,12 @@ def _fill(parameter: torch.Tensor, fill: Callable[..., object], *args: float) ->
         parameter.data.copy_(wide)
 
 
-def sdxl_patcher(dtype: torch.dtype, compute: torch.dtype | None = None, **changes):
+def sdxl_patcher(dtype: torch.dtype, compute: torch.dtype | None = None, **changes: Any) -> Any:
     """A ModelPatcher over SDXL with random weights that keep activations of order one."""
     return random_patcher(sdxl_model(dtype, compute, **changes))
 
 
-def random_patcher(model):
+def random_patcher(model: Any) -> Any:
     """A ModelPatcher over any of the host's models, filled with random weights that keep activations of order one."""
     import comfy.model_management
     import comfy.model_patcher
@@ -77,7 +78,7 @@ def random_patcher(model):
     return comfy.model_patcher.ModelPatcher(model, load, torch.device("cpu"))
 
 
-def attention_lora(model, rank: int, seed: int, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+def attention_lora(model: Any, rank: int, seed: int, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
     """A random LoRA on every attention q/k/v/out of an SDXL U-Net, in kohya names, alpha = rank."""
     g = torch.Generator().manual_seed(seed)
     lora = {}
@@ -91,7 +92,7 @@ def attention_lora(model, rank: int, seed: int, dtype: torch.dtype = torch.float
     return lora
 
 
-def random_prompt(seed: int, tokens: int = 77, width: int = 2048, pooled: int = 1280) -> list:
+def random_prompt(seed: int, tokens: int = 77, width: int = 2048, pooled: int = 1280) -> list[list[Any]]:
     """A CONDITIONING with random numbers."""
     g = torch.Generator().manual_seed(seed)
     context = torch.randn(1, tokens, width, generator=g)

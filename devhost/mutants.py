@@ -27,7 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .install import DEV, ROOT, THREADS, Host, set_up
+from .host import DEV, ROOT, THREADS, Host
+from .install import set_up
 from .mutations import Mutant, bridge, core
 
 LISTS = {"core": core.MUTANTS, "bridge": bridge.MUTANTS}

@@ -29,7 +29,7 @@ _OURS = {"host", "content-length", "transfer-encoding", "connection", "upgrade"}
 
 class Proxy:
     """rule: what becomes of a request. socket_seconds: after which every websocket is cut. asked: (method, path) of
-    every request, and seen_headers those of the last. sockets: websockets that were opened."""
+    every request. sockets: websockets that were opened."""
 
     def __init__(self, target: str, rule: Rule = lambda request, number: None, socket_seconds: float | None = None):
         self.target, self.rule, self.socket_seconds = target, rule, socket_seconds
@@ -38,7 +38,6 @@ class Proxy:
         self.failed = 0
         self.released = threading.Event()
         self.sockets = 0
-        self.seen_headers: dict[str, str] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -71,7 +70,6 @@ class Proxy:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.asked.append((request.method, request.path))
-        self.seen_headers = dict(request.headers)
         fate = self.rule(request, len(self.asked))
         if fate is not None:
             self.failed += 1
@@ -113,7 +111,7 @@ class Proxy:
             request.transport.abort()
         return web.Response()
 
-    async def _websocket(self, request: web.Request) -> web.WebSocketResponse:
+    async def _websocket(self, request: web.Request) -> web.StreamResponse:
         self.sockets += 1
         ours = web.WebSocketResponse(max_msg_size=0)
         await ours.prepare(request)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import NODES
-from .install import ROOT
+from .host import ROOT
 
 CONTRACT = ROOT / "tests" / "host" / "object_info.json"
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"

@@ -13,8 +13,9 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import covered
 from .chromium import ensure_chromium
-from .install import DEV, ROOT, THREADS, Host
+from .host import DEV, ROOT, THREADS, Host
 
 # In this order: what fails fast comes first. How each is shared out: the host's and the browser's tests by file
 # (tests/conftest.py), for those of a file share what they need; the others one by one, so that all cores end together.
@@ -26,6 +27,7 @@ QUICK = {"core": ["-m", "not slow"], "inhost": ["-m", "smoke"]}
 # The miniature's tensors are small: more threads only wait for each other, and every core has a worker.
 ONE_THREAD = {**THREADS, "OMP_NUM_THREADS": "1"}
 ALL = "ZIPLORA_ALL"  # set: every test draws as many random cases as it can (`--all`)
+COVERAGE = "--cov"
 NO_TESTS = 5  # pytest's exit status where nothing was collected
 SLOWEST = 10
 
@@ -56,6 +58,7 @@ class Plan:
     options: list[str] = field(default_factory=list)
     quick: bool = False
     every_case: bool = False
+    measured: dict[str, str] = field(default_factory=dict)  # variables that have processes measure themselves
 
     @property
     def narrowed(self) -> bool:
@@ -73,7 +76,9 @@ class Plan:
 
 def run_suites(host: Host, arguments: list[str]) -> int:
     """Run the suites that `arguments` name (all where none is named); 0 where nothing failed."""
-    plan = make_plan(arguments)
+    plan = make_plan([argument for argument in arguments if argument != COVERAGE])
+    if COVERAGE in arguments:
+        plan.measured = covered.begin()
     total = Count()
     lines = []
     for suite in plan.paths:
@@ -86,6 +91,8 @@ def run_suites(host: Host, arguments: list[str]) -> int:
     print(f"\nslowest:\n{slowest(reports)}")
     for name, number in figures(reports).items():
         print(f"{name}: {number:g}")
+    if plan.measured:
+        print(f"\n{covered.report(host)}")
     print("\n" + "\n".join(lines))
     print(total)
     return 1 if total.failed or not total.passed else 0
@@ -140,6 +147,7 @@ def run_suite(host: Host, suite: str, plan: Plan) -> Count:
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
     environment = {key: value for key, value in {**ONE_THREAD, **os.environ}.items() if key != "PYTHONPATH"}
+    environment |= plan.measured
     if suite == "browser":
         environment["CHROMIUM_PATH"] = str(ensure_chromium(host))
     if plan.every_case:

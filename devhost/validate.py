@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .base import make_base
-from .install import DEV, ROOT
+from .host import DEV, ROOT
 from .server import ComfyServer
-from .templates import CLIP, DINO, MODEL, PICTURES, STYLES, SUBJECTS, WHOLE
+from .templates.words import CLIP, DINO, MODEL, PICTURES, STYLES, SUBJECTS, WHOLE
 from .workflows import api_file, ui_files
 
 CLI = DEV / "venv-comfy-cli"

@@ -16,11 +16,13 @@ import tempfile
 from pathlib import Path
 
 from . import snapshot
+from .answers import Prompt
 from .base import make_base
 from .frontend import Frontend, open_browser
-from .install import ROOT
-from .server import ComfyServer, Prompt
-from .templates import TEMPLATES, Graph, ObjectInfo
+from .host import ROOT
+from .server import ComfyServer
+from .templates import TEMPLATES
+from .templates.graph import Graph, ObjectInfo
 
 FOLDER = ROOT / "workflows"
 

@@ -58,7 +58,7 @@ class LoadLoRAPair(io.ComfyNode):
         names = {"content_lora": content_lora, "style_lora": style_lora}
         checked = {socket: loras.check(name) for socket, name in names.items() if name is not None}
         problems = [f"{name}: {problem}" for name, problem in checked.items() if problem]
-        if None not in names.values() and not problems:
+        if content_lora is not None and style_lora is not None and not problems:
             try:
                 loras.refuse_one_file(content_lora, style_lora)
             except loras.LoRAFileError as error:

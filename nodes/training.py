@@ -134,7 +134,9 @@ class TrainConceptLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, second_images=None, class_images=None, **lists) -> io.NodeOutput:
-        given = {name: "\n".join(values) if name in _TEXTS else values[0] for name, values in lists.items()}
+        given: dict[str, Any] = {
+            name: "\n".join(values) if name in _TEXTS else values[0] for name, values in lists.items()
+        }
         inputs.connected(**{name: given[name] for name in ("model", "clip", "vae")})
         task = read_task(images, second_images, class_images, **given)
         task.made_by = provenance.workflow(cls.hidden)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import again, jobs
 from .address import HEADERS, addresses, read_headers
-from .errors import ServerError
+from .errors import BatchError, ServerError
 from .results import Results
 from .runner import Batch
 from .server import LOST_AFTER, Server
@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # names are anybody's, and no character of one ends a batch
             stream.reconfigure(errors="backslashreplace")
     try:
-        return asyncio.run(asked.work(asked))
-    except (jobs.BatchError, OSError) as error:  # a ServerError is one
+        return int(asyncio.run(asked.work(asked)))
+    except (BatchError, OSError) as error:  # a ServerError is one
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -105,7 +105,7 @@ async def _run(asked: argparse.Namespace) -> int:
     elif asked.subjects and asked.styles and not asked.table:
         rows = jobs.cross(asked.subjects, asked.styles, asked.prompt)
     else:
-        raise jobs.BatchError("give either --table, or --subjects and --styles (and perhaps --prompt)")
+        raise BatchError("give either --table, or --subjects and --styles (and perhaps --prompt)")
     with contextlib.closing(Results(asked.results)) as results:
         async with contextlib.AsyncExitStack() as stack:
             servers = [await stack.enter_async_context(Server(p, lost_after=asked.lost_after)) for p in places]
@@ -129,7 +129,7 @@ async def _as_listed(rows: list[jobs.Row], workflow: jobs.Prompt, servers: list[
             row.values[column] = found = jobs.listed_name(file, listed)
             other = meant.setdefault(found, file)
             if jobs.sha256(other) != jobs.sha256(file):
-                raise jobs.BatchError(
+                raise BatchError(
                     f"{other} and {file} would both be '{found}' on the server, which lists no other of that name; "
                     "rename one of them, there too"
                 )

@@ -92,7 +92,7 @@ def addresses(given: Iterable[str], headers: Mapping[str, str] | None = None) ->
 
 def read_headers(given: Iterable[str], environment: Mapping[str, str]) -> dict[str, str]:
     """NAME:VALUE from the command line, and from HEADERS, which no list of processes shows. Raises BatchError."""
-    found = {}
+    found: dict[str, str] = {}
     lines = [line for line in environment.get(HEADERS, "").splitlines() if line.strip()]
     for text in [*lines, *given]:
         name, colon, value = text.partition(":")

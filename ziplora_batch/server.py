@@ -10,9 +10,9 @@ import mimetypes
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import aiohttp
@@ -26,6 +26,8 @@ from .jobs import Prompt
 from .names import plain
 
 __all__ = ["Denied", "Forgotten", "Refused", "Server", "ServerError", "ServerLost"]
+
+T = TypeVar("T")
 
 LOST_AFTER = 30.0  # seconds of failed requests, three of them at least, after which a server counts as lost
 _TRIES = 3
@@ -57,7 +59,7 @@ class Server:
     async def __aexit__(self, *details: object) -> None:
         await self._to.__aexit__(*details)
 
-    async def _get(self, path: str, read: Any, tries: int = _TRIES, **options: Any) -> Any:
+    async def _get(self, path: str, read: Callable[[Any], T], tries: int = _TRIES, **options: Any) -> T:
         return await patiently(lambda: self._to.ask("GET", path, read, **options), tries)
 
     async def alive(self) -> bool:
@@ -78,7 +80,7 @@ class Server:
             kind, *rest = {**info.get("required", {}), **info.get("optional", {})}.get(name, [[]])
             return [str(c) for c in (kind if isinstance(kind, list) else rest[0].get("options", []) if rest else [])]
 
-        return list(await self._get(f"object_info/{node}", read))
+        return await self._get(f"object_info/{node}", read)
 
     async def nodes(self) -> dict[str, str]:
         """Each type of node that the server has, and the Python module that it comes from."""
@@ -86,7 +88,7 @@ class Server:
         def read(answer: dict[str, Any]) -> dict[str, str]:
             return {str(node): str(info.get("python_module", "")) for node, info in answer.items()}
 
-        return dict(await self._get("object_info", read, timeout=LONG))
+        return await self._get("object_info", read, timeout=LONG)
 
     async def history(self, prompt_id: str, tries: int = _TRIES) -> dict[str, Any] | None:
         """What is left of a prompt that has ended."""
@@ -108,7 +110,7 @@ class Server:
         def read(answer: dict[str, Any]) -> dict[str, list[Any]]:
             return {str(item[1]): list(item) for part in parts for item in answer[part]}
 
-        return dict(await self._get("queue", read, tries))
+        return await self._get("queue", read, tries)
 
     async def find(self, prompt_id: str, settling: float = 0.0) -> list[Any] | None:
         """What the queue, or the history, has of a prompt: as `queued`, or empty where it says no more of it; None

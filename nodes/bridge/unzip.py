@@ -193,7 +193,7 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
             _write(files, _halves(trained), steps)
             return " and ".join(file.said() for file in files.values())
 
-        def sample() -> Image.Image:
+        def sample() -> Image.Image | None:
             return picture(model, denoiser, made, trained, settings.seed)
 
         training_run.follow(task, trained, denoiser, pictures, write, sample)
@@ -201,12 +201,13 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
 
     planned, trained = loading.with_denoiser(model, made, shapes, settings, work, loras_at_once=2)
     seconds, history = time.monotonic() - began, training_run.history
-    sources = loras.LoRASources(*(_source(files[c], settings.steps) for c in CONCEPTS))
+    content, style = (_source(files[c], settings.steps) for c in CONCEPTS)
+    sources = loras.LoRASources(content, style)
     fitted = fitting.fit(sources, model.model)
     written = [file.line(settings.steps, training_run.unwritten) for file in files.values()]
     report = "  \n".join([*written, *_report(task, trained, history, seconds, planned)])
-    about = {"settings": repr(settings), "prompts": task.prompts}
-    zipped = ZippedLoRA(sources, fitted, trained.coefficients(), report=report, method="UnZipLoRA", settings=about)
+    how = {"settings": repr(settings), "prompts": task.prompts}
+    zipped = ZippedLoRA(sources, fitted, trained.coefficients(), report=report, method="UnZipLoRA", settings=how)
     losses = training_run.loss_map()
     if not task.columns_apart:
         losses["overlap"] = [s.penalty for s in history]

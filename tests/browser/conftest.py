@@ -43,7 +43,7 @@ def kept() -> Callable[..., None]:
     """
     from PIL import Image
 
-    from devhost.install import DEV, ROOT
+    from devhost.host import DEV, ROOT
 
     def keep(picture: Path, name: str, publish: str, width: int, edges: tuple[float, float] = (0, 0)) -> None:
         folder = DEV / "reports" / "screens"

@@ -13,14 +13,16 @@ from demo import encoders
 from demo.manifest import read_manifest
 from demo.templates import on_the_miniature
 from devhost.base import NODES
-from devhost.templates import CLIP, SKETCHES, TEMPLATES
+from devhost.templates import SKETCHES, TEMPLATES
+from devhost.templates.words import CLIP
 from devhost.workflows import FOLDER
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from devhost.answers import Prompt
     from devhost.frontend import Frontend
-    from devhost.server import ComfyServer, Prompt
+    from devhost.server import ComfyServer
 
 # Graph: the nodes whose help pages show a picture taken in it.
 CLOSE_UPS = {

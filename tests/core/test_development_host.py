@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from devhost import install, suites
+from devhost import host, install, suites
 from devhost.base import MissingMiniature, find_miniature, link, make_base
 
 
@@ -28,7 +28,7 @@ def test_every_package_asked_for_is_pinned() -> None:
     assert all(re.fullmatch(r"[\w.-]+==\S+", line) for line in lines)
     pinned = {canonical(line) for line in lines}
     asked = [*install.TOOLS, *install.HOST_EXTRAS, install.CARRIER, "torch", "torchvision"]
-    tree = install.DEV / "comfyui"
+    tree = host.DEV / "comfyui"
     if tree.is_dir():  # absent where COMFYUI_PATH names another
         asked += install.requirements(tree)
     assert {canonical(line) for line in asked} <= pinned
@@ -36,11 +36,11 @@ def test_every_package_asked_for_is_pinned() -> None:
 
 @pytest.mark.slow
 def test_finished_set_up_is_found_at_once() -> None:
-    assert install.is_ready(install.current_host()), "run `python3 dev.py setup` first"
+    assert install.is_ready(host.current_host()), "run `python3 dev.py setup` first"
     seconds = []
     for _ in range(3):  # the best of three: the machine may be busy
         start = time.monotonic()
-        subprocess.run([sys.executable, "dev.py", "setup"], cwd=install.ROOT, capture_output=True, check=True)
+        subprocess.run([sys.executable, "dev.py", "setup"], cwd=host.ROOT, capture_output=True, check=True)
         seconds.append(time.monotonic() - start)
     assert min(seconds) < 3.0  # 0.2 s on a machine at rest; asking pip alone takes 4 s
 
@@ -48,7 +48,7 @@ def test_finished_set_up_is_found_at_once() -> None:
 def test_wrong_comfyui_path_is_one_sentence(tmp_path: Path) -> None:
     environment = {**os.environ, "COMFYUI_PATH": str(tmp_path)}
     command = [sys.executable, "dev.py", "setup"]
-    done = subprocess.run(command, cwd=install.ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=host.ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert re.fullmatch(r"error: COMFYUI_PATH names .* holds no main\.py: .*\.\n", done.stderr)
 
@@ -57,7 +57,7 @@ def test_base_directory_leads_to_the_checkout_and_can_be_made_twice(tmp_path: Pa
     for _ in range(2):
         base = make_base(tmp_path / "base", miniature=False)
     pack = base / "custom_nodes" / "ComfyUI-ZipLoRA"
-    assert (pack / "__init__.py").samefile(install.ROOT / "__init__.py")
+    assert (pack / "__init__.py").samefile(host.ROOT / "__init__.py")
     assert (base / "models" / "loras").is_dir()
 
 
@@ -88,7 +88,7 @@ def test_report_counts_every_outcome(tmp_path: Path) -> None:
 
 
 def test_arguments_choose_suites_and_keep_options() -> None:
-    folder = install.ROOT / "tests"
+    folder = host.ROOT / "tests"
     chosen, options = suites.split_arguments([f"{folder / 'core'}::test_x", "-k", "pair", "-x"])
     assert chosen == {"core": [f"{folder / 'core'}::test_x"]}
     assert options == ["-k", "pair", "-x"]
@@ -97,7 +97,7 @@ def test_arguments_choose_suites_and_keep_options() -> None:
 
 def test_whole_suites_are_shared_out_and_chosen_tests_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suites, "cores", lambda: 3)
-    tests = install.ROOT / "tests"
+    tests = host.ROOT / "tests"
     plan = suites.make_plan([])
     assert [plan.workers(suite) for suite in suites.SUITES] == [3, 3, 3, 3] and not plan.narrowed
     for words in ([f"{tests / 'core'}"], [f"{tests / 'core'}", "-x"], ["--all", f"{tests / 'core'}"]):
@@ -131,12 +131,12 @@ def shared_out(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> tu
     tests.mkdir(parents=True)
     (tests / "test_sample.py").write_text(source)
     for name in ("conftest.py", "pytest.ini"):
-        (folder / "tests" / name).write_text((install.ROOT / "tests" / name).read_text(encoding="utf-8"))
+        (folder / "tests" / name).write_text((host.ROOT / "tests" / name).read_text(encoding="utf-8"))
     monkeypatch.setattr(suites, "ROOT", folder)
     monkeypatch.setattr(suites, "DEV", folder)
     monkeypatch.setattr(suites, "cores", lambda: 2)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    count = suites.run_suite(install.current_host(), "host", suites.Plan({"host": [str(tests)]}))
+    count = suites.run_suite(host.current_host(), "host", suites.Plan({"host": [str(tests)]}))
     return count, {"host": suites.report_of("host")}
 
 
@@ -178,30 +178,30 @@ def test_a_server_whose_port_is_taken_meanwhile_starts_on_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another server answers at that port all the time: it must not be taken for the one that was started."""
-    from devhost import server
+    from devhost import process, server
 
     class Little(server.ComfyServer):
         def command(self) -> list[str]:
             return [sys.executable, "-c", LITTLE_HOST, str(self.port)]
 
-    monkeypatch.setattr(server, "Listener", lambda url: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(process, "Listener", lambda url: SimpleNamespace(close=lambda: None))
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
     with Little(tmp_path / "first") as first:
-        ports = [first.port, first.port, server.free_port()]
-        monkeypatch.setattr(server, "free_port", lambda: ports.pop(0))
+        ports = [first.port, first.port, process.free_port()]
+        monkeypatch.setattr(process, "free_port", lambda: ports.pop(0))
         with Little(tmp_path / "second") as second:
             assert second.port != first.port and not ports
             assert second.is_listening() and first.is_listening()
         fixed = Little(tmp_path / "second")
         fixed.port = first.port
-        with pytest.raises(server.ServerDied, match="already in use"):
+        with pytest.raises(process.ServerDied, match="already in use"):
             fixed.start()
         assert first.is_listening()
 
 
 def test_ports_for_servers_are_free_and_no_connection_is_given_them() -> None:
-    from devhost.server import free_port
+    from devhost.process import free_port
 
     random.seed(0)
     found = {free_port() for _ in range(20)}

@@ -16,7 +16,8 @@ import numpy as np
 from graphs import BASE, Concept, Link, Prompt, node, optimised, picture, zipped_picture
 from safetensors.torch import load_file
 
-from devhost.server import ComfyServer, Event, ExecutionFailed, Result
+from devhost.answers import Event, ExecutionFailed, Result
+from devhost.server import ComfyServer
 
 FAULTS = Path(__file__).resolve().parent.parent / "faults"
 FAST = {"solver": "gradient", "objective": "paper", "steps": 1}  # passes: teacher, student, 12 on held-out noise

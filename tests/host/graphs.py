@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from devhost.answers import Result
 from devhost.base import CHECKPOINT
-from devhost.server import Result
 
 Prompt = dict[str, dict[str, Any]]
 Link = list[Any]

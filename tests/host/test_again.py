@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from waiting import wait_until
 
-from devhost.install import current_host
+from devhost.host import current_host
 from devhost.server import ComfyServer
 from ziplora_batch import trusted
 

@@ -22,9 +22,10 @@ from waiting import wait_until
 
 from devhost.base import make_base
 from devhost.batches import LightBatch
-from devhost.install import current_host
+from devhost.host import current_host
+from devhost.process import free_port
 from devhost.proxy import Proxy
-from devhost.server import ComfyServer, free_port
+from devhost.server import ComfyServer
 
 Row = dict[str, Any]
 SEEDS = itertools.count(100)

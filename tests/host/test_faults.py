@@ -35,7 +35,8 @@ from graphs import (
 )
 from safetensors.torch import load_file, save_file
 
-from devhost.server import ComfyServer, Result
+from devhost.answers import Result
+from devhost.server import ComfyServer
 
 WHOLE, TWO = "layerwise, then gradient", {"steps": 2}
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from graphs import BASE, Concept, Prompt, node, optimised, picture, stock_loader, zipped_picture
 
+from devhost.answers import PromptRefused
 from devhost.base import NODES
 from devhost.large_files import sparse_lora
-from devhost.server import ComfyServer, PromptRefused
+from devhost.server import ComfyServer
 
 SETTINGS = {"steps": 3, "learning_rate": 0.05, "seed": 41}
 

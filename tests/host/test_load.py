@@ -16,7 +16,8 @@ import numpy as np
 from graphs import Concept, node, zipped_picture
 from safetensors.torch import load_file, save_file
 
-from devhost.server import ComfyServer, PromptRefused
+from devhost.answers import PromptRefused
+from devhost.server import ComfyServer
 
 COUNT = int(os.environ.get("ZIPLORA_LOAD", "80" if os.environ.get("ZIPLORA_ALL") else "32"))
 SETTLED = min(50, COUNT // 4)  # prompts after which memory no longer grows

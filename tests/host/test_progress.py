@@ -8,7 +8,8 @@ import pytest
 from graphs import Concept, is_one_bar, is_whole_run, optimised
 from test_references import without
 
-from devhost.server import ComfyServer, Result
+from devhost.answers import Result
+from devhost.server import ComfyServer
 
 PARTS = (
     "drawing content references",

@@ -20,8 +20,9 @@ import torch
 from graphs import BASE, SIZE, Concept, Prompt, node, optimised, picture, stock_loader
 from safetensors.torch import load_file, save_file
 
+from devhost.answers import ExecutionFailed, PromptRefused
 from devhost.base import CHECKPOINT
-from devhost.server import ComfyServer, ExecutionFailed, PromptRefused
+from devhost.server import ComfyServer
 
 SECOND = 1.0  # of the server's work: on a machine that other tests keep busy too
 LOADED = ("Requested to load", "loaded completely")  # what the server logs when a model goes onto a device

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from graphs import Concept, optimised
 
-from devhost.server import ComfyServer, ExecutionFailed, PromptRefused
+from devhost.answers import ExecutionFailed, PromptRefused
+from devhost.server import ComfyServer
 
 SAYS = "both the content and the style LoRA, so there is nothing to zip; choose the subject's file in content_lora"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from devhost.server import ComfyServer, PromptRefused
+from devhost.answers import PromptRefused
+from devhost.server import ComfyServer
 
 RED = 255 << 16
 

@@ -9,7 +9,7 @@ import pytest
 
 from devhost import snapshot
 from devhost.base import NODES, PACK
-from devhost.install import ROOT
+from devhost.host import ROOT
 from devhost.server import ComfyServer
 
 LANGUAGES = ("en", "zh")

@@ -13,8 +13,9 @@ import pytest
 
 from demo.manifest import read_manifest
 from demo.templates import on_the_miniature
-from devhost.install import ROOT
-from devhost.server import ComfyServer, ExecutionFailed, Prompt
+from devhost.answers import ExecutionFailed, Prompt
+from devhost.host import ROOT
+from devhost.server import ComfyServer
 from devhost.workflows import FOLDER, api_file
 
 

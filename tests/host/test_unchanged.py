@@ -10,7 +10,8 @@ import pytest
 from graphs import BASE, Concept, is_one_bar, is_whole_run, marks, optimised, picture
 from safetensors.torch import load_file, save_file
 
-from devhost.server import ComfyServer, ExecutionFailed
+from devhost.answers import ExecutionFailed
+from devhost.server import ComfyServer
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import statistics
 
 
 def test_default_draws_what_the_direct_merge_spoils(pack):
-    from benchmarks.quality import QUICK_PAIRS, Job, run_job
+    from benchmarks.quality import QUICK_PAIRS
+    from benchmarks.quality_job import Job, run_job
 
     both: dict[str, list[float]] = {}
     for content, style in QUICK_PAIRS:

@@ -21,7 +21,7 @@ def unet_keys(model) -> tuple[Names, Names]:
 
     model: the host's BaseModel. (The host's own map, every other diffusers name under every peft prefix).
     """
-    hosts, more = comfy.lora.model_lora_keys_unet(bare(model), {}), {}
+    hosts, more = comfy.lora.model_lora_keys_unet(bare(model), {}), Names()
     for key, target in comfy.utils.unet_to_diffusers(model.model_config.unet_config).items():
         if key.endswith(".weight"):
             for prefix in formats.DIFFUSERS_PREFIXES:

@@ -125,7 +125,7 @@ def pair(content: dict, style: dict, content_strength: float, style_strength: fl
             raise LoRAFileError(f"{name} holds no LoRA; connect Train Concept LoRA, or a node like it")
         check_tensors(name, tensors)
         made.append(LoRASource(name, dict(tensors), strength))
-    return LoRASources(*made)
+    return LoRASources(made[0], made[1])
 
 
 def refuse_one_lora(sources: LoRASources) -> None:

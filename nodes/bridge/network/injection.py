@@ -15,6 +15,7 @@ import comfy.ops
 import comfy.rmsnorm
 import torch
 import torch.nn.functional as F
+import torch.nn.grad
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -113,7 +114,8 @@ def _with_copies(module: torch.nn.Module, forward: Callable[..., Tensor]) -> Cal
             return forward(*args, **kwargs)
         own = module._parameters
         with torch.no_grad():
-            module._parameters = {name: None if p is None else p.clone() for name, p in own.items()}
+            copies: Any = {name: None if p is None else p.clone() for name, p in own.items()}  # plain tensors
+            module._parameters = copies
         try:
             return forward(*args, **kwargs)
         finally:
@@ -126,7 +128,7 @@ def _convolution_options(module: torch.nn.Module) -> dict[str, Any]:
     return {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
 
 
-def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+def blocks(model) -> list[torch.nn.Module]:
     """A BaseModel's transformer blocks, in the order in which they run."""
     return [module for module in model.diffusion_model.modules() if type(module).__name__ in _BLOCKS]
 

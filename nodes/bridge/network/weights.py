@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import comfy.model_management
 import comfy.ops
@@ -23,7 +24,7 @@ _QUANTIZED = getattr(comfy.ops, "QuantizedTensor", ())  # absent from older host
 
 
 @contextlib.contextmanager
-def cast(module: torch.nn.Module, like: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+def cast(module: Any, like: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
     """The module's weight and bias as the host would use them for `like`; valid inside the block only."""
     if module.weight is None:
         yield None, None
@@ -62,5 +63,5 @@ def _is_cast(module: comfy.ops.CastWeightBiasOp) -> bool:
     return bool(module.comfy_cast_weights or module.weight_function or module.bias_function or _is_coded(module))
 
 
-def _is_coded(module: torch.nn.Module) -> bool:
+def _is_coded(module: Any) -> bool:
     return is_quantized(module.weight) or getattr(module, "scale_weight", None) is not None

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from ....ziplora_core.coefficients import Coefficients
-from ....ziplora_core.prompts import EMPTY, OWN, PromptEffect
-from ....ziplora_core.solver import Result, Settings
+from ....ziplora_core.prompts import PromptEffect
+from ....ziplora_core.solver import EMPTY, OWN, Result, Settings
 from ..drawing.sampling import Drawn
 from ..lora import text_encoders
 from ..lora.fitting import FittedPair

@@ -125,7 +125,7 @@ def _solve(
         conditioning,
         samples,
         work,
-        planned.together,
+        bool(planned.together),
         planned.recomputed,
         planned.need,
     )

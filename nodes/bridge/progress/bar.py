@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -20,7 +21,7 @@ _SECONDS_TO_JUDGE_BY = 1.0  # before nothing is said of the time that is left
 
 def tell(text: str) -> None:
     """Show text on the node that runs, to the one who queued it, where the host and its frontend can."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    server: Any = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     context, send = get_executing_context(), getattr(server, "send_progress_text", None)
     if send is not None and context is not None and server.client_id is not None:
         send(text, context.node_id, server.client_id)

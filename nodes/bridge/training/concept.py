@@ -139,7 +139,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
             file.write(trained.factors(), steps)
             return file.said()
 
-        def sample() -> Image.Image:
+        def sample() -> Image.Image | None:
             return picture(model, denoiser, made, trained, settings.seed)
 
         training_run.follow(task, trained, denoiser, pictures, write, sample)

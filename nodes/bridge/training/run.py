@@ -78,7 +78,7 @@ class Run:
         denoiser: training.Denoiser,
         pictures: training.Pictures,
         write: Callable[[int], str],
-        sample: Callable[[], Image.Image],
+        sample: Callable[[], Image.Image | None],
     ) -> None:
         """`training.train` to the end, with progress and samples on the node and files on the way.
 

@@ -1,0 +1,35 @@
+"""Graphs that do not ship: for pictures on help pages."""
+
+from __future__ import annotations
+
+from .graph import Graph
+from .parts import Parts
+from .words import STYLE, SUBJECT
+
+
+def load_zipped() -> Graph:
+    parts = Parts("load_zipped", "")
+    parts.graph.column("Zipped before")
+    loaded = parts.graph.add("LoadZippedLoRA", model=parts.model, zipped="my_pair_00001_.safetensors")
+    parts.graph.column("Draw")
+    parts.apply(loaded[0])
+    return parts.graph
+
+
+def sparsify() -> Graph:
+    parts = Parts("sparsify", "")
+    parts.graph.column("Sparsify")
+    sparse = parts.graph.add("SparsifyLoRA", model=parts.model, lora=STYLE)
+    parts.graph.column("Use")
+    parts.graph.add("LoraModelLoader", model=parts.model, lora=sparse[0], strength_model=1.0)
+    parts.graph.add("PreviewAny", "What is left", source=sparse[1])
+    return parts.graph
+
+
+def direct_merge() -> Graph:
+    parts = Parts("direct_merge", "")
+    parts.graph.column("Merge")
+    merged = parts.graph.add("DirectMergeLoRA", model=parts.model, lora_pair=parts.pair(SUBJECT, STYLE))
+    parts.graph.column("Draw")
+    parts.apply(merged[0])
+    return parts.graph
