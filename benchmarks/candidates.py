@@ -297,7 +297,6 @@ CANDIDATES: dict[str, Method] = {
     "layer-wise, prompts identity": layer_wise(identity=1.0, prompts="identity"),
     "layer-wise to identity, prompts identity": layer_wise(identity=1.0, prior=0.3, prompts="identity"),
     "layer-wise to identity": layer_wise(prior=0.3),
-    "diagonal": layer_wise(diagonal=True, ridge=0.3),
     "diagonal, ridge 1": layer_wise(diagonal=True),
     "diagonal, ridge .1": layer_wise(diagonal=True, ridge=0.1),
     "diagonal, pull .8": layer_wise(diagonal=True, pull=0.8),

@@ -2,6 +2,7 @@
 
     python3 dev.py run benchmarks/intervals.py choose confirm                  what results/ holds of new concepts
     python3 dev.py run benchmarks/intervals.py confirm --against "direct .8/.8" --strong
+    python3 dev.py run benchmarks/intervals.py confirm final --strong --together
 
 Pairs that share a LoRA are not independent: what is drawn again is the subjects and the styles, not the pairs.
 """
@@ -167,19 +168,35 @@ def without(records: Sequence[Record], names: Collection[str]) -> list[Record]:
     return [r for r in records if not set(r["pair"].split("+")) & set(names)]
 
 
+def pooled(blocks: Mapping[str, Sequence[Record]]) -> list[Record]:
+    """Records of several blocks as one table, in which each block's subjects and styles are its own."""
+    return [
+        {**record, "pair": "+".join(f"{block} {name}" for name in record["pair"].split("+"))}
+        for block, records in blocks.items()
+        for record in records
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("blocks", nargs="+", help="of new concepts, or results files")
     parser.add_argument("--against", default="direct 1/1")
     parser.add_argument("--methods", nargs="+", default=[])
     parser.add_argument("--strong", action="store_true", help="only pairs whose LoRAs both pass the demo's gates")
+    parser.add_argument("--together", action="store_true", help="one table over all blocks, of methods that all have")
     given = parser.parse_args()
+    blocks = {}
     for block in given.blocks:
         path = Path(block) if block.endswith(".jsonl") else RESULTS / f"{block}.jsonl"
-        records = read_records(path)
+        blocks[path.stem] = read_records(path)
         if given.strong:
-            records = without(records, WEAK[path.stem])
-        print(f"{path.stem}: means over pairs; differences with their 95 % interval over subjects and styles")
+            blocks[path.stem] = without(blocks[path.stem], WEAK[path.stem])
+    if given.together:
+        everywhere = set.intersection(*({r["method"] for r in records} for records in blocks.values()))
+        shared = {block: [r for r in records if r["method"] in everywhere] for block, records in blocks.items()}
+        blocks = {" and ".join(blocks): pooled(shared)}
+    for name, records in blocks.items():
+        print(f"{name}: means over pairs; differences with their 95 % interval over subjects and styles")
         print("\n".join(table(records, given.against, given.methods)), flush=True)
     return 0
 

@@ -75,7 +75,10 @@ def chosen_jobs(given: argparse.Namespace) -> list[Job]:
         for content, style in pairs:
             missing = tuple(m for m in methods if (f"{content}+{style}", seed, m) not in done)
             if missing:
-                jobs.append(Job(content, style, seed, missing, given.pictures, details, kept, given.block, lean))
+                strengths = tuple(given.strengths)
+                jobs.append(
+                    Job(content, style, seed, missing, given.pictures, details, kept, given.block, lean, strengths)
+                )
     return jobs
 
 
@@ -107,6 +110,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--pairs", nargs="+", help="such as mushroom+ember; default: four subjects, every style")
     parser.add_argument("--block", choices=new_concepts.BLOCKS, help="every pair of a block of new concepts")
+    parser.add_argument(
+        "--strengths", nargs=2, type=float, default=(1.0, 1.0), help="of both files; needs a results file of its own"
+    )
     parser.add_argument("--each", type=int, help="so many styles for each subject, spread evenly, instead of all")
     parser.add_argument("--half", choices=("choose", "confirm"), help="pairs to choose a method on, or to confirm it")
     parser.add_argument("--methods", nargs="+", help="names as in the table; default: all")

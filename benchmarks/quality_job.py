@@ -33,6 +33,7 @@ class Job:
     keep: Path | None = None  # a folder for the first pictures
     block: str | None = None  # of new concepts; None: the demo's
     lean: bool = False  # pictures of the pair alone: no places, no retention
+    strengths: tuple[float, float] = (1.0, 1.0)  # that both files are loaded at, before any merge
 
     @property
     def pair(self) -> str:
@@ -48,7 +49,7 @@ def run_job(job: Job) -> list[Record]:
     from benchmarks.studio import core, fitting, zipped_lora
 
     content, style = studio.concepts[job.content], studio.concepts[job.style]
-    sources = studio.sources(content, style)
+    sources = studio.sources(content, style, job.strengths)
     fitted = fitting.fit(sources, studio.model.model)
     merges: dict[str, Any] = {}
     losses: list[list[dict[str, float]]] = []

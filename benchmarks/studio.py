@@ -74,11 +74,12 @@ class Studio:
         pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255
         return self.vae.encode(torch.from_numpy(pixels)[None])
 
-    def sources(self, content: Trained, style: Trained):
+    def sources(self, content: Trained, style: Trained, strengths: tuple[float, float] = (1.0, 1.0)):
         folder = self.files.loras[0].parent
         tensors = [core.files.read_lora_file(folder / c.learned.file) for c in (content, style)]
         return loras.LoRASources(
-            loras.LoRASource(content.name, tensors[0], 1.0), loras.LoRASource(style.name, tensors[1], 1.0)
+            loras.LoRASource(content.name, tensors[0], strengths[0]),
+            loras.LoRASource(style.name, tensors[1], strengths[1]),
         )
 
     def other_references(self, content: Trained, style: Trained, seed: int):
