@@ -125,6 +125,7 @@ COMPARED = ("both", "distance", "colors")
 WEAK = {  # LoRAs that fail the demo's gates, as `new_concepts.py` writes into a block's world.json
     "choose": {"kelp", "agate", "garnet", "indigo"},
     "confirm": {"iris", "coral", "dolerite", "flint", "indigo", "kyanite", "lapis"},
+    "final": {"hazel", "agate", "coral", "dolerite", "flint", "garnet", "halite", "indigo", "jasper", "kyanite"},
 }
 
 
