@@ -18,29 +18,29 @@ from benchmarks.studio import core
 
 Coefficients = core.coefficients.Coefficients
 layerwise = core.layerwise
-CONCEPTS = ("content", "style")
+CONCEPTS = core.lora_set.CONCEPTS
 
 
 def softened(case: Case, mu: float, outputs: float = 0.0) -> tuple[Any, Any]:
     """(fitted, joined) of the pair after NP-LoRA, and after the same on what layers give out; the case's own for 0."""
     if mu == 0 and outputs == 0:
         return case.fitted, case.joined
-    pair = core.direct.np_lora(case.fitted.pair, mu)
+    pair = core.direct.np_lora(case.fitted.loras, mu)
     if outputs:
         layers = {name: _outputs_softened(layer, outputs) for name, layer in pair.layers.items()}
-        pair = core.pair.LoRAPair(layers)
-    joined = core.branch.JoinedPair(pair, case.joined.device, case.joined.dtype)
-    return replace(case.fitted, pair=pair), joined
+        pair = replace(pair, layers=layers)
+    joined = core.branch.JoinedSet(pair, case.joined.device, case.joined.dtype)
+    return replace(case.fitted, loras=pair), joined
 
 
 def _outputs_softened(layer: Any, mu: float) -> Any:
     """A_c' = A_c − μ/(1+μ) · U Uᵀ A_c, U: an orthonormal basis of what the style update gives out."""
-    if layer.content is None or layer.style is None:
+    if len(layer) < 2:
         return layer
-    basis = torch.linalg.qr(layer.style.up.double()).Q
-    up = layer.content.up.double()
+    basis = torch.linalg.qr(layer["style"].up.double()).Q
+    up = layer["content"].up.double()
     up = up - mu / (1 + mu) * basis @ (basis.T @ up)
-    return replace(layer, content=replace(layer.content, up=up.float()))
+    return {**layer, "content": replace(layer["content"], up=up.float())}
 
 
 def layer_wise(
@@ -98,17 +98,17 @@ def layer_wise(
                 if composed:
                     problem = _held(problem, _composed_form(case, moments, name, layer), composed)
                 if alike:
-                    spread = torch.block_diag(*[torch.ones(layer.columns, 1)] * len(layerwise._halves(layer)))
+                    spread = torch.block_diag(*[torch.ones(layer.columns, 1)] * len(layer.parts))
                     spread = spread.to(problem.q)
                     one = layerwise.Quadratic(spread.T @ problem.q @ spread, problem.b @ spread, problem.constant)
                     solution = spread @ _pulled(one, ridge, pull)
                 else:
                     solution = _pulled(problem, ridge, _of_weights(joined, name, prior) if prior else pull)
                 parts = torch.split(solution, layer.columns)
-                for (concept, _), part in zip(layerwise._halves(layer), parts, strict=True):
+                for concept, part in zip(layer.parts, parts, strict=True):
                     found[concept][name] = part.cpu().float()
-        ones = Coefficients.ones(joined.pair)
-        merged = Coefficients({**ones.content, **found["content"]}, {**ones.style, **found["style"]})
+        ones = Coefficients.ones(joined.loras)
+        merged = Coefficients({c: {**of, **found[c]} for c, of in ones.by_concept.items()})
         return Merge(fitted, merged, time.monotonic() - began)
 
     return run
@@ -140,7 +140,7 @@ def _composed_form(case: Case, moments: Any, name: str, layer: Any) -> Tensor:
     mean = seen.sums[seen.source[name], "content"].mean
     if layer.down.ndim > 2:
         return mean
-    halves = len(layerwise._halves(layer))
+    halves = len(layer.parts)
     return layerwise.gram(layer) * mean.repeat(halves, halves)
 
 
@@ -155,7 +155,7 @@ class ComposedBranch(layerwise.RecordingBranch):
     """The direct merge, all of whose rows are recorded together, as the content's."""
 
     def __init__(self, joined: Any, moments: Any):
-        parts = {n: torch.ones(layer.columns * len(layerwise._halves(layer))) for n, layer in joined.layers.items()}
+        parts = {n: torch.ones(layer.columns * len(layer.parts)) for n, layer in joined.layers.items()}
         core.branch.Branch.__init__(self, joined.layers, coefficients=parts)
         self._moments, self._recent = moments, []
 
@@ -175,7 +175,7 @@ def composed_moments(joined: Any, predictor: Any, references: Any, seed: int) ->
 
 def _of_weights(joined: Any, name: str, ridge: float) -> Tensor:
     """Shared columns of a layer, stacked as its columns are."""
-    solved = core.shares.layer_coefficients([factors for _, factors in joined.pair.layers[name].halves()], ridge)
+    solved = core.shares.layer_coefficients(list(joined.loras.layers[name].values()), ridge)
     return torch.cat(solved)
 
 
@@ -208,20 +208,16 @@ def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
     def run(case: Case) -> Merge:
         began = time.monotonic()
         fitted, joined = softened(case, mu)
-        layers = dict(fitted.pair.layers)
+        layers = dict(fitted.loras.layers)
         with torch.inference_mode(False), torch.no_grad():
             moments = layerwise._record(
                 joined, case.predictor, case.references, case.seed, layerwise._DRAWS, joined.layers
             )
             for name in moments.source:
                 layer = joined.layers[name]
-                if (
-                    layer.down.ndim > 2
-                    or fitted.pair.layers[name].content is None
-                    or fitted.pair.layers[name].style is None
-                ):
+                if layer.down.ndim > 2 or len(layer.parts) < 2:
                     continue
-                up, down, rank = layer.up.double(), layer.down.double(), layer.content_rank
+                up, down, rank = layer.up.double(), layer.down.double(), layer.ranks["content"]
                 outs = up.T @ up
                 grams = {}
                 for c in CONCEPTS:
@@ -239,10 +235,10 @@ def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
                 shift = weight * mean * zero
                 ridge = 1e-9 * known.diagonal().mean() * torch.eye(len(known), dtype=known.dtype)
                 m = torch.linalg.solve((known + shift + ridge).T, (wanted + shift + ridge).T).T
-                factors = core.pair.Factors(layer.up.float(), (m @ down).float())
-                layers[name] = core.pair.LayerPair(factors, None)
-        pair = core.pair.LoRAPair(layers)
-        return Merge(replace(fitted, pair=pair), Coefficients.ones(pair), time.monotonic() - began)
+                factors = core.lora_set.Factors(layer.up.float(), (m @ down).float())
+                layers[name] = {"content": factors}
+        pair = replace(fitted.loras, layers=layers)
+        return Merge(replace(fitted, loras=pair), Coefficients.ones(pair), time.monotonic() - began)
 
     return run
 

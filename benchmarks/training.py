@@ -209,9 +209,9 @@ def pair_right(bench: Bench, subject: concepts.Concept, style: concepts.Concept,
 def of_zipped(zipped: Any) -> Halves:
     """A zipped pair's two halves, coefficients in them."""
     halves: Halves = {"content": {}, "style": {}}
-    for key, layer in zipped.fitted.pair.layers.items():
-        for which, f in layer.halves():
-            m = getattr(zipped.coefficients, which)[key]
+    for key, layer in zipped.fitted.loras.layers.items():
+        for which, f in layer.items():
+            m = zipped.coefficients[which][key]
             name = key.removeprefix("diffusion_model.").removesuffix(".weight")
             halves[which][name] = (f.scale * f.up.float(), f.down.float() * m)
     return halves
@@ -396,7 +396,7 @@ def of_file(names: dict[str, str], tensors: dict[str, torch.Tensor], blocks: tup
 
 def of_pair(names: dict[str, str], done: Any) -> Halves:
     """The two files: added up, they are the zipped pair."""
-    return {which: of_file(names, source.tensors) for which, source in done.pair.by_concept().items()}
+    return {which: of_file(names, source.tensors) for which, source in done.pair.by_concept.items()}
 
 
 def one_picture(bench: Bench, asked: argparse.Namespace) -> None:

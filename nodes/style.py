@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.checks import in_range
@@ -36,11 +34,4 @@ class StyleStrength(io.ComfyNode):
         connected(zipped_lora=zipped_lora)
         in_range("style_strength", style_strength, -100, 100)
         in_range("content_strength", content_strength, -100, 100)
-        return io.NodeOutput(
-            replace(
-                zipped_lora,
-                coefficients=zipped_lora.coefficients.scaled(content=content_strength, style=style_strength),
-                content_strength=zipped_lora.content_strength * content_strength,
-                style_strength=zipped_lora.style_strength * style_strength,
-            )
-        )
+        return io.NodeOutput(zipped_lora.dialled({"content": content_strength, "style": style_strength}))

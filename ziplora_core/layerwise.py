@@ -1,11 +1,11 @@
 """A merge without backpropagation: what it changes in each layer's output, as a quadratic form.
 
-With x the input of a layer under the content reference, G_ab = ΔW_aᵀ ΔW_b (from the factors) and C = E[x xᵀ],
+With x the input of a layer under concept k's reference, G_ij = ΔW_iᵀ ΔW_j (from the factors) and C = E[x xᵀ],
 
-    E‖ΔW_c·diag(m_c − 1)·x + ΔW_s·diag(m_s)·x‖² = uᵀ H u,    u = (m_c − 1, m_s),    H = G ∘ C,
+    E‖ΔW_k·diag(m_k − 1)·x + Σ_{i≠k} ΔW_i·diag(m_i)·x‖² = uᵀ H u,    u = (m_1, …, m_k − 1, …, m_n),    H = G ∘ C,
 
-and under the style reference the same with its own H and v = (m_c, m_s − 1). The inputs are those that each
-concept's own LoRA sees: a few forward passes, no gradient. The sum of both has its minimum in closed form.
+and so for each concept with its own H. The inputs are those that each concept's own LoRA sees: a few forward passes,
+no gradient. The sum over concepts has its minimum in closed form.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import shares
-from .branch import Branch, JoinedPair
+from .branch import Branch, JoinedSet
 from .coefficients import Coefficients
 from .draws import spread_batches
 from .frozen import Base, JoinedLayer
-from .pair import CONCEPTS, LoRAPair
+from .lora_set import LoRASet, columns
 from .solver import Predictor, References, Settings
 
-_DRAWS = 8  # passes over both references, spread over the timesteps
+_DRAWS = 8  # passes over all references, spread over the timesteps
 _SEED = 0x1A7E  # added to the seed: noise apart from training's and from measuring's
 MOMENTS = 2**30  # bytes of moments kept at once
 _EXACT, _REFINEMENTS = 1e-12, 8  # of a refined solution: residual over right-hand side, and tries
@@ -67,22 +67,18 @@ class Moments:
 
     def forms(self, name: str, layer: JoinedLayer) -> dict[str, Tensor]:
         """H of a layer under each concept's reference, float32; columns as in `stacked`."""
-        means = {concept: self.sums[self.source[name], concept].mean for concept in CONCEPTS}
+        source = self.source[name]
+        means = {concept: seen.mean for (first, concept), seen in self.sums.items() if first == source}
         if layer.down.ndim > 2:
             return means
-        halves, g = len(_halves(layer)), gram(layer)
-        return {concept: g * mean.repeat(halves, halves) for concept, mean in means.items()}
-
-
-def _halves(layer: JoinedLayer) -> list[tuple[str, slice]]:
-    """The concepts that change a layer, content first, and their part of the rank axis."""
-    return [(c, part) for c, part in zip(CONCEPTS, layer.parts, strict=True) if layer.down[part].shape[0]]
+        count, g = len(layer.parts), gram(layer)
+        return {concept: g * mean.repeat(count, count) for concept, mean in means.items()}
 
 
 def stacked(layer: JoinedLayer, down: Tensor) -> Tensor:
-    """down (..., R, n) as (..., R, halves · n): each half of the rank axis beside the other, zeros elsewhere."""
+    """down (..., R, n) as (..., R, LoRAs · n): each LoRA's part of the rank axis beside the others, zeros elsewhere."""
     blocks = []
-    for _, part in _halves(layer):
+    for part in layer.parts.values():
         block = torch.zeros_like(down)
         block[..., part, :] = down[..., part, :]
         blocks.append(block)
@@ -90,7 +86,7 @@ def stacked(layer: JoinedLayer, down: Tensor) -> Tensor:
 
 
 def gram(layer: JoinedLayer) -> Tensor:
-    """ΔWᵀ ΔW of [ΔW_c | ΔW_s] beside each other, (halves · n, halves · n) float32."""
+    """ΔWᵀ ΔW of [ΔW_1 | … | ΔW_n] beside each other, (LoRAs · columns, LoRAs · columns) float32."""
     up, down = layer.up.float(), stacked(layer, layer.down.float())
     return down.T @ ((up.T @ up) @ down)
 
@@ -116,8 +112,8 @@ def _version(x: Tensor) -> int:
 class RecordingBranch(Branch):
     """A teacher that adds up second moments of what its layers see."""
 
-    def __init__(self, joined: JoinedPair, is_style: Tensor, moments: Moments):
-        super().__init__(joined.layers, is_style=is_style)
+    def __init__(self, joined: JoinedSet, concept: Tensor, moments: Moments):
+        super().__init__(joined.layers, rows=joined.rows(concept))
         self._moments = moments
         self._recent: list[tuple[Tensor, int, str]] = []  # kept alive, so that `is` means the same input
 
@@ -138,7 +134,7 @@ class RecordingBranch(Branch):
             self._recent = [*self._recent[-7:], (x, _version(x), name)]
         if not self._moments.keep:
             return
-        for concept, mine in zip(CONCEPTS, self.own(x), strict=True):
+        for concept, mine in self.own(x).items():
             if not len(mine):
                 continue
             if linear:
@@ -159,7 +155,7 @@ class SolvedLayer:
 
 @dataclass(frozen=True)
 class Quadratic:
-    """zᵀ Q z − 2 bᵀ z + constant in the coefficients z = (m_c, m_s) of one layer, or those that it has."""
+    """zᵀ Q z − 2 bᵀ z + constant in the coefficients z = (m_1, …, m_n) of the LoRAs that change a layer."""
 
     q: Tensor
     b: Tensor
@@ -175,10 +171,10 @@ class Quadratic:
 
 
 def quadratic(layer: JoinedLayer, forms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Quadratic:
-    """The layer's error under both references, each times its weight. forms: concept -> H."""
-    q = torch.stack([weights[c] * forms[c] for c in CONCEPTS]).sum(0)
+    """The layer's error under all references, each times its weight. forms: concept -> H."""
+    q = torch.stack([weights[c] * form for c, form in forms.items()]).sum(0)
     b, constant = q.new_zeros(len(q)), 0.0
-    for number, (concept, _) in enumerate(_halves(layer)):
+    for number, concept in enumerate(layer.parts):
         own = slice(number * layer.columns, (number + 1) * layer.columns)
         row = weights[concept] * forms[concept][:, own].sum(1)
         b, constant = b + row, constant + row[own].sum().item()
@@ -186,16 +182,16 @@ def quadratic(layer: JoinedLayer, forms: Mapping[str, Tensor], weights: Mapping[
 
 
 def error_at_direct(layer: JoinedLayer, forms: Mapping[str, Tensor]) -> dict[str, float]:
-    """E‖·‖² of the direct merge under each reference: what the other LoRA adds to the layer's output.
+    """E‖·‖² of the direct merge under each reference: what the other LoRAs add to the layer's output.
 
     Where there is no other LoRA, what the reference's own adds.
     """
-    added = {}  # LoRA -> what it adds under each reference
-    for number, (concept, _) in enumerate(_halves(layer)):
-        part = slice(number * layer.columns, (number + 1) * layer.columns)
-        added[concept] = {reference: forms[reference][part, part].sum().item() for reference in CONCEPTS}
-    disturber = {"content": "style", "style": "content"}
-    return {c: added.get(disturber[c], added.get(c, {}))[c] for c in CONCEPTS}
+    places = {c: slice(i * layer.columns, (i + 1) * layer.columns) for i, c in enumerate(layer.parts)}
+    errors: dict[str, float] = {}
+    for reference, form in forms.items():
+        others = [place for concept, place in places.items() if concept != reference] or list(places.values())
+        errors[reference] = sum(form[one, other].sum().item() for one in others for other in others)
+    return errors
 
 
 def solve(problem: Quadratic, ridge: float, towards: Tensor | None = None) -> Tensor:
@@ -233,27 +229,27 @@ def _refined(q: Tensor, b: Tensor) -> Tensor | None:
     return None
 
 
-def _moments_size(columns: int, convolution: bool, halves: int) -> int:
+def _moments_size(columns: int, convolution: bool, loras: int, concepts: int) -> int:
     """Bytes of one layer's: n x n of a linear layer, of a convolution's joined columns, for each concept."""
-    side = columns * (halves if convolution else 1)
-    return len(CONCEPTS) * 4 * side * side
+    side = columns * (loras if convolution else 1)
+    return concepts * 4 * side * side
 
 
-def moments_at_most(pair: LoRAPair) -> int:
+def moments_at_most(loras: LoRASet) -> int:
     """Bytes of all layers' moments at once, were no two to share an input."""
     total = 0
-    for layer in pair.layers.values():
-        factors = [f for _, f in layer.halves()]
-        total += _moments_size(layer.columns, factors[0].down.ndim > 2, len(factors))
+    for layer in loras.layers.values():
+        convolution = next(iter(layer.values())).down.ndim > 2
+        total += _moments_size(columns(layer), convolution, len(layer), len(loras.concepts))
     return total
 
 
-def passes(pair: LoRAPair, budget: int) -> int:
-    """About how many passes over both references `merge` takes; fewer where layers share their inputs."""
-    return 1 + _DRAWS * max(1, math.ceil(moments_at_most(pair) / budget))
+def passes(loras: LoRASet, budget: int) -> int:
+    """About how many passes over all references `merge` takes; fewer where layers share their inputs."""
+    return 1 + _DRAWS * max(1, math.ceil(moments_at_most(loras) / budget))
 
 
-def _chunks(joined: JoinedPair, source: Mapping[str, str], budget: int) -> Iterator[list[str]]:
+def _chunks(joined: JoinedSet, source: Mapping[str, str], budget: int) -> Iterator[list[str]]:
     """Layers in groups whose moments fit into `budget` bytes; layers with one input stay together."""
     groups: dict[str, list[str]] = {}
     for name, first in source.items():
@@ -262,7 +258,7 @@ def _chunks(joined: JoinedPair, source: Mapping[str, str], budget: int) -> Itera
     used = 0
     for first, names in groups.items():
         layer = joined.layers[first]
-        size = _moments_size(layer.columns, layer.down.ndim > 2, len(_halves(layer)))
+        size = _moments_size(layer.columns, layer.down.ndim > 2, len(layer.parts), len(joined.concepts))
         if chunk and used + size > budget:
             yield chunk
             chunk, used = [], 0
@@ -272,7 +268,7 @@ def _chunks(joined: JoinedPair, source: Mapping[str, str], budget: int) -> Itera
 
 
 def merge(
-    joined: JoinedPair,
+    joined: JoinedSet,
     predictor: Predictor,
     references: References,
     seed: int,
@@ -289,8 +285,7 @@ def merge(
     is called after each; what it or the predictor raises ends the run. Deterministic for a seed. Raises
     FloatingPointError when a layer's numbers are not finite.
     """
-    known = shares.merge(joined.pair)
-    found: dict[str, dict[str, Tensor]] = {"content": dict(known.content), "style": dict(known.style)}
+    found = {concept: dict(known) for concept, known in shares.merge(joined.loras).by_concept.items()}
     with torch.inference_mode(False), torch.no_grad():
         source = _record(joined, predictor, references, seed, draws=1, names=joined.layers, keep=False).source
         done = 0
@@ -307,18 +302,18 @@ def merge(
                     )
                 weights = {concept: 1 / error if error > 0 else 0.0 for concept, error in direct.items()}
                 problem = quadratic(layer, forms, weights)
-                towards = torch.cat([found[concept][name] for concept, _ in _halves(layer)])
+                towards = torch.cat([found[concept][name] for concept in layer.parts])
                 solution = solve(problem, ridge, towards)
-                for (concept, _), part in zip(_halves(layer), torch.split(solution, layer.columns), strict=True):
+                for concept, part in zip(layer.parts, torch.split(solution, layer.columns), strict=True):
                     found[concept][name] = part.to("cpu", torch.float32, copy=True)
                 done += 1
                 if on_layer is not None:
                     on_layer(SolvedLayer(name, done, len(source), problem.left(solution)))
-    return Coefficients(**found)
+    return Coefficients(found)
 
 
 def _record(
-    joined: JoinedPair,
+    joined: JoinedSet,
     predictor: Predictor,
     references: References,
     seed: int,
@@ -330,5 +325,5 @@ def _record(
     moments = Moments(frozenset(names), keep)
     for batches in spread_batches(references, predictor, seed + _SEED, draws):
         for batch in batches:
-            predictor(batch, RecordingBranch(joined, batch.is_style, moments))
+            predictor(batch, RecordingBranch(joined, batch.concept, moments))
     return moments

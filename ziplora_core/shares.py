@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Coefficients
-from .pair import Factors, LoRAPair
+from .lora_set import Factors, LoRASet
 
 RIDGE = 0.3
 
@@ -64,20 +64,18 @@ def layer_coefficients(factors: Sequence[Factors], ridge: float = RIDGE) -> list
     return [solution[:, i].to("cpu", torch.float32) for i in range(len(omega))]
 
 
-def merge(pair: LoRAPair, ridge: float = RIDGE) -> Coefficients:
+def merge(loras: LoRASet, ridge: float = RIDGE) -> Coefficients:
     """The coefficients of every layer. ridge: the larger, the nearer to the direct merge, which has all ones.
 
     Raises FloatingPointError where a layer's numbers are not finite.
     """
-    found: dict[str, dict[str, Tensor]] = {"content": {}, "style": {}}
+    found: dict[str, dict[str, Tensor]] = {concept: {} for concept in loras.concepts}
     with torch.inference_mode(False), torch.no_grad():
-        for name, layer in pair.layers.items():
-            halves = list(layer.halves())
-            solved = layer_coefficients([factors for _, factors in halves], ridge)
-            for (concept, _), m in zip(halves, solved, strict=True):
+        for name, layer in loras.layers.items():
+            for concept, m in zip(layer, layer_coefficients(list(layer.values()), ridge), strict=True):
                 if not m.isfinite().all():
                     raise FloatingPointError(
                         f"layer {name}: what the LoRAs do there is not finite; look at the LoRA's numbers"
                     )
                 found[concept][name] = m
-    return Coefficients(**found)
+    return Coefficients(found)

@@ -1,4 +1,4 @@
-"""The way from a pair to its coefficients, by the solver that the settings name."""
+"""The way from a set of LoRAs to its coefficients, by the solver that the settings name."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from . import gradient, layerwise, solver
-from .branch import JoinedPair
+from .branch import JoinedSet
 
 
 def close(
-    joined: JoinedPair,
+    joined: JoinedSet,
     predictor: solver.Predictor,
     references: solver.References,
     settings: solver.Settings,
@@ -18,14 +18,14 @@ def close(
     on_layer: Callable[[layerwise.SolvedLayer], None] | None = None,
     moments: int = layerwise.MOMENTS,
 ) -> solver.Result:
-    """Find m_c and m_s. No steps give the direct merge, whatever the solver.
+    """Find the mergers of every LoRA. No steps give the direct merge, whatever the solver.
 
     `on_step` hears of each gradient step, `on_layer` of each layer that is solved in closed form; what they or the
     predictor raise ends the run. moments: bytes that the layer-wise solve may keep at once; the more, the fewer
     passes. Raises FloatingPointError where what the LoRAs do in a layer is not finite, NotFinite where a loss is not.
     """
     if settings.steps == 0:
-        return solver.direct_merge(joined.pair)
+        return solver.direct_merge(joined.loras)
     if settings.solver == "gradient":
         return gradient.optimize(joined, predictor, references, settings, on_step)
     left: dict[str, float] = {}

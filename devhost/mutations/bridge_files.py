@@ -10,7 +10,7 @@ MUTANTS = [
     *faults(
         "nodes/bridge/direct.py",
         FILES,
-        ("the pair that a method prepares is dropped", "replace(fitted, pair=pair)", "fitted"),
+        ("the pair that a method prepares is dropped", "replace(fitted, loras=merged)", "fitted"),
     ),
     *faults(
         "nodes/bridge/export.py",
@@ -59,7 +59,7 @@ MUTANTS = [
         FILES,
         (
             "a file that changes while a pair is loaded goes unnoticed",
-            "if bound(source).sha256 != wanted.sha256:",
+            "if bound(source).sha256 != about.loras[concept].sha256:",
             "if False:",
         ),
         (

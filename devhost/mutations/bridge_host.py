@@ -80,7 +80,7 @@ MUTANTS = [
         (
             "the style prompt is told the content picture's size",
             "self.encode(c, latents) for c, latents in",
-            "self.encode(c, references.content) for c, latents in",
+            "self.encode(c, next(iter(references.values()))) for c, latents in",
         ),
     ),
     *faults(

@@ -1,4 +1,4 @@
-"""Faults in the ways from a pair to its coefficients."""
+"""Faults in the ways from LoRAs to its coefficients."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ MUTANTS = [
         ("timesteps not spread", "GOLDEN = (5**0.5 - 1) / 2", "GOLDEN = 0.5"),
         ("steps share timesteps", "itertools.count(step=settings.batch_size)", "itertools.count(step=1)"),
         ("one timestep for the whole run", "itertools.count(step=settings.batch_size)", "itertools.repeat(0)"),
-        ("passes joined against the predictor's word", "if not joins or content", "if content"),
+        ("passes joined against the predictor's word", "if joins else number", "if True else number"),
     ),
     *faults(
         "ziplora_core/retention.py",
         SOLVER,
         (
             "retentions swapped",
-            '(("content", ~is_style), ("style", is_style))',
-            '(("style", ~is_style), ("content", is_style))',
+            "parts = zip(rows, *(",
+            "parts = zip([*rows][::-1], *(",
         ),
         ("measured sum, not mean", "total[concept] += loss.item() / draws", "total[concept] += loss.item()"),
         (
@@ -48,13 +48,13 @@ MUTANTS = [
         ),
         (
             "measured against the merged pair's LoRAs",
-            "joined.teacher(batch.is_style))\n                for",
-            "merged.teacher(batch.is_style))\n                for",
+            "joined.teacher(batch.concept))\n                for",
+            "merged.teacher(batch.concept))\n                for",
         ),
         (
             "measured by another retention",
-            "batch.is_style.to(teacher.device), retention\n",
-            "batch.is_style.to(teacher.device), norm\n",
+            "joined.rows(batch.concept), retention)",
+            "joined.rows(batch.concept), norm)",
         ),
     ),
     *faults(
@@ -70,8 +70,8 @@ MUTANTS = [
         ("never stops early", "_ZERO_OVERLAP = 1e-4", "_ZERO_OVERLAP = 0"),
         (
             "stops where signs cancel",
-            "(content * style).abs().mean() < _ZERO_OVERLAP",
-            "(content * style).mean().abs() < _ZERO_OVERLAP",
+            "(one * other).abs().mean() < _ZERO_OVERLAP",
+            "(one * other).mean().abs() < _ZERO_OVERLAP",
         ),
         (
             "the loss scale is never lowered",
@@ -81,14 +81,14 @@ MUTANTS = [
         ("the gradient keeps its scale", "gradient.div_(scale)", "gradient.div_(1.0)"),
         ("one overflow ends the run", "MAX_SKIPPED = 12", "MAX_SKIPPED = 0"),
         ("overflows add up over a run", "            skipped = 0\n", ""),
-        ("overlap's gradient without its weight", "overlap * (settings.similarity_lambda * scale)", "overlap * scale"),
+        ("overlap's gradient without its weight", "shared * (settings.similarity_lambda * scale)", "shared * scale"),
         (
             "overlap's gradient without the scale",
-            "overlap * (settings.similarity_lambda * scale)",
-            "overlap * settings.similarity_lambda",
+            "shared * (settings.similarity_lambda * scale)",
+            "shared * settings.similarity_lambda",
         ),
         ("retention's gradient without the scale", "losses.values())).sum() * scale", "losses.values())).sum()"),
-        ("total without the overlap's weight", "settings.similarity_lambda * overlap.item()", "overlap.item()"),
+        ("total without the overlap's weight", "+ settings.similarity_lambda * overlap)", "+ overlap)"),
         ("retentions not weighted", "loss * weights[concept]", "loss"),
         ("weights upside down", "1 / value if value else 1.0", "value if value else 1.0"),
         ("weights of other retentions", ", retention=settings.objective.retention\n", "\n"),
@@ -103,7 +103,7 @@ MUTANTS = [
         (
             "the start is ignored",
             "flat = joined.flatten(start)",
-            "flat = joined.flatten(Coefficients.ones(joined.pair))",
+            "flat = joined.flatten(Coefficients.ones(joined.loras))",
         ),
         ("the rate is ignored", "lr=settings.learning_rate", "lr=0.01"),
         ("last finite coefficients forgotten", "finite.copy_(flat.detach())", "pass"),
@@ -135,15 +135,14 @@ MUTANTS = [
             "names=joined.layers, keep=True",
         ),
         ("errors not relative", "1 / error if error > 0 else 0.0 for", "1.0 if error > 0 else 0.0 for"),
-        ("content's left-out layers lost", '"content": dict(known.content)', '"content": {}'),
-        ("style's left-out layers lost", '"style": dict(known.style)', '"style": {}'),
+        ("left-out layers lost", "{concept: dict(known) for", "{concept: {} for"),
         (
             "each LoRA disturbs itself",
-            '{"content": "style", "style": "content"}',
-            '{"content": "content", "style": "style"}',
+            "if concept != reference]",
+            "if concept == reference]",
         ),
         ("targets not weighted", "row = weights[concept] * forms", "row = forms"),
-        ("form not weighted", "weights[c] * forms[c] for c", "forms[c] for c"),
+        ("form not weighted", "weights[c] * form for c", "form for c"),
         ("constant left out", "constant + row[own].sum().item()", "constant"),
         ("ridge by the largest diagonal", "ridge * q.diagonal().mean()", "ridge * q.diagonal().amax()"),
         (
@@ -171,10 +170,10 @@ MUTANTS = [
         ("nothing to take away is all taken", "if direct > 0 else 1.0", "if direct > 0 else 0.0"),
         (
             "concepts' moments swapped",
-            "zip(CONCEPTS, self.own(x), strict=True)",
-            "zip(CONCEPTS[::-1], self.own(x), strict=True)",
+            "for concept, mine in self.own(x).items()",
+            "for concept, mine in zip([*self._rows][::-1], self.own(x).values())",
         ),
-        ("moments of one concept planned", "return len(CONCEPTS) * 4 * side", "return 4 * side"),
+        ("moments of one concept planned", "return concepts * 4 * side", "return 4 * side"),
         ("half the linear term", "(self.q @ z - 2 * self.b)", "(self.q @ z - self.b)"),
         ("solution not scaled back", "return (scale * z).to", "return z.to"),
         ("overflow not noticed", "if not all(math.isfinite(error) for error in direct.values())", "if not direct"),
@@ -199,11 +198,11 @@ MUTANTS = [
         ("a gain that is not finite wakes", "if not (math.isfinite(asked) and math.isfinite(empty)):", "if False:"),
         (
             "rows of the two concepts swapped",
-            '(("content", ~batch.is_style), ("style", batch.is_style))',
-            '(("content", batch.is_style), ("style", ~batch.is_style))',
+            "zip(rows, torch.split(norms",
+            "zip([*rows][::-1], torch.split(norms",
         ),
         ("every prompt is the own one", "asked = replace(batch, prompt=prompt)", "asked = batch"),
-        ("a LoRA is compared with itself", "joined.student(bare)", "joined.teacher(batch.is_style)"),
-        ("another prompt is tried where none need be", "if not all(effect.fires for", "if any(effect.fires for"),
+        ("a LoRA is compared with itself", "joined.student(bare)", "joined.teacher(batch.concept)"),
+        ("another prompt is tried where none need be", "and not all(effect.fires for", "and any(effect.fires for"),
     ),
 ]

@@ -7,12 +7,11 @@ import torch
 from toys import SHAPES, Dense, ToyPredictor, toy_pair, toy_references
 
 from ziplora_core import layerwise
-from ziplora_core.branch import JoinedPair
+from ziplora_core.branch import JoinedSet
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.draws import spread_batches
+from ziplora_core.lora_set import CONCEPTS
 from ziplora_core.retention import measure_retention
-
-CONCEPTS = ("content", "style")
 
 
 class Watched(ToyPredictor):
@@ -27,7 +26,7 @@ class Watched(ToyPredictor):
 
         class Spy:
             def layer(self, name, x, base, **options):
-                watched.seen.append((name, batch.is_style, x))
+                watched.seen.append((name, batch.concept == 1, x))
                 return branch.layer(name, x, base, **options)
 
         return super().__call__(batch, Spy())
@@ -35,24 +34,24 @@ class Watched(ToyPredictor):
 
 @pytest.fixture
 def recorded():
-    joined, predictor = JoinedPair(toy_pair(), dtype=torch.float64), Watched()
+    joined, predictor = JoinedSet(toy_pair(), dtype=torch.float64), Watched()
     moments = layerwise.Moments(frozenset(joined.layers))
     for batches in spread_batches(toy_references(), predictor, seed=0, draws=6):
         for batch in batches:
-            predictor(batch, layerwise.RecordingBranch(joined, batch.is_style, moments))
+            predictor(batch, layerwise.RecordingBranch(joined, batch.concept, moments))
     return joined, predictor, moments
 
 
 def outputs(joined, predictor, name, concept):
     """One row for each output number of a layer under a reference, one column for each coefficient: dense."""
-    layer = joined.pair.layers[name]
+    layer = joined.loras.layers[name]
     rows = []
     for seen, is_style, x in predictor.seen:
         if seen != name:
             continue
         x = x[is_style] if concept == "style" else x[~is_style]
         columns = []
-        for _, f in layer.halves():
+        for _, f in layer.items():
             delta = f.scale * torch.einsum("or,ri...->oi...", f.up, f.down)
             for j in range(f.columns):
                 one = torch.zeros_like(delta)
@@ -65,8 +64,8 @@ def outputs(joined, predictor, name, concept):
 
 def wanted(joined, name, concept):
     """What a concept's own LoRA has as coefficients: ones for itself, zeros for the other."""
-    layer = joined.pair.layers[name]
-    return torch.cat([torch.full((f.columns,), float(c == concept), dtype=torch.float64) for c, f in layer.halves()])
+    layer = joined.loras.layers[name]
+    return torch.cat([torch.full((f.columns,), float(c == concept), dtype=torch.float64) for c, f in layer.items()])
 
 
 def positions(predictor, name, concept):
@@ -137,9 +136,9 @@ def test_what_is_left_of_a_layers_error(recorded, name):
 
 def test_layers_with_one_input_share_its_moments():
     pair = toy_pair()
-    joined = JoinedPair(pair, dtype=torch.float64)
+    joined = JoinedSet(pair, dtype=torch.float64)
     moments = layerwise.Moments(frozenset({"first", "second"}))
-    branch = layerwise.RecordingBranch(joined, torch.tensor([False, True]), moments)
+    branch = layerwise.RecordingBranch(joined, torch.tensor([0, 1]), moments)
     x = torch.randn(2, 5, dtype=torch.float64)
     weights = ToyPredictor().weights
     branch.layer("first", x, Dense(weights["first"]))
@@ -154,32 +153,32 @@ def test_layers_with_one_input_share_its_moments():
 def test_all_moments_take_no_more_than_is_said(recorded):
     joined, _, moments = recorded
     taken = sum(seen.total.numel() * 4 for seen in moments.sums.values())
-    assert 0.5 * layerwise.moments_at_most(joined.pair) <= taken <= layerwise.moments_at_most(joined.pair)
+    assert 0.5 * layerwise.moments_at_most(joined.loras) <= taken <= layerwise.moments_at_most(joined.loras)
 
 
 def test_in_groups_or_at_once_is_the_same_merge():
-    joined = JoinedPair(toy_pair(), dtype=torch.float64)
+    joined = JoinedSet(toy_pair(), dtype=torch.float64)
     seen = []
     merges = [
         layerwise.merge(joined, ToyPredictor(), toy_references(), 3, seen.append, budget=budget)
         for budget in (1, 2**30)
     ]
     for side in ("content", "style"):
-        for name, m in getattr(merges[0], side).items():
-            torch.testing.assert_close(m, getattr(merges[1], side)[name])
+        for name, m in merges[0][side].items():
+            torch.testing.assert_close(m, merges[1][side][name])
     assert [(s.index, s.layers) for s in seen] == [(i + 1, len(SHAPES)) for i in range(len(SHAPES))] * 2
     assert {s.name for s in seen} == set(SHAPES)
 
 
 def test_merge_keeps_both_better_than_the_direct_merge():
-    joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
+    joined, predictor, references = JoinedSet(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
     found = layerwise.merge(joined, predictor, references, seed=0, ridge=0.1)
-    before, after = measure_retention(joined, predictor, references, [Coefficients.ones(joined.pair), found], seed=0)
+    before, after = measure_retention(joined, predictor, references, [Coefficients.ones(joined.loras), found], seed=0)
     assert after["content"] + after["style"] < 0.8 * (before["content"] + before["style"])
 
 
 def test_numbers_that_overflow_are_refused_by_the_name_of_their_layer():
-    joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
+    joined, predictor, references = JoinedSet(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
     joined.layers["second"].up[:] = float("inf")
     with pytest.raises(FloatingPointError, match="second.*not finite"):
         layerwise.merge(joined, predictor, references, seed=0)

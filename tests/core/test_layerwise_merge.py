@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_layerwise import CONCEPTS, Watched, outputs, positions, wanted
-from toys import SHAPES, Dense, ToyPredictor, factors, toy_pair, toy_references
+from test_layerwise import Watched, outputs, positions, wanted
+from toys import SHAPES, Dense, ToyPredictor, factors, of_two, toy_pair, toy_references
 
 from ziplora_core import layerwise, shares
-from ziplora_core.branch import JoinedPair
-from ziplora_core.pair import LayerPair, LoRAPair
+from ziplora_core.branch import JoinedSet
+from ziplora_core.lora_set import CONCEPTS, LoRASet
 from ziplora_core.retention import measure_retention
 
 
 @pytest.mark.parametrize("ridge", [0.02, 2.0])
 def test_each_layer_is_the_dense_ridge_solution_of_relative_errors(ridge):
-    joined, predictor = JoinedPair(toy_pair(), dtype=torch.float64), Watched()
+    joined, predictor = JoinedSet(toy_pair(), dtype=torch.float64), Watched()
     found = layerwise.merge(joined, predictor, toy_references(), 3, ridge=ridge)
     predictor.seen = predictor.seen[len(SHAPES) :]  # the first pass only tells inputs apart
     for name in SHAPES:
@@ -30,15 +30,15 @@ def test_each_layer_is_the_dense_ridge_solution_of_relative_errors(ridge):
         size = rows[0].shape[1]
         pull = (ridge * sum(r.square().sum() for r in rows) / size) ** 0.5
         rows.append(pull * torch.eye(size, dtype=torch.float64))
-        known = shares.layer_coefficients([f for _, f in joined.pair.layers[name].halves()])
+        known = shares.layer_coefficients([f for _, f in joined.loras.layers[name].items()])
         targets.append(pull * torch.cat(known).double())
         expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)[:, None]).solution[:, 0]
-        got = torch.cat([getattr(found, c)[name] for c, _ in joined.pair.layers[name].halves()])
+        got = torch.cat([found[c][name] for c, _ in joined.loras.layers[name].items()])
         torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_noise_is_the_seeds_spread_over_the_schedule_and_never_that_of_measuring():
-    joined, references = JoinedPair(toy_pair(), dtype=torch.float64), toy_references()
+    joined, references = JoinedSet(toy_pair(), dtype=torch.float64), toy_references()
 
     class Noises(ToyPredictor):
         def __init__(self):
@@ -55,7 +55,7 @@ def test_noise_is_the_seeds_spread_over_the_schedule_and_never_that_of_measuring
         work(predictor)
         return torch.cat(predictor.noise), predictor.eighths
 
-    ones = [joined.unflatten(torch.ones(joined.pair.coefficient_count))]
+    ones = [joined.unflatten(torch.ones(joined.loras.coefficient_count))]
     first, eighths = noise(lambda p: layerwise.merge(joined, p, references, 0))
     second, _ = noise(lambda p: layerwise.merge(joined, p, references, 1))
     measured, _ = noise(lambda p: measure_retention(joined, p, references, ones, 0))
@@ -76,12 +76,12 @@ def test_layers_that_take_no_part_keep_what_the_weights_alone_say():
 
             return super().__call__(batch, Some())
 
-    found = layerwise.merge(JoinedPair(pair, dtype=torch.float64), Forgetful(), toy_references(), 0)
+    found = layerwise.merge(JoinedSet(pair, dtype=torch.float64), Forgetful(), toy_references(), 0)
     for concept in CONCEPTS:
-        side = getattr(found, concept)
-        assert set(side) == {n for n, layer in pair.layers.items() if getattr(layer, concept) is not None}
+        side = found[concept]
+        assert set(side) == {n for n, layer in pair.layers.items() if layer.get(concept) is not None}
         for name, m in side.items():
-            known = getattr(shares.merge(pair), concept)[name]
+            known = shares.merge(pair)[concept][name]
             assert torch.equal(m, known) == (name in ("first", f"only {concept}")), name
 
 
@@ -95,8 +95,8 @@ def test_no_more_moments_are_kept_at_once_than_fit(monkeypatch, groups):
             kept.append(self)
 
     monkeypatch.setattr(layerwise, "Moments", Counted)
-    joined, predictor = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor()
-    whole = layerwise.moments_at_most(joined.pair)
+    joined, predictor = JoinedSet(toy_pair(), dtype=torch.float64), ToyPredictor()
+    whole = layerwise.moments_at_most(joined.loras)
     budget = whole // groups
     layerwise.merge(joined, predictor, toy_references(), 0, budget=budget)
     sizes = [[seen.total.numel() * 4 for seen in moments.sums.values()] for moments in kept]
@@ -107,10 +107,10 @@ def test_no_more_moments_are_kept_at_once_than_fit(monkeypatch, groups):
 
 
 def test_an_input_that_was_changed_in_place_is_another():
-    joined = JoinedPair(toy_pair(), dtype=torch.float64)
+    joined = JoinedSet(toy_pair(), dtype=torch.float64)
     joined.layers["again"] = joined.layers["third"] = joined.layers["first"]
     moments = layerwise.Moments(frozenset({"first", "again", "third"}))
-    branch = layerwise.RecordingBranch(joined, torch.tensor([False, True]), moments)
+    branch = layerwise.RecordingBranch(joined, torch.tensor([0, 1]), moments)
     base, x = Dense(ToyPredictor().weights["first"]), torch.ones(2, 5, dtype=torch.float64)
     branch.layer("first", x, base)
     branch.layer("again", x, base)
@@ -122,13 +122,13 @@ def test_an_input_that_was_changed_in_place_is_another():
 
 def test_a_large_convolution_is_sampled():
     """Each sampled position is one of the dense output's, and they are enough and not too many."""
-    layer = LayerPair(factors((5, 3, 3, 3), 2, 0, 0.7), factors((5, 3, 3, 3), 3, 1, 1.3))
-    joined = JoinedPair(LoRAPair({"conv": layer}))
+    layer = of_two(factors((5, 3, 3, 3), 2, 0, 0.7), factors((5, 3, 3, 3), 3, 1, 1.3))
+    joined = JoinedSet(LoRASet(CONCEPTS, {"conv": layer}))
     x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     form, count = layerwise._convolution_form(joined.layers["conv"], x, padding=1)
     assert 2 * 64 <= count < 4 * 64
     columns = []
-    for _, f in layer.halves():
+    for _, f in layer.items():
         delta = (f.scale * torch.einsum("or,ri...->oi...", f.up, f.down)).float()
         for j in range(3):
             one = torch.zeros_like(delta)

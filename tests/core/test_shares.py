@@ -6,12 +6,12 @@ from itertools import permutations
 
 import pytest
 import torch
-from toys import toy_pair
+from toys import of_two, toy_pair
 
 from ziplora_core import layerwise, shares
-from ziplora_core.branch import JoinedPair
+from ziplora_core.branch import JoinedSet
 from ziplora_core.direct import METHODS
-from ziplora_core.pair import CONCEPTS, Factors, LayerPair, LoRAPair
+from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet, columns
 
 
 def random_factors(seed: int, rank: int, size: float = 1.0, kernel: tuple[int, ...] = ()) -> Factors:
@@ -94,16 +94,16 @@ def test_a_lora_that_does_nothing_in_a_layer_takes_nothing_from_the_other() -> N
 
 def test_it_is_the_layer_wise_solve_with_the_identity_for_moments() -> None:
     pair = toy_pair()
-    joined = JoinedPair(pair, torch.device("cpu"), torch.float32)
+    joined = JoinedSet(pair, torch.device("cpu"), torch.float32)
     found, compared = shares.merge(pair), 0
     for name, layer in joined.layers.items():
-        if None in (pair.layers[name].content, pair.layers[name].style) or layer.down.ndim > 2:
+        if len(pair.layers[name]) < 2 or layer.down.ndim > 2:
             continue
         forms = dict.fromkeys(CONCEPTS, layerwise.gram(layer) * torch.eye(layer.columns).repeat(2, 2))
         weights = {c: 1 / e for c, e in layerwise.error_at_direct(layer, forms).items()}
         solved = layerwise.solve(layerwise.quadratic(layer, forms, weights), shares.RIDGE).split(layer.columns)
         for concept, expected in zip(CONCEPTS, solved, strict=True):
-            torch.testing.assert_close(getattr(found, concept)[name], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found[concept][name], expected, rtol=1e-4, atol=1e-5)
             compared += 1
     assert compared >= 4
 
@@ -111,17 +111,17 @@ def test_it_is_the_layer_wise_solve_with_the_identity_for_moments() -> None:
 def test_a_layer_of_one_lora_stays_and_every_layer_has_its_coefficients() -> None:
     pair, found = METHODS["shared columns"](toy_pair())
     for concept in CONCEPTS:
-        side = getattr(found, concept)
-        assert side.keys() == {name for name, layer in pair.layers.items() if getattr(layer, concept) is not None}
+        side = found[concept]
+        assert side.keys() == {name for name, layer in pair.layers.items() if layer.get(concept) is not None}
         for name, m in side.items():
-            assert m.shape == (pair.layers[name].columns,) and m.dtype == torch.float32
-    alone = [(name, *layer.halves()) for name, layer in pair.layers.items() if None in (layer.content, layer.style)]
+            assert m.shape == (columns(pair.layers[name]),) and m.dtype == torch.float32
+    alone = [(name, *layer.items()) for name, layer in pair.layers.items() if len(layer) < 2]
     assert alone
     for name, (concept, factors) in alone:
-        assert torch.equal(getattr(found, concept)[name], torch.ones(factors.columns))
+        assert torch.equal(found[concept][name], torch.ones(factors.columns))
 
 
 def test_an_update_that_is_not_finite_is_named() -> None:
     bad = Factors(torch.full((10, 2), torch.inf), torch.ones(2, 6))
     with pytest.raises(FloatingPointError, match="layer here: "):
-        shares.merge(LoRAPair({"here": LayerPair(random_factors(0, 3), bad)}))
+        shares.merge(LoRASet(CONCEPTS, {"here": of_two(random_factors(0, 3), bad)}))

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from ziplora_core.branch import Branch
-from ziplora_core.pair import Factors, LayerPair, LoRAPair
+from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet
 from ziplora_core.solver import Batch, References
+
+
+def of_two(content=None, style=None) -> dict:
+    """Concept -> the content's and the style's, of a pair; None for what is not there."""
+    return {concept: of for concept, of in zip(CONCEPTS, (content, style), strict=True) if of is not None}
 
 
 def factors(shape: tuple[int, ...], rank: int, seed: int, scale: float = 1.0) -> Factors:
@@ -21,14 +26,14 @@ def factors(shape: tuple[int, ...], rank: int, seed: int, scale: float = 1.0) ->
 SHAPES = {"conv": (5, 3, 3, 3), "first": (7, 5), "second": (4, 7), "only content": (4, 4), "only style": (3, 4)}
 
 
-def toy_pair() -> LoRAPair:
+def toy_pair() -> LoRASet:
     """Convolution and linear layers, unequal ranks and scales, layers that only one LoRA changes."""
     layers = {}
     for i, (name, shape) in enumerate(SHAPES.items()):
         content = None if name == "only style" else factors(shape, 2, 10 + i, 0.7)
         style = None if name == "only content" else factors(shape, 3, 20 + i, 1.3)
-        layers[name] = LayerPair(content, style)
-    return LoRAPair(layers)
+        layers[name] = of_two(content, style)
+    return LoRASet(CONCEPTS, layers)
 
 
 class Dense:
@@ -79,4 +84,4 @@ class ToyPredictor:
 
 def toy_references() -> References:
     g = torch.Generator().manual_seed(5)
-    return References(torch.randn(2, 3, 4, 4, generator=g), torch.randn(3, 3, 4, 4, generator=g))
+    return of_two(torch.randn(2, 3, 4, 4, generator=g), torch.randn(3, 3, 4, 4, generator=g))

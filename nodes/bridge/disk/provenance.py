@@ -44,12 +44,12 @@ def workflow(hidden: Any) -> dict[str, str]:
 
 
 def pair(sources: loras.LoRASources) -> dict[str, str]:
-    """Which files a pair was read from, by hash, and with what, as metadata.
+    """Which files a set of LoRAs was read from, by hash, and with what, as metadata.
 
     Nothing for files that have changed since, and for what other nodes made.
     """
     try:
-        files = {concept: asdict(bound(source)) for concept, source in sources.by_concept().items()}
+        files = {concept: asdict(bound(source)) for concept, source in sources.by_concept.items()}
     except LoRAFileError:
         return {}
     return {"ziplora_pair": json.dumps({**files, "versions": versions()})}

@@ -11,7 +11,7 @@ from torch import Tensor
 from ....ziplora_core import layerwise, prompts, retention
 from ....ziplora_core.branch import Branch
 from ....ziplora_core.layerwise import SolvedLayer
-from ....ziplora_core.pair import LoRAPair
+from ....ziplora_core.lora_set import LoRASet
 from ....ziplora_core.solver import Batch, Predictor, Settings, Step
 from ..progress.bar import Bar
 from ..progress.plots import SECONDS_BETWEEN_PREVIEWS, layer_picture, loss_picture
@@ -29,8 +29,8 @@ class Progress:
     are drawn. count: references of each. batch_size, steps: of the gradient part.
     """
 
-    def __init__(self, settings: Settings, pair: LoRAPair, drawn: Sequence[str], drawing: int):
-        self._settings, self._pair = settings, pair
+    def __init__(self, settings: Settings, loras: LoRASet, drawn: Sequence[str], drawing: int):
+        self._settings, self._loras = settings, loras
         self._drawing = {f"drawing {concept} references": float(drawing) for concept in drawn}
         self._bar = Bar({**self._drawing, **self._work(layerwise.MOMENTS)})
         self._part, self._done = "", 0.0
@@ -42,15 +42,16 @@ class Progress:
         """Rows of everything that comes after drawing. moments: bytes for the layer-wise part."""
         settings, relative = self._settings, self._settings.objective.relative
         steps = settings.gradient_steps
-        self._passes = 2.0 * layerwise.passes(self._pair, moments)
-        self._step = settings.batch_size * 2.0 * (2 + _BACKWARD)
-        self._before_steps = 2.0 * 2 * retention.DRAWS if relative and steps else 0.0
+        concepts = float(len(self._loras.concepts))
+        self._passes = concepts * layerwise.passes(self._loras, moments)
+        self._step = settings.batch_size * concepts * (2 + _BACKWARD)
+        self._before_steps = concepts * 2 * retention.DRAWS if relative and steps else 0.0
         parts = {}
         if settings.solver != "gradient":
             parts[_LAYERS] = self._passes + _SOLVING
         if steps:
             parts[_STEPS] = self._before_steps + steps * self._step
-        return {**parts, _MEASURING: 2.0 * 3 * retention.DRAWS, _PROMPTS: 2.0 * 4 * prompts.DRAWS}
+        return {**parts, _MEASURING: concepts * 3 * retention.DRAWS, _PROMPTS: concepts * 4 * prompts.DRAWS}
 
     def drawing(self, concept: str, share: float, preview: Image.Image | None) -> None:
         """A concept's references are drawn by so much, 0 to 1."""

@@ -1,4 +1,4 @@
-"""From sockets to a zipped pair: check, load, solve, measure, report."""
+"""From sockets to a zipped set: check, load, solve, measure, report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
 from ....ziplora_core import analysis, prompts, retention, solver, zipper
-from ....ziplora_core.branch import JoinedPair
+from ....ziplora_core.branch import JoinedSet
 from ....ziplora_core.coefficients import Coefficients
 from .. import saved
 from ..drawing import references, sampling
@@ -22,6 +22,7 @@ from ..lora import fitting, loras
 from ..lora.zipped import ZippedLoRA
 from ..memory import plan, retry
 from ..network import checks, predictor
+from ..progress.plots import concept_colors
 from . import verdict
 from .outcome import Outcome, report
 from .progress import Progress
@@ -47,9 +48,9 @@ def optimize(
     settings: solver.Settings,
     asked: sampling.Asked = references.DEFAULT,
 ) -> tuple[ZippedLoRA, dict[str, list[float]], str, Tensor | None]:
-    """Zip a pair on a model: (zipped pair, LOSS_MAP, report, rough pictures of what was drawn as a reference).
+    """Zip LoRAs on a model: (zipped, LOSS_MAP, report, rough pictures of what was drawn as a reference).
 
-    model: ModelPatcher, unchanged. conditioning, latents: host values by concept ("content", "style"); where there
+    model: ModelPatcher, unchanged. conditioning, latents: host values by concept; where there
     are no latents, the concept's LoRA alone draws them. Every check comes before anything is loaded. steps = 0 loads
     nothing: the direct merge.
     Raises ValueError (LoRAFileError for a file) or FloatingPointError, and the host's own exception where memory runs
@@ -57,19 +58,18 @@ def optimize(
     """
     loras.refuse_one_lora(sources)
     samples: dict[str, Tensor] = {}
-    for concept in ("content", "style"):
-        given = latents[concept]
+    for concept, given in latents.items():
         if given is not None:
             samples[concept] = checks.read_latents(f"{concept}_latents", given, model)
         checks.check_conditioning(f"{concept}_positive", conditioning[concept])
     fitted = fitting.fit(sources, model.model)
-    outcome = Outcome(sources, fitted, settings, Coefficients.ones(fitted.pair), solver.direct_merge(fitted.pair))
+    outcome = Outcome(sources, fitted, settings, Coefficients.ones(fitted.loras), solver.direct_merge(fitted.loras))
     if settings.steps == 0:
         outcome = replace(outcome, alignment=_alignment(outcome))
         zipped = _zipped(outcome)
         return zipped, outcome.loss_map, zipped.report, None
     without = [concept for concept in latents if concept not in samples]
-    progress = Progress(settings, fitted.pair, without, sampling.Drawn.rows(asked))
+    progress = Progress(settings, fitted.loras, without, sampling.Drawn.rows(asked))
     with _explained(model, conditioning):
         drawn = {}
         for concept in without:
@@ -79,7 +79,7 @@ def optimize(
             )
             samples[concept] = drawn[concept].latents
         outcome = replace(outcome, drawn=drawn)
-        planned = plan.make(model, fitted.pair, conditioning, samples, settings, plan.room_for(model))
+        planned = plan.make(model, fitted.loras, conditioning, samples, settings, plan.room_for(model))
         try:
             used, solved = retry.carry_out(
                 planned, lambda planned: _solve(planned, model, conditioning, samples, outcome, progress)
@@ -89,8 +89,8 @@ def optimize(
     outcome = replace(solved, plan=used, again=used != planned)
     outcome = replace(outcome, alignment=_alignment(outcome))
     zipped, shown = _zipped(outcome), _shown(model, outcome)
-    lines = verdict.lines(outcome)
-    progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, shown))
+    lines, colors = verdict.lines(outcome), concept_colors(sources.by_concept)
+    progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, shown, colors))
     return zipped, outcome.loss_map, zipped.report, _pictures(shown)
 
 
@@ -105,7 +105,7 @@ def _solve(
     """One try: the outcome with what was found and what is measured of it. Raises NotFinite."""
     settings = outcome.settings
 
-    def work(predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References) -> Outcome:
+    def work(predict: predictor.HostPredictor, joined: JoinedSet, references: solver.References) -> Outcome:
         began = time.monotonic()
         progress.start(planned.moments)
         counted = progress.counted(predict)
@@ -121,7 +121,7 @@ def _solve(
 
     return predictor.with_predictor(
         model,
-        outcome.fitted.pair,
+        outcome.fitted.loras,
         conditioning,
         samples,
         work,
@@ -137,7 +137,7 @@ def _alignment(outcome: Outcome) -> list[dict[str, float]]:
     with torch.inference_mode(False):
         for coefficients in (outcome.before, outcome.result.coefficients):
             throw_exception_if_processing_interrupted()
-            found.append(analysis.column_alignment(outcome.fitted.pair, coefficients))
+            found.append(analysis.column_alignment(outcome.fitted.loras, coefficients))
     return found
 
 
@@ -151,7 +151,8 @@ def _check_finite(outcome: Outcome) -> None:
     """Raises NotFinite where the zipped model draws no numbers on held-out noise, whatever its losses were."""
     after, result = outcome.retention[1], outcome.result
     if not all(map(math.isfinite, after.values())):
-        what = f"the loss on held-out noise is not finite (content {after['content']:g}, style {after['style']:g})"
+        losses = ", ".join(f"{concept} {loss:g}" for concept, loss in after.items())
+        what = f"the loss on held-out noise is not finite ({losses})"
         kept = replace(result, stopped=what)
         raise solver.NotFinite(what, len(result.history), outcome.before, result.coefficients, kept)
 
