@@ -17,25 +17,35 @@ from .files import LoRAFileError, OpenFile, opened, shown
 from .lora_set import CONCEPTS, LoRASet
 from .writing import write_tensors
 
-FORMAT = "ziplora 1"  # of a content and a style LoRA
+FORMAT = "ziplora 1"  # of a content and a style LoRA, each of one strength
 FORMAT_OF_ANY = "ziplora 2"  # of any others: the same tensors; LoRAs and dials by concept, under "loras" and "dials"
 _KEY = "ziplora"  # in the file's metadata: everything but the numbers, as JSON
 
 
 @dataclass(frozen=True)
 class SavedLoRA:
-    """Which file a concept's coefficients belong to. sha256, size: of the whole file. strength: it is used at."""
+    """Which file a concept's coefficients belong to. sha256, size: of the whole file. strength: it is used at;
+    clip_strength: its text-encoder part, None for the same."""
 
     name: str
     sha256: str
     size: int
     strength: float
+    clip_strength: float | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for what a file does not say so."""
         texts = isinstance(self.name, str) and isinstance(self.sha256, str)
-        if not (texts and isinstance(self.size, int) and math.isfinite(self.strength)):
+        if not (
+            texts
+            and isinstance(self.size, int)
+            and math.isfinite(self.strength)
+            and math.isfinite(self.clip_strength or 0)
+        ):
             raise ValueError("expected a name, a hash, a size and a strength")
+
+    def as_table(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "clip_strength" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -63,11 +73,12 @@ class SavedZip:
 
     @property
     def format(self) -> str:
-        return FORMAT if tuple(self.loras) == CONCEPTS else FORMAT_OF_ANY
+        plain = all(lora.clip_strength is None for lora in self.loras.values())
+        return FORMAT if plain and tuple(self.loras) == CONCEPTS else FORMAT_OF_ANY
 
     def as_table(self) -> dict[str, Any]:
         """What `_from_table` makes the same of."""
-        loras = {concept: asdict(lora) for concept, lora in self.loras.items()}
+        loras = {concept: lora.as_table() for concept, lora in self.loras.items()}
         named: dict[str, Any] = {"loras": loras, "dials": dict(self.dials)}
         if self.format == FORMAT:
             named = {**loras, "dials": list(self.dials.values())}

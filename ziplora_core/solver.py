@@ -132,6 +132,6 @@ class NotFinite(FloatingPointError):
         super().__init__(f"step {step}: {what}; {changed}; lower learning_rate or load the model in bf16 or fp32")
 
 
-def direct_merge(loras: LoRASet) -> Result:
-    """What no steps give: all ones."""
-    return Result(Coefficients.ones(loras), stopped="no steps asked for: the direct merge")
+def direct_merge(loras: LoRASet, why: str = "no steps asked for: the direct merge") -> Result:
+    """What no steps give, and one LoRA alone: all ones."""
+    return Result(Coefficients.ones(loras), stopped=why)

@@ -17,7 +17,7 @@ MUTANTS = [
         FILES,
         (
             "text-encoder parts ignore the dials",
-            "dialled = replace(source, strength=zipped.strength(concept))",
+            "dialled = replace(source, strength=zipped.clip_strength(concept))",
             "dialled = source",
         ),
         ("bias differences may overflow", "export.fitting(name, t, dtype)", "t.to(dtype)"),

@@ -119,7 +119,7 @@ MUTANTS = [
         ("retention that is NaN is a success", "if not all(map(math.isfinite, after.values())):", "if False:"),
         (
             "prompts are not checked",
-            'checks.check_conditioning(f"{concept}_positive", conditioning[concept])',
+            'checks.check_conditioning(sources.input_name(concept, "positive"), conditioning[concept])',
             "pass",
         ),
     ),

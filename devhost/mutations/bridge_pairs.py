@@ -17,7 +17,7 @@ MUTANTS = [
         PAIRS,
         (
             "text-encoder parts at the node's strength alone",
-            "_text_encoder(clip, source, strength * zipped.strength(concept))",
+            "_text_encoder(clip, source, strength * zipped.clip_strength(concept))",
             "_text_encoder(clip, source, strength)",
         ),
         ("text-encoder parts of any size are put on", "if _fits(clip.cond_stage_model, key, patch)", "if True"),
@@ -123,8 +123,8 @@ MUTANTS = [
         ("LoRAs of other nodes are taken unchecked", "check_tensors(name, tensors)", "pass"),
         (
             "one LoRA on both sockets is zipped",
-            "    if _hold_the_same(sources) is not None:\n        raise LoRAFileError(",
-            "    if False:\n        raise LoRAFileError(",
+            "    if same is not None:\n        raise LoRAFileError(\n",
+            "    if False:\n        raise LoRAFileError(\n",
         ),
         ("float8 is compared as it is", "if one.element_size() == 1:", "if one.element_size() == 0:"),
         (

@@ -96,5 +96,5 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     if clip is not None:
         clip = clip.clone()
         for concept, source in zipped.sources.by_concept.items():
-            _text_encoder(clip, source, strength * zipped.strength(concept))
+            _text_encoder(clip, source, strength * zipped.clip_strength(concept))
     return model, clip

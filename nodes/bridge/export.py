@@ -122,7 +122,7 @@ def text_encoder_layers(zipped: ZippedLoRA, rank: int) -> tuple[dict[str, Export
             if not is_plain(adapter):
                 left_out.append(f"'{source.title}': text-encoder layer '{name}' is no plain LoRA and is left out")
                 continue
-            dialled = replace(source, strength=zipped.strength(concept))
+            dialled = replace(source, strength=zipped.clip_strength(concept))
             parts.setdefault(name, {})[concept] = fitting.low_rank(dialled, name, adapter)
     layers = {}
     for name, found in parts.items():

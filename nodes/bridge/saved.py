@@ -119,7 +119,8 @@ def load(model, name: str) -> ZippedLoRA:
     Raises LoRAFileError for a missing, changed or broken file, and for coefficients that do not fit the model.
     """
     coefficients, about = saved.read(zipped_path(name))
-    sources = loras.load_set({c: (_find(wanted, name), wanted.strength) for c, wanted in about.loras.items()})
+    files = {c: (_find(wanted, name), wanted.strength, wanted.clip_strength) for c, wanted in about.loras.items()}
+    sources = loras.load_set(files)
     for concept, source in sources.by_concept.items():
         if bound(source).sha256 != about.loras[concept].sha256:
             raise LoRAFileError(f"'{source.title}' has changed while '{shown(name, 255)}' was loaded; queue again")

@@ -36,6 +36,18 @@ def toy_pair() -> LoRASet:
     return LoRASet(CONCEPTS, layers)
 
 
+NAMES = ("content", "style", "other", "style 2", "other 2", "other 3", "other 4", "other 5")
+
+
+def toy_set(count: int) -> LoRASet:
+    """Unequal ranks and scales, and layers that some of the LoRAs leave alone; of one, that it changes all."""
+    layers = {}
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        chosen = [j for j in range(count) if count == 1 or (i + j) % 4 or i == 1]
+        layers[name] = {NAMES[j]: factors(shape, 1 + j % 3, 100 * j + i, 0.5 + 0.3 * j) for j in chosen}
+    return LoRASet(NAMES[:count], layers)
+
+
 class Dense:
     """A frozen layer with an ordinary weight (out, in, *kernel)."""
 
@@ -80,6 +92,14 @@ class ToyPredictor:
         for name in SHAPES:
             x = layer(name, x)
         return x
+
+
+def references_of(concepts: tuple[str, ...]) -> References:
+    """Of unequal numbers, each concept's its own whatever its place."""
+    return {
+        c: torch.randn(1 + len(c) % 3, 3, 4, 4, generator=torch.Generator().manual_seed(NAMES.index(c)))
+        for c in concepts
+    }
 
 
 def toy_references() -> References:

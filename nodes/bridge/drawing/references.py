@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from ....ziplora_core.coefficients import Coefficients
 from ..apply import apply
 from ..lora import fitting, loras
@@ -10,6 +13,14 @@ from ..memory.retry import is_out_of_memory
 from .sampling import Asked, Drawn, Watch, draw_plain
 
 DEFAULT = Asked()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a user gives of one concept: its prompt (the host's conditioning), and a LATENT or None."""
+
+    positive: Any
+    latents: Any = None
 
 
 def draw(
@@ -37,11 +48,11 @@ def draw(
             raise
         raise type(error)(
             f"not enough memory to draw {asked.count} {concept} references of {asked.side} x {asked.side} pixels; "
-            f"lower drawn_references or drawn_size, or connect {concept}_latents"
+            f"lower drawn_references or drawn_size, or connect {sources.input_name(concept, 'latents')}"
         ) from None
     if drawn is None:
         raise FloatingPointError(
             f"the {concept} LoRA alone draws no picture (its latents are not finite): look at the file, load "
-            f"the model in bf16 or fp32, or connect {concept}_latents"
+            f"the model in bf16 or fp32, or connect {sources.input_name(concept, 'latents')}"
         )
     return drawn

@@ -22,7 +22,8 @@ from . import hashes
 class LoRASource:
     """One LoRA file as read: its name in the loras folder, tensors on the CPU, and the strength it is used at.
 
-    version, sha256: of the file as it was read; None where the tensors come from elsewhere.
+    version, sha256: of the file as it was read; None where the tensors come from elsewhere. clip_strength: of its
+    text-encoder part; None where it is the same.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LoRASource:
     strength: float
     version: hashes.Version | None = None
     sha256: str | None = None
+    clip_strength: float | None = None
 
     @property
     def title(self) -> str:
@@ -47,6 +49,11 @@ class LoRASources:
 
     def __getitem__(self, concept: str) -> LoRASource:
         return self.by_concept[concept]
+
+    def input_name(self, concept: str, what: str) -> str:
+        """How ZipLoRA Optimize calls what a concept is given: its own inputs are for the first two."""
+        place = list(self.by_concept).index(concept)
+        return f"{CONCEPTS[place]}_{what}" if place < len(CONCEPTS) else f"{what} of {concept} (in references)"
 
     def names(self) -> str:
         """Their titles, for errors."""
@@ -88,12 +95,14 @@ def load_pair(content: str, style: str, content_strength: float, style_strength:
     return load_set({"content": (content, content_strength), "style": (style, style_strength)})
 
 
-def load_set(files: Mapping[str, tuple[str, float]]) -> LoRASources:
-    """Read all files. files: concept -> (name, strength). Raises LoRAFileError, also where two hold the same, and
-    ValueError for a strength."""
-    _check_strengths({concept: strength for concept, (_, strength) in files.items()})
-    refuse_one_file(*(name for name, _ in files.values()))
-    sources = LoRASources({concept: load(name, strength) for concept, (name, strength) in files.items()})
+def load_set(files: Mapping[str, tuple[str, float] | tuple[str, float, float | None]]) -> LoRASources:
+    """Read all files. files: concept -> (name, strength), and the text encoder's strength where it is another.
+
+    Raises LoRAFileError, also where two hold the same, and ValueError for a strength.
+    """
+    _check_strengths({concept: strength for concept, (_, strength, *_) in files.items()})
+    refuse_one_file(*(name for name, *_ in files.values()))
+    sources = LoRASources({concept: load(*file) for concept, file in files.items()})
     same = _hold_the_same(sources)
     if same is not None:
         raise _same_file(*(files[concept][0] for concept in same), pair=set(files) == set(CONCEPTS))
@@ -153,7 +162,10 @@ def pair(content: dict, style: dict, content_strength: float, style_strength: fl
 
 def refuse_one_lora(sources: LoRASources) -> None:
     """Raises LoRAFileError where two hold the same: there is nothing to zip."""
-    if _hold_the_same(sources) is not None:
+    same = _hold_the_same(sources)
+    if same is not None and len(sources.by_concept) != 2:
+        raise LoRAFileError(f"{' and '.join(same)} hold the same LoRA; take one of them out")
+    if same is not None:
         raise LoRAFileError(
             "content_lora and style_lora hold the same LoRA, so there is nothing to zip; connect the subject's LoRA to "
             "content_lora and the style's to style_lora"
@@ -165,7 +177,7 @@ def _check_strengths(by_concept: Mapping[str, float]) -> None:
         in_range(f"{concept}_strength", strength, -100, 100)
 
 
-def load(name: str, strength: float) -> LoRASource:
+def load(name: str, strength: float, clip_strength: float | None = None) -> LoRASource:
     """Read one file, and its hash in the same pass where it is not known. Raises LoRAFileError."""
     path = lora_path(name)
     file, version = hashes.key(path), fingerprint(name)
@@ -177,4 +189,5 @@ def load(name: str, strength: float) -> LoRASource:
     if digest is not None:
         known = digest.hexdigest()
         hashes.HASHES.remember(file, known)
-    return LoRASource(name, tensors, strength, version, known)
+    apart = None if clip_strength == strength else clip_strength
+    return LoRASource(name, tensors, strength, version, known, apart)

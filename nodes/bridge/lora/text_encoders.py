@@ -36,7 +36,7 @@ def left_out(zipped: ZippedLoRA) -> str | None:
     titles = [
         source.title
         for concept, source in zipped.sources.by_concept.items()
-        if zipped.strength(concept) and parts(source)
+        if zipped.clip_strength(concept) and parts(source)
     ]
     if not titles:
         return None

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ....ziplora_core.checks import in_range
 from ....ziplora_core.coefficients import Coefficients
+from ....ziplora_core.files import shown
 from .fitting import FittedSet
 from .loras import LoRASources
 
@@ -40,6 +45,40 @@ class ZippedLoRA:
         dials = {concept: self.dial(concept) * strengths.get(concept, 1.0) for concept in self.sources.by_concept}
         return replace(self, coefficients=coefficients, dials=dials)
 
+    def clip_strength(self, concept: str) -> float:
+        """The same of its text-encoder part, which a stack may say apart."""
+        apart = self.sources[concept].clip_strength
+        return self.strength(concept) if apart is None else apart * self.dial(concept)
+
     def strength(self, concept: str) -> float:
         """Of what is not zipped but follows its LoRA: the file's strength times the dial."""
         return self.sources[concept].strength * self.dial(concept)
+
+
+def read_strengths(sources: LoRASources, text: str) -> dict[str, float]:
+    """Concept -> strength, from lines `name: number`; a name is a concept's or its file's, with or without its ending.
+
+    Raises ValueError for a line that says no such thing, an unknown name, one that is given twice, and a strength out
+    of range.
+    """
+    known = {}
+    for concept, source in sources.by_concept.items():
+        for name in (os.path.splitext(os.path.basename(source.name))[0], os.path.basename(source.name), source.name):
+            known[name.lower()] = concept
+    known |= {concept.lower(): concept for concept in sources.by_concept}
+    found: dict[str, float] = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        parts = re.fullmatch(r"(.+?)\s*[:=]\s*(\S+)", line)
+        try:
+            name, number = ("", math.nan) if parts is None else (parts[1], float(parts[2]))
+        except ValueError:
+            name, number = "", math.nan
+        if not name:
+            raise ValueError(f"strengths: '{shown(line, 60)}' is no line as 'style: 0.8'")
+        concept = known.get(name.lower())
+        if concept is None or concept in found:
+            what = "names no LoRA of this set" if concept is None else "stands there twice"
+            raise ValueError(f"strengths: '{shown(name, 60)}' {what}; there are: {', '.join(sources.by_concept)}")
+        in_range(f"strengths: {concept}", number, -100, 100)
+        found[concept] = number
+    return found

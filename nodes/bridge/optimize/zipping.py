@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
@@ -22,10 +23,27 @@ from ..lora import fitting, loras
 from ..lora.zipped import ZippedLoRA
 from ..memory import plan, retry
 from ..network import checks, predictor
-from ..progress.plots import concept_colors
 from . import verdict
 from .outcome import Outcome, report
 from .progress import Progress
+
+T = TypeVar("T")
+
+
+def by_concept(sources: loras.LoRASources, given: Sequence[T | None], more: Sequence[T]) -> dict[str, T | None]:
+    """What is given of each concept: of the first two by the node's own inputs, of the others by its references.
+
+    Raises ValueError where there are not as many references as other LoRAs.
+    """
+    concepts = list(sources.by_concept)
+    wanted = max(0, len(concepts) - len(given))
+    if len(more) != wanted:
+        named = ", ".join(f"{concept} '{source.title}'" for concept, source in sources.by_concept.items())
+        raise ValueError(
+            f"references has {len(more)} ZipLoRA Reference nodes; expected {wanted}, one for each LoRA after the first "
+            f"two, in this order: {named}"
+        )
+    return dict(zip(concepts, [*given, *more], strict=False))
 
 
 def check_inputs(model, sources: loras.LoRASources, latents: dict[str, dict | None]) -> None:
@@ -37,7 +55,7 @@ def check_inputs(model, sources: loras.LoRASources, latents: dict[str, dict | No
     fitting.fit(sources, model.model)
     for concept, made in latents.items():
         if made is not None:
-            checks.read_latents(f"{concept}_latents", made, model)
+            checks.read_latents(sources.input_name(concept, "latents"), made, model)
 
 
 def optimize(
@@ -60,17 +78,19 @@ def optimize(
     samples: dict[str, Tensor] = {}
     for concept, given in latents.items():
         if given is not None:
-            samples[concept] = checks.read_latents(f"{concept}_latents", given, model)
-        checks.check_conditioning(f"{concept}_positive", conditioning[concept])
+            samples[concept] = checks.read_latents(sources.input_name(concept, "latents"), given, model)
+        checks.check_conditioning(sources.input_name(concept, "positive"), conditioning[concept])
     fitted = fitting.fit(sources, model.model)
-    outcome = Outcome(sources, fitted, settings, Coefficients.ones(fitted.loras), solver.direct_merge(fitted.loras))
-    if settings.steps == 0:
+    unlearned = zipper.without_learning(fitted.loras, settings)
+    outcome = Outcome(sources, fitted, settings, Coefficients.ones(fitted.loras))
+    if unlearned is not None:
+        outcome = replace(outcome, result=unlearned)
         outcome = replace(outcome, alignment=_alignment(outcome))
         zipped = _zipped(outcome)
         return zipped, outcome.loss_map, zipped.report, None
     without = [concept for concept in latents if concept not in samples]
     progress = Progress(settings, fitted.loras, without, sampling.Drawn.rows(asked))
-    with _explained(model, conditioning):
+    with _explained(model, sources, conditioning):
         drawn = {}
         for concept in without:
             watch = partial(progress.drawing, concept)
@@ -89,8 +109,8 @@ def optimize(
     outcome = replace(solved, plan=used, again=used != planned)
     outcome = replace(outcome, alignment=_alignment(outcome))
     zipped, shown = _zipped(outcome), _shown(model, outcome)
-    lines, colors = verdict.lines(outcome), concept_colors(sources.by_concept)
-    progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, shown, colors))
+    lines = verdict.lines(outcome)
+    progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, shown, sources.by_concept))
     return zipped, outcome.loss_map, zipped.report, _pictures(shown)
 
 
@@ -169,14 +189,14 @@ def _rescue(outcome: Outcome, kept: solver.Result | None) -> str:
 
 
 @contextlib.contextmanager
-def _explained(model, conditioning: dict[str, list]) -> Iterator[None]:
+def _explained(model, sources: loras.LoRASources, conditioning: dict[str, list]) -> Iterator[None]:
     """Where a model fails and a prompt is another model's, the error says so."""
     try:
         yield
     except RuntimeError as error:
         for concept, prompt in conditioning.items():
             try:
-                checks.check_width(f"{concept}_positive", prompt, model)
+                checks.check_width(sources.input_name(concept, "positive"), prompt, model)
             except ValueError as found:
                 raise found from error
         raise
