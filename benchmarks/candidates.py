@@ -18,29 +18,29 @@ from benchmarks.methods import METHODS, Case, Merge, Method, timed
 from benchmarks.studio import core
 
 Coefficients = core.coefficients.Coefficients
-CONCEPTS = ("content", "style")
+CONCEPTS = core.lora_set.CONCEPTS
 
 
 def softened(case: Case, mu: float, outputs: float = 0.0) -> tuple[Any, Any]:
     """(fitted, joined) of the pair after NP-LoRA, and after the same on what layers give out; the case's own for 0."""
     if mu == 0 and outputs == 0:
         return case.fitted, case.joined
-    pair = core.direct.np_lora(case.fitted.pair, mu)
+    pair = core.direct.np_lora(case.fitted.loras, mu)
     if outputs:
         layers = {name: _outputs_softened(layer, outputs) for name, layer in pair.layers.items()}
-        pair = core.pair.LoRAPair(layers)
-    joined = core.branch.JoinedPair(pair, case.joined.device, case.joined.dtype)
-    return replace(case.fitted, pair=pair), joined
+        pair = replace(pair, layers=layers)
+    joined = core.branch.JoinedSet(pair, case.joined.device, case.joined.dtype)
+    return replace(case.fitted, loras=pair), joined
 
 
 def _outputs_softened(layer: Any, mu: float) -> Any:
     """A_c' = A_c − μ/(1+μ) · U Uᵀ A_c, U: an orthonormal basis of what the style update gives out."""
-    if layer.content is None or layer.style is None:
+    if len(layer) < 2:
         return layer
-    basis = torch.linalg.qr(layer.style.up.double()).Q
-    up = layer.content.up.double()
+    basis = torch.linalg.qr(layer["style"].up.double()).Q
+    up = layer["content"].up.double()
     up = up - mu / (1 + mu) * basis @ (basis.T @ up)
-    return replace(layer, content=replace(layer.content, up=up.float()))
+    return {**layer, "content": replace(layer["content"], up=up.float())}
 
 
 def layer_wise(
@@ -111,8 +111,8 @@ def layer_wise(
                 parts = torch.split(solution, layer.columns)
                 for (concept, _), part in zip(moments.halves(layer), parts, strict=True):
                     found[concept][name] = part.cpu().float()
-        ones = Coefficients.ones(joined.pair)
-        merged = Coefficients({**ones.content, **found["content"]}, {**ones.style, **found["style"]})
+        ones = Coefficients.ones(joined.loras)
+        merged = Coefficients({c: {**of, **found[c]} for c, of in ones.by_concept.items()})
         return Merge(fitted, merged, time.monotonic() - began)
 
     return run
@@ -192,7 +192,7 @@ def composed_moments(joined: Any, predictor: Any, references: Any, seed: int) ->
 
 def _of_weights(joined: Any, name: str, ridge: float) -> Tensor:
     """Shared columns of a layer, stacked as its columns are."""
-    solved = core.shares.share([factors for _, factors in joined.pair.layers[name].halves()], ridge)
+    solved = core.shares.share(list(joined.loras.layers[name].values()), ridge)
     return torch.cat(solved.coefficients)
 
 
@@ -225,18 +225,14 @@ def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
     def run(case: Case) -> Merge:
         began = time.monotonic()
         fitted, joined = softened(case, mu)
-        layers = dict(fitted.pair.layers)
+        layers = dict(fitted.loras.layers)
         with torch.inference_mode(False), torch.no_grad():
             record = moments.record(joined, case.predictor, case.references, case.seed)
             for name in record.source:
                 layer = joined.layers[name]
-                if (
-                    layer.down.ndim > 2
-                    or fitted.pair.layers[name].content is None
-                    or fitted.pair.layers[name].style is None
-                ):
+                if layer.down.ndim > 2 or len(layer.parts) < 2:
                     continue
-                up, down, rank = layer.up.double(), layer.down.double(), layer.content_rank
+                up, down, rank = layer.up.double(), layer.down.double(), layer.ranks["content"]
                 outs = up.T @ up
                 grams = {}
                 for c in CONCEPTS:
@@ -254,10 +250,10 @@ def routing(weight: float = 1.0, mu: float = 0.0, style: float = 1.0) -> Method:
                 shift = weight * mean * zero
                 ridge = 1e-9 * known.diagonal().mean() * torch.eye(len(known), dtype=known.dtype)
                 m = torch.linalg.solve((known + shift + ridge).T, (wanted + shift + ridge).T).T
-                factors = core.pair.Factors(layer.up.float(), (m @ down).float())
-                layers[name] = core.pair.LayerPair(factors, None)
-        pair = core.pair.LoRAPair(layers)
-        return Merge(replace(fitted, pair=pair), Coefficients.ones(pair), time.monotonic() - began)
+                factors = core.lora_set.Factors(layer.up.float(), (m @ down).float())
+                layers[name] = {"content": factors}
+        pair = replace(fitted.loras, layers=layers)
+        return Merge(replace(fitted, loras=pair), Coefficients.ones(pair), time.monotonic() - began)
 
     return run
 

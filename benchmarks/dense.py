@@ -69,7 +69,7 @@ class DenseBranch:
 
 
 def dense_pair(joined: Any, cast: Cast) -> Any:
-    """A JoinedPair of two plain LoRAs as the published algorithm has it; the solver cannot tell them apart."""
+    """A JoinedSet of two plain LoRAs as the published algorithm has it; the solver cannot tell them apart."""
 
     class DensePair(type(joined)):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -77,14 +77,14 @@ def dense_pair(joined: Any, cast: Cast) -> Any:
             self.updates = {}
             with torch.inference_mode(False), torch.no_grad():
                 for name, layer in joined.layers.items():
-                    self.updates[name] = tuple(layer.up[:, part] @ layer.down[part] for part in layer.parts)
+                    self.updates[name] = tuple(layer.up[:, part] @ layer.down[part] for part in layer.parts.values())
 
         def student(self, flat: Tensor) -> DenseBranch:
             return DenseBranch(self.updates, cast, coefficients=self.split(flat))
 
-        def teacher(self, is_style: Tensor) -> DenseBranch:
-            if len({*is_style.tolist()}) > 1:
+        def teacher(self, concept: Tensor) -> DenseBranch:
+            if len({*concept.tolist()}) > 1:
                 raise ValueError("the published algorithm runs content and style apart")
-            return DenseBranch(self.updates, cast, concept="style" if is_style[0] else "content")
+            return DenseBranch(self.updates, cast, concept=self.concepts[int(concept[0])])
 
     return DensePair()

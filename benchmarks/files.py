@@ -69,7 +69,7 @@ def main() -> int:
 
         sources = read()
         fitted = bridge.lora.fitting.fit(sources, model)
-        zipped = bridge.lora.zipped.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.pair))
+        zipped = bridge.lora.zipped.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.loras))
         exported = bridge.export.export_tensors(zipped, 0, "fp16", "kohya")
         megabytes = sum(t.numel() * t.element_size() for t in exported.tensors.values()) / 1e6
 

@@ -27,9 +27,9 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks.dense import WAYS, DenseLayer
-from ziplora_core.branch import Branch, JoinedPair
+from ziplora_core.branch import Branch, JoinedSet
 from ziplora_core.frozen import Base
-from ziplora_core.pair import Factors, LayerPair, LoRAPair
+from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -97,13 +97,13 @@ class Problem:
             return Factors(up, down)
 
         tokens = kind.tokens if kind.of_prompt else max(1, round(kind.tokens * scale))
-        pair = LoRAPair({"layer": LayerPair(factors(), factors())})
+        pair = LoRASet(CONCEPTS, {"layer": {concept: factors() for concept in CONCEPTS}})
         self.kind = kind
-        self.joined = JoinedPair(pair, dtype=dtype)
+        self.joined = JoinedSet(pair, dtype=dtype)
         self.x = random(2, tokens, kind.columns, size=1.0).requires_grad_(not kind.of_prompt)
         self.grad = random(2, tokens, kind.out, size=1.0)
         weight = random(kind.out, kind.columns, size=kind.columns**-0.5)
-        content, style = ((f.up.float() @ f.down.float()).to(dtype) for _, f in pair.layers["layer"].halves())
+        content, style = ((f.up.float() @ f.down.float()).to(dtype) for f in pair.layers["layer"].values())
         self.dense = DenseLayer(weight, content, style)
         self.m = (torch.rand(2 * kind.columns, generator=g) + 0.5).requires_grad_()
 

@@ -35,11 +35,11 @@ class Case:
     def grid(pair) -> list:
         """The direct merges that a patient user tries."""
         ones = Coefficients.ones(pair)
-        return [ones.scaled(c, s) for c, s in itertools.product(GRID, GRID)]
+        return [ones.scaled(content=c, style=s) for c, s in itertools.product(GRID, GRID)]
 
     @property
     def ones(self):
-        return Coefficients.ones(self.joined.pair)
+        return Coefficients.ones(self.joined.loras)
 
     def retention(self, merges: Sequence[Merge], references: Any) -> list[dict[str, float]]:
         """On noise that no method is trained on and none is chosen by."""
@@ -48,7 +48,7 @@ class Case:
             mine = [i for i, m in enumerate(merges) if m.fitted is fitted]
             joined = self.joined
             if fitted is not self.fitted:
-                joined = core.branch.JoinedPair(fitted.pair, joined.device, joined.dtype)
+                joined = core.branch.JoinedSet(fitted.loras, joined.device, joined.dtype)
             candidates = [merges[i].coefficients for i in mine]
             losses = core.retention.measure_retention(
                 self.joined, self.predictor, references, candidates, self.seed + 77, draws=8, merged=joined
@@ -69,7 +69,7 @@ class Merge:
     @property
     def moved(self) -> float:
         """How far the coefficient that moved most is from one."""
-        found = [m for side in (self.coefficients.content, self.coefficients.style) for m in side.values()]
+        found = [m for side in self.coefficients.by_concept.values() for m in side.values()]
         return max(float((m - 1).abs().max()) for m in found)
 
 
@@ -89,7 +89,7 @@ def timed(method: Callable[[Case], Any]) -> Method:
 
 def best_of_grid(case: Case):
     """The strengths whose direct merge has the lowest retention loss, each concept's by its own size at 1/1."""
-    grid = case.grid(case.joined.pair)
+    grid = case.grid(case.joined.loras)
     found = core.retention.measure_retention(
         case.joined, case.predictor, case.references, [case.ones, *grid], case.seed
     )
@@ -103,8 +103,8 @@ def direct(name: str) -> Method:
 
     def run(case: Case) -> Merge:
         began = time.monotonic()
-        pair, coefficients = core.direct.METHODS[name](case.fitted.pair)
-        return Merge(replace(case.fitted, pair=pair), coefficients, time.monotonic() - began)
+        pair, coefficients = core.direct.METHODS[name](case.fitted.loras)
+        return Merge(replace(case.fitted, loras=pair), coefficients, time.monotonic() - began)
 
     return run
 
@@ -136,10 +136,8 @@ def bounded(method: Method) -> Method:
 
     def run(case: Case) -> Merge:
         found = method(case)
-        sides = (
-            {k: m.clamp(0, 1) for k, m in s.items()} for s in (found.coefficients.content, found.coefficients.style)
-        )
-        return replace(found, coefficients=Coefficients(*sides))
+        sides = {c: {k: m.clamp(0, 1) for k, m in s.items()} for c, s in found.coefficients.by_concept.items()}
+        return replace(found, coefficients=Coefficients(sides))
 
     return run
 
@@ -147,9 +145,9 @@ def bounded(method: Method) -> Method:
 def weighted_overlap(case: Case):
     """100 steps from ones; a column's overlap counts by how aligned and how heavy its two updates are."""
     weights = []
-    for layer in case.joined.pair.layers.values():
-        if layer.content is not None and layer.style is not None:
-            deltas = (f.scale * f.up.float() @ f.down.float() for f in (layer.content, layer.style))
+    for layer in case.joined.loras.layers.values():
+        if len(layer) == 2:
+            deltas = (f.scale * f.up.float() @ f.down.float() for f in layer.values())
             both = math.prod(deltas).sum(0).abs()  # of each column: both lengths times the cosine
             weights.append(both / both.mean().clamp_min(1e-30))
     each = torch.cat(weights)

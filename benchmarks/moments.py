@@ -62,7 +62,7 @@ class Moments:
 
 def halves(layer: Any) -> list[tuple[str, slice]]:
     """The concepts that change a layer, content first, and their part of the rank axis."""
-    return [(c, part) for c, part in zip(CONCEPTS, layer.parts, strict=True) if layer.down[part].shape[0]]
+    return list(layer.parts.items())
 
 
 def stacked(layer: Any, down: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ def convolution_form(layer: Any, x: Tensor, **convolution: Any) -> tuple[Tensor,
 class MomentsBranch(core.branch.Branch):
     """A teacher that adds up second moments of what its layers see."""
 
-    def __init__(self, joined: Any, is_style: Tensor, moments: Moments):
-        super().__init__(joined.layers, is_style=is_style)
+    def __init__(self, joined: Any, concept: Tensor, moments: Moments):
+        super().__init__(joined.layers, rows=joined.rows(concept))
         self._moments = moments
         self._recent: list[tuple[Tensor, str]] = []  # kept alive, so that `is` means the same input
 
@@ -116,7 +116,7 @@ class MomentsBranch(core.branch.Branch):
         self._moments.source[name] = name
         if linear:
             self._recent = [*self._recent[-7:], (x, name)]
-        for concept, mine in zip(CONCEPTS, self.own(x), strict=True):
+        for concept, mine in self.own(x).items():
             if not len(mine):
                 continue
             if linear:
@@ -131,7 +131,7 @@ def record(joined: Any, predictor: Any, references: Any, seed: int, moments: Mom
     layerwise = core.layerwise
     for batches in core.draws.spread_batches(references, predictor, seed + layerwise._SEED, layerwise.DRAWS):
         for batch in batches:
-            predictor(batch, MomentsBranch(joined, batch.is_style, moments))
+            predictor(batch, MomentsBranch(joined, batch.concept, moments))
     return moments
 
 

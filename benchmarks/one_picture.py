@@ -111,7 +111,7 @@ class OnePicture:
 
 def of_pair(names: dict[str, str], done: Any) -> Halves:
     """The two files: added up, they are the zipped pair."""
-    return {which: of_file(names, source.tensors) for which, source in done.pair.by_concept().items()}
+    return {which: of_file(names, source.tensors) for which, source in done.pair.by_concept.items()}
 
 
 def run(bench: Bench, asked: argparse.Namespace) -> None:

@@ -35,9 +35,9 @@ def main() -> int:
     model = ModelPatcher(full_size.sdxl_model(torch.float16, device="meta"), cpu, cpu)
     loras = [full_size.attention_lora(model.model, given.rank, seed) for seed in (0, 1)]
     sources = bridge.lora.loras.LoRASources(
-        *(bridge.lora.loras.LoRASource(str(i), lora, 1.0) for i, lora in enumerate(loras))
+        {c: bridge.lora.loras.LoRASource(c, lora, 1.0) for c, lora in zip(("content", "style"), loras, strict=True)}
     )
-    pair = bridge.lora.fitting.fit(sources, model.model).pair
+    pair = bridge.lora.fitting.fit(sources, model.model).loras
     prompts = {c: full_size.random_prompt(0) for c in ("content", "style")}
     latents = {c: full_size.random_latents(given.size // 8, 0)["samples"] for c in prompts}
     settings = PACK.ziplora_core.solver.Settings(batch_size=given.batch_size)

@@ -76,7 +76,7 @@ def measure(every_pair: bool, done: set[tuple[str, str]]) -> Iterator[list[Recor
                 def look(predict, joined, refs, effects=effects) -> None:
                     effects.update(prompts.measure(joined, predict, refs, SEED))
 
-                predictor.with_predictor(studio.model, fitted.pair, conditioning, latents, look)
+                predictor.with_predictor(studio.model, fitted.loras, conditioning, latents, look)
             for concept, effect in effects.items():
                 record = {"pair": name, "references": kind, "case": case}
                 record |= {"lora": pair[concept][0].name, "concept": concept, "left": round(effect.left(), 4)}

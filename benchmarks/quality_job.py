@@ -71,9 +71,9 @@ def run_job(job: Job) -> list[Record]:
         losses.extend(case.retention(list(merges.values()), r) for r in (references, others))
 
     # before the merges, which have the model to themselves
-    oracle = max(Case.grid(fitted.pair), key=drawn_right) if ORACLE in job.methods else None
+    oracle = max(Case.grid(fitted.loras), key=drawn_right) if ORACLE in job.methods else None
     composed = _composed(studio, job, sources, fitted) if set(COMPOSED) & set(job.methods) else None
-    studio.zip(fitted.pair, content, style, work)
+    studio.zip(fitted.loras, content, style, work)
     records = []
     for number, (name, merge) in enumerate(merges.items()):
         found: Record = {"pair": job.pair, "seed": job.seed, "method": name}
@@ -95,7 +95,7 @@ def run_job(job: Job) -> list[Record]:
 def of_columns(core, merge) -> Record:
     """What a merge did to the columns."""
     with torch.inference_mode(False):
-        cosines = core.analysis.column_alignment(merge.fitted.pair, merge.coefficients)
+        cosines = core.analysis.column_alignment(merge.fitted.loras, merge.coefficients)
     return {
         "overlap": round(merge.coefficients.overlap(), 4),
         "moved": round(merge.moved, 4),
@@ -112,13 +112,13 @@ def _composed(studio, job: Job, sources, fitted) -> Any:
 
     content, style = studio.concepts[job.content], studio.concepts[job.style]
     prompt = studio.manifest.prompt(content, style)
-    direct = zipped_lora.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
+    direct = zipped_lora.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.loras))
     drawn = studio.vae.encode(studio.draw(direct, [prompt] * 2, 9000 + job.seed).movedim(1, -1))
 
     def work(predictor, joined, references) -> Any:
         return Composed(references, composed_moments(joined, predictor, references, job.seed))
 
-    return studio.zip(fitted.pair, content, style, work, prompt, drawn)
+    return studio.zip(fitted.loras, content, style, work, prompt, drawn)
 
 
 def pictures_of(studio, job: Job, method: str, zipped, by_step: Sequence[Any] | None) -> Record:

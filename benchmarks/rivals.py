@@ -25,16 +25,16 @@ def dense(rule: Rule) -> Method:
 
     def run(case: Case) -> Merge:
         began = time.monotonic()
-        layers = dict(case.fitted.pair.layers)
+        layers = dict(case.fitted.loras.layers)
         for name, layer in layers.items():
-            if layer.content is None or layer.style is None or layer.content.down.ndim > 2:
+            if len(layer) < 2 or next(iter(layer.values())).down.ndim > 2:
                 continue
-            updates = (f.scale * f.up.double() @ f.down.double() for f in (layer.content, layer.style))
+            updates = (f.scale * f.up.double() @ f.down.double() for f in layer.values())
             merged = rule(*updates).float()
-            layers[name] = core.pair.LayerPair(core.pair.Factors(merged, torch.eye(merged.shape[1])), None)
-        pair = core.pair.LoRAPair(layers)
-        ones = Coefficients.ones(pair)
-        return Merge(replace(case.fitted, pair=pair), ones, time.monotonic() - began)
+            layers[name] = {"content": core.lora_set.Factors(merged, torch.eye(merged.shape[1]))}
+        merged_set = replace(case.fitted.loras, layers=layers)
+        ones = Coefficients.ones(merged_set)
+        return Merge(replace(case.fitted, loras=merged_set), ones, time.monotonic() - began)
 
     return run
 
@@ -132,12 +132,11 @@ def chosen_layers(pair, progress: float, alpha: float = 1.5, beta: float = 0.5) 
     """
     totals, tops = {"content": 0.0, "style": 0.0}, {}
     for name, layer in pair.layers.items():
-        halves = dict(layer.halves())
-        if len(halves) < 2:
+        if len(layer) < 2:
             continue
-        count = halves["content"].rank * halves["style"].rank
+        count = layer["content"].rank * layer["style"].rank
         tops[name] = {}
-        for concept, factors in halves.items():
+        for concept, factors in layer.items():
             update = (factors.scale * factors.up.double() @ factors.down.double().flatten(1)).abs().flatten()
             totals[concept] += float(update.sum())
             tops[name][concept] = float(update.topk(min(count, update.numel())).values.sum())
@@ -152,16 +151,16 @@ def k_lora(case: Case, steps: int) -> Merge:
     by_step: list[Coefficients] = []
     before: dict[str, str] = {}
     for step in range(steps):
-        chosen = chosen_layers(case.fitted.pair, step / steps)
+        chosen = chosen_layers(case.fitted.loras, step / steps)
         if chosen == before:
             by_step.append(by_step[-1])
             continue
         before = chosen
-        sides = (
-            {n: m * float(chosen.get(n, concept) == concept) for n, m in side.items()}
-            for concept, side in (("content", ones.content), ("style", ones.style))
-        )
-        by_step.append(Coefficients(*sides))
+        sides = {
+            concept: {n: m * float(chosen.get(n, concept) == concept) for n, m in side.items()}
+            for concept, side in ones.by_concept.items()
+        }
+        by_step.append(Coefficients(sides))
     return Merge(case.fitted, ones, time.monotonic() - began, by_step)
 
 

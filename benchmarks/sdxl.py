@@ -106,7 +106,7 @@ class Bench:
             self.model = full_size.sdxl_patcher(DTYPE)
             loras = [full_size.attention_lora(self.model.model, GIVEN.rank, seed) for seed in (0, 1)]
             self.sources = BRIDGE.lora.loras.LoRASources(
-                *(BRIDGE.lora.loras.LoRASource(n, lora, 1.0) for n, lora in zip(CONCEPTS, loras, strict=True))
+                {n: BRIDGE.lora.loras.LoRASource(n, lora, 1.0) for n, lora in zip(CONCEPTS, loras, strict=True)}
             )
             self.conditioning = {c: full_size.random_prompt(i) for i, c in enumerate(CONCEPTS)}
             self.latents = {c: full_size.random_latents(GIVEN.size // 8, i) for i, c in enumerate(CONCEPTS)}
@@ -120,18 +120,18 @@ class Bench:
     def plan(self, **settings: Any):
         room = BRIDGE.memory.plan.room_for(self.model)
         return BRIDGE.memory.plan.make(
-            self.model, self.fitted.pair, self.conditioning, self.samples, self.settings(**settings), room
+            self.model, self.fitted.loras, self.conditioning, self.samples, self.settings(**settings), room
         )
 
     def operations(self, recomputed: int, together: bool) -> float:
         """TFLOP of a step, counted on the network without memory."""
-        stage = BRIDGE.memory.rehearsal.MetaPair(self.model, self.fitted.pair, self.conditioning, self.samples)
+        stage = BRIDGE.memory.rehearsal.MetaSet(self.model, self.fitted.loras, self.conditioning, self.samples)
         total = 0.0
         for concepts in [CONCEPTS] if together else [[c] for c in CONCEPTS]:
             batch = stage.batch(*concepts)
             with stage.injected(recomputed), FlopCounterMode(display=False) as counter:
                 with torch.no_grad():
-                    teacher = stage.predict(batch, stage.joined.teacher(batch.is_style))
+                    teacher = stage.predict(batch, stage.joined.teacher(batch.concept))
                 with torch.enable_grad():
                     student = stage.predict(batch, stage.joined.student(stage.coefficients()))
                     (student - teacher).norm().backward()
@@ -149,7 +149,7 @@ class Bench:
 
             def on_step(step) -> None:
                 began.append(now())
-                losses.append((step.losses.content, step.losses.style))
+                losses.append(tuple(step.losses.retention.values()))
                 if len(began) == 1:
                     clock.parts = dict.fromkeys(clock.parts, 0.0)
 
@@ -163,7 +163,7 @@ class Bench:
         with Peak() as peak, torch.inference_mode():
             BRIDGE.network.predictor.with_predictor(
                 self.model,
-                self.fitted.pair,
+                self.fitted.loras,
                 self.conditioning,
                 self.samples,
                 work,
@@ -201,7 +201,7 @@ class Bench:
 
     def applying(self) -> dict[str, float]:
         """Seconds of making patches and of the host writing them into the weights: ours, and a LoRA file's."""
-        ones = CORE.coefficients.Coefficients.ones(self.fitted.pair)
+        ones = CORE.coefficients.Coefficients.ones(self.fitted.loras)
         zipped = BRIDGE.lora.zipped.ZippedLoRA(self.sources, self.fitted, ones)
         with torch.inference_mode():
             file = BRIDGE.export.export_tensors(zipped, 0, "fp16", "kohya").tensors

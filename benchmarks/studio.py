@@ -78,8 +78,10 @@ class Studio:
         folder = self.files.loras[0].parent
         tensors = [core.files.read_lora_file(folder / c.learned.file) for c in (content, style)]
         return loras.LoRASources(
-            loras.LoRASource(content.name, tensors[0], strengths[0]),
-            loras.LoRASource(style.name, tensors[1], strengths[1]),
+            {
+                "content": loras.LoRASource(content.name, tensors[0], strengths[0]),
+                "style": loras.LoRASource(style.name, tensors[1], strengths[1]),
+            }
         )
 
     def other_references(self, content: Trained, style: Trained, seed: int):
@@ -91,8 +93,7 @@ class Studio:
             "style": [world.shape_scene(shape, colour, style.name, rng) for _ in range(OTHERS)],
         }
         latents = {c: self.vae.encode(world.render(drawn).movedim(1, -1)) for c, drawn in scenes.items()}
-        ready = {c: self.model.model.process_latent_in(found) for c, found in latents.items()}
-        return core.solver.References(ready["content"], ready["style"])
+        return {c: self.model.model.process_latent_in(found) for c, found in latents.items()}
 
     def true_pictures(self, subject: str, style: str) -> torch.Tensor:
         """True renderings of a subject in a style, B3HW in 0..1."""
@@ -110,8 +111,7 @@ class Studio:
 
     def turned(self, zipped, style_strength: float):
         """A zipped pair with the style dial turned."""
-        coefficients = zipped.coefficients.scaled(style=style_strength)
-        return replace(zipped, coefficients=coefficients, style_strength=style_strength)
+        return zipped.dialled({"style": style_strength})
 
     def zip(self, pair, content: Trained, style: Trained, work: Callable, prompt: str = "", latents=None) -> Any:
         """What `work(predictor, joined, references)` returns on the loaded model, with each concept's prompt and first

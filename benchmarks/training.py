@@ -116,9 +116,9 @@ def pair_right(bench: Bench, subject: concepts.Concept, style: concepts.Concept,
 def of_zipped(zipped: Any) -> Halves:
     """A zipped pair's two halves, coefficients in them."""
     halves: Halves = {"content": {}, "style": {}}
-    for key, layer in zipped.fitted.pair.layers.items():
-        for which, f in layer.halves():
-            m = getattr(zipped.coefficients, which)[key]
+    for key, layer in zipped.fitted.loras.layers.items():
+        for which, f in layer.items():
+            m = zipped.coefficients[which][key]
             name = key.removeprefix("diffusion_model.").removesuffix(".weight")
             halves[which][name] = (f.scale * f.up.float(), f.down.float() * m)
     return halves

@@ -74,7 +74,8 @@ def main() -> int:
         file = base / "output" / "ziplora" / "gone.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         vectors = {"diffusion_model.x.weight": torch.ones(4)}
-        saved.write(file, Coefficients(vectors, vectors), saved.SavedZip(gone, gone, (1.0, 1.0), "zipped", {}, {}))
+        about = saved.SavedZip({"content": gone, "style": gone}, {"content": 1.0, "style": 1.0}, "zipped", {}, {})
+        saved.write(file, Coefficients({"content": vectors, "style": vectors}), about)
         pair = node(
             "LoadLoRAPair", content_lora=names[0], style_lora=names[1], content_strength=1.0, style_strength=1.0
         )

@@ -34,6 +34,9 @@ NODES = (
     "TrainConceptLoRA",
     "PairLoRAs",
     "UnZipLoRA",
+    "LoadLoRAStack",
+    "ZipLoRAReference",
+    "ConceptStrengths",
 )
 FOLDERS = ("models/checkpoints", "models/loras", "input", "output", "temp", "user/default", "custom_nodes")
 # The frontend greets a new user with a window over the graph; nobody is there to close it.

@@ -6,11 +6,13 @@ from .direct import DirectMergeLoRA
 from .export import ExportMergedLoRA
 from .optimize import ZipLoRAOptimize
 from .pair import LoadLoRAPair, PairLoRAs
+from .reference import ZipLoRAReference
 from .report import ZippedLoRAReport
 from .saved import LoadZippedLoRA, SaveZippedLoRA
 from .scores import BlindABSheet, ZipLoRAScores
 from .sparse import SparsifyLoRA
-from .style import StyleStrength
+from .stack import LoadLoRAStack
+from .style import ConceptStrengths, StyleStrength
 from .training import TrainConceptLoRA
 from .unzip import UnZipLoRA
 
@@ -32,4 +34,7 @@ NODES = [
     TrainConceptLoRA,
     PairLoRAs,
     UnZipLoRA,
+    LoadLoRAStack,
+    ZipLoRAReference,
+    ConceptStrengths,
 ]

@@ -11,24 +11,23 @@ import torch
 from torch import Tensor
 
 from ..ziplora_core import analysis
-from ..ziplora_core.coefficients import OWNERS, Coefficients
-from ..ziplora_core.pair import LoRAPair
+from ..ziplora_core.coefficients import Coefficients, owners
+from ..ziplora_core.lora_set import LoRASet
+from .bridge.progress.plots import BOTH, CONTENT, FRAME, GROUND, INK, concept_colors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GROUND, INK, FAINT = "#1b1b1f", "#e8e8ea", "#55555f"
-CONTENT, STYLE, BOTH = "#56b4e9", "#e69f00", "#009e73"  # Okabe and Ito's: apart for colour-blind eyes
-_OWNER_COLOURS = dict(zip(OWNERS, (CONTENT, STYLE, BOTH, FAINT), strict=True))
 _PANEL = (10.0, 4.2)  # inches
 _DPI = 100
 
 
 class Subject:
-    """What is drawn: a pair, its coefficients, and the losses of the run where they are known."""
+    """What is drawn: a set of LoRAs, its coefficients, and the losses of the run where they are known."""
 
-    def __init__(self, pair: LoRAPair, coefficients: Coefficients, losses: Mapping[str, Sequence[float]] | None):
-        self.pair, self.coefficients, self.losses = pair, coefficients, losses or {}
+    def __init__(self, loras: LoRASet, coefficients: Coefficients, losses: Mapping[str, Sequence[float]] | None):
+        self.loras, self.coefficients, self.losses = loras, coefficients, losses or {}
+        self.colors = concept_colors(loras.concepts)
 
 
 def draw(subject: Subject, apart: bool) -> Tensor:
@@ -65,7 +64,7 @@ def _dark(axes: Axes) -> Axes:
     axes.set_facecolor(GROUND)
     axes.tick_params(colors=INK, labelsize=9)
     for side, spine in axes.spines.items():
-        spine.set_color(FAINT)
+        spine.set_color(FRAME)
         spine.set_visible(side in ("left", "bottom"))
     return axes
 
@@ -75,7 +74,7 @@ def _label(axes: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
     axes.set_xlabel(x, color=INK, fontsize=10)
     axes.set_ylabel(y, color=INK, fontsize=10)
     if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(facecolor=GROUND, edgecolor=FAINT, labelcolor=INK, fontsize=9, loc="upper right")
+        axes.legend(facecolor=GROUND, edgecolor=FRAME, labelcolor=INK, fontsize=9, loc="upper right")
 
 
 def _nothing(axes: Axes, title: str, why: str) -> None:
@@ -91,20 +90,33 @@ def _name_blocks(axes: Axes, layers: Sequence[str]) -> None:
         count = len(list(members))
         ticks.append((start + (count - 1) / 2, name))
         if start:
-            axes.axvline(start - 0.5, color=FAINT, linewidth=0.6)
+            axes.axvline(start - 0.5, color=FRAME, linewidth=0.6)
         start += count
     axes.set_xticks([x for x, _ in ticks], [name for _, name in ticks], rotation=35, ha="right", fontsize=8)
     axes.set_xlim(-0.5, max(start, 1) - 0.5)
 
 
+_NO_LAYER = "no layer is changed by both LoRAs"
+
+
+def _count(subject: Subject) -> str:
+    return "two " if len(subject.colors) == 2 else ""
+
+
 def interference(axes: Axes, subject: Subject) -> None:
-    title = "Interference of the two LoRAs' columns, layer by layer (as the paper's Fig. 3b)"
-    before = analysis.column_interference(subject.pair, Coefficients.ones(subject.pair))
-    after = analysis.column_interference(subject.pair, subject.coefficients)
+    title = f"Interference of the {_count(subject)}LoRAs' columns, layer by layer (as the paper's Fig. 3b)"
+    before = analysis.column_interference(subject.loras, Coefficients.ones(subject.loras))
+    after = analysis.column_interference(subject.loras, subject.coefficients)
     if not before:
-        return _nothing(axes, title, "no layer is changed by both LoRAs")
+        return _nothing(axes, title, _NO_LAYER)
     layers = range(len(before))
-    axes.plot(layers, list(before.values()), color=STYLE, linewidth=1.2, label="direct merge")
+    axes.plot(
+        layers,
+        list(before.values()),
+        color=concept_colors(("content", "style"))["style"],
+        linewidth=1.2,
+        label="direct merge",
+    )
     axes.plot(layers, list(after.values()), color=CONTENT, linewidth=1.2, label="this merge")
     axes.set_ylim(bottom=0)
     _name_blocks(axes, list(before))
@@ -113,16 +125,18 @@ def interference(axes: Axes, subject: Subject) -> None:
 
 def elements(axes: Axes, subject: Subject) -> None:
     title = "Elements of the LoRAs' updates ΔW (the paper's Fig. 3a)"
-    found = {concept: analysis.sampled_elements(subject.pair, concept) for concept in ("content", "style")}
+    found = {concept: analysis.sampled_elements(subject.loras, concept) for concept in subject.colors}
     found = {concept: values for concept, values in found.items() if len(values)}
     width = max((values.double().square().mean().sqrt().item() for values in found.values()), default=0.0) * 6
     if not width:
         return _nothing(axes, title, "the LoRAs change nothing")
-    for (concept, values), colour in zip(found.items(), (CONTENT, STYLE), strict=False):
+    for concept, values in found.items():
         counts = torch.histc(values, 121, -width, width) / len(values)
         share = analysis.energy_share(values, 0.1)
         label = f"{concept}: the largest 10 % hold {share:.0%} of the energy"
-        axes.plot(np.linspace(-width, width, 121), counts.numpy(), color=colour, linewidth=1.2, label=label)
+        axes.plot(
+            np.linspace(-width, width, 121), counts.numpy(), color=subject.colors[concept], linewidth=1.2, label=label
+        )
     axes.set_yscale("log")
     _label(axes, title, "value", "share of elements")
 
@@ -136,9 +150,8 @@ def losses(axes: Axes, subject: Subject) -> None:
         axes.plot(list(known["left"]), color=CONTENT, linewidth=1.2)
         axes.set_ylim(bottom=0)
         return _label(axes, "What is left of each layer's error", "layer", "of the direct merge's", legend=False)
-    if "content" in known:
-        curves = [("content", CONTENT, "content"), ("style", STYLE, "style")]
-    else:  # of training: this pack's, or any other's
+    curves = [(concept, color, concept) for concept, color in subject.colors.items() if concept in known]
+    if not curves:  # of training: this pack's, or any other's
         title = "Training loss over the steps"
         curves = [("loss", CONTENT, "training loss")]
     if "overlap" in known:
@@ -152,16 +165,14 @@ def losses(axes: Axes, subject: Subject) -> None:
 
 
 def histogram(axes: Axes, subject: Subject) -> None:
-    for (name, side), colour in zip(
-        (("content", subject.coefficients.content), ("style", subject.coefficients.style)),
-        (CONTENT, STYLE),
-        strict=True,
-    ):
-        values = torch.cat([torch.empty(0), *side.values()])
+    for name, by_layer in subject.coefficients.by_concept.items():
+        values = torch.cat([torch.empty(0), *by_layer.values()])
         if len(values):
             counts = torch.histc(values, 101, -0.5, 2.0) / len(values)
             label = f"{name}: mean {values.mean():.2f}, {(values.abs() < 0.5).float().mean():.0%} below 0.5"
-            axes.plot(np.linspace(-0.5, 2.0, 101), counts.numpy(), color=colour, linewidth=1.2, label=label)
+            axes.plot(
+                np.linspace(-0.5, 2.0, 101), counts.numpy(), color=subject.colors[name], linewidth=1.2, label=label
+            )
     axes.set_ylim(bottom=0)
     _label(axes, "Where the coefficients ended (1 is the direct merge)", "coefficient", "share of columns")
 
@@ -170,10 +181,11 @@ def ownership(axes: Axes, subject: Subject) -> None:
     title = "Who owns the columns of each layer (|coefficient| at least 0.5)"
     shares = subject.coefficients.ownership_by_layer()
     if not shares:
-        return _nothing(axes, title, "no layer is changed by both LoRAs")
-    stacks = [[layer[owner] for layer in shares.values()] for owner in OWNERS]
-    colours = [_OWNER_COLOURS[owner] for owner in OWNERS]
-    axes.stackplot(np.arange(len(shares)), np.array(stacks), colors=colours, labels=OWNERS, step="mid", linewidth=0)
+        return _nothing(axes, title, _NO_LAYER)
+    who = owners(subject.colors)
+    stacks = [[layer[owner] for layer in shares.values()] for owner in who]
+    colours = [*subject.colors.values(), BOTH, FRAME]
+    axes.stackplot(np.arange(len(shares)), np.array(stacks), colors=colours, labels=who, step="mid", linewidth=0)
     axes.set_ylim(0, 1)
     _name_blocks(axes, list(shares))
     _label(axes, title, "", "share of columns")

@@ -11,8 +11,8 @@ from ..ziplora_core.objective import OBJECTIVES
 from ..ziplora_core.solver import SOLVERS, Settings
 from . import inputs
 from .bridge.drawing.sampling import Asked
-from .bridge.optimize.zipping import check_inputs, optimize
-from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
+from .bridge.optimize.zipping import by_concept, check_inputs, optimize
+from .sockets import LoRAPairSocket, LossMapSocket, ReferencesSocket, ZippedLoRASocket
 
 _NOT_CONNECTED = object()  # None stands for latents that are connected and not made yet
 
@@ -135,6 +135,12 @@ class ZipLoRAOptimize(io.ComfyNode):
                     optional=True,
                     tooltip="Side in pixels of references that are drawn: what the model draws best, 1024 for SDXL.",
                 ),
+                ReferencesSocket.Input(
+                    "references",
+                    lazy=True,
+                    optional=True,
+                    tooltip="Where a stack holds more than two LoRAs: a ZipLoRA Reference for each after the second.",
+                ),
             ],
             outputs=[
                 ZippedLoRASocket.Output(
@@ -163,16 +169,20 @@ class ZipLoRAOptimize(io.ComfyNode):
         style_positive,
         content_latents=_NOT_CONNECTED,
         style_latents=_NOT_CONNECTED,
+        references=(),
         **settings,
     ) -> list[str]:
         """Which inputs to make next: what can be refused is refused before a VAE or a text encoder is loaded."""
         inputs.connected(model=model, lora_pair=lora_pair)
         read_settings(**settings)
-        latents = {"content": content_latents, "style": style_latents}
-        connected = {concept: made for concept, made in latents.items() if made is not _NOT_CONNECTED}
-        check_inputs(model, lora_pair, connected)
-        missing = [f"{concept}_latents" for concept, made in connected.items() if made is None]
-        return missing or ["content_positive", "style_positive"]
+        latents = {"content_latents": content_latents, "style_latents": style_latents}
+        if references is None:  # of whichever number: told apart when they are made
+            check_inputs(model, lora_pair, {})
+            return ["references"]
+        of = by_concept(lora_pair, list(latents.values()), [reference.latents for reference in references])
+        check_inputs(model, lora_pair, {c: made for c, made in of.items() if made is not _NOT_CONNECTED})
+        missing = [name for name, made in latents.items() if made is None]
+        return missing or ["content_positive", "style_positive"][: len(of)]
 
     @classmethod
     def execute(
@@ -183,11 +193,12 @@ class ZipLoRAOptimize(io.ComfyNode):
         style_positive,
         content_latents=None,
         style_latents=None,
+        references=(),
         **settings,
     ) -> io.NodeOutput:
         inputs.connected(model=model, lora_pair=lora_pair)
-        conditioning = {"content": content_positive, "style": style_positive}
-        latents = {"content": content_latents, "style": style_latents}
+        conditioning = by_concept(lora_pair, (content_positive, style_positive), [r.positive for r in references])
+        latents = by_concept(lora_pair, (content_latents, style_latents), [r.latents for r in references])
         *outputs, drawn = optimize(model, lora_pair, conditioning, latents, *read_settings(**settings))
         return io.NodeOutput(*outputs, ui=None if drawn is None else ui.PreviewImage(drawn, cls=cls))
 

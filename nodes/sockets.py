@@ -6,5 +6,7 @@ from comfy_api.v0_0_2 import io
 
 LoRAPairSocket = io.Custom("LORA_PAIR")
 ZippedLoRASocket = io.Custom("ZIPPED_LORA")
+LoRAStackSocket = io.Custom("LORA_STACK")  # other packs': a list of (file, model strength, clip strength)
+ReferencesSocket = io.Custom("ZIPLORA_REFERENCES")
 LoRAModelSocket = io.Custom("LORA_MODEL")  # the host's: Load LoRA Model and Save LoRA Weights take it
 LossMapSocket = io.Custom("LOSS_MAP")  # the host's: Plot Loss Graph takes it

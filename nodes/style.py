@@ -1,12 +1,11 @@
-"""StyleStrength: the dial of the paper's Fig. 7a."""
+"""StyleStrength, ConceptStrengths: the dial of the paper's Fig. 7a, for two concepts and for any."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.checks import in_range
+from .bridge.lora.zipped import read_strengths
 from .inputs import connected
 from .sockets import ZippedLoRASocket
 
@@ -36,11 +35,32 @@ class StyleStrength(io.ComfyNode):
         connected(zipped_lora=zipped_lora)
         in_range("style_strength", style_strength, -100, 100)
         in_range("content_strength", content_strength, -100, 100)
-        return io.NodeOutput(
-            replace(
-                zipped_lora,
-                coefficients=zipped_lora.coefficients.scaled(content=content_strength, style=style_strength),
-                content_strength=zipped_lora.content_strength * content_strength,
-                style_strength=zipped_lora.style_strength * style_strength,
-            )
+        dials = {"content": content_strength, "style": style_strength}
+        return io.NodeOutput(zipped_lora.dialled({c: dial for c, dial in dials.items() if dial != 1}))
+
+
+class ConceptStrengths(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptStrengths",
+            display_name="Concept Strengths",
+            category="ZipLoRA",
+            description="Dials any LoRA of a zipped set up or down by its name. Free: nothing is optimised again.",
+            inputs=[
+                ZippedLoRASocket.Input("zipped_lora", tooltip="A zipped pair, or a set of any number."),
+                io.String.Input(
+                    "strengths",
+                    multiline=True,
+                    default="content: 1.0\nstyle: 1.0",
+                    tooltip="A line for each: a concept as the report calls it, or its file's name, a colon and a "
+                    "number. 0 none, 1 as zipped. LoRAs that are not named stay as they are.",
+                ),
+            ],
+            outputs=[ZippedLoRASocket.Output(display_name="zipped_lora", tooltip="The set with the dials turned.")],
         )
+
+    @classmethod
+    def execute(cls, zipped_lora, strengths: str) -> io.NodeOutput:
+        connected(zipped_lora=zipped_lora)
+        return io.NodeOutput(zipped_lora.dialled(read_strengths(zipped_lora.sources, strengths)))

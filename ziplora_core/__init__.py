@@ -1,6 +1,6 @@
-"""ZipLoRA (arXiv 2311.13600) in pure torch: pairs of LoRAs, merger coefficients, objective, solver, figures.
+"""ZipLoRA (arXiv 2311.13600) in pure torch: sets of LoRAs, merger coefficients, objective, solver, figures.
 
-Nothing here imports the host. `pair` says what two LoRAs are, `merge` how they become one,
+Nothing here imports the host. `lora_set` says what LoRAs of one model are, `merge` how they become one,
 `objective` what a good merge costs, `solver` what every solver is given and answers, `gradient` and
 `layerwise` two of them, `zipper` which is taken, `analysis` how aligned they are,
 `files` how a LoRA file is read and refused,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from .coefficients import Coefficients
-from .pair import Factors, LayerPair, LoRAPair
+from .lora_set import Factors, Layer, LoRASet
 
 _ZERO = 1e-6  # a coefficient below this owns no column
 
@@ -27,54 +29,62 @@ def _dot(a: Factors, b: Factors) -> Tensor:
     return (down_a * ((up_a.T @ up_b) @ down_b)).sum(0).reshape(-1, kernel).sum(1)
 
 
-def column_cosines(layer: LayerPair, content: Tensor, style: Tensor) -> Tensor:
-    """cos(ΔW_c[:, j]·m_c[j], ΔW_s[:, j]·m_s[j]) for each column j, float64 (columns,).
+def column_cosines(a: Factors, b: Factors, m_a: Tensor, m_b: Tensor) -> Tensor:
+    """cos(ΔW_a[:, j]·m_a[j], ΔW_b[:, j]·m_b[j]) for each column j of two LoRAs' updates of a layer, float64 (columns,).
 
-    Zero where a coefficient is (near) zero, a column is zero, or only one LoRA changes the layer.
+    Zero where a coefficient is (near) zero or a column is zero.
     """
-    if layer.content is None or layer.style is None:
-        return torch.zeros(layer.columns, dtype=torch.float64)
-    norms = (_dot(layer.content, layer.content).clamp_min(0) * _dot(layer.style, layer.style).clamp_min(0)).sqrt()
-    cosines = torch.where(norms > 0, _dot(layer.content, layer.style) / norms.clamp_min(1e-300), norms * 0)
-    signs = torch.sign(content.double() * style.double())
-    owned = (content.abs() > _ZERO) & (style.abs() > _ZERO)
+    norms = (_dot(a, a).clamp_min(0) * _dot(b, b).clamp_min(0)).sqrt()
+    cosines = torch.where(norms > 0, _dot(a, b) / norms.clamp_min(1e-300), norms * 0)
+    signs = torch.sign(m_a.double() * m_b.double())
+    owned = (m_a.abs() > _ZERO) & (m_b.abs() > _ZERO)
     return cosines * torch.where(owned, signs, torch.zeros_like(signs))
 
 
-def column_alignment(pair: LoRAPair, coefficients: Coefficients) -> dict[str, float]:
-    """Mean column alignment of each layer that both LoRAs change (arXiv 2311.13600, Fig. 3b)."""
-    return {
-        name: column_cosines(layer, coefficients.content[name], coefficients.style[name]).mean().item()
-        for name, layer in pair.layers.items()
-        if layer.content is not None and layer.style is not None
-    }
-
-
-def column_interference(pair: LoRAPair, coefficients: Coefficients) -> dict[str, float]:
-    """Mean of |cos · m_c · m_s| over the columns of each layer that both LoRAs change.
-
-    The paper's Fig. 3b, weighted: scaling a column does not turn it, so that its cosine alone only changes at zero.
-    For the direct merge this is the mean |cosine|; 0 where no column is left to both.
-    """
-    ones = Coefficients.ones(pair)
+def _over_pairs(loras: LoRASet, of_two: Callable[[str, Layer, str, str], float]) -> dict[str, float]:
+    """For each layer that several LoRAs change: the mean of a figure over each two of them."""
     found = {}
-    for name, layer in pair.layers.items():
-        if layer.content is not None and layer.style is not None:
-            weights = (coefficients.content[name] * coefficients.style[name]).double()
-            cosines = column_cosines(layer, ones.content[name], ones.style[name])
-            found[name] = (cosines * weights).abs().mean().item()
+    for name, layer in loras.layers.items():
+        figures = [of_two(name, layer, a, b) for a, b in combinations(layer, 2)]
+        if figures:
+            found[name] = sum(figures) / len(figures)
     return found
 
 
-def sampled_elements(pair: LoRAPair, concept: str, rows: int = 16, seed: int = 0) -> Tensor:
+def column_alignment(loras: LoRASet, coefficients: Coefficients) -> dict[str, float]:
+    """Mean column alignment of each layer that several LoRAs change, of each two (arXiv 2311.13600, Fig. 3b)."""
+
+    def of_two(name: str, layer: Layer, a: str, b: str) -> float:
+        return column_cosines(layer[a], layer[b], coefficients[a][name], coefficients[b][name]).mean().item()
+
+    return _over_pairs(loras, of_two)
+
+
+def column_interference(loras: LoRASet, coefficients: Coefficients) -> dict[str, float]:
+    """Mean of |cos · m_i · m_j| over the columns of each layer that several LoRAs change, of each two.
+
+    The paper's Fig. 3b, weighted: scaling a column does not turn it, so that its cosine alone only changes at zero.
+    For the direct merge this is the mean |cosine|; 0 where no column is left to two of them.
+    """
+    ones = Coefficients.ones(loras)
+
+    def of_two(name: str, layer: Layer, a: str, b: str) -> float:
+        weights = (coefficients[a][name] * coefficients[b][name]).double()
+        cosines = column_cosines(layer[a], layer[b], ones[a][name], ones[b][name])
+        return (cosines * weights).abs().mean().item()
+
+    return _over_pairs(loras, of_two)
+
+
+def sampled_elements(loras: LoRASet, concept: str, rows: int = 16, seed: int = 0) -> Tensor:
     """Elements of one LoRA's ΔW (arXiv 2311.13600, Fig. 3a): some rows of each layer, whole; float32, 1-D.
 
-    concept: "content" or "style". Repeatable for a seed; empty where the LoRA changes nothing.
+    Repeatable for a seed; empty where the LoRA changes nothing.
     """
     generator = torch.Generator().manual_seed(seed)
     found = [torch.empty(0)]
-    for layer in pair.layers.values():
-        factors = dict(layer.halves()).get(concept)
+    for layer in loras.layers.values():
+        factors = layer.get(concept)
         if factors is not None:
             chosen = torch.randperm(factors.up.shape[0], generator=generator)[:rows]
             up = factors.up.float()[chosen] * factors.scale

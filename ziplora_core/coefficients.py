@@ -2,83 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from .pair import LoRAPair
+from .lora_set import LoRASet
 
-OWNERS = ("content", "style", "both", "neither")
+
+def owners(concepts: Iterable[str]) -> tuple[str, ...]:
+    """Who may own a column that several LoRAs change: one concept, more of them ("both", where they are two), none."""
+    names = tuple(concepts)
+    return (*names, "both" if len(names) == 2 else "several", "neither")
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """m_c and m_s of ZipLoRA (arXiv 2311.13600, Eq. 2): layer name -> float32 vector (columns,).
+    """The mergers m of ZipLoRA (arXiv 2311.13600, Eq. 2): concept -> layer name -> float32 vector (columns,).
 
-    A layer that only one LoRA changes has an entry on that side alone.
+    A layer that a LoRA leaves alone has no entry under its concept.
     """
 
-    content: Mapping[str, Tensor]
-    style: Mapping[str, Tensor]
+    by_concept: Mapping[str, Mapping[str, Tensor]]
+
+    def __getitem__(self, concept: str) -> Mapping[str, Tensor]:
+        return self.by_concept[concept]
 
     @classmethod
-    def ones(cls, pair: LoRAPair) -> Coefficients:
+    def ones(cls, loras: LoRASet) -> Coefficients:
         """The start of the optimisation: all ones, which is the direct merge (Eq. 1)."""
         return cls(
-            content={k: torch.ones(v.columns) for k, v in pair.layers.items() if v.content is not None},
-            style={k: torch.ones(v.columns) for k, v in pair.layers.items() if v.style is not None},
+            {
+                concept: {name: torch.ones(f[concept].columns) for name, f in loras.layers.items() if concept in f}
+                for concept in loras.concepts
+            }
         )
+
+    def of_layer(self, name: str) -> dict[str, Tensor]:
+        """Concept -> (columns,) of one layer."""
+        return {concept: by_layer[name] for concept, by_layer in self.by_concept.items() if name in by_layer}
 
     @property
     def count(self) -> int:
-        return sum(m.numel() for m in (*self.content.values(), *self.style.values()))
+        return sum(m.numel() for by_layer in self.by_concept.values() for m in by_layer.values())
 
-    def scaled(self, content: float = 1.0, style: float = 1.0) -> Coefficients:
-        """w_c · m_c and w_s · m_s (the paper's style control, Fig. 7a). Costs nothing, keeps the original."""
+    def scaled(self, /, **strengths: float) -> Coefficients:
+        """w · m by concept, 1 where none is given (the paper's style control, Fig. 7a). Costs nothing, keeps the
+        original. Raises ValueError for a concept that is not there."""
+        unknown = [concept for concept in strengths if concept not in self.by_concept]
+        if unknown:
+            raise ValueError(f"there is no concept '{unknown[0]}'; there are: {', '.join(self.by_concept)}")
         return Coefficients(
-            content={k: m * content for k, m in self.content.items()},
-            style={k: m * style for k, m in self.style.items()},
+            {
+                concept: {name: m * strengths.get(concept, 1.0) for name, m in by_layer.items()}
+                for concept, by_layer in self.by_concept.items()
+            }
         )
 
     def most_changed(self, since: Coefficients) -> tuple[str, str, float]:
         """(concept, layer, by how much) of the coefficient that has moved furthest; ("", "", 0.0) where none has."""
         found = ("", "", 0.0)
-        for concept, now, before in (("content", self.content, since.content), ("style", self.style, since.style)):
-            for name, m in now.items():
-                by = (m - before[name]).abs().max().item()
+        for concept, by_layer in self.by_concept.items():
+            for name, m in by_layer.items():
+                by = (m - since[concept][name]).abs().max().item()
                 found = (concept, name, by) if by > found[2] else found
         return found
 
     def overlap(self) -> float:
-        """Mean of |m_c ⊙ m_s| over the columns that both LoRAs change: 1 for the direct merge, 0 for a closed zip."""
+        """Mean of |m_i ⊙ m_j| over each two concepts and the columns that both change: 1 for the direct merge, 0 where
+        no column is left to two of them."""
         total, columns = 0.0, 0
-        for name in self.content.keys() & self.style.keys():
-            product = self.content[name] * self.style[name]
-            total += float(product.abs().sum(dtype=torch.float64))
-            columns += product.numel()
+        for one, other in combinations(self.by_concept.values(), 2):
+            for name in one:
+                if name in other:
+                    product = one[name] * other[name]
+                    total += float(product.abs().sum(dtype=torch.float64))
+                    columns += product.numel()
         return total / columns if columns else 0.0
 
     def ownership(self, threshold: float = 0.5) -> dict[str, float]:
-        """Share of the columns that both LoRAs change which end with content, style, both or neither.
+        """Share of the columns that several LoRAs change which end with each of `owners`.
 
         A concept owns a column where its |coefficient| is at least `threshold`.
         """
         layers = self.ownership_by_layer(threshold)
-        columns = sum(self.content[name].numel() for name in layers)
+        sizes = {name: next(iter(self.of_layer(name).values())).numel() for name in layers}
         return {
-            owner: sum(shares[owner] * self.content[name].numel() for name, shares in layers.items()) / max(columns, 1)
-            for owner in OWNERS
+            owner: sum(shares[owner] * sizes[name] for name, shares in layers.items()) / max(sum(sizes.values()), 1)
+            for owner in owners(self.by_concept)
         }
 
     def ownership_by_layer(self, threshold: float = 0.5) -> dict[str, dict[str, float]]:
-        """The same for each layer that both LoRAs change, in the pair's order."""
+        """The same for each layer that several LoRAs change, in the set's order."""
+        *_, several, neither = owners(self.by_concept)
         found = {}
-        for name in self.content:
-            if name in self.style:
-                content, style = (side[name].abs() >= threshold for side in (self.content, self.style))
-                masks = (content & ~style, style & ~content, content & style, ~content & ~style)
-                shares = (mask.float().mean().item() for mask in masks)
-                found[name] = dict(zip(OWNERS, shares, strict=True))
+        for name in dict.fromkeys(name for by_layer in self.by_concept.values() for name in by_layer):
+            owned = {concept: m.abs() >= threshold for concept, m in self.of_layer(name).items()}
+            if len(owned) < 2:
+                continue
+            count = torch.stack(list(owned.values())).sum(0)
+            masks = {concept: mask & (count == 1) for concept, mask in owned.items()}
+            masks |= {several: count > 1, neither: count == 0}
+            found[name] = {
+                owner: masks[owner].float().mean().item() if owner in masks else 0.0
+                for owner in owners(self.by_concept)
+            }
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,25 +13,37 @@ from .solver import Batch, Predictor, References, Settings
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, however many are taken
 
 
-def _draw(latents: Tensor, timesteps: Tensor, is_style: bool, generator: torch.Generator) -> Batch:
+def _draw(latents: Tensor, timesteps: Tensor, concept: int, generator: torch.Generator) -> Batch:
     rows = len(timesteps)
     chosen = torch.randint(latents.shape[0], (rows,), generator=generator)
     picked = latents[chosen.to(latents.device)].float()
     noise = torch.randn(picked.shape, generator=generator)
-    return Batch(picked, noise.to(picked.device), timesteps, torch.full((rows,), is_style))
+    return Batch(picked, noise.to(picked.device), timesteps, torch.full((rows,), concept))
 
 
-def _join_batches(content: Batch, style: Batch, joins: bool) -> list[Batch]:
-    """One batch where the predictor and the shapes allow it, else two: gradients add up all the same."""
-    if not joins or content.latents.shape[1:] != style.latents.shape[1:]:
-        return [content, style]
+def _step(references: References, timesteps: Sequence[Tensor], joins: bool, generator: torch.Generator) -> list[Batch]:
+    """Rows of every concept, as few batches as `_join` allows. timesteps: of each concept, (rows,) int64.
+
+    Drawn by the concepts' names, one after another: LoRAs in another order see the same noise.
+    """
+    places = {concept: place for place, concept in enumerate(references)}
+    drawn = {c: _draw(references[c], t, places[c], generator) for c, t in zip(sorted(places), timesteps, strict=True)}
+    return _join([drawn[concept] for concept in references], joins)
+
+
+def _join(batches: Sequence[Batch], joins: bool) -> list[Batch]:
+    """One batch where the predictor and the shapes allow it, else several: gradients add up all the same."""
+    alike: dict[Hashable, list[Batch]] = {}
+    for number, batch in enumerate(batches):
+        alike.setdefault(batch.latents.shape[1:] if joins else number, []).append(batch)
     return [
         Batch(
-            torch.cat([content.latents, style.latents]),
-            torch.cat([content.noise, style.noise]),
-            torch.cat([content.timesteps, style.timesteps]),
-            torch.cat([content.is_style, style.is_style]),
+            torch.cat([b.latents for b in group]),
+            torch.cat([b.noise for b in group]),
+            torch.cat([b.timesteps for b in group]),
+            torch.cat([b.concept for b in group]),
         )
+        for group in alike.values()
     ]
 
 
@@ -42,25 +54,16 @@ def training_batches(references: References, predictor: Predictor, settings: Set
     of the schedule.
     """
     generator = torch.Generator().manual_seed(settings.seed % 2**63)
-    offsets = torch.rand(2, generator=generator, dtype=torch.float64)
+    offsets = torch.rand(len(references), generator=generator, dtype=torch.float64)
     for first in itertools.count(step=settings.batch_size):
         places = (torch.arange(first, first + settings.batch_size) * GOLDEN + offsets[:, None]) % 1
-        content, style = (
-            _draw(latents, (place * predictor.timesteps).long(), is_style, generator)
-            for latents, is_style, place in zip(
-                (references.content, references.style), (False, True), places, strict=True
-            )
-        )
-        yield _join_batches(content, style, predictor.joins)
+        timesteps = [(place * predictor.timesteps).long() for place in places]
+        yield _step(references, timesteps, predictor.joins, generator)
 
 
 def spread_batches(references: References, predictor: Predictor, seed: int, draws: int) -> Iterator[list[Batch]]:
-    """Both references with fresh noise, at `draws` timesteps spread evenly over the schedule."""
+    """All references with fresh noise, at `draws` timesteps spread evenly over the schedule."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     for i in range(draws):
         t = torch.tensor([int((i + 0.5) / draws * predictor.timesteps)])
-        yield _join_batches(
-            _draw(references.content, t, False, generator),
-            _draw(references.style, t, True, generator),
-            predictor.joins,
-        )
+        yield _step(references, [t] * len(references), predictor.joins, generator)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .files import all_finite
-from .pair import LayerPair, column_view
+from .lora_set import Layer, column_view
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,17 +30,16 @@ class ExportLayer:
         return self.down.shape[0]
 
 
-def whole(layer: LayerPair, coefficients: Mapping[str, Tensor | None], dtype: torch.dtype) -> ExportLayer:
-    """The merge of a layer at the sum of both ranks, in a file's dtype: `merge.merged_factors`, rounded once.
+def whole(layer: Layer, coefficients: Mapping[str, Tensor], dtype: torch.dtype) -> ExportLayer:
+    """The merge of a layer at the sum of the ranks, in a file's dtype: `merge.merged_factors`, rounded once.
 
-    coefficients: "content" and "style" -> (columns,), None for all ones. One pass over each number, nothing in between.
+    coefficients: concept -> (columns,), all ones where there is none. One pass over each number, nothing in between.
     """
-    halves = list(layer.halves())
-    out, *columns = halves[0][1].shape
-    rank = sum(f.rank for _, f in halves)
+    out, *columns = next(iter(layer.values())).shape
+    rank = sum(f.rank for f in layer.values())
     up, down = torch.empty(out, rank, dtype=dtype), torch.empty(rank, *columns, dtype=dtype)
     start = 0
-    for concept, f in halves:
+    for concept, f in layer.items():
         part = slice(start, start + f.rank)
         m = coefficients.get(concept)
         m = torch.ones(f.columns) if m is None else m.float()

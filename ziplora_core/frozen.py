@@ -1,9 +1,9 @@
 """A frozen layer with a low-rank update on it: forward and backward written out, so that only the input is kept.
 
-Two thin products for both LoRAs forward, three backward, on the joined rank axis R = r_c + r_s; ΔW is never formed:
+Two thin products for all LoRAs forward, three backward, on the joined rank axis R = Σ r_i; ΔW is never formed:
 
-    h = x·Aᵀ        y = W0·x + h·Bᵀ        A = [ A_c·diag(m_c) ; A_s·diag(m_s) ],  B = [ B_c | B_s ]
-    g = ∂y·B        ∂x = ∂y·W0 + g·A       ∂A = gᵀ·x,  ∂m_c = Σ over rank of A_c ⊙ ∂A_c,  ∂m_s likewise
+    h = x·Aᵀ        y = W0·x + h·Bᵀ        A = [ A_1·diag(m_1) ; … ; A_n·diag(m_n) ],  B = [ B_1 | … | B_n ]
+    g = ∂y·B        ∂x = ∂y·W0 + g·A       ∂A = gᵀ·x,  ∂m_i = Σ over rank of A_i ⊙ ∂A_i
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -34,40 +35,33 @@ class Base(Protocol):
 
 @dataclass(frozen=True)
 class JoinedLayer:
-    """Both LoRAs of one layer on one rank axis, content first.
+    """The LoRAs of one layer on one rank axis, one after another.
 
-    up: (out, R) with the scales in it. down: (R, in, *kernel). R = content_rank + style_rank.
+    up: (out, R) with the scales in it. down: (R, in, *kernel). ranks: concept -> r_i of the LoRAs that change the
+    layer; R = Σ r_i.
     """
 
     up: Tensor
     down: Tensor
-    content_rank: int
+    ranks: Mapping[str, int]
 
     @property
     def columns(self) -> int:
         return self.down.shape[1]
 
-    @property
-    def style_rank(self) -> int:
-        return self.down.shape[0] - self.content_rank
-
-    @property
-    def parts(self) -> tuple[slice, slice]:
-        """The content's and the style's part of the rank axis; either may be empty."""
-        return slice(0, self.content_rank), slice(self.content_rank, None)
-
     @cached_property
-    def halves(self) -> list[tuple[Tensor, Tensor]]:
-        """(up, down) of the content's and of the style's part."""
-        return [(self.up[:, part], self.down[part]) for part in self.parts]
+    def parts(self) -> dict[str, slice]:
+        """Concept -> its part of the rank axis."""
+        ends = list(accumulate(self.ranks.values(), initial=0))
+        return {concept: slice(*ends[i : i + 2]) for i, concept in enumerate(self.ranks)}
 
     @cached_property
     def _grid(self) -> tuple[Tensor, Tensor | None]:
         """`down` as (groups, ranks, in, *kernel), and which of the layer's coefficient rows belongs to each group.
 
-        A group for each LoRA, in order (None), where both have the same rank; else one for each rank.
+        A group for each LoRA, in order (None), where all have the same rank; else one for each rank.
         """
-        ranks = [rank for rank in (self.content_rank, self.style_rank) if rank]
+        ranks = list(self.ranks.values())
         if len(set(ranks)) == 1:
             return self.down.reshape(len(ranks), ranks[0], *self.down.shape[1:]), None
         owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
@@ -76,7 +70,7 @@ class JoinedLayer:
     def scaled_down(self, m: Tensor, dtype: torch.dtype) -> Tensor:
         """`down` with its columns times their coefficients, rounded to `dtype` once.
 
-        m: (LoRAs of the layer * columns,), content before style.
+        m: (LoRAs of the layer * columns,), one after another.
         """
         grid, owner = self._grid
         rows = m.view(-1, self.columns)
@@ -96,7 +90,7 @@ class JoinedLayer:
 
 @dataclass(frozen=True)
 class Update:
-    """What the pair adds to one layer: up · (down·diag(m)) · x. convolution: stride, padding, dilation of the layer."""
+    """What the set adds to one layer: up · (down·diag(m)) · x. convolution: stride, padding, dilation of the layer."""
 
     layer: JoinedLayer
     convolution: Mapping[str, Any]
@@ -139,7 +133,7 @@ def _add_product(y: Tensor, h: Tensor, matrix: Tensor) -> None:
 
 
 class _Frozen(torch.autograd.Function):
-    """update, m: None for a layer that the pair leaves alone."""
+    """update, m: None for a layer that the set leaves alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Base, update: Update | None, m: Tensor | None) -> Tensor:
@@ -161,12 +155,12 @@ class _Frozen(torch.autograd.Function):
 
 
 def frozen(x: Tensor, base: Base) -> Tensor:
-    """A layer that the pair leaves alone; differentiable in x."""
+    """A layer that the set leaves alone; differentiable in x."""
     y: Tensor = _Frozen.apply(x, base, None, None)
     return y
 
 
 def frozen_with(x: Tensor, base: Base, update: Update, m: Tensor) -> Tensor:
-    """A layer with the pair on it; differentiable in x and in the coefficients m, as `scaled_down` takes them."""
+    """A layer with the set on it; differentiable in x and in the coefficients m, as `scaled_down` takes them."""
     y: Tensor = _Frozen.apply(x, base, update, m)
     return y

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .branch import JoinedPair
+from .branch import JoinedSet
 from .coefficients import Coefficients
 from .draws import training_batches
 from .retention import measure_retention, retentions
@@ -20,17 +20,17 @@ _BETAS_FROM_START = (0.8, 0.999)  # few steps: less memory of the first ones
 
 
 def optimize(
-    joined: JoinedPair,
+    joined: JoinedSet,
     predictor: Predictor,
     references: References,
     settings: Settings,
     on_step: Callable[[Step], None] | None = None,
     start: Coefficients | None = None,
 ) -> Result:
-    """Learn m_c and m_s (Eq. 3) with Adam, from all ones or from `start`, for at most `settings.steps` updates.
+    """Learn the mergers (Eq. 3) with Adam, from all ones or from `start`, for at most `settings.steps` updates.
 
-    One step is one teacher pass without gradient and one student pass with it (two of each where content and
-    style cannot share a batch). Stops early when the overlap is zero, as the paper does. `on_step` is called
+    One step is one teacher pass without gradient and one student pass with it (more of each where concepts
+    cannot share a batch). Stops early when no two LoRAs overlap, as the paper does. `on_step` is called
     after each update; what it or the predictor raises ends the run. Deterministic for a seed on one machine.
     From a `start`, where there is no way to go but noise to settle, the result is the mean over the last half of
     the steps. Raises NotFinite when a loss is not finite.
@@ -38,7 +38,7 @@ def optimize(
     averaged, betas = 1, (0.9, 0.999)
     if start is not None:
         averaged, betas = max(1, settings.steps // 2), _BETAS_FROM_START
-    start = start or Coefficients.ones(joined.pair)
+    start = start or Coefficients.ones(joined.loras)
     if settings.steps == 0:
         return Result(start, stopped="no steps asked for")
     with torch.inference_mode(False), torch.enable_grad():
@@ -59,12 +59,12 @@ def optimize(
             losses = accumulate_gradient(joined, predictor, flat, next(batches), settings, weights, scale)
             step = Step(len(history) + 1, settings.steps, losses)
             if not math.isfinite(losses.total):
-                parts = f"content {losses.content:g}, style {losses.style:g}, overlap {losses.overlap:g}"
-                raise stopped(step, f"the loss is not finite ({parts})")
+                parts = ", ".join(f"{concept} {loss:g}" for concept, loss in losses.retention.items())
+                raise stopped(step, f"the loss is not finite ({parts}, overlap {losses.overlap:g})")
             finite.copy_(flat.detach())
             gradient = flat.grad
             if gradient is None:
-                raise ValueError("no layer of the pair took part in the forward pass, so there is nothing to learn")
+                raise ValueError("no layer of the LoRAs took part in the forward pass, so there is nothing to learn")
             if not bool(torch.isfinite(gradient).all()):
                 skipped, scale = skipped + 1, scale / 4
                 adam.zero_grad()
@@ -86,27 +86,25 @@ def optimize(
         return Result(joined.unflatten(mean), history)
 
 
-def _weights(joined: JoinedPair, predictor: Predictor, references: References, settings: Settings) -> dict[str, float]:
+def _weights(joined: JoinedSet, predictor: Predictor, references: References, settings: Settings) -> dict[str, float]:
     """What each retention is multiplied by: 1, or for a relative objective its inverse at the direct merge."""
     if not settings.objective.relative:
-        return {"content": 1.0, "style": 1.0}
-    ones = [Coefficients.ones(joined.pair)]
+        return dict.fromkeys(joined.concepts, 1.0)
+    ones = [Coefficients.ones(joined.loras)]
     (at_start,) = measure_retention(
         joined, predictor, references, ones, settings.seed + 1, retention=settings.objective.retention
     )
     return {concept: 1 / value if value else 1.0 for concept, value in at_start.items()}
 
 
-def _closed(joined: JoinedPair, flat: Tensor) -> bool:
-    """Whether no column is left in both LoRAs: the paper's stop. Column by column, so that signs cannot cancel."""
-    if not joined.shared_sizes:
-        return False
-    content, style = joined.shared_columns(flat.detach())
-    return bool((content * style).abs().mean() < _ZERO_OVERLAP)
+def _closed(joined: JoinedSet, flat: Tensor) -> bool:
+    """Whether no column is left in two LoRAs: the paper's stop. Column by column, so that signs cannot cancel."""
+    left = [bool((one * other).abs().mean() < _ZERO_OVERLAP) for one, other, _ in joined.shared_columns(flat.detach())]
+    return bool(left) and all(left)
 
 
 def accumulate_gradient(
-    joined: JoinedPair,
+    joined: JoinedSet,
     predictor: Predictor,
     flat: Tensor,
     batches: Sequence[Batch],
@@ -116,22 +114,23 @@ def accumulate_gradient(
 ) -> Losses:
     """The objective on the rows of one step; adds the gradient of scale · loss to `flat.grad`.
 
-    flat: (pair.coefficient_count,) leaf that requires a gradient. weights: of each concept's retention. Content
-    and style may come in one batch or in two: the loss and the gradient are the same.
+    Every concept's retention, and λ times the overlap of each two. flat: (coefficient_count,) leaf that requires a
+    gradient. weights: of each concept's retention. Concepts may come in one batch or in several: the loss and the
+    gradient are the same.
     """
-    values = {"content": 0.0, "style": 0.0}
+    values = dict.fromkeys(joined.concepts, 0.0)
     for batch in batches:
         with torch.no_grad():
-            teacher = predictor(batch, joined.teacher(batch.is_style))
+            teacher = predictor(batch, joined.teacher(batch.concept))
         student = predictor(batch, joined.student(flat))
-        losses = retentions(student, teacher, batch.is_style.to(teacher.device), settings.objective.retention)
+        losses = retentions(student, teacher, joined.rows(batch.concept), settings.objective.retention)
         losses = {concept: loss * weights[concept] for concept, loss in losses.items()}
         torch.autograd.backward(torch.stack(list(losses.values())).sum() * scale)
         for concept, loss in losses.items():
             values[concept] = loss.item()
-    overlap = flat.new_zeros(())
-    if joined.shared_sizes:
-        overlap = settings.objective.overlap(*joined.shared_columns(flat), joined.shared_sizes)
-        torch.autograd.backward(overlap * (settings.similarity_lambda * scale))
-    total = values["content"] + values["style"] + settings.similarity_lambda * overlap.item()
-    return Losses(values["content"], values["style"], overlap.item(), total)
+    overlap = 0.0
+    for one, other, sizes in joined.shared_columns(flat):  # one after another: no more than two vectors are kept
+        shared = settings.objective.overlap(one, other, sizes)
+        torch.autograd.backward(shared * (settings.similarity_lambda * scale))
+        overlap += shared.item()
+    return Losses(values, overlap, sum(values.values()) + settings.similarity_lambda * overlap)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .branch import Branch, JoinedPair
+from .branch import Branch, JoinedSet
 from .coefficients import Coefficients
 from .draws import spread_batches
 from .frozen import Base
-from .pair import CONCEPTS, Factors
+from .lora_set import Factors
 from .shares import refuse_not_finite, share
 from .solver import Predictor, References, Settings
 
@@ -52,13 +52,13 @@ class Activity:
 class RecordingBranch(Branch):
     """A teacher that adds up how active the features are that its layers see."""
 
-    def __init__(self, joined: JoinedPair, is_style: Tensor, activity: Activity):
-        super().__init__(joined.layers, is_style=is_style)
+    def __init__(self, joined: JoinedSet, concept: Tensor, activity: Activity):
+        super().__init__(joined.layers, rows=joined.rows(concept))
         self._activity = activity
 
     def layer(self, name: str, x: Tensor, base: Base, **convolution: Any) -> Tensor:
         layer = self._layers[name]
-        for concept, mine in zip(CONCEPTS, self.own(x), strict=True):
+        for concept, mine in self.own(x).items():
             if len(mine):
                 features = mine if layer.down.ndim == 2 else mine.movedim(1, -1)
                 self._activity.add(name, concept, features)
@@ -75,17 +75,17 @@ class SolvedLayer:
     left: float
 
 
-def record(joined: JoinedPair, predictor: Predictor, references: References, seed: int, draws: int = DRAWS) -> Activity:
+def record(joined: JoinedSet, predictor: Predictor, references: References, seed: int, draws: int = DRAWS) -> Activity:
     """Teacher passes over the references, `draws` of them on noise of their own. What a predictor raises ends them."""
     activity = Activity()
     for batches in spread_batches(references, predictor, seed + _SEED, draws):
         for batch in batches:
-            predictor(batch, RecordingBranch(joined, batch.is_style, activity))
+            predictor(batch, RecordingBranch(joined, batch.concept, activity))
     return activity
 
 
 def merge(
-    joined: JoinedPair,
+    joined: JoinedSet,
     predictor: Predictor,
     references: References,
     seed: int,
@@ -98,18 +98,17 @@ def merge(
     it or the predictor raises ends the run. Deterministic for a seed. Raises FloatingPointError where a layer's numbers
     are not finite.
     """
-    found: dict[str, dict[str, Tensor]] = {"content": {}, "style": {}}
+    found: dict[str, dict[str, Tensor]] = {concept: {} for concept in joined.concepts}
     device = torch.device("cpu") if joined.device.type == "mps" else joined.device  # which has no float64
     with torch.inference_mode(False), torch.no_grad():
         activity = record(joined, predictor, references, seed)
-        for index, (name, layer) in enumerate(joined.pair.layers.items(), 1):
-            halves = list(layer.halves())
-            active = activity.of(name, [concept for concept, _ in halves])
-            factors = [Factors(f.up.to(device), f.down.to(device), f.scale) for _, f in halves]
+        for index, (name, layer) in enumerate(joined.loras.layers.items(), 1):
+            active = activity.of(name, list(layer))
+            factors = [Factors(f.up.to(device), f.down.to(device), f.scale) for f in layer.values()]
             solved = share(factors, ridge, None if active is None else active.to(device))
             refuse_not_finite(name, solved)
-            for (concept, _), m in zip(halves, solved.coefficients, strict=True):
+            for concept, m in zip(layer, solved.coefficients, strict=True):
                 found[concept][name] = m
             if on_layer is not None:
-                on_layer(SolvedLayer(name, index, len(joined.pair.layers), solved.left))
-    return Coefficients(**found)
+                on_layer(SolvedLayer(name, index, len(joined.loras.layers), solved.left))
+    return Coefficients(found)

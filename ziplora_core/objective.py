@@ -24,35 +24,35 @@ def mean_square(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean()
 
 
-def summed_dot_products(content: Tensor, style: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Σ over layers of |m_c · m_s|, the dot product of a layer's two coefficient vectors (Eq. 3 to the letter).
+def summed_dot_products(one: Tensor, other: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Σ over layers of |m_i · m_j|, the dot product of a layer's two coefficient vectors (Eq. 3 to the letter).
 
-    content, style: (columns,) coefficients of the columns that both LoRAs change, layer after layer.
+    one, other: (columns,) coefficients of the columns that both LoRAs change, layer after layer.
     sizes: columns of each of these layers. Returns a scalar.
     """
-    layers = torch.split(content * style, list(sizes))
+    layers = torch.split(one * other, list(sizes))
     return torch.stack([layer.sum() for layer in layers]).abs().sum()
 
 
-def summed_mean_products(content: Tensor, style: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Σ over layers of mean |m_c ⊙ m_s|: the community training script's."""
-    layers = torch.split((content * style).abs(), list(sizes))
+def summed_mean_products(one: Tensor, other: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Σ over layers of mean |m_i ⊙ m_j|: the community training script's."""
+    layers = torch.split((one * other).abs(), list(sizes))
     return torch.stack([layer.mean() for layer in layers]).sum()
 
 
-def percent_shared(content: Tensor, style: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Mean of |m_c ⊙ m_s| over all columns, in percent: 100 at the direct merge, 0 for a closed zip.
+def percent_shared(one: Tensor, other: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Mean of |m_i ⊙ m_j| over all columns, in percent: 100 at the direct merge, 0 for a closed zip.
 
     So with the paper's λ = 0.01 the overlap weighs 1 at the start, as much as one relative retention.
     """
-    return 100 * (content * style).abs().mean()
+    return 100 * (one * other).abs().mean()
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One reading of Eq. 3: L = retention(content) + retention(style) + λ · overlap.
+    """One reading of Eq. 3: L = Σ_i retention(concept i) + λ · Σ_{i<j} overlap(i, j); the paper has two concepts.
 
-    relative: each retention is divided by its value at the direct merge, so that the two concepts weigh the same
+    relative: each retention is divided by its value at the direct merge, so that all concepts weigh the same
     and λ means the same for every model, latent size and LoRA strength.
     """
 

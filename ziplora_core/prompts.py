@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .branch import JoinedPair
+from .branch import JoinedSet
 from .coefficients import Coefficients
 from .draws import spread_batches
 from .solver import EMPTY, OTHER, OWN, Batch, Predictor, References
@@ -25,7 +25,7 @@ _SEED = 0x9A0F  # added to the seed: noise apart from training's and from the ot
 
 @dataclass(frozen=True)
 class PromptEffect:
-    """What one LoRA does on its own references, by prompt ("own", "empty", and "other": the other concept's).
+    """What one LoRA does on its own references, by prompt ("own", "empty", and of two "other": the other concept's).
 
     change: ‖with it − bare model‖₂ over ‖bare model‖₂. gain: how much nearer to its references its predictions are
     than the bare model's, 1 at the most and below 0 where they are farther.
@@ -56,7 +56,7 @@ class PromptEffect:
 
 
 def measure(
-    joined: JoinedPair,
+    joined: JoinedSet,
     predictor: Predictor,
     references: References,
     seed: int,
@@ -65,10 +65,11 @@ def measure(
 ) -> dict[str, PromptEffect]:
     """PromptEffect of each concept: 4 · draws forward passes without gradient (of one or two batches each).
 
-    Where a prompt does not wake its LoRA, 2 · draws more, under the other concept's prompt. Deterministic for a seed.
+    Where a prompt does not wake its LoRA and there are two, 2 · draws more, under the other concept's prompt.
+    Deterministic for a seed.
     """
     with torch.inference_mode(False), torch.no_grad():
-        bare = joined.flatten(Coefficients.ones(joined.pair)).zero_()
+        bare = joined.flatten(Coefficients.ones(joined.loras)).zero_()
         seen: list[Batch] = []
         sums: dict[tuple[str, str], Tensor] = {}
         for batches in spread_batches(references, predictor, seed + _SEED, draws):
@@ -77,17 +78,17 @@ def measure(
                 _add(sums, joined, predictor, bare, batch, (OWN, EMPTY))
             if on_draw is not None:
                 on_draw()
-        found = _effects(sums, (OWN, EMPTY))
-        if not all(effect.fires for effect in found.values()):
+        found = _effects(sums, joined.concepts, (OWN, EMPTY))
+        if len(joined.concepts) == 2 and not all(effect.fires for effect in found.values()):
             for batch in seen:
                 _add(sums, joined, predictor, bare, batch, (OTHER,))
-            found = _effects(sums, (OWN, EMPTY, OTHER))
+            found = _effects(sums, joined.concepts, (OWN, EMPTY, OTHER))
     return found
 
 
 def _add(
     sums: dict[tuple[str, str], Tensor],
-    joined: JoinedPair,
+    joined: JoinedSet,
     predictor: Predictor,
     bare: Tensor,
     batch: Batch,
@@ -97,17 +98,20 @@ def _add(
     target = predictor.target(batch)
     for prompt in prompts:
         asked = replace(batch, prompt=prompt)
-        with_lora = predictor(asked, joined.teacher(batch.is_style))
+        with_lora = predictor(asked, joined.teacher(batch.concept))
         without = predictor(asked, joined.student(bare))
         parts = (with_lora - without, without, with_lora - target, without - target)
         norms = torch.stack([torch.linalg.vector_norm(part.flatten(1), dim=1) for part in parts])
-        for concept, rows in (("content", ~batch.is_style), ("style", batch.is_style)):
-            if rows.any():
-                found = norms[:, rows.to(norms.device)].sum(1).double().cpu()
+        rows = joined.rows(batch.concept)
+        for concept, own in zip(rows, torch.split(norms, list(rows.values()), dim=1), strict=True):
+            if own.shape[1]:
+                found = own.sum(1).double().cpu()
                 sums[concept, prompt] = sums.get((concept, prompt), torch.zeros(4, dtype=torch.float64)) + found
 
 
-def _effects(sums: dict[tuple[str, str], Tensor], prompts: Sequence[str]) -> dict[str, PromptEffect]:
+def _effects(
+    sums: dict[tuple[str, str], Tensor], concepts: Sequence[str], prompts: Sequence[str]
+) -> dict[str, PromptEffect]:
     def ratio(above: Tensor, below: Tensor) -> float:
         if not (above.isfinite() and below.isfinite()):
             return math.nan
@@ -118,5 +122,5 @@ def _effects(sums: dict[tuple[str, str], Tensor], prompts: Sequence[str]) -> dic
             {p: ratio(sums[concept, p][0], sums[concept, p][1]) for p in prompts},
             {p: 1 - ratio(sums[concept, p][2], sums[concept, p][3]) for p in prompts},
         )
-        for concept in ("content", "style")
+        for concept in concepts
     }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .branch import JoinedPair
+from .branch import JoinedSet
 from .coefficients import Coefficients
 from .draws import spread_batches
 from .objective import norm
@@ -18,43 +18,38 @@ DRAWS = 4  # noisy latents of each reference that a retention is measured on
 
 
 def retentions(
-    student: Tensor, teacher: Tensor, is_style: Tensor, retention: Callable[[Tensor, Tensor], Tensor]
+    student: Tensor, teacher: Tensor, rows: Mapping[str, int], retention: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Retention of each concept that has rows in this batch."""
-    return {
-        concept: retention(student[rows], teacher[rows])
-        for concept, rows in (("content", ~is_style), ("style", is_style))
-        if rows.any()
-    }
+    """Retention of each concept that has rows in this batch. rows: concept -> how many, one concept after another."""
+    parts = zip(rows, *(torch.split(made, list(rows.values())) for made in (student, teacher)), strict=True)
+    return {concept: retention(own, wanted) for concept, own, wanted in parts if len(own)}
 
 
 def measure_retention(
-    joined: JoinedPair,
+    joined: JoinedSet,
     predictor: Predictor,
     references: References,
     candidates: Sequence[Coefficients],
     seed: int,
     draws: int = DRAWS,
     retention: Callable[[Tensor, Tensor], Tensor] = norm,
-    merged: JoinedPair | None = None,
+    merged: JoinedSet | None = None,
 ) -> list[dict[str, float]]:
     """Retention of each concept on noise that no training saw, for each candidate: the honest figure.
 
-    Mean over `draws` timesteps spread over the schedule of ‖student − teacher‖₂ (Eq. 3, first two terms).
-    Returns {"content": float, "style": float} per candidate; 0 means "draws exactly as its own LoRA".
-    merged: the pair that the candidates are coefficients of, where it is not `joined`, whose LoRAs are the teachers.
+    Mean over `draws` timesteps spread over the schedule of ‖student − teacher‖₂ (Eq. 3, all terms but the last).
+    Returns concept -> float per candidate; 0 means "draws exactly as its own LoRA".
+    merged: the set that the candidates are coefficients of, where it is not `joined`, whose LoRAs are the teachers.
     """
     merged = merged or joined
-    totals = [{"content": 0.0, "style": 0.0} for _ in candidates]
+    totals = [dict.fromkeys(joined.concepts, 0.0) for _ in candidates]
     with torch.inference_mode(False), torch.no_grad():
         flats = [merged.flatten(c) for c in candidates]
         for batches in spread_batches(references, predictor, seed + _HELD_OUT, draws):
             for batch in batches:
-                teacher = predictor(batch, joined.teacher(batch.is_style))
+                teacher = predictor(batch, joined.teacher(batch.concept))
                 for total, flat in zip(totals, flats, strict=True):
                     student = predictor(batch, merged.student(flat))
-                    for concept, loss in retentions(
-                        student, teacher, batch.is_style.to(teacher.device), retention
-                    ).items():
+                    for concept, loss in retentions(student, teacher, joined.rows(batch.concept), retention).items():
                         total[concept] += loss.item() / draws
     return totals

@@ -1,4 +1,4 @@
-"""Coefficients in a file of their own, bound to the two LoRA files by hash."""
+"""Coefficients in a file of their own, bound to their LoRA files by hash."""
 
 from __future__ import annotations
 
@@ -14,51 +14,89 @@ import torch
 
 from .coefficients import Coefficients
 from .files import LoRAFileError, OpenFile, opened, shown
-from .pair import LoRAPair
+from .lora_set import CONCEPTS, LoRASet
 from .writing import write_tensors
 
-FORMAT = "ziplora 1"
+FORMAT = "ziplora 1"  # of a content and a style LoRA, each of one strength
+FORMAT_OF_ANY = "ziplora 2"  # of any others: the same tensors; LoRAs and dials by concept, under "loras" and "dials"
 _KEY = "ziplora"  # in the file's metadata: everything but the numbers, as JSON
 
 
 @dataclass(frozen=True)
 class SavedLoRA:
-    """Which file a concept's coefficients belong to. sha256, size: of the whole file. strength: it is used at."""
+    """Which file a concept's coefficients belong to. sha256, size: of the whole file. strength: it is used at;
+    clip_strength: its text-encoder part, None for the same."""
 
     name: str
     sha256: str
     size: int
     strength: float
+    clip_strength: float | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for what a file does not say so."""
         texts = isinstance(self.name, str) and isinstance(self.sha256, str)
-        if not (texts and isinstance(self.size, int) and math.isfinite(self.strength)):
+        if not (
+            texts
+            and isinstance(self.size, int)
+            and math.isfinite(self.strength)
+            and math.isfinite(self.clip_strength or 0)
+        ):
             raise ValueError("expected a name, a hash, a size and a strength")
+
+    def as_table(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "clip_strength" or value is not None}
 
 
 @dataclass(frozen=True)
 class SavedZip:
-    """Everything that makes a zipped pair again from its two LoRA files.
+    """Everything that makes a merge again from its LoRA files.
 
-    dials: content and style strength already in the coefficients. versions: of the pack and the host.
+    loras, dials: by concept, in the same order; dials: the strengths that are in the coefficients already. versions:
+    of the pack and the host.
     """
 
-    content: SavedLoRA
-    style: SavedLoRA
-    dials: tuple[float, float]
+    loras: Mapping[str, SavedLoRA]
+    dials: Mapping[str, float]
     method: str
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     report: str = ""
-    format: str = FORMAT
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for what a file does not say so."""
         texts = isinstance(self.method, str) and isinstance(self.report, str)
         tables = isinstance(self.settings, Mapping) and isinstance(self.versions, Mapping)
-        if not (texts and tables and all(map(math.isfinite, self.dials))):
-            raise ValueError("expected dials, a method, settings, versions and a report")
+        named = list(self.loras) == list(self.dials) and len(self.loras) > 0 and "." not in "".join(self.loras)
+        if not (texts and tables and named and all(map(math.isfinite, self.dials.values()))):
+            raise ValueError("expected dials of its LoRAs, a method, settings, versions and a report")
+
+    @property
+    def format(self) -> str:
+        plain = all(lora.clip_strength is None for lora in self.loras.values())
+        return FORMAT if plain and tuple(self.loras) == CONCEPTS else FORMAT_OF_ANY
+
+    def as_table(self) -> dict[str, Any]:
+        """What `_from_table` makes the same of."""
+        loras = {concept: lora.as_table() for concept, lora in self.loras.items()}
+        named: dict[str, Any] = {"loras": loras, "dials": dict(self.dials)}
+        if self.format == FORMAT:
+            named = {**loras, "dials": list(self.dials.values())}
+        rest = {"method": self.method, "settings": dict(self.settings), "versions": dict(self.versions)}
+        return {**named, **rest, "report": self.report, "format": self.format}
+
+
+def _from_table(table: dict[str, Any]) -> SavedZip:
+    """Raises ValueError, TypeError or LookupError for what is no such table."""
+    if table.pop("format") == FORMAT:
+        loras, dials = {c: table.pop(c) for c in CONCEPTS}, dict(zip(CONCEPTS, table.pop("dials"), strict=False))
+    else:
+        loras, dials = table.pop("loras"), table.pop("dials")
+    return SavedZip(
+        {concept: SavedLoRA(**lora) for concept, lora in loras.items()},
+        {concept: float(dial) for concept, dial in dials.items()},
+        **table,
+    )
 
 
 def write(
@@ -67,13 +105,13 @@ def write(
     about: SavedZip,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a file atomically: float32 vectors `content.<layer>` and `style.<layer>`. metadata: more of it.
+    """Write a file atomically: float32 vectors `<concept>.<layer>`. metadata: more of it.
 
     Returns where it is, and raises OSError, as `whole_or_not_at_all` does.
     """
-    sides = {"content": coefficients.content, "style": coefficients.style}
-    tensors = {f"{concept}.{name}": m.float() for concept, side in sides.items() for name, m in side.items()}
-    return write_tensors(path, tensors, {**(metadata or {}), _KEY: json.dumps(asdict(about))})
+    by_concept = coefficients.by_concept
+    tensors = {f"{concept}.{name}": m.float() for concept, of in by_concept.items() for name, m in of.items()}
+    return write_tensors(path, tensors, {**(metadata or {}), _KEY: json.dumps(about.as_table())})
 
 
 def read_about(path: str | os.PathLike[str]) -> SavedZip:
@@ -84,15 +122,15 @@ def read_about(path: str | os.PathLike[str]) -> SavedZip:
 
 def read(path: str | os.PathLike[str]) -> tuple[Coefficients, SavedZip]:
     """Raises LoRAFileError for a file that is cut off, no file of this pack, or of a format that it does not know."""
-    sides: dict[str, dict[str, torch.Tensor]] = {"content": {}, "style": {}}
     with opened(path) as file:
         about = _about(file)
+        by_concept: dict[str, dict[str, torch.Tensor]] = {concept: {} for concept in about.loras}
         for key, m in file.tensors():
             concept, _, name = key.partition(".")
             if not bool(torch.isfinite(m).all()):
                 raise _unusable(file, key)
-            sides[concept][name] = m
-    return Coefficients(sides["content"], sides["style"]), about
+            by_concept[concept][name] = m
+    return Coefficients(by_concept), about
 
 
 def _unusable(file: OpenFile, key: str) -> LoRAFileError:
@@ -106,30 +144,27 @@ def _about(file: OpenFile) -> SavedZip:
         raise LoRAFileError(f"'{file.name}' is no zipped pair: choose a file that Save Zipped LoRA wrote")
     try:
         found = json.loads(file.metadata[_KEY])
-        if found["format"] != FORMAT:
+        if found["format"] not in (FORMAT, FORMAT_OF_ANY):
             raise LoRAFileError(
-                f"'{file.name}' has format '{shown(str(found['format']))}', this version reads '{FORMAT}'; "
-                "update the pack"
+                f"'{file.name}' has format '{shown(str(found['format']))}', this version reads '{FORMAT}' and "
+                f"'{FORMAT_OF_ANY}'; update the pack"
             )
-        content, style = (SavedLoRA(**found.pop(c)) for c in ("content", "style"))
-        dials = found.pop("dials")
-        about = SavedZip(content, style, (float(dials[0]), float(dials[1])), **found)
+        about = _from_table(found)
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, LoRAFileError):
             raise
         raise LoRAFileError(f"'{file.name}' has broken metadata; zip the pair again and save it anew") from error
     for key, place in file.places.items():
-        named = key.partition(".")[0] in ("content", "style")
+        named = key.partition(".")[0] in about.loras
         if not named or len(place.shape) != 1 or place.dtype != torch.float32:
             raise _unusable(file, key)
     return about
 
 
-def check_fits(name: str, coefficients: Coefficients, pair: LoRAPair) -> None:
-    """Raises LoRAFileError where coefficients are not those of a pair, naming the first layer that differs."""
-    expected = Coefficients.ones(pair)
-    sides = (("content", coefficients.content, expected.content), ("style", coefficients.style, expected.style))
-    for concept, found, wanted in sides:
+def check_fits(name: str, coefficients: Coefficients, loras: LoRASet) -> None:
+    """Raises LoRAFileError where coefficients are not those of a set, naming the first layer that differs."""
+    for concept, wanted in Coefficients.ones(loras).by_concept.items():
+        found = coefficients[concept]
         for layer in [*wanted, *found]:
             here, there = (side[layer].numel() if layer in side else 0 for side in (found, wanted))
             if here != there:

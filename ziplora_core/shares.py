@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Coefficients
-from .pair import Factors, LoRAPair
+from .lora_set import Factors, LoRASet
 
 RIDGE = 0.3
 
@@ -95,20 +95,19 @@ def share(factors: Sequence[Factors], ridge: float = RIDGE, active: Tensor | Non
     return SharedLayer([m.to("cpu", torch.float32) for m in solution[..., 0].unbind(1)], left)
 
 
-def merge(pair: LoRAPair, ridge: float = RIDGE) -> Coefficients:
+def merge(loras: LoRASet, ridge: float = RIDGE) -> Coefficients:
     """The coefficients of every layer by the weights alone. ridge: the larger, the nearer to the direct merge.
 
     Raises FloatingPointError where a layer's numbers are not finite.
     """
-    found: dict[str, dict[str, Tensor]] = {"content": {}, "style": {}}
+    found: dict[str, dict[str, Tensor]] = {concept: {} for concept in loras.concepts}
     with torch.inference_mode(False), torch.no_grad():
-        for name, layer in pair.layers.items():
-            halves = list(layer.halves())
-            solved = share([factors for _, factors in halves], ridge)
+        for name, layer in loras.layers.items():
+            solved = share(list(layer.values()), ridge)
             refuse_not_finite(name, solved)
-            for (concept, _), m in zip(halves, solved.coefficients, strict=True):
+            for concept, m in zip(layer, solved.coefficients, strict=True):
                 found[concept][name] = m
-    return Coefficients(**found)
+    return Coefficients(found)
 
 
 def refuse_not_finite(name: str, solved: SharedLayer) -> None:

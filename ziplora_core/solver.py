@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,12 +11,12 @@ from torch import Tensor
 from .branch import Branch
 from .checks import in_range, one_of
 from .coefficients import Coefficients
+from .lora_set import LoRASet
 from .objective import BALANCED, Objective
-from .pair import LoRAPair
 from .shares import RIDGE
 
 SOLVERS = ("layerwise", "layerwise, then gradient", "gradient")
-OWN, EMPTY, OTHER = "own", "empty", "other"  # prompts of a row: its concept's, none, the other concept's
+OWN, EMPTY, OTHER = "own", "empty", "other"  # prompts of a row: its concept's, none, of two the other concept's
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,7 @@ class Settings:
         return 0 if self.solver == "layerwise" else self.steps
 
 
-@dataclass(frozen=True)
-class References:
-    """Clean latents in the model's own space: content (N, C, *space) and style (M, C, *space')."""
-
-    content: Tensor
-    style: Tensor
+References = Mapping[str, Tensor]  # concept -> clean latents (N, C, *space) in the model's own space; the set's order
 
 
 @dataclass(frozen=True)
@@ -64,21 +60,21 @@ class Batch:
     """Rows of one forward pass. The predictor noises them with its own schedule.
 
     latents, noise: (rows, C, *space) float32. timesteps: (rows,) int64 in [0, predictor.timesteps).
-    is_style: (rows,) bool, which reference and prompt a row belongs to; content rows come first. prompt: which one
-    all rows are seen with, OWN but where prompts are compared.
+    concept: (rows,) int64, ascending: the place, among the set's concepts, of the one whose reference and prompt a row
+    has. prompt: which one all rows are seen with, OWN but where prompts are compared.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
-    is_style: Tensor
+    concept: Tensor
     prompt: str = OWN
 
 
 class Predictor(Protocol):
     """A frozen network that draws with a branch added to its layers.
 
-    timesteps: number of training timesteps. joins: whether content and style rows may share a pass.
+    timesteps: number of training timesteps. joins: whether rows of different concepts may share a pass.
     loss_scale: factor on the loss before backward (1 except where half precision would underflow).
     Calling it returns the raw prediction (rows, C, *space), float32 or wider, differentiable in the branch. `target`
     gives the raw prediction that would find a batch's own clean latents.
@@ -97,8 +93,7 @@ class Predictor(Protocol):
 class Losses:
     """The terms of the objective: retention of each concept, overlap (not yet times λ), and their weighted sum."""
 
-    content: float
-    style: float
+    retention: Mapping[str, float]
     overlap: float
     total: float
 
@@ -138,6 +133,6 @@ class NotFinite(FloatingPointError):
         super().__init__(f"step {step}: {what}; {changed}; lower learning_rate or load the model in bf16 or fp32")
 
 
-def direct_merge(pair: LoRAPair) -> Result:
-    """What no steps give: all ones."""
-    return Result(Coefficients.ones(pair), stopped="no steps asked for: the direct merge")
+def direct_merge(loras: LoRASet, why: str = "no steps asked for: the direct merge") -> Result:
+    """What no steps give, and one LoRA alone: all ones."""
+    return Result(Coefficients.ones(loras), stopped=why)

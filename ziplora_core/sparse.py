@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pair import Factors
+from .lora_set import Factors
 
 
 def top_elements(factors: Factors, share: float) -> tuple[Tensor, float]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .frozen import Base, frozen
-from .pair import Factors
+from .lora_set import Factors
 from .training import Adapted, Rows
 
 

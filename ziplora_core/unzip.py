@@ -42,7 +42,7 @@ from .checks import in_range
 from .coefficients import Coefficients
 from .files import all_finite
 from .frozen import Base, frozen
-from .pair import CONCEPTS, Factors, LayerPair, LoRAPair
+from .lora_set import CONCEPTS, Factors, LoRASet
 from .trained_lora import TrainedLoRA, check_fits
 
 EMPTY = 0.2  # of the rows, where a LoRA is trained as it is used
@@ -241,19 +241,18 @@ class UnZip:
                 trained.down[name].copy_(torch.where(mask, f.down.float().to(mask.device), trained.down[name]))
 
     @torch.no_grad()
-    def pair(self) -> LoRAPair:
+    def pair(self) -> LoRASet:
         """The two LoRAs, on the CPU, with their mergers; zeros outside their columns."""
         layers: dict[str, dict[str, Factors]] = {}
         for concept, trained in self.loras.items():
             for name, factors in trained.factors().items():
                 kept = self.mergers[concept][name].cpu() * self.masks[concept][name].cpu()  # a device may be full
                 layers.setdefault(name, {})[concept] = Factors(factors.up, factors.down * kept)
-        return LoRAPair({name: LayerPair(**halves) for name, halves in layers.items()})
+        return LoRASet(CONCEPTS, layers)
 
     def coefficients(self) -> Coefficients:
         """Of that pair, on the CPU: one in a LoRA's columns, zero elsewhere."""
-        content, style = ({n: m.cpu().float() for n, m in self.masks[concept].items()} for concept in CONCEPTS)
-        return Coefficients(content, style)
+        return Coefficients({c: {n: m.cpu().float() for n, m in masks.items()} for c, masks in self.masks.items()})
 
 
 class _Branch:

@@ -1,4 +1,4 @@
-"""The way from a pair to its coefficients, by the solver that the settings name."""
+"""The way from a set of LoRAs to its coefficients, by the solver that the settings name."""
 
 from __future__ import annotations
 
@@ -6,25 +6,34 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from . import gradient, layerwise, solver
-from .branch import JoinedPair
+from .branch import JoinedSet
+from .lora_set import LoRASet
+
+
+def without_learning(loras: LoRASet, settings: solver.Settings) -> solver.Result | None:
+    """What needs no reference: no steps, and one LoRA alone, which stays as it is. None for all else."""
+    if settings.steps == 0:
+        return solver.direct_merge(loras)
+    return solver.direct_merge(loras, "one LoRA alone stays as it is") if len(loras.concepts) == 1 else None
 
 
 def close(
-    joined: JoinedPair,
+    joined: JoinedSet,
     predictor: solver.Predictor,
     references: solver.References,
     settings: solver.Settings,
     on_step: Callable[[solver.Step], None] | None = None,
     on_layer: Callable[[layerwise.SolvedLayer], None] | None = None,
 ) -> solver.Result:
-    """Find m_c and m_s. No steps give the direct merge, whatever the solver.
+    """Find the mergers of every LoRA. No steps give the direct merge, and one LoRA itself, whatever the solver.
 
     `on_step` hears of each gradient step, `on_layer` of each layer that is solved in closed form; what they or the
     predictor raise ends the run. Raises FloatingPointError where what the LoRAs do in a layer is not finite,
     NotFinite where a loss is not.
     """
-    if settings.steps == 0:
-        return solver.direct_merge(joined.pair)
+    unlearned = without_learning(joined.loras, settings)
+    if unlearned is not None:
+        return unlearned
     if settings.solver == "gradient":
         return gradient.optimize(joined, predictor, references, settings, on_step)
     left: dict[str, float] = {}

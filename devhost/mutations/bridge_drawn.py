@@ -10,13 +10,13 @@ MUTANTS = [
     *faults(
         "nodes/bridge/drawing/references.py",
         DRAWN,
-        ("references are drawn by the direct merge", "ones.scaled(style=0.0) if concept", "ones if concept"),
+        ("references are drawn by the direct merge", "0.0 for other in fitted", "1.0 for other in fitted"),
         (
             "bias differences of both LoRAs are on for one's references",
-            "(1.0, 0.0) if concept",
-            "(1.0, 1.0) if concept",
+            "Coefficients.ones(fitted.loras)).dialled(alone), 1.0)",
+            "Coefficients.ones(fitted.loras).scaled(**alone)), 1.0)",
         ),
-        ("both concepts start from one noise", '{"content": 0, "style": 1}', '{"content": 0, "style": 0}'),
+        ("both concepts start from one noise", ".index(concept)  #", ".index(concept) * 0  #"),
     ),
     *faults(
         "nodes/bridge/drawing/sampling.py",

@@ -10,14 +10,14 @@ MUTANTS = [
     *faults(
         "nodes/bridge/direct.py",
         FILES,
-        ("the pair that a method prepares is dropped", "replace(fitted, pair=pair)", "fitted"),
+        ("the pair that a method prepares is dropped", "replace(fitted, loras=merged)", "fitted"),
     ),
     *faults(
         "nodes/bridge/export.py",
         FILES,
         (
             "text-encoder parts ignore the dials",
-            "dialled = replace(source, strength=zipped.strength(concept))",
+            "dialled = replace(source, strength=zipped.clip_strength(concept))",
             "dialled = source",
         ),
         ("bias differences may overflow", "export.fitting(name, t, dtype)", "t.to(dtype)"),
@@ -59,7 +59,7 @@ MUTANTS = [
         FILES,
         (
             "a file that changes while a pair is loaded goes unnoticed",
-            "if bound(source).sha256 != wanted.sha256:",
+            "if bound(source).sha256 != about.loras[concept].sha256:",
             "if False:",
         ),
         (

@@ -80,7 +80,7 @@ MUTANTS = [
         (
             "the style prompt is told the content picture's size",
             "self.encode(c, latents) for c, latents in",
-            "self.encode(c, references.content) for c, latents in",
+            "self.encode(c, next(iter(references.values()))) for c, latents in",
         ),
     ),
     *faults(
@@ -119,7 +119,7 @@ MUTANTS = [
         ("retention that is NaN is a success", "if not all(map(math.isfinite, after.values())):", "if False:"),
         (
             "prompts are not checked",
-            'checks.check_conditioning(f"{concept}_positive", conditioning[concept])',
+            'checks.check_conditioning(sources.input_name(concept, "positive"), conditioning[concept])',
             "pass",
         ),
     ),

@@ -36,13 +36,9 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/style.py",
+        "nodes/bridge/lora/zipped.py",
         NODES,
-        (
-            "a second dial forgets the first",
-            "style_strength=zipped_lora.style_strength * style_strength",
-            "style_strength=style_strength",
-        ),
+        ("a second dial forgets the first", "self.dial(concept) * strengths.get", "strengths.get"),
     ),
     *faults(
         "nodes/training.py",
@@ -77,8 +73,8 @@ MUTANTS = [
         NODES,
         (
             "the panel shows one merge twice",
-            "analysis.column_interference(subject.pair, Coefficients.ones(subject.pair))",
-            "analysis.column_interference(subject.pair, subject.coefficients)",
+            "analysis.column_interference(subject.loras, Coefficients.ones(subject.loras))",
+            "analysis.column_interference(subject.loras, subject.coefficients)",
         ),
     ),
 ]

@@ -17,7 +17,7 @@ MUTANTS = [
         PAIRS,
         (
             "text-encoder parts at the node's strength alone",
-            "_text_encoder(clip, source, strength * zipped.strength(concept))",
+            "_text_encoder(clip, source, strength * zipped.clip_strength(concept))",
             "_text_encoder(clip, source, strength)",
         ),
         ("text-encoder parts of any size are put on", "if _fits(clip.cond_stage_model, key, patch)", "if True"),
@@ -28,8 +28,8 @@ MUTANTS = [
         ),
         (
             "coefficients of the two concepts swapped",
-            "zipped.coefficients.content.get(name), zipped.coefficients.style.get(name)",
-            "zipped.coefficients.style.get(name), zipped.coefficients.content.get(name)",
+            "_adapter(layer, zipped.coefficients.of_layer(name))",
+            "_adapter(layer, dict(zip(layer, [*zipped.coefficients.of_layer(name).values()][::-1])))",
         ),
         (
             "layers that the model lacks go unnoticed",
@@ -98,8 +98,8 @@ MUTANTS = [
         FILES,
         (
             "Load LoRA Pair swaps the strengths",
-            "LoRASources(load(content, content_strength), load(style, style_strength)",
-            "LoRASources(load(content, style_strength), load(style, content_strength)",
+            '{"content": (content, content_strength), "style": (style, style_strength)}',
+            '{"content": (content, style_strength), "style": (style, content_strength)}',
         ),
         ("a file that changes while it is read is taken", "if hashes.key(path) != file:", "if False:"),
     ),
@@ -108,8 +108,8 @@ MUTANTS = [
         FILES,
         (
             "dials of the two concepts swapped",
-            '{"content": self.content_strength, "style": self.style_strength}[concept]',
-            '{"content": self.style_strength, "style": self.content_strength}[concept]',
+            "self.sources[concept].strength * self.dial(concept)",
+            "self.sources[concept].strength * self.dial([*self.dials, concept][0])",
         ),
     ),
     *faults(
@@ -123,8 +123,8 @@ MUTANTS = [
         ("LoRAs of other nodes are taken unchecked", "check_tensors(name, tensors)", "pass"),
         (
             "one LoRA on both sockets is zipped",
-            "    if _hold_the_same(sources):\n        raise LoRAFileError(",
-            "    if False:\n        raise LoRAFileError(",
+            "    if same is not None:\n        raise LoRAFileError(\n",
+            "    if False:\n        raise LoRAFileError(\n",
         ),
         ("float8 is compared as it is", "if one.element_size() == 1:", "if one.element_size() == 0:"),
         (

@@ -11,8 +11,8 @@ MUTANTS = [
         "nodes/bridge/memory/plan.py",
         PLAN,
         ("the factors are left out", "fixed = factors * dtype.itemsize + _VECTORS", "fixed = _VECTORS"),
-        ("the coefficients are left out", " + _VECTORS * 4 * pair.coefficient_count", ""),
-        ("forward passes are left out", "before = fixed + 2 * workspace", "before = fixed"),
+        ("the coefficients are left out", " + _VECTORS * 4 * loras.coefficient_count", ""),
+        ("forward passes are left out", "before = fixed + concepts * workspace", "before = fixed"),
         ("a step's own workspace is left out", "passes * (_BACKWARD * workspace + rows", "passes * (rows"),
         (
             "the gradients of a block are left out",

@@ -1,4 +1,4 @@
-"""Faults in the ways from a pair to its coefficients."""
+"""Faults in the ways from LoRAs to its coefficients."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ MUTANTS = [
         ("timesteps not spread", "GOLDEN = (5**0.5 - 1) / 2", "GOLDEN = 0.5"),
         ("steps share timesteps", "itertools.count(step=settings.batch_size)", "itertools.count(step=1)"),
         ("one timestep for the whole run", "itertools.count(step=settings.batch_size)", "itertools.repeat(0)"),
-        ("passes joined against the predictor's word", "if not joins or content", "if content"),
+        ("passes joined against the predictor's word", "if joins else number", "if True else number"),
     ),
     *faults(
         "ziplora_core/retention.py",
         SOLVER,
         (
             "retentions swapped",
-            '(("content", ~is_style), ("style", is_style))',
-            '(("style", ~is_style), ("content", is_style))',
+            "parts = zip(rows, *(",
+            "parts = zip([*rows][::-1], *(",
         ),
         ("measured sum, not mean", "total[concept] += loss.item() / draws", "total[concept] += loss.item()"),
         (
@@ -48,13 +48,13 @@ MUTANTS = [
         ),
         (
             "measured against the merged pair's LoRAs",
-            "joined.teacher(batch.is_style))\n                for",
-            "merged.teacher(batch.is_style))\n                for",
+            "joined.teacher(batch.concept))\n                for",
+            "merged.teacher(batch.concept))\n                for",
         ),
         (
             "measured by another retention",
-            "batch.is_style.to(teacher.device), retention\n",
-            "batch.is_style.to(teacher.device), norm\n",
+            "joined.rows(batch.concept), retention)",
+            "joined.rows(batch.concept), norm)",
         ),
     ),
     *faults(
@@ -70,8 +70,8 @@ MUTANTS = [
         ("never stops early", "_ZERO_OVERLAP = 1e-4", "_ZERO_OVERLAP = 0"),
         (
             "stops where signs cancel",
-            "(content * style).abs().mean() < _ZERO_OVERLAP",
-            "(content * style).mean().abs() < _ZERO_OVERLAP",
+            "(one * other).abs().mean() < _ZERO_OVERLAP",
+            "(one * other).mean().abs() < _ZERO_OVERLAP",
         ),
         (
             "the loss scale is never lowered",
@@ -81,14 +81,14 @@ MUTANTS = [
         ("the gradient keeps its scale", "gradient.div_(scale)", "gradient.div_(1.0)"),
         ("one overflow ends the run", "MAX_SKIPPED = 12", "MAX_SKIPPED = 0"),
         ("overflows add up over a run", "            skipped = 0\n", ""),
-        ("overlap's gradient without its weight", "overlap * (settings.similarity_lambda * scale)", "overlap * scale"),
+        ("overlap's gradient without its weight", "shared * (settings.similarity_lambda * scale)", "shared * scale"),
         (
             "overlap's gradient without the scale",
-            "overlap * (settings.similarity_lambda * scale)",
-            "overlap * settings.similarity_lambda",
+            "shared * (settings.similarity_lambda * scale)",
+            "shared * settings.similarity_lambda",
         ),
         ("retention's gradient without the scale", "losses.values())).sum() * scale", "losses.values())).sum()"),
-        ("total without the overlap's weight", "settings.similarity_lambda * overlap.item()", "overlap.item()"),
+        ("total without the overlap's weight", "+ settings.similarity_lambda * overlap)", "+ overlap)"),
         ("retentions not weighted", "loss * weights[concept]", "loss"),
         ("weights upside down", "1 / value if value else 1.0", "value if value else 1.0"),
         ("weights of other retentions", ", retention=settings.objective.retention\n", "\n"),
@@ -103,7 +103,7 @@ MUTANTS = [
         (
             "the start is ignored",
             "flat = joined.flatten(start)",
-            "flat = joined.flatten(Coefficients.ones(joined.pair))",
+            "flat = joined.flatten(Coefficients.ones(joined.loras))",
         ),
         ("the rate is ignored", "lr=settings.learning_rate", "lr=0.01"),
         ("last finite coefficients forgotten", "finite.copy_(flat.detach())", "pass"),
@@ -136,11 +136,11 @@ MUTANTS = [
         ("one pass only", "DRAWS = 8", "DRAWS = 1"),
         (
             "concepts swapped",
-            "zip(CONCEPTS, self.own(x), strict=True)",
-            "zip(CONCEPTS[::-1], self.own(x), strict=True)",
+            "for concept, mine in self.own(x).items()",
+            "for concept, mine in zip([*self._rows][::-1], self.own(x).values())",
         ),
         ("overflow not noticed", "refuse_not_finite(name, solved)", "pass"),
-        ("layers not counted", "joined.pair.layers.items(), 1)", "joined.pair.layers.items(), 0)"),
+        ("layers not counted", "joined.loras.layers.items(), 1)", "joined.loras.layers.items(), 0)"),
     ),
     *faults(
         "ziplora_core/zipper.py",
@@ -160,11 +160,11 @@ MUTANTS = [
         ("a gain that is not finite wakes", "if not (math.isfinite(asked) and math.isfinite(empty)):", "if False:"),
         (
             "rows of the two concepts swapped",
-            '(("content", ~batch.is_style), ("style", batch.is_style))',
-            '(("content", batch.is_style), ("style", ~batch.is_style))',
+            "zip(rows, torch.split(norms",
+            "zip([*rows][::-1], torch.split(norms",
         ),
         ("every prompt is the own one", "asked = replace(batch, prompt=prompt)", "asked = batch"),
-        ("a LoRA is compared with itself", "joined.student(bare)", "joined.teacher(batch.is_style)"),
-        ("another prompt is tried where none need be", "if not all(effect.fires for", "if any(effect.fires for"),
+        ("a LoRA is compared with itself", "joined.student(bare)", "joined.teacher(batch.concept)"),
+        ("another prompt is tried where none need be", "and not all(effect.fires for", "and any(effect.fires for"),
     ),
 ]

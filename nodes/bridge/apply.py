@@ -11,8 +11,8 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ...ziplora_core.checks import in_range
+from ...ziplora_core.lora_set import Layer
 from ...ziplora_core.merge import merged_factors
-from ...ziplora_core.pair import LayerPair
 from .lora import fitting, text_encoders
 from .lora.adapters import fits, reshapes
 from .lora.loras import LoRASource
@@ -22,7 +22,7 @@ from .progress.bar import tell
 
 
 class ZippedAdapter(LoRAAdapter):
-    """One layer of a zipped pair as the host's LoRA of rank r_c + r_s, made whenever the host reads it and not kept.
+    """One layer of a merge as the host's LoRA of the sum of its ranks, made whenever the host reads it and not kept.
 
     weights: a function that makes them; or they themselves, as the host copies an adapter that it moves to a device.
     """
@@ -36,10 +36,10 @@ class ZippedAdapter(LoRAAdapter):
         return self._weights() if callable(self._weights) else self._weights
 
 
-def _adapter(layer: LayerPair, content: Tensor | None, style: Tensor | None) -> ZippedAdapter:
+def _adapter(layer: Layer, coefficients: dict[str, Tensor]) -> ZippedAdapter:
     @torch.no_grad()
     def merged() -> tuple:
-        return (*merged_factors(layer, content, style), None, None, None, None)
+        return (*merged_factors(layer, coefficients), None, None, None, None)
 
     return ZippedAdapter(set(), merged)
 
@@ -73,23 +73,21 @@ def _fits(text_encoder, key: str, patch) -> bool:
 def apply(model, clip, zipped: ZippedLoRA, strength: float):
     """(model, clip) clones with the zipped pair on them; what came in is not changed.
 
-    The pair becomes one LoRA of rank r_c + r_s per layer (the identity of `merge.merged_factors`). Text-encoder
+    The set becomes one LoRA of the sum of the ranks per layer (the identity of `merge.merged_factors`). Text-encoder
     parts are merged directly, as the paper leaves them frozen; bias and norm differences follow their LoRA.
     clip may be None. Raises ValueError where the zipped pair does not belong on this model.
     """
     in_range("strength", strength, -100, 100)
     if strength == 0:
         return model, clip
-    names = f"'{zipped.sources.content.title}' + '{zipped.sources.style.title}'"
+    names = zipped.sources.names()
     bare(model.model)  # the host takes a patch for what it finds under its name
     model = model.clone()
     patches = {
-        name: _adapter(layer, zipped.coefficients.content.get(name), zipped.coefficients.style.get(name))
-        for name, layer in zipped.fitted.pair.layers.items()
+        name: _adapter(layer, zipped.coefficients.of_layer(name)) for name, layer in zipped.fitted.loras.layers.items()
     }
     _patch(model, patches, strength, names)
-    sources = zipped.sources.by_concept()
-    for concept in sources:
+    for concept in zipped.sources.by_concept:
         _patch(model, zipped.fitted.riders[concept], strength * zipped.strength(concept), names)
     missing = text_encoders.left_out(zipped) if clip is None else None
     if missing is not None:
@@ -97,6 +95,6 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
         tell(missing)
     if clip is not None:
         clip = clip.clone()
-        for concept, source in sources.items():
-            _text_encoder(clip, source, strength * zipped.strength(concept))
+        for concept, source in zipped.sources.by_concept.items():
+            _text_encoder(clip, source, strength * zipped.clip_strength(concept))
     return model, clip

@@ -13,13 +13,14 @@ from .lora.zipped import ZippedLoRA
 def merge(model, sources: loras.LoRASources, method: str) -> ZippedLoRA:
     """model: ModelPatcher, nothing of which is loaded. Raises ValueError (LoRAFileError for a file)."""
     one_of("method", method, direct.METHODS)
+    direct.check_a_pair(method, sources.by_concept)
     fitted = fitting.fit(sources, model.model)
-    pair, coefficients = direct.METHODS[method](fitted.pair)
+    merged, coefficients = direct.METHODS[method](fitted.loras)
     settings = direct.settings(method)
     said = "".join(f", {name} {value:g}" for name, value in settings.items())
     return ZippedLoRA(
         sources,
-        replace(fitted, pair=pair),
+        replace(fitted, loras=merged),
         coefficients,
         report=f"merge: {method}{said}",
         method=method,

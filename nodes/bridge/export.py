@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass, field, replace
 
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from ...ziplora_core import export, formats
 from ...ziplora_core.export import ExportLayer
+from ...ziplora_core.lora_set import Factors
 from ...ziplora_core.merge import merged_factors
-from ...ziplora_core.pair import Factors, LayerPair
 from ...ziplora_core.writing import write_tensors
 from .disk import paths
 from .lora import fitting
@@ -45,7 +46,7 @@ class Exported:
 
 @torch.no_grad()
 def export_tensors(zipped: ZippedLoRA, rank: int, dtype: str, form: str) -> Exported:
-    """The pair at its dials as one LoRA. rank 0: exact, at rank r_c + r_s of each layer.
+    """The pair at its dials as one LoRA. rank 0: exact, at the sum of the ranks of each layer.
 
     form: "kohya" or "diffusers" (peft's names). Raises ValueError for a model without diffusers names, and where
     numbers do not fit into the dtype.
@@ -54,12 +55,12 @@ def export_tensors(zipped: ZippedLoRA, rank: int, dtype: str, form: str) -> Expo
     if form == "diffusers":
         _check_diffusers_names(zipped)
     report: list[str] = []
-    bar = comfy.utils.ProgressBar(len(zipped.fitted.pair.layers))
+    bar = comfy.utils.ProgressBar(len(zipped.fitted.loras.layers))
     layers: dict[str, ExportLayer] = {}
-    for done, (key, layer) in enumerate(zipped.fitted.pair.layers.items()):
-        chosen = {"content": zipped.coefficients.content.get(key), "style": zipped.coefficients.style.get(key)}
-        if 0 < rank < sum(f.rank for _, f in layer.halves()):
-            made = export.cut(*merged_factors(layer, chosen["content"], chosen["style"]), rank)
+    for done, (key, layer) in enumerate(zipped.fitted.loras.layers.items()):
+        chosen = zipped.coefficients.of_layer(key)
+        if 0 < rank < sum(f.rank for f in layer.values()):
+            made = export.cut(*merged_factors(layer, chosen), rank)
         else:
             made = export.whole(layer, chosen, precision)
         layers[key] = export.rounded(key, made, precision)
@@ -81,7 +82,7 @@ def export_tensors(zipped: ZippedLoRA, rank: int, dtype: str, form: str) -> Expo
 
 
 def _check_diffusers_names(zipped: ZippedLoRA) -> None:
-    names, layers = zipped.fitted.names, zipped.fitted.pair.layers
+    names, layers = zipped.fitted.names, zipped.fitted.loras.layers
     nameless = [key for key in layers if key not in names.diffusers]
     if nameless:
         raise ValueError(
@@ -112,25 +113,25 @@ def _summary(layers, text, tensors, rank: int, dtype: str, form: str) -> list[st
 
 
 def text_encoder_layers(zipped: ZippedLoRA, rank: int) -> tuple[dict[str, ExportLayer], list[str]]:
-    """Both files' text-encoder parts, added up at their strengths: (kohya's layer name -> layer, what is left out)."""
+    """The files' text-encoder parts, added up at their strengths: (kohya's layer name -> layer, what is left out)."""
     parts: dict[str, dict[str, Factors]] = {}
     left_out = []
-    for concept, source in zipped.sources.by_concept().items():
+    for concept, source in zipped.sources.by_concept.items():
         names = formats.text_encoder_layers(source.tensors)
         for name, adapter in comfy.lora.load_lora(source.tensors, names, log_missing=False).items():
             if not is_plain(adapter):
                 left_out.append(f"'{source.title}': text-encoder layer '{name}' is no plain LoRA and is left out")
                 continue
-            dialled = replace(source, strength=zipped.strength(concept))
+            dialled = replace(source, strength=zipped.clip_strength(concept))
             parts.setdefault(name, {})[concept] = fitting.low_rank(dialled, name, adapter)
     layers = {}
     for name, found in parts.items():
-        layers[name] = export.cut(*merged_factors(LayerPair(**found), None, None), rank)
+        layers[name] = export.cut(*merged_factors(found), rank)
     return layers, left_out
 
 
 def rider_tensors(zipped: ZippedLoRA, dtype: torch.dtype, report: list[str]) -> dict[str, Tensor]:
-    """Bias and norm differences of both files at their strengths, added up. Raises ValueError where they do not fit."""
+    """Bias and norm differences of all files at their strengths, added up. Raises ValueError where they do not fit."""
     tensors: dict[str, Tensor] = {}
     for concept, riders in zipped.fitted.riders.items():
         for key, (kind, (values, *_)) in riders.items():
@@ -145,9 +146,10 @@ def rider_tensors(zipped: ZippedLoRA, dtype: torch.dtype, report: list[str]) -> 
 
 def _metadata(zipped: ZippedLoRA, layers, report: list[str]) -> dict[str, str]:
     family = zipped.fitted.names.family
-    content, style = zipped.sources.content, zipped.sources.style
+    sources = zipped.sources.by_concept
     rank = str(max(layer.rank for layer in layers.values()))
-    title = f"{os.path.splitext(content.title)[0]} + {os.path.splitext(style.title)[0]}"
+    title = " + ".join(os.path.splitext(source.title)[0] for source in sources.values())
+    files = " and ".join(f"'{source.title}' ({_role(concept)})" for concept, source in sources.items())
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
@@ -159,9 +161,13 @@ def _metadata(zipped: ZippedLoRA, layers, report: list[str]) -> dict[str, str]:
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.date": time.strftime("%Y-%m-%d"),
-        "modelspec.description": f"{_made(zipped)} of '{content.title}' (subject) and '{style.title}' (style); "
-        + "; ".join(report),
+        "modelspec.description": f"{_made(zipped)} of {files}; " + "; ".join(report),
     }
+
+
+def _role(concept: str) -> str:
+    """A concept as a stranger to the paper calls it."""
+    return re.sub(r"^content\b", "subject", concept)
 
 
 def _made(zipped: ZippedLoRA) -> str:

@@ -37,9 +37,8 @@ def save(zipped: ZippedLoRA, prefix: str, made_by: dict[str, str] | None = None)
     Raises LoRAFileError where a LoRA file has changed since it was read, OSError where nothing can be written.
     """
     about = saved.SavedZip(
-        content=bound(zipped.sources.content),
-        style=bound(zipped.sources.style),
-        dials=(zipped.content_strength, zipped.style_strength),
+        loras={concept: bound(source) for concept, source in zipped.sources.by_concept.items()},
+        dials={concept: zipped.dial(concept) for concept in zipped.sources.by_concept},
         method=zipped.method,
         settings=zipped.settings,
         versions=versions(),
@@ -106,7 +105,7 @@ def fingerprint(name: str) -> list[Any]:
     path = zipped_path(name)
     about = saved.read_about(path)
     found: list[Any] = [hashes.version(path)]
-    for wanted in (about.content, about.style):
+    for wanted in about.loras.values():
         alike = (loras.fingerprint(other) for other in _of_its_size(wanted))
         first = next(alike, None)
         in_place = first is not None and first.path == folder_paths.get_full_path("loras", wanted.name)
@@ -120,15 +119,17 @@ def load(model, name: str) -> ZippedLoRA:
     Raises LoRAFileError for a missing, changed or broken file, and for coefficients that do not fit the model.
     """
     coefficients, about = saved.read(zipped_path(name))
-    found = {c: _find(w, name) for c, w in (("content", about.content), ("style", about.style))}
-    sources = loras.load_pair(found["content"], found["style"], about.content.strength, about.style.strength)
-    for source, wanted in ((sources.content, about.content), (sources.style, about.style)):
-        if bound(source).sha256 != wanted.sha256:
+    files = {c: (_find(wanted, name), wanted.strength, wanted.clip_strength) for c, wanted in about.loras.items()}
+    sources = loras.load_set(files)
+    for concept, source in sources.by_concept.items():
+        if bound(source).sha256 != about.loras[concept].sha256:
             raise LoRAFileError(f"'{source.title}' has changed while '{shown(name, 255)}' was loaded; queue again")
     fitted = fitting.fit(sources, model.model)
     try:
-        fitted = replace(fitted, pair=direct.prepared(fitted.pair, about.method, about.settings))
+        fitted = replace(fitted, loras=direct.prepared(fitted.loras, about.method, about.settings))
     except ValueError as error:
         raise LoRAFileError(f"'{name}' has broken metadata ({error}); merge the pair again and save it anew") from error
-    saved.check_fits(name, coefficients, fitted.pair)
-    return ZippedLoRA(sources, fitted, coefficients, *about.dials, about.report, about.method, dict(about.settings))
+    saved.check_fits(name, coefficients, fitted.loras)
+    return ZippedLoRA(
+        sources, fitted, coefficients, dict(about.dials), about.report, about.method, dict(about.settings)
+    )

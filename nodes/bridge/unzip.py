@@ -19,7 +19,7 @@ from ...ziplora_core.checks import in_range
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.direct import UNZIPLORA_BLOCKS, Blocks
 from ...ziplora_core.files import read_metadata, shown
-from ...ziplora_core.pair import CONCEPTS, Factors
+from ...ziplora_core.lora_set import CONCEPTS, Factors
 from .disk import paths
 from .lora import fitting, loras
 from .lora.zipped import ZippedLoRA
@@ -201,8 +201,7 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
 
     planned, trained = loading.with_denoiser(model, made, shapes, settings, work, loras_at_once=2)
     seconds, history = time.monotonic() - began, training_run.history
-    content, style = (_source(files[c], settings.steps) for c in CONCEPTS)
-    sources = loras.LoRASources(content, style)
+    sources = loras.LoRASources({c: _source(files[c], settings.steps) for c in CONCEPTS})
     fitted = fitting.fit(sources, model.model)
     written = [file.line(settings.steps, training_run.unwritten) for file in files.values()]
     report = "  \n".join([*written, *_report(task, trained, history, seconds, planned)])
@@ -278,7 +277,7 @@ def _weight(model, name: str, device: torch.device) -> Tensor:
 def _halves(trained: unzip.UnZip) -> dict[str, dict[str, Factors]]:
     halves: dict[str, dict[str, Factors]] = {c: {} for c in CONCEPTS}
     for name, layer in trained.pair().layers.items():
-        for concept, factors in layer.halves():
+        for concept, factors in layer.items():
             halves[concept][name] = factors
     return halves
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import factors, toy_pair
+from toys import factors, of_two, toy_pair
 
 from ziplora_core.analysis import (
     block_name,
@@ -15,7 +15,7 @@ from ziplora_core.analysis import (
     sampled_elements,
 )
 from ziplora_core.coefficients import Coefficients
-from ziplora_core.pair import Factors, LayerPair
+from ziplora_core.lora_set import Factors
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3, 3)])
@@ -29,14 +29,13 @@ def test_cosines_equal_dense(shape):
         a, b = dense[0][:, j].flatten() * m_c[j], dense[1][:, j].flatten() * m_s[j]
         product = a.norm() * b.norm()
         expected.append((a @ b / product).item() if product > 0 else 0.0)
-    cosines = column_cosines(LayerPair(content, style), m_c, m_s)
+    cosines = column_cosines(content, style, m_c, m_s)
     torch.testing.assert_close(cosines, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
 def test_zero_columns_and_single_loras_count_as_unaligned():
     zero = Factors(torch.zeros(3, 1), torch.ones(1, 2))
-    both = LayerPair(zero, factors((3, 2), 1, 0))
-    assert column_cosines(both, torch.ones(2), torch.ones(2)).tolist() == [0.0, 0.0]
+    assert column_cosines(zero, factors((3, 2), 1, 0), torch.ones(2), torch.ones(2)).tolist() == [0.0, 0.0]
     pair = toy_pair()
     alignment = column_alignment(pair, Coefficients.ones(pair))
     assert set(alignment) == {"conv", "first", "second"}
@@ -44,11 +43,11 @@ def test_zero_columns_and_single_loras_count_as_unaligned():
 
 def test_overlap_and_ownership():
     c = Coefficients(
-        {"a": torch.tensor([1.0, 0.0, 1.0, 0.1]), "x": torch.ones(1)}, {"a": torch.tensor([1.0, 1, 0, 0.1])}
+        of_two({"a": torch.tensor([1.0, 0.0, 1.0, 0.1]), "x": torch.ones(1)}, {"a": torch.tensor([1.0, 1, 0, 0.1])})
     )
     assert c.overlap() == pytest.approx((1 + 0 + 0 + 0.01) / 4)
     assert c.ownership() == {"content": 0.25, "style": 0.25, "both": 0.25, "neither": 0.25}
-    assert Coefficients({}, {}).overlap() == 0.0
+    assert Coefficients(of_two({}, {})).overlap() == 0.0
 
 
 def test_interference_is_the_weighted_cosine():
@@ -56,16 +55,16 @@ def test_interference_is_the_weighted_cosine():
     ones = Coefficients.ones(pair)
     g = torch.Generator().manual_seed(0)
     random = Coefficients(
-        *({k: torch.randn(m.shape, generator=g) for k, m in s.items()} for s in (ones.content, ones.style))
+        {c: {k: torch.randn(m.shape, generator=g) for k, m in s.items()} for c, s in ones.by_concept.items()}
     )
     found, direct = column_interference(pair, random), column_interference(pair, ones)
     assert list(found) == ["conv", "first", "second"]
     for name in found:
-        cosines = column_cosines(pair.layers[name], ones.content[name], ones.style[name])
+        cosines = column_cosines(*pair.layers[name].values(), ones["content"][name], ones["style"][name])
         assert direct[name] == pytest.approx(cosines.abs().mean().item())
-        weights = random.content[name].double() * random.style[name].double()
+        weights = random["content"][name].double() * random["style"][name].double()
         assert found[name] == pytest.approx((cosines * weights).abs().mean().item(), rel=1e-6)
-    closed = Coefficients({k: m * 0 for k, m in ones.content.items()}, ones.style)
+    closed = Coefficients({**ones.by_concept, "content": {k: m * 0 for k, m in ones["content"].items()}})
     assert set(column_interference(pair, closed).values()) == {0.0}
 
 
@@ -75,7 +74,7 @@ def test_elements_are_those_of_whole_rows():
         [
             (f.scale * torch.einsum("or,ri...->oi...", f.up, f.down)).flatten()
             for layer in pair.layers.values()
-            for concept, f in layer.halves()
+            for concept, f in layer.items()
             if concept == "style"
         ]
     )
@@ -85,7 +84,7 @@ def test_elements_are_those_of_whole_rows():
     assert torch.equal(some, sampled_elements(pair, "style", rows=2, seed=3))
     start = 0
     for layer in pair.layers.values():
-        f = dict(layer.halves()).get("style")
+        f = layer.get("style")
         if f is None:
             continue
         whole = (f.scale * torch.einsum("or,ri...->oi...", f.up.double(), f.down.double())).flatten(1)

@@ -10,17 +10,17 @@ from test_objective import dense_forward
 from toys import SHAPES, ToyPredictor, toy_pair, toy_references
 
 from ziplora_core import layerwise
-from ziplora_core.branch import JoinedPair
+from ziplora_core.branch import JoinedSet
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.direct import np_lora
 from ziplora_core.draws import spread_batches, training_batches
 from ziplora_core.gradient import optimize
+from ziplora_core.lora_set import CONCEPTS
 from ziplora_core.objective import BALANCED, PAPER, Objective, mean_square, norm, percent_shared
 from ziplora_core.retention import measure_retention
 from ziplora_core.solver import SOLVERS, NotFinite, Settings
 from ziplora_core.zipper import close
 
-CONCEPTS = ("content", "style")
 SQUARES = Objective("squares", mean_square, percent_shared, relative=True)
 
 
@@ -51,7 +51,7 @@ def dense_updates(pair, m=None, only=None):
     """Layer -> ΔW of one LoRA, or of both with coefficients m[concept][layer]."""
     updates = {}
     for name, layer in pair.layers.items():
-        for concept, f in layer.halves():
+        for concept, f in layer.items():
             if only in (None, concept):
                 delta = f.scale * torch.einsum("or,ri...->oi...", f.up.double(), f.down.double())
                 if m is not None:
@@ -64,7 +64,7 @@ def dense_retentions(predictor, pair, batch, updates, squared=False):
     """Concept -> its retention in a batch: each row's norm, averaged; or the mean square."""
     x, found = predictor.noisy(batch), {}
     for concept in CONCEPTS:
-        rows = x[batch.is_style == (concept == "style")]
+        rows = x[batch.concept == CONCEPTS.index(concept)]
         if len(rows):
             off = dense_forward(predictor, rows, updates)
             off = off - dense_forward(predictor, rows, dense_updates(pair, only=concept))
@@ -73,7 +73,7 @@ def dense_retentions(predictor, pair, batch, updates, squared=False):
 
 
 def dense_overlap(pair, m, objective):
-    shared = [n for n, layer in pair.layers.items() if layer.content is not None and layer.style is not None]
+    shared = [n for n, layer in pair.layers.items() if len(layer) == 2]
     products = [m["content"][n] * m["style"][n] for n in shared]
     return sum(p.sum().abs() for p in products) if objective is PAPER else 100 * torch.cat(products).abs().mean()
 
@@ -86,9 +86,9 @@ def adam(joined, predictor, settings, weights, start, betas):
         leaf = flat.clone().requires_grad_()
         m = joined.split(leaf)
         kept = dense_retentions(
-            predictor, joined.pair, batch, dense_updates(joined.pair, m), settings.objective is SQUARES
+            predictor, joined.loras, batch, dense_updates(joined.loras, m), settings.objective is SQUARES
         )
-        overlap = dense_overlap(joined.pair, m, settings.objective)
+        overlap = dense_overlap(joined.loras, m, settings.objective)
         loss = sum(weights[c] * kept[c] for c in kept) + settings.similarity_lambda * overlap
         (gradient,) = torch.autograd.grad(loss, leaf)
         terms.append([*(float(weights[c] * kept[c]) for c in CONCEPTS), float(overlap), float(loss)])
@@ -108,7 +108,7 @@ def ones_weights(joined, predictor, references, settings):
     found = dict.fromkeys(CONCEPTS, 0.0)
     for (batch,) in batches:
         kept = dense_retentions(
-            predictor, joined.pair, batch, dense_updates(joined.pair), settings.objective is SQUARES
+            predictor, joined.loras, batch, dense_updates(joined.loras), settings.objective is SQUARES
         )
         found = {c: found[c] + float(kept[c]) / 4 for c in CONCEPTS}
     return {c: 1 / value for c, value in found.items()}
@@ -130,7 +130,7 @@ def overflowing():
 @pytest.mark.parametrize("case", ["plain", "scaled", "overflowing", "started"])
 def test_a_run_is_adam_on_the_dense_loss(objective, case):
     """Its steps and its losses, also where the loss is scaled, and where the scale falls on the way."""
-    joined, references = JoinedPair(toy_pair(), dtype=torch.float64), toy_references()
+    joined, references = JoinedSet(toy_pair(), dtype=torch.float64), toy_references()
     settings = Settings(steps=6, learning_rate=0.03, similarity_lambda=0.3, batch_size=2, seed=5, objective=objective)
     predictor, on_step, start, betas = Recorded(), None, None, (0.9, 0.999)
     if case == "scaled":
@@ -138,30 +138,30 @@ def test_a_run_is_adam_on_the_dense_loss(objective, case):
     elif case == "overflowing":
         predictor, on_step = overflowing()
     elif case == "started":
-        start, betas = joined.unflatten(torch.linspace(-0.7, 1.2, joined.pair.coefficient_count)), (0.8, 0.999)
+        start, betas = joined.unflatten(torch.linspace(-0.7, 1.2, joined.loras.coefficient_count)), (0.8, 0.999)
     result = optimize(joined, predictor, references, settings, on_step, start)
     weights = ones_weights(joined, predictor, references, settings)
-    begun = joined.flatten(start or Coefficients.ones(joined.pair))
+    begun = joined.flatten(start or Coefficients.ones(joined.loras))
     path, terms = adam(joined, predictor, settings, weights, begun, betas)
     expected = path[-1] if start is None else torch.stack(path[-3:]).mean(0)
     assert len(result.history) == len(path) == 6 and (predictor.overflowed > 1) == (case == "overflowing")
     torch.testing.assert_close(joined.flatten(result.coefficients), expected, rtol=1e-4, atol=1e-5)
     for step, wanted in zip(result.history, terms, strict=True):
         losses = step.losses
-        assert [losses.content, losses.style, losses.overlap, losses.total] == pytest.approx(wanted, rel=1e-4)
+        assert [*losses.retention.values(), losses.overlap, losses.total] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_many_overflows_with_steps_between_them_do_not_end_a_run():
     calls = itertools.count()
     predictor = Recorded(spoil=lambda gradient: next(calls) % 2 == 0)
-    joined = JoinedPair(toy_pair(), dtype=torch.float64)
+    joined = JoinedSet(toy_pair(), dtype=torch.float64)
     result = optimize(joined, predictor, toy_references(), Settings(steps=15, objective=PAPER))
     assert len(result.history) == predictor.overflowed == 15
 
 
 def test_a_gradient_that_never_is_finite_ends_it():
     predictor = Recorded(spoil=lambda gradient: True)
-    joined = JoinedPair(toy_pair(), dtype=torch.float64)
+    joined = JoinedSet(toy_pair(), dtype=torch.float64)
     with pytest.raises(NotFinite, match="the gradient is not finite although the loss .* tries at smaller loss scales"):
         optimize(joined, predictor, toy_references(), Settings(steps=15, objective=PAPER))
 
@@ -190,10 +190,10 @@ def symmetric(columns):
     ids=["open", "nearly closed", "closed", "signs cancel", "closed in turn"],
 )
 def test_ends_early_where_the_zip_is_closed_and_nowhere_else(content, style, closed):
-    joined = JoinedPair(toy_pair(), dtype=torch.float64)
-    ones = Coefficients.ones(joined.pair)
+    joined = JoinedSet(toy_pair(), dtype=torch.float64)
+    ones = Coefficients.ones(joined.loras)
     start = Coefficients(
-        {n: content(len(m)) for n, m in ones.content.items()}, {n: style(len(m)) for n, m in ones.style.items()}
+        {c: {n: of(len(m)) for n, m in ones[c].items()} for c, of in zip(CONCEPTS, (content, style), strict=True)}
     )
     settings = Settings(steps=3, learning_rate=1e-8)
     result = optimize(joined, ToyPredictor(), toy_references(), settings, start=start)
@@ -211,8 +211,8 @@ def test_batches_take_every_reference_fresh_noise_and_the_whole_schedule(timeste
         return [batch for (batch,) in itertools.islice(training_batches(references, predictor, settings), 16)]
 
     batches = drawn(0)
-    for concept, wanted in (("content", references.content), ("style", references.style)):
-        rows = [batch.is_style == (concept == "style") for batch in batches]
+    for concept, wanted in (("content", references["content"]), ("style", references["style"])):
+        rows = [batch.concept == CONCEPTS.index(concept) for batch in batches]
         latents = torch.cat([batch.latents[chosen] for batch, chosen in zip(batches, rows, strict=True)])
         found = {tuple(row.flatten().tolist()) for row in latents}
         assert found == {tuple(row.flatten().tolist()) for row in wanted}
@@ -232,7 +232,7 @@ def test_batches_take_every_reference_fresh_noise_and_the_whole_schedule(timeste
 @pytest.mark.parametrize("retention", [norm, mean_square])
 def test_measured_is_the_dense_mean_over_the_schedule(joins, retention):
     """Also of another pair's coefficients against the LoRAs of this one."""
-    joined, references = JoinedPair(toy_pair(), dtype=torch.float64), toy_references()
+    joined, references = JoinedSet(toy_pair(), dtype=torch.float64), toy_references()
     predictor, seen = ToyPredictor(joins), []
     call = predictor.__call__
 
@@ -242,9 +242,9 @@ def test_measured_is_the_dense_mean_over_the_schedule(joins, retention):
             return call(batch, branch)
 
     watched = Watched(joins)
-    merged = JoinedPair(np_lora(joined.pair, 3.0), dtype=torch.float64)
+    merged = JoinedSet(np_lora(joined.loras, 3.0), dtype=torch.float64)
     g = torch.Generator().manual_seed(2)
-    candidates = [joined.unflatten(torch.randn(joined.pair.coefficient_count, generator=g)) for _ in range(2)]
+    candidates = [joined.unflatten(torch.randn(joined.loras.coefficient_count, generator=g)) for _ in range(2)]
     for other in (None, merged):
         seen.clear()
         found = measure_retention(joined, watched, references, candidates, 7, 3, retention, other)
@@ -252,11 +252,11 @@ def test_measured_is_the_dense_mean_over_the_schedule(joins, retention):
         timesteps = torch.cat([batch.timesteps for batch in batches]).unique()
         assert timesteps.tolist() == [166, 500, 833]  # the middles of three parts of the schedule
         for candidate, measured in zip(candidates, found, strict=True):
-            student = (other or joined).pair
+            student = (other or joined).loras
             updates = dense_updates(student, joined.split(joined.flatten(candidate)))
             expected = dict.fromkeys(CONCEPTS, 0.0)
             for batch in batches:
-                kept = dense_retentions(predictor, joined.pair, batch, updates, retention is mean_square)
+                kept = dense_retentions(predictor, joined.loras, batch, updates, retention is mean_square)
                 for concept, value in kept.items():
                     expected[concept] += float(value) / 3
             assert measured == pytest.approx(expected, rel=1e-6)
@@ -266,7 +266,7 @@ def test_measured_is_the_dense_mean_over_the_schedule(joins, retention):
 
 def test_the_gradient_goes_on_from_the_layerwise_solution():
     """A rate of nearly nothing leaves the start as it is: solved with the run's seed and ridge."""
-    joined, references, told = JoinedPair(toy_pair(), dtype=torch.float64), toy_references(), []
+    joined, references, told = JoinedSet(toy_pair(), dtype=torch.float64), toy_references(), []
     changes = {"seed": 9, "ridge": 0.2, "steps": 2, "learning_rate": 1e-8}
     expected = layerwise.merge(joined, ToyPredictor(), references, 9, ridge=0.2)
     for solver in ("layerwise", "layerwise, then gradient"):

@@ -11,7 +11,6 @@ from toys import toy_pair
 from ziplora_core import export
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.merge import merged_factors, merged_layers
-from ziplora_core.pair import LayerPair
 
 
 @pytest.fixture
@@ -19,8 +18,8 @@ def layers():
     pair = toy_pair()
     g = torch.Generator().manual_seed(5)
     ones = Coefficients.ones(pair)
-    content, style = ({k: torch.randn(m.shape, generator=g) for k, m in s.items()} for s in (ones.content, ones.style))
-    return {name: (up, down) for name, up, down in merged_layers(pair, Coefficients(content, style))}
+    m = {c: {k: torch.randn(m.shape, generator=g) for k, m in of.items()} for c, of in ones.by_concept.items()}
+    return {name: (up, down) for name, up, down in merged_layers(pair, Coefficients(m))}
 
 
 def dense(up, down):
@@ -38,13 +37,10 @@ def test_whole_rank_is_left_alone(layers):
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.float8_e4m3fn])
 def test_whole_is_the_merge_rounded_once(dtype, stored):
     for name, layer in toy_pair().layers.items():
-        stored_halves = {
-            c: replace(f, up=f.up.to(stored), down=f.down.to(stored), scale=1 / 3) for c, f in layer.halves()
-        }
-        layer = LayerPair(**stored_halves)
-        m = {c: torch.randn(f.columns) for c, f in layer.halves()}
+        layer = {c: replace(f, up=f.up.to(stored), down=f.down.to(stored), scale=1 / 3) for c, f in layer.items()}
+        m = {c: torch.randn(f.columns) for c, f in layer.items()}
         found = export.whole(layer, m, dtype)
-        up, down = merged_factors(layer, m.get("content"), m.get("style"))
+        up, down = merged_factors(layer, m)
         assert torch.equal(found.up, up.to(dtype)) and torch.equal(found.down, down.to(dtype)), name
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import toy_pair
+from toys import of_two, toy_pair
 
 from ziplora_core import files, saved
 from ziplora_core.coefficients import Coefficients
@@ -106,20 +107,22 @@ def test_a_hash_is_of_every_byte(tmp_path, size):
 
 def zipped():
     pair = toy_pair()
-    sides = []
-    for seed, side in enumerate((Coefficients.ones(pair).content, Coefficients.ones(pair).style)):
+    sides = {}
+    for seed, (concept, side) in enumerate(Coefficients.ones(pair).by_concept.items()):
         g = torch.Generator().manual_seed(seed)
-        sides.append({n: torch.randn(m.shape, generator=g) for n, m in side.items()})
+        sides[concept] = {n: torch.randn(m.shape, generator=g) for n, m in side.items()}
     about = saved.SavedZip(
-        saved.SavedLoRA("c.safetensors", "aa", 11, 0.5),
-        saved.SavedLoRA("s.safetensors", "bb", 22, 0.75),
-        (1.5, 0.25),
+        of_two(
+            saved.SavedLoRA("c.safetensors", "aa", 11, 0.5),
+            saved.SavedLoRA("s.safetensors", "bb", 22, 0.75),
+        ),
+        of_two(1.5, 0.25),
         "ZipLoRA",
         {"steps": 3},
         {"pack": "1"},
         "a report",
     )
-    return pair, Coefficients(*sides), about
+    return pair, Coefficients(sides), about
 
 
 def test_a_zipped_pair_is_read_as_it_was_written(tmp_path):
@@ -129,14 +132,14 @@ def test_a_zipped_pair_is_read_as_it_was_written(tmp_path):
     found, said = saved.read(path)
     assert said == saved.read_about(path) == about
     for concept in ("content", "style"):
-        side = getattr(found, concept)
-        assert side.keys() == getattr(m, concept).keys()
-        assert all(torch.equal(side[n], v) and side[n].dtype == torch.float32 for n, v in getattr(m, concept).items())
+        side = found[concept]
+        assert side.keys() == m[concept].keys()
+        assert all(torch.equal(side[n], v) and side[n].dtype == torch.float32 for n, v in m[concept].items())
     assert files.read_metadata(path)["workflow"] == "{}"
     saved.check_fits("z", found, pair)
-    double = Coefficients({n: v.double() for n, v in m.content.items()}, m.style)
+    double = Coefficients({**m.by_concept, "content": {n: v.double() for n, v in m["content"].items()}})
     saved.write(path, double, about)
-    assert torch.equal(saved.read(path)[0].content["first"], m.content["first"])
+    assert torch.equal(saved.read(path)[0]["content"]["first"], m["content"]["first"])
 
 
 @pytest.mark.parametrize(
@@ -161,9 +164,11 @@ def test_numbers_that_are_no_coefficients_are_refused(tmp_path, spoiled):
 def test_a_file_of_another_format_is_refused(tmp_path):
     _, m, about = zipped()
     path = tmp_path / "z.safetensors"
-    saved.write(path, m, dataclasses.replace(about, format="ziplora 2"))
+    saved.write(path, m, about)
+    said = json.loads(files.read_metadata(path)["ziplora"])
+    save_file(load_file(path), path, {"ziplora": json.dumps({**said, "format": "ziplora 3"})})
     for read in (saved.read, saved.read_about):
-        with pytest.raises(LoRAFileError, match="has format 'ziplora 2', this version reads 'ziplora 1'"):
+        with pytest.raises(LoRAFileError, match="format 'ziplora 3', this version reads 'ziplora 1' and 'ziplora 2'"):
             read(path)
 
 
@@ -171,7 +176,7 @@ def test_a_file_of_another_format_is_refused(tmp_path):
 @pytest.mark.parametrize("concept", ["content", "style"])
 def test_coefficients_of_another_pair_do_not_fit(change, concept):
     pair, m, _ = zipped()
-    sides = {"content": dict(m.content), "style": dict(m.style)}
+    sides = {"content": dict(m["content"]), "style": dict(m["style"])}
     side = sides[concept]
     if change == "more":
         side["elsewhere"] = torch.ones(3)
@@ -180,14 +185,14 @@ def test_coefficients_of_another_pair_do_not_fit(change, concept):
     else:
         side["second"] = torch.ones(8 if change == "longer" else 6)
     with pytest.raises(LoRAFileError, match=f"'z' was zipped for another model: it has . {concept} coefficients"):
-        saved.check_fits("z", Coefficients(**sides), pair)
+        saved.check_fits("z", Coefficients(sides), pair)
 
 
 def test_strengths_and_dials_are_numbers():
     _, _, about = zipped()
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="a strength"):
-            dataclasses.replace(about.content, strength=value)
+            dataclasses.replace(about.loras["content"], strength=value)
         for dials in ((value, 1.0), (1.0, value)):
             with pytest.raises(ValueError, match="expected dials"):
-                dataclasses.replace(about, dials=dials)
+                dataclasses.replace(about, dials=of_two(*dials))

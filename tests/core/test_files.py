@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from toys import of_two
 
 from ziplora_core import files, saved
 from ziplora_core.coefficients import Coefficients
@@ -205,7 +206,8 @@ def test_a_saved_pair_that_is_cut_off_while_it_is_read_is_a_sentence(tmp_path):
     path = tmp_path / "pair.safetensors"
     file = saved.SavedLoRA("a", "0" * 64, 1, 1.0)
     vectors = {f"layer {i}": torch.ones(2**16) for i in range(4)}
-    saved.write(path, Coefficients(vectors, vectors), saved.SavedZip(file, file, (1.0, 1.0), "zipped", {}, {}))
+    about = saved.SavedZip(of_two(file, file), of_two(1.0, 1.0), "zipped", {}, {})
+    saved.write(path, Coefficients(of_two(vectors, vectors)), about)
     said = cut_off_while_read(path, saved.read, "isfinite", 2)
     assert said.startswith("'pair.safetensors' has become shorter while it was read") and "\n" not in said
 

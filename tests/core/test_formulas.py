@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import factors, toy_pair
+from toys import factors, of_two, toy_pair
 
 from ziplora_core import scores
-from ziplora_core.coefficients import OWNERS, Coefficients
+from ziplora_core.coefficients import Coefficients, owners
+from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet
 from ziplora_core.merge import merged_factors
 from ziplora_core.objective import (
     BALANCED,
@@ -19,7 +20,8 @@ from ziplora_core.objective import (
     summed_dot_products,
     summed_mean_products,
 )
-from ziplora_core.pair import Factors, LayerPair, LoRAPair
+
+OWNERS = owners(CONCEPTS)
 
 
 def numbers(*shape, seed=0):
@@ -28,12 +30,11 @@ def numbers(*shape, seed=0):
 
 def random_coefficients(pair, seed=0):
     ones = Coefficients.ones(pair)
-    sides = (ones.content, ones.style)
     return Coefficients(
-        *(
-            {n: numbers(len(m), seed=seed + 10 * i + j).float() for j, (n, m) in enumerate(side.items())}
-            for i, side in enumerate(sides)
-        )
+        {
+            c: {n: numbers(len(m), seed=seed + 10 * i + j).float() for j, (n, m) in enumerate(side.items())}
+            for i, (c, side) in enumerate(ones.by_concept.items())
+        }
     )
 
 
@@ -71,17 +72,17 @@ def test_the_two_readings_of_the_objective():
 def test_overlap_and_owners_column_by_column(threshold):
     pair = toy_pair()
     m = random_coefficients(pair)
-    m.content["first"][0] = threshold  # at the threshold is owned, with either sign
-    m.style["conv"][1] = -threshold
+    m["content"]["first"][0] = threshold  # at the threshold is owned, with either sign
+    m["style"]["conv"][1] = -threshold
     counts, layers, products = dict.fromkeys(OWNERS, 0), {}, []
     for name in ("conv", "first", "second"):
         here = dict.fromkeys(OWNERS, 0)
-        for c, s in zip(m.content[name].tolist(), m.style[name].tolist(), strict=True):
+        for c, s in zip(m["content"][name].tolist(), m["style"][name].tolist(), strict=True):
             limit = torch.tensor(threshold).item()
             owner = {(True, False): "content", (False, True): "style", (True, True): "both", (False, False): "neither"}
             here[owner[abs(c) >= limit, abs(s) >= limit]] += 1
             products.append(abs(c * s))
-        layers[name] = {o: n / len(m.content[name]) for o, n in here.items()}
+        layers[name] = {o: n / len(m["content"][name]) for o, n in here.items()}
         counts = {o: counts[o] + here[o] for o in OWNERS}
     assert m.overlap() == pytest.approx(sum(products) / len(products))
     assert m.ownership(threshold) == pytest.approx({o: n / len(products) for o, n in counts.items()})
@@ -95,28 +96,27 @@ def test_most_changed_counts_either_direction():
     pair = toy_pair()
     ones = Coefficients.ones(pair)
     changed = {"content": {}, "style": {}}
-    for concept, side in (("content", ones.content), ("style", ones.style)):
+    for concept, side in ones.by_concept.items():
         changed[concept] = {n: m.clone() for n, m in side.items()}
     changed["content"]["first"][2] = -1.5
     changed["style"]["conv"][1] = 3.0
-    concept, name, by = Coefficients(changed["content"], changed["style"]).most_changed(ones)
+    concept, name, by = Coefficients(changed).most_changed(ones)
     assert (concept, name, by) == ("content", "first", 2.5)
     assert ones.most_changed(ones) == ("", "", 0.0)
 
 
 def test_each_concept_is_scaled_by_its_own_weight():
     m = random_coefficients(toy_pair())
-    scaled = m.scaled(0.5, 3.0)
-    assert all(torch.equal(scaled.content[n], v * 0.5) for n, v in m.content.items())
-    assert all(torch.equal(scaled.style[n], v * 3.0) for n, v in m.style.items())
+    scaled = m.scaled(content=0.5, style=3.0)
+    assert all(torch.equal(scaled["content"][n], v * 0.5) for n, v in m["content"].items())
+    assert all(torch.equal(scaled["style"][n], v * 3.0) for n, v in m["style"].items())
 
 
 def test_ranks_are_the_smallest_and_the_largest_of_one_concept():
     layers = {
-        str(r): LayerPair(factors((4, 3), r, r), factors((4, 3), s, s) if s else None)
-        for r, s in ((2, 5), (4, 1), (3, 0))
+        str(r): of_two(factors((4, 3), r, r), factors((4, 3), s, s) if s else None) for r, s in ((2, 5), (4, 1), (3, 0))
     }
-    pair = LoRAPair(layers)
+    pair = LoRASet(CONCEPTS, layers)
     assert pair.ranks("content") == (2, 4) and pair.ranks("style") == (1, 5)
     assert pair.layer_counts() == {"both": 2, "content only": 1, "style only": 0}
 
@@ -132,9 +132,9 @@ def test_factors_that_do_not_multiply_are_refused_with_their_shapes(up, down):
 
 @pytest.mark.parametrize("scale", [-2.0, 0.25, 1.0])
 def test_a_merge_has_each_scale_once(scale):
-    layer = LayerPair(factors((4, 3), 2, 0, scale), factors((4, 3), 1, 1, -0.5))
-    up, down = merged_factors(layer, None, None)
-    dense = sum(f.scale * f.up @ f.down for _, f in layer.halves())
+    layer = of_two(factors((4, 3), 2, 0, scale), factors((4, 3), 1, 1, -0.5))
+    up, down = merged_factors(layer)
+    dense = sum(f.scale * f.up @ f.down for _, f in layer.items())
     torch.testing.assert_close(up @ down, dense, rtol=1e-12, atol=1e-12)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import Dense, factors
+from toys import Dense, factors, of_two
 
-from ziplora_core.branch import JoinedPair
-from ziplora_core.pair import LayerPair, LoRAPair
+from ziplora_core.branch import JoinedSet
+from ziplora_core.lora_set import CONCEPTS, LoRASet
 
 SHAPES = {"linear": ((5, 4), (2, 3, 4)), "convolution": ((5, 3, 3, 3), (2, 3, 4, 4))}
 
@@ -16,10 +16,10 @@ def problem(kind: str, halves: str, dtype=torch.float64):
     shape, x_shape = SHAPES[kind]
     content = factors(shape, 2, 0, 0.7) if halves != "style" else None
     style = factors(shape, 3, 1, 1.3) if halves != "content" else None
-    joined = JoinedPair(LoRAPair({"layer": LayerPair(content, style)}), dtype=dtype)
+    joined = JoinedSet(LoRASet(CONCEPTS, {"layer": of_two(content, style)}), dtype=dtype)
     g = torch.Generator().manual_seed(2)
     x, weight = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in (x_shape, shape))
-    m = torch.rand(joined.pair.coefficient_count, generator=g, dtype=torch.float64) + 0.5
+    m = torch.rand(joined.loras.coefficient_count, generator=g, dtype=torch.float64) + 0.5
     return joined, Dense(weight), x, m
 
 
@@ -45,7 +45,7 @@ def test_output_is_the_dense_layers(kind):
     joined, base, x, m = problem(kind, "both")
     parts = joined.split(m)
     dense = torch.zeros_like(base.weight)
-    for concept, f in joined.pair.layers["layer"].halves():
+    for concept, f in joined.loras.layers["layer"].items():
         update = f.scale * torch.einsum("or,ri...->oi...", f.up, f.down)
         dense += update * parts[concept]["layer"].reshape(1, -1, *[1] * (x.ndim - 2 if kind == "convolution" else 0))
     got = joined.student(m).layer("layer", x, base, **options(kind))
@@ -73,6 +73,6 @@ def test_a_teachers_rows_may_be_folded_into_more():
     """As video models fold frames into rows: content's come first."""
     joined, base, x, _ = problem("linear", "both")
     x = x.repeat(3, 1, 1)
-    got = joined.teacher(torch.tensor([False, True])).layer("layer", x, base)
-    for rows, (_, f) in zip((slice(0, 3), slice(3, None)), joined.pair.layers["layer"].halves(), strict=True):
+    got = joined.teacher(torch.tensor([0, 1])).layer("layer", x, base)
+    for rows, (_, f) in zip((slice(0, 3), slice(3, None)), joined.loras.layers["layer"].items(), strict=True):
         torch.testing.assert_close(got[rows], x[rows] @ (base.weight + f.scale * f.up @ f.down).T)

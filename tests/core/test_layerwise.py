@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import SHAPES, Dense, ToyPredictor, toy_pair, toy_references
+from toys import SHAPES, Dense, ToyPredictor, references_of, toy_pair, toy_references, toy_set
 
 from ziplora_core import layerwise, shares
-from ziplora_core.branch import JoinedPair
+from ziplora_core.branch import JoinedSet
 from ziplora_core.coefficients import Coefficients
-from ziplora_core.pair import CONCEPTS
+from ziplora_core.lora_set import CONCEPTS
 from ziplora_core.retention import measure_retention
 
 
@@ -25,22 +25,21 @@ class Watched(ToyPredictor):
 
         class Spy:
             def layer(self, name, x, base, **options):
-                watched.seen.append((name, batch.is_style, x.clone()))
+                watched.seen.append((name, batch.concept, x.clone()))
                 return branch.layer(name, x, base, **options)
 
         return super().__call__(batch, Spy())
 
-    def features(self, name, concept):
-        """What a layer saw under a concept's reference: (positions, columns)."""
-        rows = [x[is_style == (concept == "style")] for n, is_style, x in self.seen if n == name]
+    def features(self, name, place):
+        """What a layer saw under the reference of the concept at a place: (positions, columns)."""
+        rows = [x[concept == place] for n, concept, x in self.seen if n == name]
         return torch.cat([(x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2) for x in rows])
 
 
-@pytest.fixture
-def solved():
+def solved(loras):
     """(joined, what its layers saw, the merge, what was told of each layer)"""
-    joined, predictor, told = JoinedPair(toy_pair(), dtype=torch.float64), Watched(), []
-    found = layerwise.merge(joined, predictor, toy_references(), 3, told.append, ridge=0.2)
+    joined, predictor, told = JoinedSet(loras, dtype=torch.float64), Watched(), []
+    found = layerwise.merge(joined, predictor, references_of(loras.concepts), 3, told.append, ridge=0.2)
     return joined, predictor, found, told
 
 
@@ -48,14 +47,15 @@ def deltas(joined, name):
     """ΔW of each LoRA of a layer, (rows, columns) float64: what belongs to a column in one axis."""
     return {
         concept: (f.scale * torch.einsum("or,ri...->oi...", f.up, f.down)).movedim(1, -1).flatten(0, -2)
-        for concept, f in joined.pair.layers[name].halves()
+        for concept, f in joined.loras.layers[name].items()
     }
 
 
 def as_least_squares(joined, predictor, name, ridge):
     """Rows and targets of the sum that `shares` states, one column of the update after the other; the ridge's last."""
     parts = deltas(joined, name)
-    active = {c: predictor.features(name, c).square().mean(0) for c in parts}
+    places = {c: joined.concepts.index(c) for c in parts}
+    active = {c: predictor.features(name, places[c]).square().mean(0) for c in parts}
     disturbed = {c: sum(d for o, d in parts.items() if o != c) for c in parts}
     weights = {c: 1 / (active[c] * disturbed[c].square().sum(0)).sum() for c in parts}
     size = sum(weights[c] * active[c] for c in parts) * torch.stack([d.square().sum(0) for d in parts.values()])
@@ -70,9 +70,10 @@ def as_least_squares(joined, predictor, name, ridge):
 BOTH = [name for name in SHAPES if not name.startswith("only")]
 
 
+@pytest.mark.parametrize("loras", [toy_pair(), toy_set(3), toy_set(5)], ids=["2", "3", "5"])
 @pytest.mark.parametrize("name", BOTH)
-def test_each_layer_is_the_dense_ridge_solution_of_relative_errors(solved, name):
-    joined, predictor, found, told = solved
+def test_each_layer_is_the_dense_ridge_solution_of_relative_errors(loras, name):
+    joined, predictor, found, told = solved(loras)
     expected, errors = [], torch.zeros(2, dtype=torch.float64)  # at the solution, at the direct merge
     for rows, targets in as_least_squares(joined, predictor, name, 0.2):
         z = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)[:, None]).solution[:, 0]
@@ -80,7 +81,7 @@ def test_each_layer_is_the_dense_ridge_solution_of_relative_errors(solved, name)
         for at, m in enumerate((z, torch.ones_like(z))):
             errors[at] += sum((r @ m - t).square().sum() for r, t in zip(rows[:-1], targets[:-1], strict=True))
     expected = torch.stack(expected, 1)
-    got = torch.stack([getattr(found, c)[name] for c in CONCEPTS]).double()
+    got = torch.stack([found[c][name] for c in loras.layers[name]]).double()
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert (got - 1).abs().max() > 0.1, "near the direct merge the comparison shows little"
     (left,) = [layer.left for layer in told if layer.name == name]
@@ -95,21 +96,21 @@ def test_a_feature_that_only_one_reference_uses_goes_to_its_lora():
     torch.testing.assert_close(v / v.sum(1, keepdim=True), torch.tensor([[1, 0], [0, 1], [0.5, 0.5]]).double())
 
 
-def test_layers_of_one_lora_stay_and_every_layer_is_told_of(solved):
-    joined, _, found, told = solved
+def test_layers_of_one_lora_stay_and_every_layer_is_told_of():
+    joined, _, found, told = solved(toy_pair())
     for concept in CONCEPTS:
-        assert torch.equal(getattr(found, concept)[f"only {concept}"], torch.ones(SHAPES[f"only {concept}"][1]))
-        wanted = [n for n, layer in joined.pair.layers.items() if getattr(layer, concept) is not None]
-        assert list(getattr(found, concept)) == wanted
+        assert torch.equal(found[concept][f"only {concept}"], torch.ones(SHAPES[f"only {concept}"][1]))
+        wanted = [n for n, layer in joined.loras.layers.items() if concept in layer]
+        assert list(found[concept]) == wanted
     assert [(s.name, s.index, s.layers) for s in told] == [(n, i, len(SHAPES)) for i, n in enumerate(SHAPES, 1)]
     assert [s.left for s in told if s.name.startswith("only")] == [1.0, 1.0]
 
 
 def test_it_takes_eight_passes_and_keeps_a_number_for_each_coefficient():
-    joined, predictor = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor()
+    joined, predictor = JoinedSet(toy_pair(), dtype=torch.float64), ToyPredictor()
     activity = layerwise.record(joined, predictor, toy_references(), 0)
     assert predictor.calls == layerwise.DRAWS == 8
-    both = 2 * sum(layer.columns for layer in joined.pair.layers.values())
+    both = 2 * sum(layer.columns for layer in joined.layers.values())
     assert sum(sums.numel() for sums in activity.sums.values()) == both
     assert {sums.dtype for sums in activity.sums.values()} == {torch.float32}
 
@@ -126,7 +127,7 @@ def test_squares_that_half_precision_cannot_hold_are_added_up_in_float32(dtype):
 
 
 def test_noise_is_the_seeds_spread_over_the_schedule_and_never_that_of_measuring():
-    joined, references = JoinedPair(toy_pair(), dtype=torch.float64), toy_references()
+    joined, references = JoinedSet(toy_pair(), dtype=torch.float64), toy_references()
 
     class Noises(ToyPredictor):
         def __init__(self):
@@ -143,7 +144,7 @@ def test_noise_is_the_seeds_spread_over_the_schedule_and_never_that_of_measuring
         work(predictor)
         return torch.cat(predictor.noise), predictor.eighths
 
-    ones = [joined.unflatten(torch.ones(joined.pair.coefficient_count))]
+    ones = [joined.unflatten(torch.ones(joined.loras.coefficient_count))]
     first, eighths = noise(lambda p: layerwise.merge(joined, p, references, 0))
     second, _ = noise(lambda p: layerwise.merge(joined, p, references, 1))
     measured, _ = noise(lambda p: measure_retention(joined, p, references, ones, 0))
@@ -162,25 +163,25 @@ def test_layers_that_take_no_part_are_shared_out_by_the_weights_alone():
 
             return super().__call__(batch, Some())
 
-    found = layerwise.merge(JoinedPair(pair, dtype=torch.float64), Forgetful(), toy_references(), 0, ridge=shares.RIDGE)
+    found = layerwise.merge(JoinedSet(pair, dtype=torch.float64), Forgetful(), toy_references(), 0, ridge=shares.RIDGE)
     known = shares.merge(pair)
     for concept in CONCEPTS:
         for name in BOTH:
-            same = torch.equal(getattr(found, concept)[name], getattr(known, concept)[name])
+            same = torch.equal(found[concept][name], known[concept][name])
             assert same == (name == "first"), name
 
 
 def test_both_references_apart_or_together_is_the_same_merge():
-    joined = JoinedPair(toy_pair(), dtype=torch.float64)
+    joined = JoinedSet(toy_pair(), dtype=torch.float64)
     merges = [layerwise.merge(joined, ToyPredictor(joins), toy_references(), 3) for joins in (True, False)]
     for side in CONCEPTS:
-        for name, m in getattr(merges[0], side).items():
-            torch.testing.assert_close(m, getattr(merges[1], side)[name])
+        for name, m in merges[0][side].items():
+            torch.testing.assert_close(m, merges[1][side][name])
 
 
 def test_a_layer_that_a_pass_calls_twice_counts_twice():
-    joined, activity = JoinedPair(toy_pair(), dtype=torch.float64), layerwise.Activity()
-    branch = layerwise.RecordingBranch(joined, torch.tensor([False, True]), activity)
+    joined, activity = JoinedSet(toy_pair(), dtype=torch.float64), layerwise.Activity()
+    branch = layerwise.RecordingBranch(joined, torch.tensor([0, 1]), activity)
     base = Dense(ToyPredictor().weights["first"])
     first, second = torch.rand(2, 2, 6, 5, dtype=torch.float64).unbind(0)
     for x in (first, second):
@@ -191,17 +192,17 @@ def test_a_layer_that_a_pass_calls_twice_counts_twice():
 
 
 def test_merge_keeps_both_better_than_the_direct_merge():
-    joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
+    joined, predictor, references = JoinedSet(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
     found = layerwise.merge(joined, predictor, references, seed=0, ridge=0.1)
-    before, after = measure_retention(joined, predictor, references, [Coefficients.ones(joined.pair), found], seed=0)
+    before, after = measure_retention(joined, predictor, references, [Coefficients.ones(joined.loras), found], seed=0)
     assert after["content"] + after["style"] < 0.8 * (before["content"] + before["style"])
 
 
 def test_numbers_that_overflow_are_refused_by_the_name_of_their_layer():
     pair = toy_pair()
-    pair.layers["second"].content.up[:] = float("inf")
+    pair.layers["second"]["content"].up[:] = float("inf")
     with pytest.raises(FloatingPointError, match="second.*not finite"):
-        layerwise.merge(JoinedPair(pair, dtype=torch.float64), ToyPredictor(), toy_references(), seed=0)
+        layerwise.merge(JoinedSet(pair, dtype=torch.float64), ToyPredictor(), toy_references(), seed=0)
 
 
 def test_what_its_listener_raises_ends_it_after_one_layer():
@@ -212,5 +213,5 @@ def test_what_its_listener_raises_ends_it_after_one_layer():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        layerwise.merge(JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references(), 0, stop)
+        layerwise.merge(JoinedSet(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references(), 0, stop)
     assert len(told) == 1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import factors, toy_pair
+from toys import factors, of_two, toy_pair
 
 from ziplora_core.coefficients import Coefficients
+from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet
 from ziplora_core.merge import merged_factors, merged_layers
-from ziplora_core.pair import Factors, LayerPair, LoRAPair
 
 
 def dense(f: Factors) -> torch.Tensor:
@@ -18,7 +18,7 @@ def dense(f: Factors) -> torch.Tensor:
 def test_hand_computed():
     content = Factors(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 10.0]]))
     style = Factors(torch.tensor([[1.0], [0.0]]), torch.tensor([[5.0, 7.0]]), 2.0)
-    up, down = merged_factors(LayerPair(content, style), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.5]))
+    up, down = merged_factors(of_two(content, style), of_two(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.5])))
     assert torch.equal(up @ down, torch.tensor([[1.0, 7.0], [2.0, 0.0]]))
 
 
@@ -26,7 +26,7 @@ def test_hand_computed():
 def test_equals_dense(shape):
     content, style = factors(shape, 2, 1, 0.5), factors(shape, 4, 2, 1.5)
     m_c, m_s = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    up, down = merged_factors(LayerPair(content, style), m_c, m_s)
+    up, down = merged_factors(of_two(content, style), of_two(m_c, m_s))
     columns = (1, 5, *[1] * (len(shape) - 2))
     expected = dense(content) * m_c.reshape(columns) + dense(style) * m_s.reshape(columns)
     assert up.shape[1] == down.shape[0] == 6
@@ -37,14 +37,14 @@ def test_ones_are_the_direct_merge_and_scaling_is_a_dial():
     pair = toy_pair()
     ones = Coefficients.ones(pair)
     for weights in ((1.0, 1.0), (0.0, 1.0), (1.0, 0.25)):
-        scaled = ones.scaled(*weights)
+        scaled = ones.scaled(**of_two(*weights))
         for name, up, down in merged_layers(pair, scaled):
             parts = zip(("content", "style"), weights, strict=True)
-            layer = dict(pair.layers[name].halves())
+            layer = pair.layers[name]
             expected = sum(w * dense(layer[c]) for c, w in parts if c in layer)
             merged = torch.einsum("or,ri...->oi...", up, down)
             torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
-    assert all(torch.equal(m, torch.ones_like(m)) for m in ones.content.values()), "scaled() changed the original"
+    assert all(torch.equal(m, torch.ones_like(m)) for m in ones["content"].values()), "scaled() changed the original"
 
 
 def test_counts():
@@ -53,12 +53,12 @@ def test_counts():
     assert pair.coefficient_count == Coefficients.ones(pair).count == by_hand
     assert pair.layer_counts() == {"both": 3, "content only": 1, "style only": 1}
     assert pair.ranks("content") == (2, 2) and pair.ranks("style") == (3, 3)
-    assert LoRAPair({}).coefficient_count == 0 and LoRAPair({}).ranks("style") == (0, 0)
+    assert LoRASet(CONCEPTS, {}).coefficient_count == 0 and LoRASet(CONCEPTS, {}).ranks("style") == (0, 0)
 
 
 def test_half_precision_factors_merge_in_float32():
     half = Factors(torch.ones(2, 1, dtype=torch.float16), torch.full((1, 3), 1 / 3, dtype=torch.float16))
-    up, down = merged_factors(LayerPair(half, half), torch.full((3,), 1 / 3), torch.ones(3))
+    up, down = merged_factors(of_two(half, half), of_two(torch.full((3,), 1 / 3), torch.ones(3)))
     assert up.dtype == down.dtype == torch.float32
     assert down[0, 0].item() == pytest.approx(half.down[0, 0].item() / 3, rel=1e-6)
 
@@ -66,10 +66,10 @@ def test_half_precision_factors_merge_in_float32():
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: LayerPair(),
+        lambda: LoRASet(CONCEPTS, {"layer": of_two()}),
         lambda: Factors(torch.ones(2, 3), torch.ones(2, 4)),
-        lambda: LayerPair(factors((2, 3), 1, 0), factors((3, 3), 1, 0)),
-        lambda: merged_factors(LayerPair(factors((2, 3), 1, 0)), torch.ones(2), None),
+        lambda: LoRASet(CONCEPTS, {"layer": of_two(factors((2, 3), 1, 0), factors((3, 3), 1, 0))}),
+        lambda: merged_factors(of_two(factors((2, 3), 1, 0)), of_two(torch.ones(2))),
     ],
 )
 def test_refuses_what_does_not_fit(build):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from toys import SHAPES, ToyPredictor, toy_pair, toy_references
 
-from ziplora_core.branch import JoinedPair
+from ziplora_core.branch import JoinedSet
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.draws import training_batches
 from ziplora_core.gradient import accumulate_gradient
+from ziplora_core.lora_set import CONCEPTS
 from ziplora_core.objective import PAPER
 from ziplora_core.solver import Settings
 
@@ -33,19 +34,19 @@ def dense_loss(predictor, pair, batch, m):
     own = {"content": {}, "style": {}}
     merged = {}
     for name, layer in pair.layers.items():
-        for concept, f in layer.halves():
+        for concept, f in layer.items():
             delta = f.scale * torch.einsum("or,ri...->oi...", f.up, f.down)
             own[concept][name] = delta
             columns = m[name][concept].reshape(1, -1, *[1] * (delta.ndim - 2))
             merged[name] = merged.get(name, 0) + delta * columns
     x = predictor.noisy(batch)
     loss = 0.0
-    for row, is_style in enumerate(batch.is_style.tolist()):
-        teacher = dense_forward(predictor, x[row : row + 1], own["style" if is_style else "content"])
+    for row, place in enumerate(batch.concept.tolist()):
+        teacher = dense_forward(predictor, x[row : row + 1], own[CONCEPTS[place]])
         student = dense_forward(predictor, x[row : row + 1], merged)
-        loss = loss + ((student - teacher) ** 2).sum().sqrt() / (len(batch.is_style) / 2)
+        loss = loss + ((student - teacher) ** 2).sum().sqrt() / (len(batch.concept) / 2)
     for name, layer in pair.layers.items():
-        if layer.content is not None and layer.style is not None:
+        if len(layer) == 2:
             loss = loss + SETTINGS.similarity_lambda * (m[name]["content"] @ m[name]["style"]).abs()
     return loss
 
@@ -53,7 +54,7 @@ def dense_loss(predictor, pair, batch, m):
 @pytest.fixture(params=[1, 3], ids=["batch 1", "batch 3"])
 def problem(request):
     pair, predictor = toy_pair(), ToyPredictor()
-    joined = JoinedPair(pair, dtype=torch.float64)
+    joined = JoinedSet(pair, dtype=torch.float64)
     batches = next(training_batches(toy_references(), predictor, Settings(batch_size=request.param)))
     g = torch.Generator().manual_seed(3)
     flat = torch.randn(pair.coefficient_count, generator=g, dtype=torch.float64)
@@ -72,7 +73,7 @@ def test_loss_equals_dense_transcription(problem):
     expected = dense_loss(predictor, pair, batches[0], by_layer(joined, flat))
     assert losses.total == pytest.approx(expected.item(), rel=1e-12)
     assert losses.total == pytest.approx(
-        losses.content + losses.style + SETTINGS.similarity_lambda * losses.overlap, rel=1e-12
+        losses.retention["content"] + losses.retention["style"] + SETTINGS.similarity_lambda * losses.overlap, rel=1e-12
     )
 
 
@@ -95,9 +96,9 @@ def test_one_at_a_time_adds_up_to_the_batch(problem):
     together = flat.clone().requires_grad_()
     a = accumulate_gradient(joined, predictor, together, batches, SETTINGS, PLAIN)
     apart = flat.clone().requires_grad_()
-    half = len(batches[0].is_style) // 2
+    half = len(batches[0].concept) // 2
     split = [
-        type(batches[0])(**{k: getattr(batches[0], k)[rows] for k in ("latents", "noise", "timesteps", "is_style")})
+        type(batches[0])(**{k: getattr(batches[0], k)[rows] for k in ("latents", "noise", "timesteps", "concept")})
         for rows in (slice(0, half), slice(half, None))
     ]
     b = accumulate_gradient(joined, predictor, apart, split, SETTINGS, PLAIN)
@@ -110,12 +111,12 @@ def test_teacher_rows_see_their_own_lora_only(problem):
     pair, predictor, joined, batches, _ = problem
     batch = batches[0]
     with torch.no_grad():
-        teacher = predictor(batch, joined.teacher(batch.is_style))
+        teacher = predictor(batch, joined.teacher(batch.concept))
         ones = Coefficients.ones(pair)
         content = predictor(batch, joined.student(joined.flatten(ones.scaled(style=0.0))))
         style = predictor(batch, joined.student(joined.flatten(ones.scaled(content=0.0))))
-    torch.testing.assert_close(teacher[~batch.is_style], content[~batch.is_style])
-    torch.testing.assert_close(teacher[batch.is_style], style[batch.is_style])
+    torch.testing.assert_close(teacher[batch.concept == 0], content[batch.concept == 0])
+    torch.testing.assert_close(teacher[batch.concept == 1], style[batch.concept == 1])
     assert not torch.allclose(content, style)
 
 

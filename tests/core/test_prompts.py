@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from toys import Dense
+from toys import Dense, of_two
 
 from ziplora_core import prompts
-from ziplora_core.branch import Branch, JoinedPair
-from ziplora_core.pair import Factors, LayerPair, LoRAPair
+from ziplora_core.branch import Branch, JoinedSet
+from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet
 from ziplora_core.solver import OTHER, OWN, Batch, References
 
 LATENT, OUT = 4, 4
@@ -30,7 +30,7 @@ class Words:
 
     timesteps, loss_scale = 1000, 1.0
 
-    def __init__(self, pair: LoRAPair, said: dict[str, dict[str, str]], joins: bool = True):
+    def __init__(self, pair: LoRASet, said: dict[str, dict[str, str]], joins: bool = True):
         self.pair, self.said, self.joins, self.calls = pair, said, joins, 0
         g = torch.Generator().manual_seed(3)
         self.weight = torch.randn(OUT, LATENT + 2, generator=g, dtype=torch.float64)
@@ -39,8 +39,8 @@ class Words:
     def inputs(self, batch: Batch) -> torch.Tensor:
         noisy = (batch.latents + batch.noise).double().flatten(1)
         words = torch.zeros(len(noisy), 2, dtype=torch.float64)
-        for row, style in enumerate(batch.is_style):
-            word = self.said["style" if style else "content"].get(batch.prompt)
+        for row, place in enumerate(batch.concept.tolist()):
+            word = self.said[CONCEPTS[place]].get(batch.prompt)
             if word is not None:
                 words[row, WORDS[word] - LATENT] = 1
         return torch.cat([noisy, words], 1)
@@ -53,19 +53,19 @@ class Words:
         """What a LoRA that was trained on these references predicts, but for a rest of length 1."""
         rest = torch.zeros(OUT, dtype=torch.float64)
         rest[0] = 1.0
-        own = [self.pair.layers["layer"].style if s else self.pair.layers["layer"].content for s in batch.is_style]
+        own = [self.pair.layers["layer"][CONCEPTS[place]] for place in batch.concept.tolist()]
         trained = torch.stack([factors.up[:, 0] for factors in own])
         return self.inputs(batch) @ self.weight.T + trained + rest
 
 
 @pytest.fixture
-def pair() -> LoRAPair:
-    return LoRAPair({"layer": LayerPair(reads(WORDS["content"], 1), reads(WORDS["style"], 2))})
+def pair() -> LoRASet:
+    return LoRASet(CONCEPTS, {"layer": of_two(reads(WORDS["content"], 1), reads(WORDS["style"], 2))})
 
 
 @pytest.fixture
 def references() -> References:
-    return References(torch.randn(2, LATENT, 1, 1), torch.randn(3, LATENT, 1, 1))
+    return of_two(torch.randn(2, LATENT, 1, 1), torch.randn(3, LATENT, 1, 1))
 
 
 RIGHT = {"content": {"own": "content", "other": "style"}, "style": {"own": "style", "other": "content"}}
@@ -75,9 +75,9 @@ SWAPPED = {"content": {"own": "style", "other": "content"}, "style": {"own": "co
 @pytest.mark.parametrize("joins", [True, False])
 def test_right_prompts_are_told_from_an_empty_one(pair, references, joins) -> None:
     predictor = Words(pair, RIGHT, joins)
-    found = prompts.measure(JoinedPair(pair, dtype=torch.float64), predictor, references, seed=5)
+    found = prompts.measure(JoinedSet(pair, dtype=torch.float64), predictor, references, seed=5)
     for concept, effect in found.items():
-        up = getattr(pair.layers["layer"], concept).up[:, 0]
+        up = pair.layers["layer"][concept].up[:, 0]
         bare = (up + torch.eye(OUT, dtype=torch.float64)[0]).norm()  # the error of the bare model, under any prompt
         assert effect.gain["own"] == pytest.approx(1 - 1 / bare.item(), rel=1e-6)
         assert effect.gain["empty"] == pytest.approx(0, abs=1e-9)
@@ -90,21 +90,21 @@ def test_right_prompts_are_told_from_an_empty_one(pair, references, joins) -> No
 @pytest.mark.parametrize("wrong", [{}, {"own": None}, {"own": "style"}])
 def test_a_prompt_without_the_word_does_not_fire_whatever_the_other_does(pair, references, wrong) -> None:
     predictor = Words(pair, {**RIGHT, "content": wrong})
-    found = prompts.measure(JoinedPair(pair, dtype=torch.float64), predictor, references, seed=5)
+    found = prompts.measure(JoinedSet(pair, dtype=torch.float64), predictor, references, seed=5)
     assert not found["content"].fires and found["style"].fires
     assert predictor.calls == 6 * prompts.DRAWS, "then the other concept's prompt is tried"
 
 
 def test_swapped_prompts_are_seen(pair, references) -> None:
     predictor = Words(pair, SWAPPED)
-    found = prompts.measure(JoinedPair(pair, dtype=torch.float64), predictor, references, seed=5)
+    found = prompts.measure(JoinedSet(pair, dtype=torch.float64), predictor, references, seed=5)
     assert all(effect.swapped and not effect.fires for effect in found.values())
     assert all(effect.gain[OTHER] > 0.5 > effect.gain[OWN] for effect in found.values())
 
 
 def test_a_lora_that_acts_on_every_prompt_is_not_said_to_fire(pair, references) -> None:
     always = {**RIGHT, "style": dict.fromkeys(("own", "empty", "other"), "style")}
-    found = prompts.measure(JoinedPair(pair, dtype=torch.float64), Words(pair, always), references, seed=5)
+    found = prompts.measure(JoinedSet(pair, dtype=torch.float64), Words(pair, always), references, seed=5)
     assert found["style"].gain["own"] == pytest.approx(found["style"].gain["empty"]) and not found["style"].fires
 
 
@@ -131,9 +131,9 @@ def test_a_model_that_draws_no_numbers_under_a_prompt_has_no_gain_there(pair, re
             made = super().__call__(batch, branch)
             without = self.calls % 2 == 0
             hit = batch.prompt == OWN and without == (spoiled == "without it")
-            return torch.where(batch.is_style[:, None], made, made + value) if hit else made
+            return torch.where((batch.concept == 1)[:, None], made, made + value) if hit else made
 
-    found = prompts.measure(JoinedPair(pair, dtype=torch.float64), Spoiled(pair, RIGHT), references, seed=5)
+    found = prompts.measure(JoinedSet(pair, dtype=torch.float64), Spoiled(pair, RIGHT), references, seed=5)
     assert math.isnan(found["content"].gain[OWN]) and math.isnan(found["content"].change[OWN])
     assert not found["content"].fires and found["style"].fires
     assert math.isfinite(found["content"].gain["empty"])
@@ -141,6 +141,6 @@ def test_a_model_that_draws_no_numbers_under_a_prompt_has_no_gain_there(pair, re
 
 def test_where_the_bare_model_does_nothing_there_is_no_change_to_speak_of() -> None:
     zero = {(c, p): torch.zeros(4, dtype=torch.float64) for c in ("content", "style") for p in ("own", "empty")}
-    effect = prompts._effects(zero, ("own", "empty"))["content"]
+    effect = prompts._effects(zero, CONCEPTS, ("own", "empty"))["content"]
     assert effect.change == {"own": 0.0, "empty": 0.0} and effect.gain == {"own": 1.0, "empty": 1.0}
     assert not effect.fires

@@ -6,11 +6,11 @@ from itertools import permutations
 
 import pytest
 import torch
-from toys import toy_pair
+from toys import of_two, toy_pair
 
 from ziplora_core import shares
 from ziplora_core.direct import METHODS
-from ziplora_core.pair import CONCEPTS, Factors, LayerPair, LoRAPair
+from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet, columns
 
 
 def random_factors(seed: int, rank: int, size: float = 1.0, kernel: tuple[int, ...] = ()) -> Factors:
@@ -106,17 +106,17 @@ def test_a_lora_that_does_nothing_in_a_layer_takes_nothing_from_the_other() -> N
 def test_a_layer_of_one_lora_stays_and_every_layer_has_its_coefficients() -> None:
     pair, found = METHODS["shared columns"](toy_pair())
     for concept in CONCEPTS:
-        side = getattr(found, concept)
-        assert side.keys() == {name for name, layer in pair.layers.items() if getattr(layer, concept) is not None}
+        side = found[concept]
+        assert side.keys() == {name for name, layer in pair.layers.items() if concept in layer}
         for name, m in side.items():
-            assert m.shape == (pair.layers[name].columns,) and m.dtype == torch.float32
-    alone = [(name, *layer.halves()) for name, layer in pair.layers.items() if None in (layer.content, layer.style)]
+            assert m.shape == (columns(pair.layers[name]),) and m.dtype == torch.float32
+    alone = [(name, *layer.items()) for name, layer in pair.layers.items() if len(layer) < 2]
     assert alone
     for name, (concept, factors) in alone:
-        assert torch.equal(getattr(found, concept)[name], torch.ones(factors.columns))
+        assert torch.equal(found[concept][name], torch.ones(factors.columns))
 
 
 def test_an_update_that_is_not_finite_is_named() -> None:
     bad = Factors(torch.full((10, 2), torch.inf), torch.ones(2, 6))
     with pytest.raises(FloatingPointError, match="layer here: "):
-        shares.merge(LoRAPair({"here": LayerPair(random_factors(0, 3), bad)}))
+        shares.merge(LoRASet(CONCEPTS, {"here": of_two(random_factors(0, 3), bad)}))

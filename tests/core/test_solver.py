@@ -8,21 +8,21 @@ import math
 
 import pytest
 import torch
-from toys import SHAPES, Dense, ToyPredictor, factors, toy_pair, toy_references
+from toys import SHAPES, Dense, ToyPredictor, factors, of_two, toy_pair, toy_references
 
-from ziplora_core.branch import JoinedPair
+from ziplora_core.branch import JoinedSet
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.draws import training_batches
 from ziplora_core.gradient import optimize
+from ziplora_core.lora_set import CONCEPTS, LoRASet
 from ziplora_core.objective import PAPER
-from ziplora_core.pair import LayerPair, LoRAPair
 from ziplora_core.retention import measure_retention
-from ziplora_core.solver import SOLVERS, NotFinite, References, Settings
+from ziplora_core.solver import SOLVERS, NotFinite, Settings
 from ziplora_core.zipper import close
 
 
 def run(settings=None, predictor=None, pair=None, references=None, on_step=None):
-    joined = JoinedPair(pair or toy_pair(), dtype=torch.float64)
+    joined = JoinedSet(pair or toy_pair(), dtype=torch.float64)
     return optimize(
         joined, predictor or ToyPredictor(), references or toy_references(), settings or Settings(), on_step
     )
@@ -30,33 +30,33 @@ def run(settings=None, predictor=None, pair=None, references=None, on_step=None)
 
 @pytest.mark.slow
 def test_learns_on_noise_it_never_saw():
-    joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
+    joined, predictor, references = JoinedSet(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
     settings = Settings(steps=25, learning_rate=0.03, similarity_lambda=0.0)
     result = optimize(joined, predictor, references, settings)
-    ones = Coefficients.ones(joined.pair)
+    ones = Coefficients.ones(joined.loras)
     before, after = measure_retention(joined, predictor, references, [ones, result.coefficients], seed=0)
     assert after["content"] + after["style"] < 0.8 * (before["content"] + before["style"])
 
 
 def test_same_seed_same_bits_and_another_seed_another_answer():
     a, b, c = run(Settings(steps=5)), run(Settings(steps=5)), run(Settings(steps=5, seed=1))
-    assert all(torch.equal(a.coefficients.style[k], b.coefficients.style[k]) for k in a.coefficients.style)
-    assert not all(torch.equal(a.coefficients.style[k], c.coefficients.style[k]) for k in a.coefficients.style)
+    assert all(torch.equal(a.coefficients["style"][k], b.coefficients["style"][k]) for k in a.coefficients["style"])
+    assert not all(torch.equal(a.coefficients["style"][k], c.coefficients["style"][k]) for k in a.coefficients["style"])
 
 
 def test_timesteps_of_few_steps_are_spread_over_the_schedule():
     predictor, settings = ToyPredictor(), Settings(batch_size=2)
     batches = itertools.islice(training_batches(toy_references(), predictor, settings), 8)
-    rows = [(int(t), bool(s)) for (b,) in batches for t, s in zip(b.timesteps, b.is_style, strict=True)]
-    for is_style in (False, True):
-        eighths = {t * 8 // predictor.timesteps for t, style in rows if style == is_style}
+    rows = [(int(t), int(c)) for (b,) in batches for t, c in zip(b.timesteps, b.concept, strict=True)]
+    for concept in (0, 1):
+        eighths = {t * 8 // predictor.timesteps for t, of in rows if of == concept}
         assert len(eighths) == 8  # sixteen independent draws would leave one empty in two of three runs
 
 
 def test_from_a_start_the_result_is_the_mean_of_the_last_half(monkeypatch):
     monkeypatch.setattr("ziplora_core.gradient._BETAS_FROM_START", (0.9, 0.999))  # as from ones, to compare with
-    joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
-    start = Coefficients.ones(joined.pair)
+    joined, predictor, references = JoinedSet(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
+    start = Coefficients.ones(joined.loras)
 
     def last(steps, start=None):
         found = optimize(joined, predictor, references, Settings(steps=steps, objective=PAPER), start=start)
@@ -77,8 +77,8 @@ def test_two_passes_a_step_when_batched_and_four_when_not():
 def test_batched_or_not_is_the_same_run():
     a, b = run(Settings(steps=5), ToyPredictor(True)), run(Settings(steps=5), ToyPredictor(False))
     for side in ("content", "style"):
-        for name, m in getattr(a.coefficients, side).items():
-            torch.testing.assert_close(m, getattr(b.coefficients, side)[name], rtol=1e-5, atol=1e-6)
+        for name, m in a.coefficients[side].items():
+            torch.testing.assert_close(m, b.coefficients[side][name], rtol=1e-5, atol=1e-6)
 
 
 def test_relative_losses_begin_at_one():
@@ -92,28 +92,28 @@ def test_relative_losses_begin_at_one():
 
         history = run(still, Loud()).history
         for concept in ("content", "style"):
-            mean = sum(getattr(s.losses, concept) for s in history) / len(history)
+            mean = sum(s.losses.retention[concept] for s in history) / len(history)
             assert 0.5 < mean < 2.0
         assert history[0].losses.overlap == pytest.approx(100)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_beats_the_direct_merge(solver):
-    joined, predictor, references = JoinedPair(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
+    joined, predictor, references = JoinedSet(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
     result = close(joined, predictor, references, Settings(solver=solver))
-    ones = Coefficients.ones(joined.pair)
+    ones = Coefficients.ones(joined.loras)
     before, after = measure_retention(joined, predictor, references, [ones, result.coefficients], seed=0)
     assert after["content"] + after["style"] < 0.9 * (before["content"] + before["style"])
     assert len(result.history) == (0 if solver == "layerwise" else Settings.steps)
     assert set(result.left) == (set() if solver == "gradient" else set(SHAPES))
-    assert all(0 <= left < 1 for left in result.left.values())
+    assert all(left == 1 if name.startswith("only") else 0 <= left < 1 for name, left in result.left.items())
     none = close(joined, predictor, references, Settings(steps=0, solver=solver))
-    assert all(torch.equal(m, torch.ones_like(m)) for m in none.coefficients.content.values())
+    assert all(torch.equal(m, torch.ones_like(m)) for m in none.coefficients["content"].values())
 
 
 def test_references_of_different_sizes():
     g = torch.Generator().manual_seed(0)
-    references = References(torch.randn(1, 3, 4, 6, generator=g), torch.randn(1, 3, 8, 8, generator=g))
+    references = of_two(torch.randn(1, 3, 4, 6, generator=g), torch.randn(1, 3, 8, 8, generator=g))
     result = run(Settings(steps=2), references=references)
     assert len(result.history) == 2 and all(math.isfinite(s.losses.total) for s in result.history)
 
@@ -122,26 +122,26 @@ def test_no_steps_is_the_direct_merge():
     predictor = ToyPredictor()
     result = run(Settings(steps=0), predictor)
     assert predictor.calls == 0 and result.history == []
-    assert all(torch.equal(m, torch.ones_like(m)) for m in result.coefficients.content.values())
+    assert all(torch.equal(m, torch.ones_like(m)) for m in result.coefficients["content"].values())
 
 
 def test_first_update_moves_by_the_rate():
     """Adam's first step is sign(gradient) · rate: where the community's 5e-5 comes to nothing."""
     for rate in (0.01, 5e-5):
-        moved = [(m - 1).abs() for m in run(Settings(steps=1, learning_rate=rate)).coefficients.style.values()]
+        moved = [(m - 1).abs() for m in run(Settings(steps=1, learning_rate=rate)).coefficients["style"].values()]
         assert torch.cat(moved).max().item() == pytest.approx(rate, rel=1e-2)
 
 
 def test_stops_when_the_zipper_is_closed():
     """Overlap alone drives both coefficients of a column to zero together, and the run ends there."""
-    pair = LoRAPair({"only": LayerPair(factors((3, 4), 1, 0, 0.0), factors((3, 4), 1, 1, 0.0))})
+    pair = LoRASet(CONCEPTS, {"only": of_two(factors((3, 4), 1, 0, 0.0), factors((3, 4), 1, 1, 0.0))})
 
     class Still(ToyPredictor):
         def __call__(self, batch, branch):
             x = batch.latents[:, :, 0, 0].double().expand(-1, 4)
             return branch.layer("only", x, Dense(torch.zeros(3, 4, dtype=torch.float64)))
 
-    references = References(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+    references = of_two(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
     result = run(Settings(steps=50, learning_rate=1.0), Still(), pair, references)
     assert result.stopped == "the overlap reached zero"
     assert len(result.history) < 50 and result.coefficients.overlap() < 1e-4
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_keeps_the_coefficients_of_the_last_that_was()
         run(settings, predictor=Breaking())
     seen = run(dataclasses.replace(settings, steps=2)).coefficients
     kept = caught.value.kept.coefficients
-    assert all(torch.equal(kept.style[k], seen.style[k]) for k in seen.style)
+    assert all(torch.equal(kept["style"][k], seen["style"][k]) for k in seen["style"])
     assert "step 4" in caught.value.kept.stopped
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import factors
 
-from ziplora_core.pair import Factors
+from ziplora_core.lora_set import Factors
 from ziplora_core.sparse import top_elements
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from ziplora_core.pair import Factors
+from ziplora_core.lora_set import Factors
 from ziplora_core.trained_lora import TrainedLoRA
 from ziplora_core.training import Example, Pictures, Settings, step_rows, train
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ziplora_core import unzip
-from ziplora_core.pair import Factors
+from ziplora_core.lora_set import Factors
 
 
 def both(**changes):

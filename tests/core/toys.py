@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from ziplora_core.branch import Branch
-from ziplora_core.pair import Factors, LayerPair, LoRAPair
+from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet
 from ziplora_core.solver import Batch, References
+
+
+def of_two(content=None, style=None) -> dict:
+    """Concept -> the content's and the style's, of a pair; None for what is not there."""
+    return {concept: of for concept, of in zip(CONCEPTS, (content, style), strict=True) if of is not None}
 
 
 def factors(shape: tuple[int, ...], rank: int, seed: int, scale: float = 1.0) -> Factors:
@@ -21,14 +26,26 @@ def factors(shape: tuple[int, ...], rank: int, seed: int, scale: float = 1.0) ->
 SHAPES = {"conv": (5, 3, 3, 3), "first": (7, 5), "second": (4, 7), "only content": (4, 4), "only style": (3, 4)}
 
 
-def toy_pair() -> LoRAPair:
+def toy_pair() -> LoRASet:
     """Convolution and linear layers, unequal ranks and scales, layers that only one LoRA changes."""
     layers = {}
     for i, (name, shape) in enumerate(SHAPES.items()):
         content = None if name == "only style" else factors(shape, 2, 10 + i, 0.7)
         style = None if name == "only content" else factors(shape, 3, 20 + i, 1.3)
-        layers[name] = LayerPair(content, style)
-    return LoRAPair(layers)
+        layers[name] = of_two(content, style)
+    return LoRASet(CONCEPTS, layers)
+
+
+NAMES = ("content", "style", "other", "style 2", "other 2", "other 3", "other 4", "other 5")
+
+
+def toy_set(count: int) -> LoRASet:
+    """Unequal ranks and scales, and layers that some of the LoRAs leave alone; of one, that it changes all."""
+    layers = {}
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        chosen = [j for j in range(count) if count == 1 or (i + j) % 4 or i == 1]
+        layers[name] = {NAMES[j]: factors(shape, 1 + j % 3, 100 * j + i, 0.5 + 0.3 * j) for j in chosen}
+    return LoRASet(NAMES[:count], layers)
 
 
 class Dense:
@@ -77,6 +94,14 @@ class ToyPredictor:
         return x
 
 
+def references_of(concepts: tuple[str, ...]) -> References:
+    """Of unequal numbers, each concept's its own whatever its place."""
+    return {
+        c: torch.randn(1 + len(c) % 3, 3, 4, 4, generator=torch.Generator().manual_seed(NAMES.index(c)))
+        for c in concepts
+    }
+
+
 def toy_references() -> References:
     g = torch.Generator().manual_seed(5)
-    return References(torch.randn(2, 3, 4, 4, generator=g), torch.randn(3, 3, 4, 4, generator=g))
+    return of_two(torch.randn(2, 3, 4, 4, generator=g), torch.randn(3, 3, 4, 4, generator=g))

@@ -31,7 +31,7 @@ def zip_pair(pack, patcher, sources, coefficients=None):
     """A ZIPPED_LORA of a pair: all ones, which is what steps = 0 gives, or given coefficients."""
     loras, Coefficients = pack.nodes.bridge.lora.zipped, pack.ziplora_core.coefficients.Coefficients
     fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
-    return loras.ZippedLoRA(sources, fitted, coefficients or Coefficients.ones(fitted.pair))
+    return loras.ZippedLoRA(sources, fitted, coefficients or Coefficients.ones(fitted.loras))
 
 
 def random_coefficients(pack, pair):
@@ -39,8 +39,9 @@ def random_coefficients(pack, pair):
     ones = pack.ziplora_core.coefficients.Coefficients.ones(pair)
     return replace(
         ones,
-        content={k: torch.randn(m.shape, generator=g) for k, m in ones.content.items()},
-        style={k: torch.randn(m.shape, generator=g) for k, m in ones.style.items()},
+        by_concept={
+            c: {k: torch.randn(m.shape, generator=g) for k, m in of.items()} for c, of in ones.by_concept.items()
+        },
     )
 
 
@@ -60,7 +61,7 @@ def test_no_steps_equals_two_stock_loaders(pack):
         )
     assert losses == {"loss": []}
     ours, _ = pack.nodes.bridge.apply.apply(patcher, None, zipped, 1.0)
-    theirs = stock(stock(patcher, sources.content.tensors, 0.9), sources.style.tensors, -0.4)
+    theirs = stock(stock(patcher, sources["content"].tensors, 0.9), sources["style"].tensors, -0.4)
     bare = weights(patcher)
     assert largest_difference(weights(theirs), bare) > 0.01, "the LoRAs change nothing: this tests nothing"
     assert largest_difference(weights(ours), weights(theirs)) < 2e-6
@@ -91,9 +92,9 @@ def test_coefficients_equal_a_written_file_in_the_stock_loader(pack, tmp_path):
     patcher = tiny.tiny_patcher()
     sources = tiny.sources(pack, patcher.model, strengths=(0.7, 1.1))
     zipped = zip_pair(pack, patcher, sources)
-    zipped = replace(zipped, coefficients=random_coefficients(pack, zipped.fitted.pair))
+    zipped = replace(zipped, coefficients=random_coefficients(pack, zipped.fitted.loras))
     file = {}
-    for name, up, down in pack.ziplora_core.merge.merged_layers(zipped.fitted.pair, zipped.coefficients):
+    for name, up, down in pack.ziplora_core.merge.merged_layers(zipped.fitted.loras, zipped.coefficients):
         key = "lora_unet_" + name.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
         file[f"{key}.lora_up.weight"], file[f"{key}.lora_down.weight"] = up.clone(), down.clone()
     save_file(file, tmp_path / "zipped.safetensors")
@@ -112,7 +113,7 @@ def test_style_dial_leaves_the_content_lora_alone(pack):
     execute = next(n for n in pack.nodes.NODES if n.__name__ == "StyleStrength").execute
     dialled = execute(zipped, style_strength=0.0, content_strength=1.0).args[0]
     ours, _ = pack.nodes.bridge.apply.apply(patcher, None, dialled, 1.0)
-    assert largest_difference(weights(ours), weights(stock(patcher, sources.content.tensors))) < 2e-6
+    assert largest_difference(weights(ours), weights(stock(patcher, sources["content"].tensors))) < 2e-6
     assert zipped.coefficients.overlap() == 1.0, "the dial changed what came in"
 
 
@@ -149,7 +150,7 @@ def test_full_size_sdxl_has_1571840_coefficients(pack):
     loras = pack.nodes.bridge.lora.loras
     lora = tiny.full_size.attention_lora(model, 64, 0)
     fitted = pack.nodes.bridge.lora.fitting.fit(
-        loras.LoRASources(*(loras.LoRASource(n, lora, 1.0) for n in ("content", "style"))), model
+        loras.LoRASources(tiny.of_two(*(loras.LoRASource(n, lora, 1.0) for n in ("content", "style")))), model
     )
-    assert fitted.pair.coefficient_count == 1_571_840
-    assert fitted.pair.layer_counts()["both"] == 560
+    assert fitted.loras.coefficient_count == 1_571_840
+    assert fitted.loras.layer_counts()["both"] == 560

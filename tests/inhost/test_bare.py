@@ -80,7 +80,7 @@ def latents():
 def test_names_are_read_without_what_the_clone_wears(pack, both):
     """By each that reads them, as of a model that was never loaded; and the clone draws what it drew."""
     bridge, fresh = pack.nodes.bridge, tiny.tiny_patcher()
-    pair = bridge.lora.fitting.fit(tiny.sources(pack, fresh.model), fresh.model).pair
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, fresh.model), fresh.model).loras
     found = bridge.direct.merge(fresh, tiny.sources(pack, fresh.model), "sum")
     readers = {
         "files": lambda patcher: bridge.lora.keys.unet_keys(patcher.model),

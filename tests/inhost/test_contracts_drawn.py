@@ -21,7 +21,7 @@ def patcher():
 def sources_of(pack, patcher):
     """Two LoRAs at two strengths, each with a difference of a bias, which is on where its LoRA is."""
     sources = tiny.sources(pack, patcher.model, strengths=(0.8, 1.3))
-    for source, value in ((sources.content, 0.2), (sources.style, -0.3)):
+    for source, value in ((sources["content"], 0.2), (sources["style"], -0.3)):
         source.tensors["lora_unet_out_2.diff_b"] = torch.full((4,), value)
     return sources
 
@@ -47,7 +47,7 @@ def test_references_are_the_hosts_pictures_of_one_lora_under_its_prompt(pack, pa
     fitted = fitting.fit(sources, patcher.model)
     with torch.inference_mode():
         drawn = drawing.references.draw(patcher, sources, fitted, concept, prompt, drawing.sampling.Asked(2, 64), 5)
-    expected = host_draws(patcher, sources.by_concept()[concept], prompt, seed, 2)
+    expected = host_draws(patcher, sources.by_concept[concept], prompt, seed, 2)
     assert (drawn.seed, drawn.guidance) == (seed, 4.0)
     torch.testing.assert_close(drawn.latents, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
     assert not torch.equal(*drawn.latents)

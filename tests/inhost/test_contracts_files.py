@@ -31,8 +31,8 @@ def test_load_lora_pair_keeps_order_and_strengths(pack, folders, pair):  # noqa:
     (loaded,) = node.execute("subject.safetensors", "style.safetensors", 0.3, 0.7).args
     ranks = []
     for source, name, strength in (
-        (loaded.content, "subject.safetensors", 0.3),
-        (loaded.style, "style.safetensors", 0.7),
+        (loaded["content"], "subject.safetensors", 0.3),
+        (loaded["style"], "style.safetensors", 0.7),
     ):
         assert (source.name, source.strength) == (name, strength)
         own = load_file(folders / "loras" / name)
@@ -95,7 +95,7 @@ def test_what_is_rescued_is_what_was_learned(pack, folders, pair):  # noqa: F811
     hook.remove()
     again = pack.nodes.bridge.saved.load(patcher, "stopped_00001_.safetensors")
     for concept in ("content", "style"):
-        kept = getattr(again.coefficients, concept)
+        kept = again.coefficients[concept]
         assert kept.keys() == getattr(learned, concept).keys() and len(kept) > 10
         assert all(torch.equal(m, kept[k]) for k, m in getattr(learned, concept).items())
         assert any((m != 1).any() for m in kept.values())
@@ -105,10 +105,10 @@ def test_np_lora_changes_the_content_where_the_style_is(pack, pair):  # noqa: F8
     patcher, zipped = pair
     merged = pack.nodes.bridge.direct.merge(patcher, zipped.sources, "NP-LoRA")
     plain = pack.nodes.bridge.direct.merge(patcher, zipped.sources, "sum")
-    for name, layer in merged.fitted.pair.layers.items():
-        theirs = plain.fitted.pair.layers[name]
-        assert torch.equal(layer.style.down, theirs.style.down)
-        assert (layer.content.down - theirs.content.down).norm() > 1e-3 * theirs.content.down.norm()
+    for name, layer in merged.fitted.loras.layers.items():
+        theirs = plain.fitted.loras.layers[name]
+        assert torch.equal(layer["style"].down, theirs["style"].down)
+        assert (layer["content"].down - theirs["content"].down).norm() > 1e-3 * theirs["content"].down.norm()
 
 
 @pytest.mark.parametrize(("prefix", "says"), [("ü" * 150, "bytes long"), ("a\nb", "characters that no file name has")])
@@ -159,8 +159,8 @@ def test_an_exported_file_holds_riders_and_text_encoder_parts_at_their_dials(pac
         files.append(file)
         updates[seed] = up @ down
     sources = as_sources(pack, *files)
-    sources = replace(sources, content=replace(sources.content, strength=0.5))
-    zipped = replace(zip_pair(pack, patcher, sources), content_strength=0.5, style_strength=2.0)
+    sources = replace(sources, by_concept={**sources.by_concept, "content": replace(sources["content"], strength=0.5)})
+    zipped = replace(zip_pair(pack, patcher, sources), dials={"content": 0.5, "style": 2.0})
     tensors, metadata, _ = exported(zipped)
     up, down = tensors[f"{TE}.lora_up.weight"], tensors[f"{TE}.lora_down.weight"]
     scale = float(tensors[f"{TE}.alpha"]) / down.shape[0]
@@ -181,7 +181,8 @@ def test_differences_that_a_dtype_cannot_hold_are_refused_by_name(pack, exported
     files = [tiny.full_size.attention_lora(patcher.model, 2, seed, torch.float32) for seed in (1, 2)]
     files[1]["lora_unet_out_2.diff_b"] = torch.tensor([0.0, value, 0.0, 0.0])
     sources = as_sources(pack, *files)
-    zipped = zip_pair(pack, patcher, replace(sources, style=replace(sources.style, strength=strength)))
+    sources = replace(sources, by_concept=tiny.of_two(sources["content"], replace(sources["style"], strength=strength)))
+    zipped = zip_pair(pack, patcher, sources)
     with pytest.raises(
         ValueError, match="layer 'lora_unet_out_2.diff_b' holds numbers too large for torch.float16; exp"
     ):
@@ -221,8 +222,8 @@ def test_sd_15_is_written_in_the_names_that_its_trainers_use(pack, exported):
 def test_so_many_percent_are_so_many_elements(pack, folders, pair):  # noqa: F811
     patcher, zipped = pair
     tensors, _ = pack.nodes.bridge.sparse.sparsify(patcher, "subject.safetensors", 10.0)
-    whole = {f"lora_unet_{n[16:-7].replace('.', '_')}.diff": f for n, layer in zipped.fitted.pair.layers.items()
-             for c, f in layer.halves() if c == "content"}  # fmt: skip
+    whole = {f"lora_unet_{n[16:-7].replace('.', '_')}.diff": f for n, layer in zipped.fitted.loras.layers.items()
+             for c, f in layer.items() if c == "content"}  # fmt: skip
     assert set(tensors) == set(whole)
     for name, factors in whole.items():
         delta = factors.up @ factors.down

@@ -35,7 +35,7 @@ def with_predictor(pack, patcher, work, sources=None, prompts=None, latents=None
     given = {c: v["samples"] for c, v in (latents or tiny.latents()).items()}
     with torch.inference_mode():
         bridge.network.predictor.with_predictor(
-            patcher, fitted.pair, prompts or tiny.prompts(), given, lambda *parts: work(*parts, fitted), **how
+            patcher, fitted.loras, prompts or tiny.prompts(), given, lambda *parts: work(*parts, fitted), **how
         )
 
 
@@ -76,21 +76,21 @@ def test_a_teacher_is_what_the_host_draws_with_that_lora(pack, patcher, with_oth
     def work(predict, joined, references, _):
         batches.extend(next(pack.ziplora_core.draws.spread_batches(references, predict, 3, 1)))
         for batch in batches:
-            found[bool(batch.is_style[0])] = predict(batch, joined.teacher(batch.is_style)).clone()
+            found[bool(batch.concept[0])] = predict(batch, joined.teacher(batch.concept)).clone()
 
     with_predictor(pack, model, work, sources, prompts, latents)
     assert len(batches) == 2
     if with_others:
         assert seen == {"cond_or_uncond": {0}, "wrapped": True}
     for batch in batches:
-        concept = "style" if batch.is_style[0] else "content"
-        source = sources.by_concept()[concept]
+        concept = ("content", "style")[batch.concept[0]]
+        source = sources.by_concept[concept]
         loras = [(source.tensors, source.strength)]
         at = (latents[concept]["samples"], batch.noise, int(batch.timesteps))
         expected = oracle.raw_prediction(model, prompts[concept], *at, loras)
         bare = oracle.raw_prediction(model, prompts[concept], *at)
         assert (expected - bare).norm() > 0.01 * bare.norm(), "the LoRA changes nothing: this tests nothing"
-        difference = (found[bool(batch.is_style[0])] - expected).norm() / (expected - bare).norm()
+        difference = (found[bool(batch.concept[0])] - expected).norm() / (expected - bare).norm()
         assert difference < 1e-2, f"{concept}: {difference:.2e} of what the LoRA changes"
 
 
@@ -134,7 +134,7 @@ def interrupted_backward(pack, patcher, struck: str, later: str) -> bool:
     on_gradient(later, lambda: reached.append(1))
 
     def work(predict, joined, references, fitted):
-        flat = joined.flatten(pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)).requires_grad_()
+        flat = joined.flatten(pack.ziplora_core.coefficients.Coefficients.ones(fitted.loras)).requires_grad_()
         with torch.enable_grad():
             for batch in next(pack.ziplora_core.draws.spread_batches(references, predict, 0, 1)):
                 predict(batch, joined.student(flat)).square().sum().backward()
@@ -171,7 +171,7 @@ def test_an_interrupt_stops_before_the_next_forward_pass(pack, patcher):
     def work(predict, joined, references, _):
         for batches in pack.ziplora_core.draws.spread_batches(references, predict, 0, 3):
             for batch in batches:
-                predict(batch, joined.teacher(batch.is_style))
+                predict(batch, joined.teacher(batch.concept))
 
     network = patcher.model.diffusion_model
     hooks = network.register_forward_pre_hook(lambda *_: begun.append(1)), network.register_forward_hook(stop)
@@ -220,7 +220,7 @@ def test_latents_of_no_picture_are_named(pack, patcher, shape):
 
 def test_layers_that_cannot_be_zipped_are_named(pack, patcher):
     bridge = pack.nodes.bridge
-    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).loras
     layer = next(iter(pair.layers.values()))
     strange = type(pair)({**pair.layers, "diffusion_model.out.0.weight": layer, "diffusion_model.no.weight": layer})
     given = {c: v["samples"] for c, v in tiny.latents().items()}

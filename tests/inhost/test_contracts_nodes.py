@@ -39,16 +39,16 @@ def test_a_value_in_the_place_of_a_link_is_named(pack, value):
 def test_dials_multiply_each_on_its_side(pack, zipped):
     once = node(pack, "StyleStrength").execute(zipped, style_strength=0.5, content_strength=1.5).args[0]
     twice = node(pack, "StyleStrength").execute(once, style_strength=0.4, content_strength=0.2).args[0]
-    assert (twice.style_strength, twice.content_strength) == pytest.approx((0.2, 0.3))
+    assert (twice.dials["style"], twice.dials["content"]) == pytest.approx((0.2, 0.3))
     for side, dial in (("style", 0.2), ("content", 0.3)):
-        for name, m in getattr(twice.coefficients, side).items():
-            torch.testing.assert_close(m, dial * getattr(zipped.coefficients, side)[name])
+        for name, m in twice.coefficients[side].items():
+            torch.testing.assert_close(m, dial * zipped.coefficients[side][name])
 
 
 def test_pair_loras_keeps_order_and_strengths(pack, patcher):
     files = [tiny.full_size.attention_lora(patcher.model, 2, seed) for seed in (1, 2)]
     (pair,) = node(pack, "PairLoRAs").execute(*files, 0.3, 0.7).args
-    for source, file, strength in ((pair.content, files[0], 0.3), (pair.style, files[1], 0.7)):
+    for source, file, strength in ((pair["content"], files[0], 0.3), (pair["style"], files[1], 0.7)):
         assert source.strength == strength and all(source.tensors[k] is t for k, t in file.items())
 
 
@@ -94,13 +94,14 @@ def test_the_panel_of_interference_is_before_and_after(pack, zipped):
     figures, analysis = node(pack, "ZippedLoRAReport").execute.__func__.__globals__, pack.ziplora_core.analysis
     g = torch.Generator().manual_seed(0)
     own = zipped.coefficients
-    wild = replace(own, content={k: torch.rand(m.shape, generator=g) for k, m in own.content.items()})
+    content = {k: torch.rand(m.shape, generator=g) for k, m in own["content"].items()}
+    wild = replace(own, by_concept={**own.by_concept, "content": content})
     axes = Figure().add_subplot()
     panels = figures["draw"].__globals__
-    panels["interference"](axes, figures["Subject"](zipped.fitted.pair, wild, None))
+    panels["interference"](axes, figures["Subject"](zipped.fitted.loras, wild, None))
     shown = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     for label, coefficients in (("direct merge", own), ("this merge", wild)):
-        expected = list(analysis.column_interference(zipped.fitted.pair, coefficients).values())
+        expected = list(analysis.column_interference(zipped.fitted.loras, coefficients).values())
         assert shown[label] == pytest.approx(expected) and len(expected) > 10
 
 

@@ -30,11 +30,12 @@ def attention(patcher, rank: int, seed: int):
 def test_a_pair_of_sockets_keeps_order_and_strengths(pack, patcher):
     first, second = attention(patcher, 2, 1), attention(patcher, 3, 2)
     pair = pack.nodes.bridge.lora.loras.pair(first, second, 0.3, 0.7)
-    assert (pair.content.strength, pair.style.strength) == (0.3, 0.7)
-    assert pair.content.tensors.keys() == first.keys() and all(pair.content.tensors[k] is t for k, t in first.items())
-    fitted = pack.nodes.bridge.lora.fitting.fit(pair, patcher.model).pair
-    assert {f.rank for layer in fitted.layers.values() for c, f in layer.halves() if c == "style"} == {3}
-    assert {f.scale for layer in fitted.layers.values() for c, f in layer.halves() if c == "content"} == {0.3}
+    assert (pair["content"].strength, pair["style"].strength) == (0.3, 0.7)
+    tensors = pair["content"].tensors
+    assert tensors.keys() == first.keys() and all(tensors[k] is t for k, t in first.items())
+    fitted = pack.nodes.bridge.lora.fitting.fit(pair, patcher.model).loras
+    assert {f.rank for layer in fitted.layers.values() for c, f in layer.items() if c == "style"} == {3}
+    assert {f.scale for layer in fitted.layers.values() for c, f in layer.items() if c == "content"} == {0.3}
 
 
 @pytest.mark.parametrize("name", ["content", "style"])
@@ -75,12 +76,11 @@ def test_one_pair_on_two_models_is_each_models_own(pack, patcher):
             parameter.mul_(1.5)
     files = with_everything(patcher, 1), attention(patcher, 2, 2) | {"lora_unet_out_2.diff_b": torch.ones(4)}
     sources = as_sources(pack, *files)
-    sources = replace(
-        sources, content=replace(sources.content, strength=0.6), style=replace(sources.style, strength=1.2)
-    )
+    strong = (replace(sources[c], strength=s) for c, s in (("content", 0.6), ("style", 1.2)))
+    sources = replace(sources, by_concept=tiny.of_two(*strong))
     for model in (patcher, other, patcher):
         fitted = pack.nodes.bridge.lora.fitting.fit(sources, model.model)
-        ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
+        ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.loras)
         zipped = pack.nodes.bridge.lora.zipped.ZippedLoRA(sources, fitted, ones)
         bare, ours = weights(model), weights(pack.nodes.bridge.apply.apply(model, None, zipped, 1.0)[0])
         theirs = weights(stock(stock(model, files[0], 0.6), files[1], 1.2))
@@ -94,13 +94,12 @@ def test_whole_strength_dials_and_coefficients_act_each_on_its_own(pack, patcher
         attention(patcher, rank, rank) | {"lora_unet_out_2.diff_b": torch.full((4,), float(rank))} for rank in (2, 3)
     ]
     sources = as_sources(pack, *files)
-    sources = replace(sources, content=replace(sources.content, strength=0.6))
+    sources = replace(sources, by_concept={**sources.by_concept, "content": replace(sources["content"], strength=0.6)})
     zipped = zip_pair(pack, patcher, sources)
     zipped = replace(
         zipped,
         coefficients=zipped.coefficients.scaled(content=0.5, style=2.0),
-        content_strength=0.5,
-        style_strength=2.0,
+        dials={"content": 0.5, "style": 2.0},
     )
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 0.8)[0])
     theirs = weights(stock(stock(patcher, files[0], 0.8 * 0.6 * 0.5), files[1], 0.8 * 2.0))
@@ -110,18 +109,18 @@ def test_whole_strength_dials_and_coefficients_act_each_on_its_own(pack, patcher
 
 def test_dials_belong_to_their_concept(pack, patcher):
     sources = tiny.sources(pack, patcher.model, strengths=(0.5, 2.0))
-    zipped = replace(zip_pair(pack, patcher, sources), content_strength=0.25, style_strength=1.5)
+    zipped = replace(zip_pair(pack, patcher, sources), dials={"content": 0.25, "style": 1.5})
     assert zipped.strength("content") == pytest.approx(0.125) and zipped.strength("style") == pytest.approx(3.0)
 
 
 def test_a_pair_on_a_model_without_its_layers_is_refused(pack, patcher):
-    layers = dict(zip_pair(pack, patcher, tiny.sources(pack, patcher.model)).fitted.pair.layers)
+    layers = dict(zip_pair(pack, patcher, tiny.sources(pack, patcher.model)).fitted.loras.layers)
     first = next(iter(layers))
     layers["diffusion_model.not.there.weight"] = layers.pop(first)
     zipped = zip_pair(pack, patcher, tiny.sources(pack, patcher.model))
-    strange = type(zipped.fitted.pair)(layers)
+    strange = replace(zipped.fitted.loras, layers=layers)
     ones = pack.ziplora_core.coefficients.Coefficients.ones(strange)
-    zipped = replace(zipped, fitted=replace(zipped.fitted, pair=strange), coefficients=ones)
+    zipped = replace(zipped, fitted=replace(zipped.fitted, loras=strange), coefficients=ones)
     with pytest.raises(ValueError, match="another model: 1 of .* 'diffusion_model.not.there.weight'"):
         pack.nodes.bridge.apply.apply(patcher, None, zipped, 1.0)
 
@@ -154,8 +153,8 @@ def test_text_encoder_parts_follow_file_dial_and_whole(pack, patcher, miniature)
         up, down = torch.ones(shape[0], 1), torch.ones(1, shape[1])
         files.append({**attention(patcher, 2, seed), f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down})
     sources = as_sources(pack, *files)
-    sources = replace(sources, content=replace(sources.content, strength=0.5))
-    zipped = replace(zip_pair(pack, patcher, sources), content_strength=0.5, style_strength=0.0)
+    sources = replace(sources, by_concept={**sources.by_concept, "content": replace(sources["content"], strength=0.5)})
+    zipped = replace(zip_pair(pack, patcher, sources), dials={"content": 0.5, "style": 0.0})
     _, clip = pack.nodes.bridge.apply.apply(patcher, miniature.clip, zipped, 0.5)
     ((strength, *_), *rest) = next(iter(clip.patcher.patches.values()))
     assert strength == pytest.approx(0.125) and [s for s, *_ in rest] in ([], [0.0])
@@ -204,7 +203,7 @@ def test_parts_of_a_fused_weight_land_in_their_rows_and_add_up(pack):
     sources = as_sources(pack, file, family.lora(patcher.model, 2, 2))
     zipped = zip_pair(pack, patcher, sources)
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 1.0)[0])
-    theirs = weights(stock(stock(patcher, file), sources.style.tensors))
+    theirs = weights(stock(stock(patcher, file), sources["style"].tensors))
     assert largest_difference(theirs, weights(patcher)) > 0.01
     assert largest_difference(ours, theirs) < 1e-4
 

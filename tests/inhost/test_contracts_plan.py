@@ -19,7 +19,7 @@ def patcher():
 
 
 def pair_of(pack, patcher, ranks=(4, 8)):
-    return pack.nodes.bridge.lora.fitting.fit(tiny.sources(pack, patcher.model, ranks), patcher.model).pair
+    return pack.nodes.bridge.lora.fitting.fit(tiny.sources(pack, patcher.model, ranks), patcher.model).loras
 
 
 def planned(pack, patcher, room=HUGE, ranks=(4, 8), sides=(8, 8), pair=None, **settings):
@@ -46,7 +46,7 @@ def workspace(monkeypatch, patcher):
 
 
 def numbers(pair):
-    return sum(f.up.numel() + f.down.numel() for layer in pair.layers.values() for _, f in layer.halves())
+    return sum(f.up.numel() + f.down.numel() for layer in pair.layers.values() for _, f in layer.items())
 
 
 def test_without_steps_it_is_the_factors_the_coefficients_and_forward_passes(pack, patcher, workspace):
@@ -115,7 +115,7 @@ def test_one_reference_at_a_time_is_carried_out(pack, patcher):
 
     def work(predict, joined, references):
         for batch in next(draws.spread_batches(references, predict, 0, 1)):
-            predict(batch, joined.teacher(batch.is_style))
+            predict(batch, joined.teacher(batch.concept))
 
     given = {c: v["samples"] for c, v in tiny.latents().items()}
     with torch.inference_mode():

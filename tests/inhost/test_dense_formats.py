@@ -133,7 +133,7 @@ def test_update_and_export_are_the_stock_loaders(pack, tmp_path, monkeypatch, ki
     file = written(patcher.model, kind, name)
     other = {k: v * 0 for k, v in tiny.full_size.attention_lora(patcher.model, 2, 1, torch.float32).items()}
     sources = lora.loras.LoRASources(
-        lora.loras.LoRASource("mine", file, strength), lora.loras.LoRASource("other", other, 1.0)
+        tiny.of_two(lora.loras.LoRASource("mine", file, strength), lora.loras.LoRASource("other", other, 1.0))
     )
     fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
     dense = [note for note in fitted.notes if "not of low rank" in note]
@@ -141,12 +141,12 @@ def test_update_and_export_are_the_stock_loaders(pack, tmp_path, monkeypatch, ki
     assert all(word in note for note in dense for word in ("DoRA" if "DoRA" in name else name.split(",")[0], " MB"))
     bare, theirs = weights(patcher), weights(stock(patcher, file, strength))
     assert largest_difference(theirs, bare) > 0.01, "the file changes nothing: this tests nothing"
-    for key, layer in fitted.pair.layers.items():
-        if layer.content is not None:
-            f, key = layer.content, key.removeprefix("diffusion_model.")
+    for key, layer in fitted.loras.layers.items():
+        if "content" in layer:
+            f, key = layer["content"], key.removeprefix("diffusion_model.")
             delta = (f.scale * f.up @ f.down.flatten(1)).reshape(bare[key].shape)
             torch.testing.assert_close(delta, theirs[key] - bare[key], rtol=1e-4, atol=1e-5)
-    ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
+    ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.loras)
     zipped = lora.zipped.ZippedLoRA(sources, fitted, ones)
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 1.0)[0])
     assert largest_difference(ours, theirs) < 1e-4
@@ -167,7 +167,7 @@ def test_a_pair_of_them_is_zipped(pack, name):
             patcher, sources, tiny.prompts(), tiny.latents(), settings
         )
     assert f"of 'content' are {name}" in report and "steps: 2 of 2" in report
-    assert any(not torch.equal(m, torch.ones_like(m)) for m in zipped.coefficients.content.values())
+    assert any(not torch.equal(m, torch.ones_like(m)) for m in zipped.coefficients["content"].values())
 
 
 def test_base_weights_are_read_without_what_the_host_has_patched_in(pack):
@@ -181,6 +181,6 @@ def test_base_weights_are_read_without_what_the_host_has_patched_in(pack):
     with torch.inference_mode():
         management.load_models_gpu([stock(patcher, other, 3.0)])
         patched = pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, other), patcher.model)
-    for key, layer in clean.pair.layers.items():
-        if layer.content is not None:
-            assert torch.equal(layer.content.down, patched.pair.layers[key].content.down)
+    for key, layer in clean.loras.layers.items():
+        if "content" in layer:
+            assert torch.equal(layer["content"].down, patched.loras.layers[key]["content"].down)

@@ -28,7 +28,7 @@ def zipped(pack):
     patcher = tiny.tiny_patcher()
     sources = tiny.sources(pack, patcher.model, strengths=(0.7, 1.1))
     g = torch.Generator().manual_seed(3)
-    for source, rank in ((sources.content, 3), (sources.style, 5)):
+    for source, rank in ((sources["content"], 3), (sources["style"], 5)):
         for key, weight in patcher.model.state_dict().items():
             if key.endswith(("in_layers.2.weight", "skip_connection.weight", "ff.net.2.weight")):
                 name = "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
@@ -39,8 +39,8 @@ def zipped(pack):
         source.tensors["lora_unet_out_0.diff"] = torch.randn(32, generator=g)
     zipped = zip_pair(pack, patcher, sources)
     assert zipped.fitted.notes == []
-    dialled = random_coefficients(pack, zipped.fitted.pair).scaled(0.9, 1.2)
-    return patcher, replace(zipped, coefficients=dialled, content_strength=0.9, style_strength=1.2)
+    dialled = random_coefficients(pack, zipped.fitted.loras).scaled(content=0.9, style=1.2)
+    return patcher, replace(zipped, coefficients=dialled, dials={"content": 0.9, "style": 1.2})
 
 
 def written(folder, report):
@@ -83,7 +83,7 @@ def test_smaller_rank_says_what_is_kept(pack, zipped, output):
     assert "cut to rank 6" in report and "of the energy is kept on the mean" in report
     ours, _ = pack.nodes.bridge.apply.apply(patcher, None, pair, 1.0)
     bare, mine, theirs = weights(patcher), weights(ours), weights(stock(patcher, tensors))
-    for name, up, down in pack.ziplora_core.merge.merged_layers(pair.fitted.pair, pair.coefficients):
+    for name, up, down in pack.ziplora_core.merge.merged_layers(pair.fitted.loras, pair.coefficients):
         values = torch.linalg.svdvals(up.double() @ down.double().flatten(1))
         name = name.removeprefix("diffusion_model.")
         error = (theirs[name] - mine[name]).double().norm()
@@ -119,7 +119,7 @@ def test_text_encoder_parts_go_along(pack, miniature, output, form):
     loras, core = pack.nodes.bridge.lora.zipped, pack.ziplora_core
     sources = as_sources(pack, *(with_text_encoder(patcher, clip, seed) for seed in (1, 2)))
     fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
-    zipped = loras.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.pair), 0.5, 1.5)
+    zipped = loras.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.loras), tiny.of_two(0.5, 1.5))
     _, report, _ = pack.nodes.bridge.export.export_file(zipped, "mine", 0, "fp32", form)
     file = load_file(written(output, report))
     _, theirs = comfy.sd.load_lora_for_models(patcher, clip, file, 0, 1.0)
@@ -138,7 +138,7 @@ def test_diffusers_and_peft_read_the_same_update(pack, output):
     diffusers = pytest.importorskip("diffusers")
     patcher = tiny.tiny_patcher()
     pair = zip_pair(pack, patcher, tiny.sources(pack, patcher.model, strengths=(0.7, 1.1)))
-    pair = replace(pair, coefficients=random_coefficients(pack, pair.fitted.pair))
+    pair = replace(pair, coefficients=random_coefficients(pack, pair.fitted.loras))
     _, report, _ = pack.nodes.bridge.export.export_file(pair, "mine", 0, "fp32", "diffusers")
     file = load_file(written(output, report))
     unet = diffusers.UNet2DConditionModel(
@@ -158,11 +158,11 @@ def test_diffusers_and_peft_read_the_same_update(pack, output):
     unet.fuse_lora()
     after = unet.state_dict()
     names, seen = diffusers_names(patcher.model), 0
-    for key, up, down in pack.ziplora_core.merge.merged_layers(pair.fitted.pair, pair.coefficients):
+    for key, up, down in pack.ziplora_core.merge.merged_layers(pair.fitted.loras, pair.coefficients):
         name = names[key].removesuffix(".weight") + ".base_layer.weight"
         torch.testing.assert_close(after[name] - before[name], up @ down, rtol=1e-4, atol=1e-4)
         seen += 1
-    assert seen == len(pair.fitted.pair.layers) == len(file) // 2
+    assert seen == len(pair.fitted.loras.layers) == len(file) // 2
 
 
 def test_a_model_that_diffusers_has_no_names_for_is_refused(pack, zipped, output):

@@ -31,13 +31,13 @@ def test_update_is_the_stock_loaders_and_export_is_too(pack, family, tmp_path, m
     patcher, loras = family.patcher(), pack.nodes.bridge.lora.zipped
     sources = pair_of(pack, family, patcher.model)
     fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
-    assert fitted.notes == [] and len(fitted.pair.layers) == len(family.weights(patcher.model))
-    zipped = loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair))
+    assert fitted.notes == [] and len(fitted.loras.layers) == len(family.weights(patcher.model))
+    zipped = loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.loras))
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 0.8)[0])
-    theirs = stock(stock(patcher, sources.content.tensors, 0.8), sources.style.tensors, 0.8)
+    theirs = stock(stock(patcher, sources["content"].tensors, 0.8), sources["style"].tensors, 0.8)
     assert largest_difference(weights(patcher), ours) > 0.01
     assert largest_difference(weights(theirs), ours) < 1e-5
-    wild = replace(zipped, coefficients=random_coefficients(pack, fitted.pair))
+    wild = replace(zipped, coefficients=random_coefficients(pack, fitted.loras))
     _, report, _ = pack.nodes.bridge.export.export_file(wild, "mine", 0, "fp32", "kohya")
     exported = load_file(tmp_path / report.splitlines()[0].split("written: ")[1].strip())
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, wild, 1.0)[0])
@@ -57,10 +57,10 @@ def test_every_format_on_every_family(pack, family, tmp_path, monkeypatch, name)
         file |= LINEAR[name](g, layer, *weight.shape)
     silent = {k: v * 0 for k, v in family.lora(patcher.model, 2, 2).items()}
     sources = as_sources(pack, file, silent)
-    sources = replace(sources, content=replace(sources.content, strength=0.8))
+    sources = replace(sources, by_concept={**sources.by_concept, "content": replace(sources["content"], strength=0.8)})
     fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
     assert all("not of low rank" in note for note in fitted.notes)
-    zipped = loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair))
+    zipped = loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.loras))
     theirs = weights(stock(patcher, file, 0.8))
     assert largest_difference(weights(patcher), theirs) > 0.01
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 1.0)[0])
@@ -73,7 +73,7 @@ def test_every_format_on_every_family(pack, family, tmp_path, monkeypatch, name)
 def test_memory_is_estimated_as_it_is(pack, family):
     """Where blocks are run again, torch keeps some of their inputs where only the estimate sees them."""
     patcher, bridge = family.patcher(), pack.nodes.bridge
-    pair = bridge.lora.fitting.fit(pair_of(pack, family, patcher.model), patcher.model).pair
+    pair = bridge.lora.fitting.fit(pair_of(pack, family, patcher.model), patcher.model).loras
     latents = {c: v["samples"] for c, v in family.latents().items()}
     rehearsed = bridge.memory.rehearsal.rehearse(patcher, pair, family.prompts(), latents)
     assert len(rehearsed.inside) == len(bridge.network.injection.blocks(patcher.model)) > 0
@@ -140,10 +140,10 @@ def test_split_layers_on_one_side_and_fused_ones_on_the_other(pack):
     split = diffusers_flux(patcher.model)
     sources = as_sources(pack, split, fused)
     fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
-    assert fitted.notes == [] and fitted.pair.layer_counts()["both"] == len(family.weights(patcher.model))
-    ranks = {layer.content.rank for layer in fitted.pair.layers.values()}
+    assert fitted.notes == [] and fitted.loras.layer_counts()["both"] == len(family.weights(patcher.model))
+    ranks = {layer["content"].rank for layer in fitted.loras.layers.values()}
     assert ranks == {3, 9, 12}, "one layer, q + k + v, and these with the MLP"
-    zipped = loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair))
+    zipped = loras.ZippedLoRA(sources, fitted, pack.ziplora_core.coefficients.Coefficients.ones(fitted.loras))
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 0.8)[0])
     theirs = weights(stock(stock(patcher, split, 0.8), fused, 0.8))
     assert largest_difference(weights(patcher), theirs) > 0.01
@@ -194,14 +194,14 @@ def dense_retention(family, patcher, fitted, m, batch, conditioning, options):
         sigma = sampling.sigmas[batch.timesteps]
         x = sampling.noise_scaling(sigma, batch.noise, batch.latents, False)
     own, merged = {"content": {}, "style": {}}, {}
-    for name, layer in fitted.pair.layers.items():
-        for concept, f in layer.halves():
+    for name, layer in fitted.loras.layers.items():
+        for concept, f in layer.items():
             own[concept][name] = f.scale * f.up.clone() @ f.down.clone()
             merged[name] = merged.get(name, 0) + own[concept][name] * m[concept][name]
 
     def raw(row, updates):
         names = {f"model.{k}": copied.get_parameter(k) + u for k, u in updates.items()}
-        concept = "style" if batch.is_style[row] else "content"
+        concept = ("content", "style")[batch.concept[row]]
         conds = {k: v.process_cond(batch_size=1, area=None).cond for k, v in conditioning[concept].items()}
         conds = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in conds.items()}
         one = slice(row, row + 1)
@@ -209,9 +209,9 @@ def dense_retention(family, patcher, fitted, m, batch, conditioning, options):
         return (x[one] - x0) / sigma[one].reshape(-1, *[1] * (x.ndim - 1))
 
     losses = []
-    for row, is_style in enumerate(batch.is_style.tolist()):
+    for row, place in enumerate(batch.concept.tolist()):
         with torch.no_grad():
-            teacher = raw(row, own["style" if is_style else "content"])
+            teacher = raw(row, own[("content", "style")[place]])
         losses.append((raw(row, merged) - teacher).flatten().norm())
     return torch.stack(losses).sum()
 
@@ -226,7 +226,7 @@ def test_gradient_is_that_of_autograd_over_copied_weights(pack, family, checkpoi
 
     def work(predict, joined, references):
         torch.manual_seed(0)
-        flat = (torch.rand(fitted.pair.coefficient_count) + 0.5).requires_grad_()
+        flat = (torch.rand(fitted.loras.coefficient_count) + 0.5).requires_grad_()
         batches = next(core.draws.training_batches(references, predict, settings))
         with torch.enable_grad():
             plain = {"content": 1.0, "style": 1.0}
@@ -251,7 +251,7 @@ def test_gradient_is_that_of_autograd_over_copied_weights(pack, family, checkpoi
     with torch.inference_mode():
         samples = {c: v["samples"] for c, v in family.latents().items()}
         bridge.network.predictor.with_predictor(
-            patcher, fitted.pair, family.prompts(), samples, work, recomputed=99 * checkpointed
+            patcher, fitted.loras, family.prompts(), samples, work, recomputed=99 * checkpointed
         )
     assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-4)
     got, expected = found["gradient"]

@@ -29,7 +29,7 @@ def zipped(pack):
 
 def draw(pack, zipped, losses, apart):
     figures = pack.nodes.report.draw.__globals__
-    subject = figures["Subject"](zipped.fitted.pair, zipped.coefficients, losses)
+    subject = figures["Subject"](zipped.fitted.loras, zipped.coefficients, losses)
     with torch.inference_mode():
         return figures["draw"](subject, apart)
 
@@ -56,11 +56,11 @@ def test_panels_apart_are_a_batch(pack, zipped):
 
 
 def test_a_solver_without_steps_and_a_single_lora_are_drawn_too(pack, zipped):
-    pair = zipped[0].fitted.pair
+    pair = zipped[0].fitted.loras
     left = draw(pack, zipped[0], {"loss": [0.5, 0.2], "left": [0.5, 0.2]}, apart=True)
     assert not torch.equal(left[2], draw(pack, zipped[0], {"loss": []}, apart=True)[2])
-    pairs, coefficients = pack.ziplora_core.pair, pack.ziplora_core.coefficients
-    alone = pairs.LoRAPair({k: pairs.LayerPair(v.content, None) for k, v in pair.layers.items()})
+    sets, coefficients = pack.ziplora_core.lora_set, pack.ziplora_core.coefficients
+    alone = sets.LoRASet(pair.concepts, {k: {"content": v["content"]} for k, v in pair.layers.items()})
     figures = pack.nodes.report.draw.__globals__
     subject = figures["Subject"](alone, coefficients.Coefficients.ones(alone), None)
     assert len(figures["draw"](subject, True)) == 5
@@ -79,18 +79,18 @@ def test_interference_of_the_miniatures_loras_is_the_dense_one(pack, miniature, 
 
     loras, analysis = pack.nodes.bridge.lora.loras, pack.ziplora_core.analysis
     files = {concept: load_file(lora_files[name]) for concept, name in (("content", "mushroom"), ("style", "ember"))}
-    sources = loras.LoRASources(*(loras.LoRASource(c, file, 1.0) for c, file in files.items()))
-    pair = pack.nodes.bridge.lora.fitting.fit(sources, miniature.model.model).pair
+    sources = loras.LoRASources(tiny.of_two(*(loras.LoRASource(c, file, 1.0) for c, file in files.items())))
+    pair = pack.nodes.bridge.lora.fitting.fit(sources, miniature.model.model).loras
     ones = pack.ziplora_core.coefficients.Coefficients.ones(pair)
     g = torch.Generator().manual_seed(0)
-    wild = {c: {k: torch.randn(m.shape, generator=g) for k, m in getattr(ones, c).items()} for c in files}
-    for coefficients in (ones, type(ones)(**wild)):
+    wild = {c: {k: torch.randn(m.shape, generator=g) for k, m in ones[c].items()} for c in files}
+    for coefficients in (ones, type(ones)(wild)):
         found = analysis.column_interference(pair, coefficients)
         assert len(found) == 72
         for name, layer in pair.layers.items():
-            columns = [f.scale * f.up.double() @ f.down.double() for _, f in layer.halves()]
+            columns = [f.scale * f.up.double() @ f.down.double() for _, f in layer.items()]
             cosines = torch.nn.functional.cosine_similarity(*columns, dim=0, eps=0)
-            weights = coefficients.content[name].double() * coefficients.style[name].double()
+            weights = coefficients["content"][name].double() * coefficients["style"][name].double()
             assert found[name] == pytest.approx((cosines * weights).abs().mean().item(), rel=1e-6)
 
 
@@ -106,7 +106,8 @@ def losses_panel(pack, losses):
 
     figures = pack.nodes.report.draw.__globals__
     axes = Figure().subplots()
-    figures["losses"](axes, figures["Subject"](None, None, losses))
+    pair = pack.ziplora_core.lora_set.LoRASet(("content", "style"), {})
+    figures["losses"](axes, figures["Subject"](pair, None, losses))
     lines = axes.get_lines()
     return axes.get_title(loc="left"), axes.get_xlabel(), [c.get_label() for c in lines], list(lines[0].get_xdata())
 

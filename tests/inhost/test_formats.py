@@ -77,7 +77,9 @@ def written(model, layers, write) -> dict[str, torch.Tensor]:
 
 def as_sources(pack, content, style):
     loras = pack.nodes.bridge.lora.loras
-    return loras.LoRASources(loras.LoRASource("content", content, 1.0), loras.LoRASource("style", style, 1.0))
+    return loras.LoRASources(
+        {c: loras.LoRASource(c, tensors, 1.0) for c, tensors in (("content", content), ("style", style))}
+    )
 
 
 @pytest.mark.smoke
@@ -89,19 +91,19 @@ def test_every_format_reads_as_the_same_factors(pack, name):
     other = tiny.full_size.attention_lora(model, 2, 1, torch.float32)
     fitted = pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, other), model)
     assert fitted.notes == []
-    assert fitted.pair.layers.keys() == layers.keys()
+    assert fitted.loras.layers.keys() == layers.keys()
     for key, (up, down, alpha) in layers.items():
-        factors = fitted.pair.layers[key].content
+        factors = fitted.loras.layers[key]["content"]
         assert torch.equal(factors.up, up) and torch.equal(factors.down, down)
         assert factors.scale == pytest.approx(alpha.item() / 5)
-        assert fitted.pair.layers[key].style.rank == 2
+        assert fitted.loras.layers[key]["style"].rank == 2
 
 
 def test_no_alpha_means_scale_one(pack):
     model = tiny.tiny_patcher().model
     file = {k: v for k, v in written(model, canonical(model, 5), diffusers).items() if not k.endswith(".alpha")}
     fitted = pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, file), model)
-    assert {f.scale for layer in fitted.pair.layers.values() for _, f in layer.halves()} == {1.0}
+    assert {f.scale for layer in fitted.loras.layers.values() for _, f in layer.items()} == {1.0}
 
 
 def test_convolutions_with_and_without_tucker_core_equal_the_stock_loader(pack):
@@ -126,7 +128,7 @@ def test_convolutions_with_and_without_tucker_core_equal_the_stock_loader(pack):
                 file[f"{name}.lora_mid.weight"] = torch.randn(3, 3, *kernel, generator=g)
             file[f"{name}.alpha"] = torch.tensor(2.0)
     zipped = zip_pair(pack, patcher, as_sources(pack, *files))
-    counts = zipped.fitted.pair.layer_counts()
+    counts = zipped.fitted.loras.layer_counts()
     assert counts["both"] and counts["content only"] and counts["style only"]
     ours, _ = pack.nodes.bridge.apply.apply(patcher, None, zipped, 1.0)
     theirs = stock(stock(patcher, files[0]), files[1])
@@ -137,7 +139,7 @@ def test_convolutions_with_and_without_tucker_core_equal_the_stock_loader(pack):
         zipped, losses, *_ = pack.nodes.bridge.optimize.zipping.optimize(
             patcher, zipped.sources, tiny.prompts(), tiny.latents(), settings
         )
-    moved = [k for k, m in zipped.coefficients.content.items() if not torch.equal(m, torch.ones_like(m))]
+    moved = [k for k, m in zipped.coefficients["content"].items() if not torch.equal(m, torch.ones_like(m))]
     assert any(k in moved for k in convs) and len(losses["loss"]) == 2
 
 
@@ -215,7 +217,7 @@ def test_a_layer_under_two_names_is_the_one_that_the_host_takes(pack, first, sec
     theirs = weights(stock(stock(patcher, file), other))
     applied = weights(pack.nodes.bridge.apply.apply(patcher, None, ours, 1.0)[0])
     assert largest_difference(applied, theirs) < 1e-4 * max(w.abs().max().item() for w in theirs.values())
-    assert {layer.content.rank for layer in ours.fitted.pair.layers.values()} <= {3, 5}
+    assert {layer["content"].rank for layer in ours.fitted.loras.layers.values()} <= {3, 5}
     (note,) = ours.fitted.notes
     assert f"'content' has {len(canonical(model, 3))} layers twice, under different names" in note
 
@@ -226,5 +228,5 @@ def test_a_layer_under_two_names_that_the_host_does_not_know_counts_once(pack):
     file = {k: t for name, found in layers.items() for k, t in written(model, found, FORMATS[name]).items()}
     other = tiny.full_size.attention_lora(model, 2, 1, torch.float32)
     fitted = pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, other), model)
-    assert {layer.content.rank for layer in fitted.pair.layers.values()} <= {3, 5}
+    assert {layer["content"].rank for layer in fitted.loras.layers.values()} <= {3, 5}
     assert len(fitted.notes) == 1 and "layers twice" in fitted.notes[0]

@@ -14,7 +14,6 @@ import pickle
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -253,7 +252,7 @@ def zipped(pack, fuzz, models):
 
 @pytest.fixture(scope="module")
 def vectors(zipped):
-    sides = {"content": zipped.coefficients.content, "style": zipped.coefficients.style}
+    sides = zipped.coefficients.by_concept
     return {f"{side}.{name}": m.clone() for side, found in sides.items() for name, m in found.items()}
 
 
@@ -328,10 +327,10 @@ def test_nothing_is_unpickled(pack, fuzz, models, what, ending):
 @many(2000)
 def test_coefficient_files(pack, fuzz, models, zipped, vectors, data):
     """As Load Zipped LoRA does when queued and when it runs, and what it loaded is applied and saved again."""
-    about = json.loads(json.dumps(asdict(pack.ziplora_core.saved.SavedZip(
-        *(pack.nodes.bridge.disk.provenance.bound(source) for source in zipped.sources.by_concept().values()),
-        (1.0, 1.0), "sum", {"steps": 3}, {"torch": "2"}, "what it did",
-    ))))  # fmt: skip
+    about = json.loads(json.dumps(pack.ziplora_core.saved.SavedZip(
+        {c: pack.nodes.bridge.disk.provenance.bound(source) for c, source in zipped.sources.by_concept.items()},
+        {"content": 1.0, "style": 1.0}, "sum", {"steps": 3}, {"torch": "2"}, "what it did",
+    ).as_table()))  # fmt: skip
     raw = data.draw(spoiled_coefficients(vectors, about))
     name = f"spoiled{next(NUMBER)}.safetensors"
     path = fuzz.base / "output" / "ziplora" / name
@@ -484,7 +483,7 @@ def run(pack, fuzz, models, zipped, node: str, odd: dict):
     """A node's execute with good values for what is not odd."""
     model, picture = models["U-Net"], torch.full((1, 16, 16, 3), 0.5)
     pair = None if zipped is None else zipped.sources
-    content, style = ({}, {}) if pair is None else (pair.content.tensors, pair.style.tensors)
+    content, style = ({}, {}) if pair is None else (pair["content"].tensors, pair["style"].tensors)
     training = {"clip": Encoders(), "vae": Encoders(), "prompt": "a sks dog", "steps": 1, "learning_rate": 1e-4,
                 "rank": 4, "batch_size": 1, "resolution": 64, "seed": 0, "filename_prefix": "loras/x"}  # fmt: skip
     good = {
@@ -528,7 +527,7 @@ def test_settings(pack, fuzz, models, zipped, call):
         named = (*odd, "class_prompt", "second_prompt", "is missing", "no layer of the pair")
         result = fuzz(f"settings of {node}", lambda: run(pack, fuzz, models, zipped, node, odd), named, 2**28)
     if node == "StyleStrength" and result is not None:
-        assert all(m.isfinite().all() for m in result.args[0].coefficients.style.values())
+        assert all(m.isfinite().all() for m in result.args[0].coefficients["style"].values())
     for path in sorted({*fuzz.outside.rglob("*")} - before, reverse=True):
         assert path.is_relative_to(fuzz.base / "output") or path.is_relative_to(fuzz.base / "temp"), path
         path.rmdir() if path.is_dir() else path.unlink()

@@ -25,7 +25,7 @@ def dense_loss(pack, copied, fitted, m, references, batch, conditioning):
 
     def eps(row: int, updates: dict):
         weights = {k: copied.get_parameter(k).to(dtype) + u for k, u in updates.items()}
-        concept = "style" if batch.is_style[row] else "content"
+        concept = ("content", "style")[batch.concept[row]]
         c = {k: v.process_cond(batch_size=1, area=None) for k, v in conditioning[concept].items()}
         arguments = {k: v.cond.clone().to(dtype) for k, v in c.items()}
         x_row, sigma_row = x[row : row + 1], sigma[row : row + 1]
@@ -36,15 +36,15 @@ def dense_loss(pack, copied, fitted, m, references, batch, conditioning):
         return (x_row - x0) / sigma_row
 
     own, merged = {"content": {}, "style": {}}, {}
-    for name, layer in fitted.pair.layers.items():
-        for concept, f in layer.halves():
+    for name, layer in fitted.loras.layers.items():
+        for concept, f in layer.items():
             delta = (f.scale * f.up.clone() @ f.down.clone()).to(dtype)
             own[concept][name] = delta
             merged[name] = merged.get(name, 0) + delta * m[concept][name].to(dtype)
     loss = 0.0
-    for row, is_style in enumerate(batch.is_style.tolist()):
+    for row, place in enumerate(batch.concept.tolist()):
         with torch.no_grad():
-            teacher = eps(row, own["style" if is_style else "content"])
+            teacher = eps(row, own[("content", "style")[place]])
         loss = loss + (eps(row, merged) - teacher).flatten().norm()
     return loss + LAMBDA * sum((m["content"][k] @ m["style"][k]).abs() for k in m["content"])
 
@@ -100,7 +100,7 @@ def test_equals_autograd_over_copied_weights(pack, monkeypatch, name, extras):
 
     def work(predict, joined, references):
         torch.manual_seed(0)
-        flat = torch.rand(fitted.pair.coefficient_count) + 0.5
+        flat = torch.rand(fitted.loras.coefficient_count) + 0.5
         batch = next(core.draws.training_batches(references, predict, core.solver.Settings()))
         assert len(batch) == 1
         flat.requires_grad_()
@@ -128,7 +128,7 @@ def test_equals_autograd_over_copied_weights(pack, monkeypatch, name, extras):
     with torch.inference_mode():
         bridge.network.predictor.with_predictor(
             expected_weights,
-            fitted.pair,
+            fitted.loras,
             tiny.prompts(),
             {c: v["samples"] for c, v in tiny.latents().items()},
             work,

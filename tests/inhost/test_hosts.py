@@ -22,7 +22,7 @@ def one_step(pack, patcher, sources=None, prompts=None, latents=None, recomputed
     found = []
 
     def work(predict, joined, references):
-        flat = torch.rand(fitted.pair.coefficient_count, generator=torch.Generator().manual_seed(0)) + 0.5
+        flat = torch.rand(fitted.loras.coefficient_count, generator=torch.Generator().manual_seed(0)) + 0.5
         flat.requires_grad_()
         batch = next(core.draws.training_batches(references, predict, settings))
         with torch.enable_grad():
@@ -34,7 +34,7 @@ def one_step(pack, patcher, sources=None, prompts=None, latents=None, recomputed
     with torch.inference_mode():
         given = {c: v["samples"] for c, v in (latents or tiny.latents()).items()}
         bridge.network.predictor.with_predictor(
-            patcher, fitted.pair, prompts or tiny.prompts(), given, work, recomputed=recomputed
+            patcher, fitted.loras, prompts or tiny.prompts(), given, work, recomputed=recomputed
         )
     return found[0]
 
@@ -123,7 +123,8 @@ def test_nor_a_zipped_pair_a_trained_lora_or_an_unzipped_one(pack, monkeypatch, 
             unzip = core.unzip.Settings(steps=2, learning_rate=1e-3, rank=2)
             task = bridge.unzip.Task(pictures(1), words, unzip, "loras/two", 64)
             apart = bridge.unzip.unzip_picture(patcher, Words(), PixelsAsLatents(), task).zipped
-        return [*zipped.coefficients.content.values(), *trained.lora_model.values(), *apart.coefficients.style.values()]
+        ours, taken = zipped.coefficients["content"].values(), apart.coefficients["style"].values()
+        return [*ours, *trained.lora_model.values(), *taken]
 
     expected = made()
     ReusedBuffers(monkeypatch)
@@ -215,7 +216,7 @@ def test_a_layer_may_give_a_view(pack, monkeypatch):
 def zipped_on(pack, patcher):
     sources = tiny.sources(pack, patcher.model)
     fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
-    ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
+    ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.loras)
     return pack.nodes.bridge.lora.zipped.ZippedLoRA(sources, fitted, ones)
 
 
@@ -262,7 +263,7 @@ def test_a_model_that_may_be_dynamic_is_rehearsed(pack, monkeypatch):
 
 def rehearsed(pack, patcher, sources=None):
     bridge = pack.nodes.bridge
-    pair = bridge.lora.fitting.fit(sources or tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = bridge.lora.fitting.fit(sources or tiny.sources(pack, patcher.model), patcher.model).loras
     return bridge.memory.rehearsal.rehearse(
         patcher, pair, tiny.prompts(), {c: v["samples"] for c, v in tiny.latents().items()}
     )
@@ -330,7 +331,7 @@ def test_the_host_is_asked_for_the_memory_that_is_planned(pack, monkeypatch):
 
     monkeypatch.setattr(management, "load_models_gpu", load)
     patcher, bridge = tiny.tiny_patcher(), pack.nodes.bridge
-    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).loras
     need = 50 * 2**20
     with torch.inference_mode():
         given = {c: v["samples"] for c, v in tiny.latents().items()}
@@ -429,10 +430,10 @@ def test_updates_are_of_these_numbers_too(pack, coded):
     ours, theirs = (
         pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, other), m.model) for m in (patcher, plain)
     )
-    for key, layer in theirs.pair.layers.items():
-        if layer.content is not None:
-            got = ours.pair.layers[key].content
-            torch.testing.assert_close(got.down.float(), layer.content.down, rtol=1e-3, atol=1e-4)
+    for key, layer in theirs.loras.layers.items():
+        if "content" in layer:
+            got = ours.loras.layers[key]["content"]
+            torch.testing.assert_close(got.down.float(), layer["content"].down, rtol=1e-3, atol=1e-4)
 
 
 def test_coded_models_are_rehearsed(pack, coded):

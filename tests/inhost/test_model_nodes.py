@@ -153,17 +153,17 @@ class Witness:
         torch.func.functional_call(Apply(self.copied), weights, (x, sigma, arguments, options))
         return self.outputs.pop()
 
-    def loss(self, fitted, m: dict[str, dict[str, Tensor]], x: Tensor, sigma: Tensor, is_style: Tensor) -> Tensor:
+    def loss(self, fitted, m: dict[str, dict[str, Tensor]], x: Tensor, sigma: Tensor, places: Tensor) -> Tensor:
         """Both retention terms of Eq. 3, row by row."""
         own: dict[str, dict[str, Tensor]] = {"content": {}, "style": {}}
         merged: dict[str, Tensor] = {}
-        for name, layer in fitted.pair.layers.items():
-            for concept, f in layer.halves():
+        for name, layer in fitted.loras.layers.items():
+            for concept, f in layer.items():
                 own[concept][name] = f.scale * f.up.clone() @ f.down.clone()
                 merged[name] = merged.get(name, 0) + own[concept][name] * m[concept][name]
         total = torch.zeros(())
-        for row, style in enumerate(is_style.tolist()):
-            concept, at = "style" if style else "content", slice(row, row + 1)
+        for row, place in enumerate(places.tolist()):
+            concept, at = ("content", "style")[place], slice(row, row + 1)
             with torch.no_grad():
                 teacher = self.raw(concept, x[at], sigma[at], own[concept])
             student = self.raw(concept, x[at], sigma[at], merged)
@@ -179,7 +179,7 @@ def both_ways(pack, patched, recomputed: int = 0, left_out: bool = False):
     found = []
 
     def work(predict, joined, references):
-        flat = torch.rand(fitted.pair.coefficient_count, generator=torch.Generator().manual_seed(0)) + 0.5
+        flat = torch.rand(fitted.loras.coefficient_count, generator=torch.Generator().manual_seed(0)) + 0.5
         flat.requires_grad_()
         other = flat.detach().clone().requires_grad_()
         (batch,) = next(core.draws.training_batches(references, predict, settings))
@@ -190,14 +190,14 @@ def both_ways(pack, patched, recomputed: int = 0, left_out: bool = False):
             witness = Witness(predict, patched, left_out)
             x, sigma = predict.noised(batch.latents, batch.noise, batch.timesteps)
             with torch.autograd.graph.allow_mutation_on_saved_tensors():  # FreeU_V2
-                theirs = witness.loss(fitted, joined.split(other), x, sigma, batch.is_style)
+                theirs = witness.loss(fitted, joined.split(other), x, sigma, batch.concept)
                 theirs.backward()
         found.append(((ours.total, flat.grad), (theirs.item(), other.grad)))
 
     with torch.inference_mode():
         latents = {c: v["samples"] for c, v in tiny.latents().items()}
         bridge.network.predictor.with_predictor(
-            patched, fitted.pair, tiny.prompts(), latents, work, recomputed=recomputed
+            patched, fitted.loras, tiny.prompts(), latents, work, recomputed=recomputed
         )
     return found[0]
 

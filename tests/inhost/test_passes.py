@@ -149,7 +149,7 @@ def test_what_patches_keep_is_given_back(pack):
 
     patcher = tiny.tiny_patcher()
     patcher.set_model_output_block_patch(patch)
-    pair = pack.nodes.bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = pack.nodes.bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).loras
     tiny.kept_for_backward(pack, patcher, pair, tiny.prompts(), plain_latents(), 0)
     gc.collect()
     assert seen and not any(ref() for ref in seen)
@@ -221,15 +221,15 @@ def test_latents_are_brought_into_the_models_own_space(pack):
 
     patcher, found = tiny.tiny_patcher(), []
     given = plain_latents()
-    pair = pack.nodes.bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).pair
+    pair = pack.nodes.bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).loras
     with torch.inference_mode():
         pack.nodes.bridge.network.predictor.with_predictor(
             patcher, pair, tiny.prompts(), given, lambda predict, joined, references: found.append(references)
         )
     scale = comfy.latent_formats.SDXL().scale_factor
     assert scale != 1
-    torch.testing.assert_close(found[0].content, given["content"].clone() * scale)
-    torch.testing.assert_close(found[0].style, given["style"].clone() * scale)
+    torch.testing.assert_close(found[0]["content"], given["content"].clone() * scale)
+    torch.testing.assert_close(found[0]["style"], given["style"].clone() * scale)
 
 
 def test_so_are_the_pictures_of_a_training(pack):

@@ -37,11 +37,11 @@ def test_retention_is_as_with_the_true_pictures(pack, content, style):
     found = []
 
     def measure(predict, joined, references):
-        ones = core.coefficients.Coefficients.ones(fitted.pair)
+        ones = core.coefficients.Coefficients.ones(fitted.loras)
         found.extend(core.retention.measure_retention(joined, predict, references, [ones, *merges], 77, draws=8))
 
     samples = {c: latent["samples"] for c, latent in true.items()}
-    predictor.with_predictor(studio.model, fitted.pair, conditioning, samples, measure)
+    predictor.with_predictor(studio.model, fitted.loras, conditioning, samples, measure)
     direct, given, drawn_both, drawn_content = (sum(losses.values()) for losses in found)
     print(content, style, direct, given, drawn_both, drawn_content)
     assert given < 0.6 * direct

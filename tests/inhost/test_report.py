@@ -16,7 +16,7 @@ def outcome_of(pack, before: dict[str, float], after: dict[str, float]):
     patcher = tiny.tiny_patcher()
     sources = tiny.sources(pack, patcher.model)
     fitted = bridge.lora.fitting.fit(sources, patcher.model)
-    ones = core.coefficients.Coefficients.ones(fitted.pair)
+    ones = core.coefficients.Coefficients.ones(fitted.loras)
     result = core.solver.Result(ones)
     return bridge.optimize.outcome.Outcome(
         sources, fitted, core.solver.Settings(), ones, result, retention=[before, after]

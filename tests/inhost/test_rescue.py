@@ -22,7 +22,7 @@ def _train(pack, patcher):  # noqa: F811
 
 def _unzip(pack, patcher):  # noqa: F811
     done = test_unzip.take_apart(pack, patcher, test_unzip.task(pack, steps=STEPS, learning_rate=1e-2))
-    made = {f"{c} {k}": t for c, source in done.pair.by_concept().items() for k, t in source.tensors.items()}
+    made = {f"{c} {k}": t for c, source in done.pair.by_concept.items() for k, t in source.tensors.items()}
     return made, done.loss_map["loss"], done.report
 
 

@@ -69,16 +69,17 @@ def test_the_optimizers_choice_follows_the_signs(rivals):
 
 
 def test_k_lora_gives_the_style_the_last_steps(rivals, pack):
-    pair = pack.ziplora_core.pair
+    pair = pack.ziplora_core.lora_set
     g = torch.Generator().manual_seed(0)
     layers = {
-        str(i): pair.LayerPair(
-            *(pair.Factors(torch.randn(8, 2, generator=g), torch.randn(2, 6, generator=g)) for _ in "cs")
-        )
+        str(i): {
+            concept: pair.Factors(torch.randn(8, 2, generator=g), torch.randn(2, 6, generator=g))
+            for concept in pair.CONCEPTS
+        }
         for i in range(12)
     }
     shares = []
     for step in range(20):
-        chosen = rivals.chosen_layers(pair.LoRAPair(layers), step / 20)
+        chosen = rivals.chosen_layers(pair.LoRASet(pair.CONCEPTS, layers), step / 20)
         shares.append(sum(concept == "style" for concept in chosen.values()))
     assert shares == sorted(shares) and shares[0] <= 2 and shares[-1] >= 10  # the style's factor is .5, then 1.9

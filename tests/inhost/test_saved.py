@@ -47,9 +47,11 @@ def pair(pack, folders):
     lora = pack.nodes.bridge.lora
     sources = lora.loras.load_pair("subject.safetensors", "style.safetensors", 0.7, 1.1)
     fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
-    coefficients = random_coefficients(pack, fitted.pair).scaled(0.5, 1.5)
+    coefficients = random_coefficients(pack, fitted.loras).scaled(content=0.5, style=1.5)
     settings = {"steps": 3, "solver": "gradient"}
-    return patcher, lora.zipped.ZippedLoRA(sources, fitted, coefficients, 0.5, 1.5, "what it did", settings=settings)
+    return patcher, lora.zipped.ZippedLoRA(
+        sources, fitted, coefficients, tiny.of_two(0.5, 1.5), "what it did", settings=settings
+    )
 
 
 def rename(folders, old: str, new: str) -> None:
@@ -70,9 +72,9 @@ def test_loaded_is_applied_bit_for_bit_as_before(pack, folders, pair, renamed):
     again = saved.load(patcher, name)
     assert largest_difference(weights(apply(patcher, None, again, 0.8)[0]), before) == 0.0
     for side in ("content", "style"):
-        mine, theirs = getattr(zipped.coefficients, side), getattr(again.coefficients, side)
+        mine, theirs = zipped.coefficients[side], again.coefficients[side]
         assert mine.keys() == theirs.keys() and all(torch.equal(m, theirs[k]) for k, m in mine.items())
-    kept = ("content_strength", "style_strength", "report", "method", "settings")
+    kept = ("dials", "report", "method", "settings")
     assert all(getattr(again, k) == getattr(zipped, k) for k in kept)
     assert saved.save(again, "mine") != name, "a second save took the first one's file"
 
@@ -110,11 +112,15 @@ def test_a_changed_or_missing_lora_is_refused_by_name(pack, folders, pair, name)
 def test_another_models_file_is_refused(pack, folders, pair):
     patcher, zipped = pair
     saved = pack.nodes.bridge.saved
-    layers = list(zipped.coefficients.style)
-    short = {k: m[:-1] if k == layers[3] else m for k, m in zipped.coefficients.style.items()}
+    own = zipped.coefficients.by_concept
+    layers = list(own["style"])
+    short = {k: m[:-1] if k == layers[3] else m for k, m in zipped.coefficients["style"].items()}
     for broken, says in (
-        (replace(zipped.coefficients, style=short), f"has .* style coefficients for layer '{layers[3]}'"),
-        (replace(zipped.coefficients, content={"nowhere": torch.ones(3)}), "has 0 content coefficients for layer"),
+        (type(zipped.coefficients)({**own, "style": short}), f"has .* style coefficients for layer '{layers[3]}'"),
+        (
+            type(zipped.coefficients)({**own, "content": {"nowhere": torch.ones(3)}}),
+            "has 0 content coefficients for layer",
+        ),
     ):
         with pytest.raises(ValueError, match=says):
             saved.load(patcher, saved.save(replace(zipped, coefficients=broken), "mine"))
@@ -127,7 +133,7 @@ def test_another_models_file_is_refused(pack, folders, pair):
         (lambda path: path.write_bytes(b"no safetensors at all"), "not a safetensors file"),
         (lambda path: save_file(load_file(path), path), "is no zipped pair"),
         (lambda path: save_file(load_file(path), path, {"ziplora": "{"}), "broken metadata"),
-        (lambda path: save_file(load_file(path), path, {"ziplora": '{"format": "ziplora 2"}'}), "update the pack"),
+        (lambda path: save_file(load_file(path), path, {"ziplora": '{"format": "ziplora 3"}'}), "update the pack"),
         (lambda path: path.unlink(), "is missing"),
     ],
 )
@@ -195,7 +201,7 @@ def test_full_size_pair_is_saved_in_six_megabytes(pack, folders):
     lora = pack.nodes.bridge.lora
     sources = lora.loras.load_pair("subject.safetensors", "style.safetensors", 1.0, 1.0)
     fitted = pack.nodes.bridge.lora.fitting.fit(sources, model)
-    ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
+    ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.loras)
     name = pack.nodes.bridge.saved.save(lora.zipped.ZippedLoRA(sources, fitted, ones), "big")
     size = (folders / "output" / "ziplora" / name).stat().st_size
     assert 4 * 1_571_840 <= size <= 4 * 1_571_840 + 300_000
@@ -205,7 +211,7 @@ def test_np_loras_mu_is_the_files_own(pack, folders, pair, monkeypatch):
     """Read back by a pack whose default is another."""
     patcher, zipped = pair
     saved, direct = pack.nodes.bridge.saved, pack.ziplora_core.direct
-    update = {k: layer.content for k, layer in direct.np_lora(zipped.fitted.pair, 2.0).layers.items()}
+    update = {k: layer["content"] for k, layer in direct.np_lora(zipped.fitted.loras, 2.0).layers.items()}
     with monkeypatch.context() as patch:
         patch.setattr(direct, "MU", 2.0, raising=False)
         patch.setattr(direct.np_lora, "__defaults__", (2.0,))
@@ -213,8 +219,8 @@ def test_np_loras_mu_is_the_files_own(pack, folders, pair, monkeypatch):
         name = saved.save(merged, "direct")
     again = saved.load(patcher, name)
     assert again.method == "NP-LoRA" and again.settings == {"mu": 2.0}
-    for key, layer in again.fitted.pair.layers.items():
-        assert torch.equal(layer.content.down, update[key].down), key
+    for key, layer in again.fitted.loras.layers.items():
+        assert torch.equal(layer["content"].down, update[key].down), key
 
 
 def rewritten(folders, name, change):
@@ -230,11 +236,11 @@ def rewritten(folders, name, change):
 def test_files_from_before_mu_was_written_are_read_with_the_one_they_had(pack, folders, pair):
     patcher, zipped = pair
     saved, merged = pack.nodes.bridge.saved, pack.nodes.bridge.direct.merge(patcher, pair[1].sources, "NP-LoRA")
-    expected = pack.ziplora_core.direct.np_lora(zipped.fitted.pair, 0.5)
+    expected = pack.ziplora_core.direct.np_lora(zipped.fitted.loras, 0.5)
     name = saved.save(merged, "direct")
     rewritten(folders, name, lambda about: about.update(settings={}))
-    for key, layer in saved.load(patcher, name).fitted.pair.layers.items():
-        assert torch.equal(layer.content.down, expected.layers[key].content.down), key
+    for key, layer in saved.load(patcher, name).fitted.loras.layers.items():
+        assert torch.equal(layer["content"].down, expected.layers[key]["content"].down), key
     for wrong in ("much", -1, None, float("nan"), True):
         rewritten(folders, name, lambda about, wrong=wrong: about.update(settings={"mu": wrong}))
         with pytest.raises(ValueError, match=f"'{name}' has broken metadata .mu is "):
@@ -310,7 +316,7 @@ def test_a_candidate_that_cannot_be_read_is_passed_over(pack, folders, pair, mon
         return sha256(path)
 
     monkeypatch.setattr(hashes, "sha256", read)
-    assert saved.load(patcher, name).sources.style.name == "z.safetensors"
+    assert saved.load(patcher, name).sources["style"].name == "z.safetensors"
 
 
 def in_place(path, other):
@@ -366,7 +372,7 @@ def test_a_lora_that_cp_put_in_the_place_of_another_is_seen(pack, folders, pair)
     name, before = saved.save(zipped, "mine"), pack.nodes.bridge.lora.loras.fingerprint(path.name)
     later_than(folders / "clock", path)
     shutil.copy2(other, path)
-    assert path.stat().st_mtime_ns == zipped.sources.content.version[2]
+    assert path.stat().st_mtime_ns == zipped.sources["content"].version[2]
     assert pack.nodes.bridge.lora.loras.fingerprint(path.name) != before
     with pytest.raises(ValueError, match="'subject.safetensors' has changed since it was loaded"):
         saved.save(zipped, "again")
@@ -410,7 +416,8 @@ def test_the_same_bytes_are_the_same_file(pack, folders, pair, monkeypatch, chan
     later_than(folders / "clock", path)
     change(path)
     assert hashes.version(str(path)) != version, "the file system says another time"
-    assert saved.load(pair[0], saved.save(pair[1], "mine")).sources.content.sha256 == pair[1].sources.content.sha256
+    again = saved.load(pair[0], saved.save(pair[1], "mine"))
+    assert again.sources["content"].sha256 == pair[1].sources["content"].sha256
     again = pack.nodes.LoadLoRAPair.fingerprint_inputs(*names)
     assert (again == before) == (change is not touched)
     assert pack.nodes.LoadLoRAPair.fingerprint_inputs(*names) == again
@@ -418,7 +425,7 @@ def test_the_same_bytes_are_the_same_file(pack, folders, pair, monkeypatch, chan
 
 
 def test_the_hash_is_that_of_the_numbers_that_were_read(pack, folders, pair):
-    for source in pair[1].sources.by_concept().values():
+    for source in pair[1].sources.by_concept.values():
         content = (folders / "loras" / source.name).read_bytes()
         assert pack.nodes.bridge.disk.provenance.bound(source).sha256 == hashlib.sha256(content).hexdigest()
 
@@ -429,10 +436,11 @@ def test_a_name_with_line_breaks_is_one_line_of_a_report(pack, folders, pair):
     rename(folders, "subject.safetensors", f"{odd}.safetensors")
     lora, report = pack.nodes.bridge.lora, pack.nodes.bridge.optimize.outcome
     sources = lora.loras.load_pair(f"{odd}.safetensors", "style.safetensors", 1.0, 1.0)
-    tensors = {**sources.content.tensors, f"{odd}.lora_up.weight": torch.ones(1, 1)}
-    sources = replace(sources, content=replace(sources.content, tensors=tensors))
+    tensors = {**sources["content"].tensors, f"{odd}.lora_up.weight": torch.ones(1, 1)}
+    content = replace(sources["content"], tensors=tensors)
+    sources = replace(sources, by_concept={**sources.by_concept, "content": content})
     fitted = pack.nodes.bridge.lora.fitting.fit(sources, pair[0].model)
-    ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.pair)
+    ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.loras)
     solver = pack.ziplora_core.solver
     text = report.report(report.Outcome(sources, fitted, solver.Settings(), ones, solver.Result(ones)))
     lines = text.split("  \n")

@@ -18,15 +18,15 @@ def sdxl(pack):
     bridge, cpu = pack.nodes.bridge, torch.device("cpu")
     model = ModelPatcher(tiny.full_size.sdxl_model(torch.float16, device="meta"), cpu, cpu)
     sources = bridge.lora.loras.LoRASources(
-        *(
-            bridge.lora.loras.LoRASource(str(seed), tiny.full_size.attention_lora(model.model, 64, seed), 1.0)
-            for seed in range(2)
-        )
+        {
+            concept: bridge.lora.loras.LoRASource(concept, tiny.full_size.attention_lora(model.model, 64, seed), 1.0)
+            for seed, concept in enumerate(("content", "style"))
+        }
     )
-    pair = bridge.lora.fitting.fit(sources, model.model).pair
+    pair = bridge.lora.fitting.fit(sources, model.model).loras
     prompts = {c: tiny.full_size.random_prompt(0) for c in ("content", "style")}
     latents = {c: tiny.full_size.random_latents(SIDE, 0)["samples"] for c in prompts}
-    return model, pair, bridge.memory.rehearsal.MetaPair(model, pair, prompts, latents)
+    return model, pair, bridge.memory.rehearsal.MetaSet(model, pair, prompts, latents)
 
 
 def operations(work) -> int:
@@ -40,13 +40,13 @@ def test_a_layer_wise_zip_is_at_most_twenty_passes_and_three_hundred_megabytes(p
     core = pack.ziplora_core
     batch, activity = meta.batch("content", "style"), core.layerwise.Activity()
     with meta.injected():
-        plain = operations(lambda: meta.predict(meta.batch("content"), meta.joined.teacher(torch.tensor([False]))))
-        recording = core.layerwise.RecordingBranch(meta.joined, batch.is_style, activity)
+        plain = operations(lambda: meta.predict(meta.batch("content"), meta.joined.teacher(torch.tensor([0]))))
+        recording = core.layerwise.RecordingBranch(meta.joined, batch.concept, activity)
         recorded = operations(lambda: meta.predict(batch, recording))
 
     def grams() -> None:
-        for layer in meta.joined.pair.layers.values():
-            core.shares.column_grams([factors for _, factors in layer.halves()])
+        for layer in meta.joined.loras.layers.values():
+            core.shares.column_grams(list(layer.values()))
 
     solve = operations(grams)
     assert 5e12 < plain < 8e12, "about six million million operations for a pass at 1024 x 1024"
@@ -63,6 +63,6 @@ def test_its_plan_asks_for_what_sampling_takes_and_the_loras(pack, sdxl):
     prompts = {c: tiny.full_size.random_prompt(0) for c in ("content", "style")}
     latents = {c: tiny.full_size.random_latents(SIDE, 0)["samples"] for c in prompts}
     plan = pack.nodes.bridge.memory.plan.make(model, pair, prompts, latents, settings, 10**12)
-    factors = 2 * sum(f.up.numel() + f.down.numel() for layer in pair.layers.values() for _, f in layer.halves())
+    factors = 2 * sum(f.up.numel() + f.down.numel() for layer in pair.layers.values() for f in layer.values())
     workspace = 2 * pack.nodes.bridge.memory.plan._workspace(model.model, torch.float16, SIDE * SIDE)
     assert plan.need - workspace - factors < 300e6

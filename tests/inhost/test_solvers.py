@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -26,9 +27,11 @@ def test_keeps_both_better_than_the_direct_merge(
     loras, optimise = pack.nodes.bridge.lora.loras, pack.nodes.bridge.optimize.zipping
     core = pack.ziplora_core
     sources = loras.LoRASources(
-        *(
-            loras.LoRASource(f"{name}.safetensors", core.files.read_lora_file(lora_files[name]), 1.0)
-            for name in ("fish", "gilded")
+        tiny.of_two(
+            *(
+                loras.LoRASource(f"{name}.safetensors", core.files.read_lora_file(lora_files[name]), 1.0)
+                for name in ("fish", "gilded")
+            )
         )
     )
     prompts = {"content": "a wix figure in flat style", "style": "a purple circle in miv style"}
@@ -47,6 +50,6 @@ def test_keeps_both_better_than_the_direct_merge(
     assert f"solver: {solver}, seed 0" in report
     assert (f"objective {objective}" in report) == ("gradient" in solver)
     assert ("layer by layer: " in report) == ("layerwise" in solver)
-    layers = len(zipped.fitted.pair.layers)
+    layers = len(zipped.fitted.loras.layers)
     assert len(losses["loss"]) == (layers if solver == "layerwise" else 30)
-    assert zipped.coefficients.count == zipped.fitted.pair.coefficient_count
+    assert zipped.coefficients.count == zipped.fitted.loras.coefficient_count

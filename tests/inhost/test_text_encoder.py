@@ -28,11 +28,11 @@ def test_applied_to_clip_as_the_stock_loader_does(pack, miniature):
     files = [with_text_encoder(patcher, clip, seed) for seed in (1, 2)]
     assert any(k.startswith("lora_te2_") for k in files[0])
     sources = lora.loras.LoRASources(
-        lora.loras.LoRASource("content", files[0], 0.7), lora.loras.LoRASource("style", files[1], 1.2)
+        tiny.of_two(lora.loras.LoRASource("content", files[0], 0.7), lora.loras.LoRASource("style", files[1], 1.2))
     )
     fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
     assert fitted.notes == [], "text-encoder tensors are used, not reported as unused"
-    zipped = lora.zipped.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
+    zipped = lora.zipped.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.loras))
 
     def encoded(text_encoder) -> torch.Tensor:
         with torch.inference_mode():
@@ -41,7 +41,7 @@ def test_applied_to_clip_as_the_stock_loader_does(pack, miniature):
     bare = encoded(clip)
     _, ours = pack.nodes.bridge.apply.apply(patcher, clip, zipped, 0.5)
     theirs = clip
-    for source in (sources.content, sources.style):
+    for source in (sources["content"], sources["style"]):
         _, theirs = comfy.sd.load_lora_for_models(patcher, theirs, source.tensors, 0, 0.5 * source.strength)
     assert not torch.allclose(encoded(theirs), bare, atol=1e-3), "the LoRAs change nothing: this tests nothing"
     torch.testing.assert_close(encoded(ours), encoded(theirs))
@@ -66,10 +66,10 @@ def test_a_layer_under_two_names_is_exported_as_the_one_that_the_host_takes(pack
         (patch,) = comfy.lora.load_lora(file, known, log_missing=False).values()
         other = tiny.full_size.attention_lora(patcher.model, 2, 2, torch.float32)
         sources = lora.loras.LoRASources(
-            lora.loras.LoRASource("content", file, 1.0), lora.loras.LoRASource("style", other, 1.0)
+            tiny.of_two(lora.loras.LoRASource("content", file, 1.0), lora.loras.LoRASource("style", other, 1.0))
         )
         fitted = pack.nodes.bridge.lora.fitting.fit(sources, patcher.model)
-        zipped = lora.zipped.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.pair))
+        zipped = lora.zipped.ZippedLoRA(sources, fitted, Coefficients.ones(fitted.loras))
         tensors = pack.nodes.bridge.export.export_tensors(zipped, 0, "fp32", "kohya").tensors
         delta = tensors[f"{kohya}.lora_up.weight"] @ tensors[f"{kohya}.lora_down.weight"]
         torch.testing.assert_close(delta, patch.weights[0] @ patch.weights[1])
@@ -84,16 +84,18 @@ def test_report_and_apply_say_where_a_text_encoder_part_is_left_out(pack, miniat
     rich = with_text_encoder(patcher, clip, 1)
     plain = {k: v for k, v in with_text_encoder(patcher, clip, 2).items() if not k.startswith("lora_te")}
     sources = lora.loras.LoRASources(
-        lora.loras.LoRASource("rich.safetensors", rich, 1.0), lora.loras.LoRASource("p.safetensors", plain, 1.0)
+        tiny.of_two(
+            lora.loras.LoRASource("rich.safetensors", rich, 1.0), lora.loras.LoRASource("p.safetensors", plain, 1.0)
+        )
     )
     fitted = bridge.lora.fitting.fit(sources, patcher.model)
-    ones = core.coefficients.Coefficients.ones(fitted.pair)
+    ones = core.coefficients.Coefficients.ones(fitted.loras)
     known = comfy.lora.load_lora(rich, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}), log_missing=False)
     assert (
         len(known)
-        == bridge.lora.text_encoders.parts(sources.content)
+        == bridge.lora.text_encoders.parts(sources["content"])
         > 0
-        == bridge.lora.text_encoders.parts(sources.style)
+        == bridge.lora.text_encoders.parts(sources["style"])
     )
 
     outcome = bridge.optimize.outcome.Outcome(sources, fitted, core.solver.Settings(), ones, core.solver.Result(ones))
@@ -103,17 +105,17 @@ def test_report_and_apply_say_where_a_text_encoder_part_is_left_out(pack, miniat
 
     def warned(connected, **dials) -> bool:
         caplog.clear()
-        bridge.apply.apply(patcher, connected, lora.zipped.ZippedLoRA(sources, fitted, ones, **dials), 1.0)
+        bridge.apply.apply(patcher, connected, lora.zipped.ZippedLoRA(sources, fitted, ones, dials), 1.0)
         return "clip is not connected: the text-encoder part of 'rich.safetensors' is left out" in caplog.text
 
-    assert warned(None) and not warned(clip) and not warned(None, content_strength=0.0)
+    assert warned(None) and not warned(clip) and not warned(None, content=0.0)
 
 
 def test_nothing_is_said_of_files_without_one(pack, miniature, caplog):
     bridge, core, patcher = pack.nodes.bridge, pack.ziplora_core, miniature.model
     sources = tiny.sources(pack, patcher.model)
     fitted = bridge.lora.fitting.fit(sources, patcher.model)
-    ones = core.coefficients.Coefficients.ones(fitted.pair)
+    ones = core.coefficients.Coefficients.ones(fitted.loras)
     outcome = bridge.optimize.outcome.Outcome(sources, fitted, core.solver.Settings(), ones, core.solver.Result(ones))
     assert "text encoder" not in bridge.optimize.outcome.report(outcome)
     bridge.apply.apply(patcher, None, bridge.lora.zipped.ZippedLoRA(sources, fitted, ones), 1.0)
@@ -126,10 +128,10 @@ def test_a_name_with_line_breaks_is_one_line_of_what_is_said(pack, miniature):
     lora, core = bridge.lora, pack.ziplora_core
     name = "a\u2028b\n.safetensors"
     sources = lora.loras.LoRASources(
-        *(lora.loras.LoRASource(name, with_text_encoder(patcher, clip, n), 1.0) for n in (1, 2))
+        tiny.of_two(*(lora.loras.LoRASource(name, with_text_encoder(patcher, clip, n), 1.0) for n in (1, 2)))
     )
     fitted = bridge.lora.fitting.fit(sources, patcher.model)
-    zipped = lora.zipped.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.pair))
+    zipped = lora.zipped.ZippedLoRA(sources, fitted, core.coefficients.Coefficients.ones(fitted.loras))
     notes = bridge.lora.text_encoders.notes(sources, zipped=False)
     assert len(notes) == 2 and all(line.isprintable() for line in notes)
     assert bridge.lora.text_encoders.left_out(zipped).isprintable()

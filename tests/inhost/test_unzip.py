@@ -141,17 +141,17 @@ def test_two_ordinary_files_and_a_zipped_pair(pack, patcher, output):  # noqa: F
         tensors = comfy.utils.load_torch_file(str(output / file), safe_load=True)
         patches = comfy.lora.load_lora(tensors, names, log_missing=False)
         assert len(patches) == len(tensors) / 3
-    pair, m = done.zipped.fitted.pair, done.zipped.coefficients
+    pair, m = done.zipped.fitted.loras, done.zipped.coefficients
     for name, layer in pair.layers.items():
-        if layer.content is None or layer.style is None:
+        if len(layer) < 2:
             continue
-        empty = [(f.down == 0).all(0) for _, f in layer.halves()]
+        empty = [(f.down == 0).all(0) for _, f in layer.items()]
         assert (empty[0] | empty[1]).all(), f"{name}: a column of both"
         assert 0.4 <= float((~empty[0]).float().mean()) <= 0.5
-        assert (m.content[name][empty[0]] == 0).all() and (m.style[name][empty[1]] == 0).all()
+        assert (m["content"][name][empty[0]] == 0).all() and (m["style"][name][empty[1]] == 0).all()
     for block, concept in (("output_blocks.0.1.", "content"), ("output_blocks.1.1.", "style")):
         owned = [layer for name, layer in pair.layers.items() if f".{block}" in name]
-        assert owned and all([c for c, _ in layer.halves()] == [concept] for layer in owned)
+        assert owned and all([c for c, _ in layer.items()] == [concept] for layer in owned)
     for needed in ("apart: prompts, columns, blocks", "overlap 0.000", "memory:"):
         assert needed in done.report
     assert len(done.loss_map["loss"]) == 3
@@ -160,9 +160,9 @@ def test_two_ordinary_files_and_a_zipped_pair(pack, patcher, output):  # noqa: F
 def test_blocks_that_a_task_names_belong_to_one_concept(pack, patcher):  # noqa: F811
     named = {"content": ("output_blocks.1.1.",), "style": ("middle_block.", "input_blocks.")}
     done = take_apart(pack, patcher, task(pack, blocks=named))
-    for name, layer in done.zipped.fitted.pair.layers.items():
+    for name, layer in done.zipped.fitted.loras.layers.items():
         own = [concept for concept, blocks in named.items() if any(f".{block}" in name for block in blocks)]
-        assert [concept for concept, _ in layer.halves()] == (own or ["content", "style"]), name
+        assert [concept for concept, _ in layer.items()] == (own or ["content", "style"]), name
 
 
 def test_blocks_are_read_and_refused_by_name(pack, patcher):  # noqa: F811
@@ -197,7 +197,7 @@ def test_the_zipped_pair_is_saved_and_loaded(pack, patcher, output, monkeypatch)
         folder_paths.filename_list_cache.clear()
         again = pack.nodes.bridge.saved.load(patcher, name)
     for side in ("content", "style"):
-        kept, loaded = getattr(done.zipped.coefficients, side), getattr(again.coefficients, side)
+        kept, loaded = done.zipped.coefficients[side], again.coefficients[side]
         assert all(torch.equal(m, loaded[n]) for n, m in kept.items())
 
 
@@ -205,7 +205,7 @@ def test_nothing_apart_is_two_loras_of_everything(pack, patcher):  # noqa: F811
     asked = task(pack, prompts_apart=False, columns_apart=False, blocks_apart=False)
     done = take_apart(pack, patcher, asked)
     assert "apart: nothing" in done.report and len(done.loss_map["overlap"]) == 3
-    assert all(layer.content and layer.style for layer in done.zipped.fitted.pair.layers.values())
+    assert all(len(layer) == 2 for layer in done.zipped.fitted.loras.layers.values())
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_an_interrupted_run_goes_on_from_either_file(pack, patcher, output, monk
     done = take_apart(pack, patcher, task(pack, steps=6, learning_rate=3e-2, go_on_from=files[half]))
     assert seen == [2, 2, 3, 4, 4, 5], "each period starts with a step that only scores"
     assert "steps 3 to 6" in done.report and len(done.loss_map["loss"]) == 4
-    for concept, source in done.pair.by_concept().items():
+    for concept, source in done.pair.by_concept.items():
         for key, tensor in left[concept].items():
             if key.endswith("down.weight"):
                 assert (source.tensors[key] != 0).any(0)[(tensor != 0).any(0)].all(), f"{key}: a column was taken away"

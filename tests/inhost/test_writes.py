@@ -52,7 +52,7 @@ def test_both_files_of_a_picture_name_each_other_as_they_are_called(pack, patche
     names = [f"apart_{c}_0000{2 if c == taken else 1}_.safetensors" for c in ("content", "style")]
     assert done.files == [f"loras/{name}" for name in names]
     assert [metadata(output / "loras" / name)["ziplora_other_half"] for name in names] == names[::-1]
-    assert [source.name for source in done.pair.by_concept().values()] == names
+    assert [source.name for source in done.pair.by_concept.values()] == names
     again = test_unzip.take_apart(pack, patcher, test_unzip.task(pack, steps=2, go_on_from=names[0]))
     assert "steps 2 to 2" in again.report
 
@@ -127,8 +127,8 @@ def test_a_full_disk_loses_neither_half_of_a_picture(pack, patcher, output, refu
     done = test_unzip.take_apart(pack, patcher, test_unzip.task(pack, steps=2, save_every=1))
     refused.refuses = lambda number, steps: False
     expected = test_unzip.take_apart(pack, patcher, test_unzip.task(pack, steps=2, prefix="loras/room"))
-    for concept, source in done.pair.by_concept().items():
-        theirs, name = expected.pair.by_concept()[concept].tensors, f"apart_{concept}_00001_.safetensors"
+    for concept, source in done.pair.by_concept.items():
+        theirs, name = expected.pair.by_concept[concept].tensors, f"apart_{concept}_00001_.safetensors"
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in source.tensors.items())
         assert (source.version is None) == (concept in full)
         assert metadata(output / "loras" / name)["ss_steps"] == ("1" if concept in full else "2")
@@ -166,7 +166,7 @@ def exported(pack, patcher):  # noqa: F811
 def saved(pack, patcher):  # noqa: F811
     """Of two files, as it is bound to them."""
     loras = pack.nodes.bridge.lora.loras
-    for name, source in tiny.sources(pack, patcher.model).by_concept().items():
+    for name, source in tiny.sources(pack, patcher.model).by_concept.items():
         save_file({k: t.clone() for k, t in source.tensors.items()}, folder() / "loras" / f"{name}.safetensors")
     sources = loras.load_pair("content.safetensors", "style.safetensors", 1.0, 1.0)
     return "ziplora/" + pack.nodes.bridge.saved.save(pack.nodes.bridge.direct.merge(patcher, sources, "sum"), "made")

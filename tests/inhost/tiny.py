@@ -35,14 +35,23 @@ def latents(side: int = 8) -> dict[str, dict[str, Tensor]]:
         return {c: full_size.random_latents(side, 7 + i) for i, c in enumerate(("content", "style"))}
 
 
+def of_two(content, style) -> dict:
+    """By concept, of a pair."""
+    return {"content": content, "style": style}
+
+
 def sources(pack, model, ranks: tuple[int, int] = (4, 8), strengths: tuple[float, float] = (1.0, 1.0)):
     """LORA_PAIR of two random attention LoRAs."""
     loras = pack.nodes.bridge.lora.loras
     with torch.inference_mode():
         return loras.LoRASources(
-            *(
-                loras.LoRASource(name, full_size.attention_lora(model, rank, seed, torch.float32), strength)
-                for seed, (name, rank, strength) in enumerate(zip(("content", "style"), ranks, strengths, strict=True))
+            of_two(
+                *(
+                    loras.LoRASource(name, full_size.attention_lora(model, rank, seed, torch.float32), strength)
+                    for seed, (name, rank, strength) in enumerate(
+                        zip(("content", "style"), ranks, strengths, strict=True)
+                    )
+                )
             )
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
 from typing import Any
 
 import comfyui_version
@@ -26,7 +25,7 @@ def bound(source: loras.LoRASource) -> saved.SavedLoRA:
     same = loras.fingerprint(source.name) == source.version
     if not same and hashes.HASHES.checked(loras.lora_path(source.name)) != source.sha256:
         raise LoRAFileError(f"'{source.title}' has changed since it was loaded; queue again, then save")
-    return saved.SavedLoRA(source.name, source.sha256, source.version.size, source.strength)
+    return saved.SavedLoRA(source.name, source.sha256, source.version.size, source.strength, source.clip_strength)
 
 
 def versions() -> dict[str, str]:
@@ -44,12 +43,12 @@ def workflow(hidden: Any) -> dict[str, str]:
 
 
 def pair(sources: loras.LoRASources) -> dict[str, str]:
-    """Which files a pair was read from, by hash, and with what, as metadata.
+    """Which files a set of LoRAs was read from, by hash, and with what, as metadata.
 
     Nothing for files that have changed since, and for what other nodes made.
     """
     try:
-        files = {concept: asdict(bound(source)) for concept, source in sources.by_concept().items()}
+        files = {concept: bound(source).as_table() for concept, source in sources.by_concept.items()}
     except LoRAFileError:
         return {}
     return {"ziplora_pair": json.dumps({**files, "versions": versions()})}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from ....ziplora_core.coefficients import Coefficients
 from ..apply import apply
 from ..lora import fitting, loras
@@ -9,16 +12,21 @@ from ..lora.zipped import ZippedLoRA
 from ..memory.retry import is_out_of_memory
 from .sampling import Asked, Drawn, Watch, draw_plain
 
-_OTHER_SEED = {"content": 0, "style": 1}  # two concepts, two noises
-
-
 DEFAULT = Asked()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a user gives of one concept: its prompt (the host's conditioning), and a LATENT or None."""
+
+    positive: Any
+    latents: Any = None
 
 
 def draw(
     model,
     sources: loras.LoRASources,
-    fitted: fitting.FittedPair,
+    fitted: fitting.FittedSet,
     concept: str,
     conditioning: list,
     asked: Asked,
@@ -30,22 +38,21 @@ def draw(
     model: ModelPatcher, unchanged. watch: as of `draw_plain`. The negative prompt is zeros, as Conditioning Zero Out
     makes them.
     """
-    ones = Coefficients.ones(fitted.pair)
-    alone = ones.scaled(style=0.0) if concept == "content" else ones.scaled(content=0.0)
-    dials = (1.0, 0.0) if concept == "content" else (0.0, 1.0)
-    patched, _ = apply(model, None, ZippedLoRA(sources, fitted, alone, *dials), 1.0)
+    alone = {other: 0.0 for other in fitted.loras.concepts if other != concept}
+    patched, _ = apply(model, None, ZippedLoRA(sources, fitted, Coefficients.ones(fitted.loras)).dialled(alone), 1.0)
+    seed += sorted(fitted.loras.concepts).index(concept)  # as many noises as concepts, whatever their order
     try:
-        drawn = draw_plain(patched, conditioning, asked, seed + _OTHER_SEED[concept], watch)
+        drawn = draw_plain(patched, conditioning, asked, seed, watch)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise type(error)(
             f"not enough memory to draw {asked.count} {concept} references of {asked.side} x {asked.side} pixels; "
-            f"lower drawn_references or drawn_size, or connect {concept}_latents"
+            f"lower drawn_references or drawn_size, or connect {sources.input_name(concept, 'latents')}"
         ) from None
     if drawn is None:
         raise FloatingPointError(
             f"the {concept} LoRA alone draws no picture (its latents are not finite): look at the file, load "
-            f"the model in bf16 or fp32, or connect {concept}_latents"
+            f"the model in bf16 or fp32, or connect {sources.input_name(concept, 'latents')}"
         )
     return drawn

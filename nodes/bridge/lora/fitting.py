@@ -1,4 +1,4 @@
-"""LoRA files of any format to a pair that fits a model."""
+"""LoRA files of any format to a set that fits a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....ziplora_core import formats
 from ....ziplora_core.files import LoRAFileError, all_finite, shown
-from ....ziplora_core.pair import Factors, LayerPair, LoRAPair
+from ....ziplora_core.lora_set import Factors, LoRASet
 from ..network.weights import dequantized
 from . import keys
 from .adapters import all_used, fits, is_low_rank, is_plain, kind_of, reshapes
@@ -24,15 +24,15 @@ from .loras import LoRASource, LoRASources, text_encoder_alone
 
 
 @dataclass(frozen=True)
-class FittedPair:
-    """A pair on the layers of one model.
+class FittedSet:
+    """LoRAs on the layers of one model.
 
     riders: concept -> host patches that are no matrix (bias and norm differences): they are not zipped,
     they follow their LoRA's strength. notes: what a user should know about the files. names: how LoRA files call
     this model's weights.
     """
 
-    pair: LoRAPair
+    loras: LoRASet
     riders: dict[str, dict[str, Any]]
     notes: list[str]
     names: keys.FileNames
@@ -229,11 +229,11 @@ def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[st
     return [f"{len(unused)} tensors of '{source.title}' fit no layer and are not used, e.g. '{shown(unused[0])}'"]
 
 
-_fitted: weakref.WeakKeyDictionary[LoRASources, tuple[weakref.ref, FittedPair]] = weakref.WeakKeyDictionary()
+_fitted: weakref.WeakKeyDictionary[LoRASources, tuple[weakref.ref, FittedSet]] = weakref.WeakKeyDictionary()
 
 
-def fit(sources: LoRASources, model) -> FittedPair:
-    """Put both files on the layers of a model. Moves and loads nothing; the same pair and model are fitted once.
+def fit(sources: LoRASources, model) -> FittedSet:
+    """Put all files on the layers of a model. Moves and loads nothing; the same files and model are fitted once.
 
     model: the host's BaseModel. Raises LoRAFileError where a file fits no layer, or another model's layers.
     """
@@ -243,14 +243,15 @@ def fit(sources: LoRASources, model) -> FittedPair:
     return known[1]
 
 
-def _fit(sources: LoRASources, model) -> FittedPair:
+def _fit(sources: LoRASources, model) -> FittedSet:
     notes = list(sources.warnings)
     fitted = {}
-    for concept, source in sources.by_concept().items():
+    for concept, source in sources.by_concept.items():
         fitted[concept] = fit_one(source, model)
         notes += [*fitted[concept].unused, *fitted[concept].notes()]
-    content, style = fitted["content"].factors, fitted["style"].factors
-    order = [*content, *(k for k in style if k not in content)]
-    pair = LoRAPair({k: LayerPair(content.get(k), style.get(k)) for k in order})
+    order = dict.fromkeys(key for fitting in fitted.values() for key in fitting.factors)
+    layers = {
+        key: {c: fitting.factors[key] for c, fitting in fitted.items() if key in fitting.factors} for key in order
+    }
     riders = {concept: fitting.riders for concept, fitting in fitted.items()}
-    return FittedPair(pair, riders, notes, keys.file_names(model))
+    return FittedSet(LoRASet(tuple(fitted), layers), riders, notes, keys.file_names(model))

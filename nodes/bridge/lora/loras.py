@@ -1,9 +1,11 @@
-"""LoRA files, and pairs of them, as they travel on the graph's sockets: named, read, and refused."""
+"""LoRA files, and sets of them, as they travel on the graph's sockets: named, read, and refused."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import folder_paths
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from ....ziplora_core import formats
 from ....ziplora_core.checks import in_range
 from ....ziplora_core.files import LoRAFileError, check_lora_file, check_tensors, read_lora_file, shown
+from ....ziplora_core.lora_set import CONCEPTS
 from . import hashes
 
 
@@ -19,7 +22,8 @@ from . import hashes
 class LoRASource:
     """One LoRA file as read: its name in the loras folder, tensors on the CPU, and the strength it is used at.
 
-    version, sha256: of the file as it was read; None where the tensors come from elsewhere.
+    version, sha256: of the file as it was read; None where the tensors come from elsewhere. clip_strength: of its
+    text-encoder part; None where it is the same.
     """
 
     name: str
@@ -27,6 +31,7 @@ class LoRASource:
     strength: float
     version: hashes.Version | None = None
     sha256: str | None = None
+    clip_strength: float | None = None
 
     @property
     def title(self) -> str:
@@ -36,14 +41,23 @@ class LoRASource:
 
 @dataclass(frozen=True, eq=False)
 class LoRASources:
-    """What travels on a LORA_PAIR socket: two files, not yet fitted to a model."""
+    """What travels on a LORA_PAIR socket: files by concept, "content" and "style" where they are a pair, not yet
+    fitted to a model. Their order is that of everything made of them."""
 
-    content: LoRASource
-    style: LoRASource
+    by_concept: Mapping[str, LoRASource]
     warnings: tuple[str, ...] = ()
 
-    def by_concept(self) -> dict[str, LoRASource]:
-        return {"content": self.content, "style": self.style}
+    def __getitem__(self, concept: str) -> LoRASource:
+        return self.by_concept[concept]
+
+    def input_name(self, concept: str, what: str) -> str:
+        """How ZipLoRA Optimize calls what a concept is given: its own inputs are for the first two."""
+        place = list(self.by_concept).index(concept)
+        return f"{CONCEPTS[place]}_{what}" if place < len(CONCEPTS) else f"{what} of {concept} (in references)"
+
+    def names(self) -> str:
+        """Their titles, for errors."""
+        return " + ".join(f"'{source.title}'" for source in self.by_concept.values())
 
 
 def lora_path(name: str) -> str:
@@ -78,32 +92,51 @@ def text_encoder_alone(title: str) -> LoRAFileError:
 
 def load_pair(content: str, style: str, content_strength: float, style_strength: float) -> LoRASources:
     """Read both files. Raises LoRAFileError, also where both hold the same, and ValueError for a strength."""
-    _check_strengths(content_strength, style_strength)
-    refuse_one_file(content, style)
-    sources = LoRASources(load(content, content_strength), load(style, style_strength))
-    if _hold_the_same(sources):
-        raise _same_file(content, style)
+    return load_set({"content": (content, content_strength), "style": (style, style_strength)})
+
+
+def load_set(files: Mapping[str, tuple[str, float] | tuple[str, float, float | None]]) -> LoRASources:
+    """Read all files. files: concept -> (name, strength), and the text encoder's strength where it is another.
+
+    Raises LoRAFileError, also where two hold the same, and ValueError for a strength.
+    """
+    _check_strengths({concept: strength for concept, (_, strength, *_) in files.items()})
+    refuse_one_file(*(name for name, *_ in files.values()))
+    sources = LoRASources({concept: load(*file) for concept, file in files.items()})
+    same = _hold_the_same(sources)
+    if same is not None:
+        one, other = (files[concept][0] for concept in same)
+        raise _same_file(one, other, pair=set(files) == set(CONCEPTS))
     return sources
 
 
-def refuse_one_file(content: str, style: str) -> None:
-    """Raises LoRAFileError where both names lead to one file, or one to none. Reads nothing."""
-    if hashes.is_one_file(lora_path(content), lora_path(style)):
-        raise _same_file(content, style)
+def refuse_one_file(*names: str) -> None:
+    """Raises LoRAFileError where two names lead to one file, or one to none. Reads nothing."""
+    paths = [lora_path(name) for name in names]
+    for (one, path), (other, other_path) in combinations(zip(names, paths, strict=True), 2):
+        if hashes.is_one_file(path, other_path):
+            raise _same_file(one, other, pair=len(names) == 2)
 
 
-def _same_file(content: str, style: str) -> LoRAFileError:
-    one, other = shown(content, 255), shown(style, 255)
-    which = f"'{one}' is" if content == style else f"'{one}' and '{other}' hold the same LoRA, which would be"
+def _same_file(one: str, other: str, pair: bool = True) -> LoRAFileError:
+    first, second = shown(one, 255), shown(other, 255)
+    if not pair:
+        return LoRAFileError(
+            f"'{first}' and '{second}' hold the same LoRA; take one of them out, or give it its strength"
+        )
+    which = f"'{first}' is" if one == other else f"'{first}' and '{second}' hold the same LoRA, which would be"
     return LoRAFileError(
         f"{which} both the content and the style LoRA, so there is nothing to zip; choose the subject's file in "
         "content_lora and the style's in style_lora"
     )
 
 
-def _hold_the_same(sources: LoRASources) -> bool:
-    one, other = sources.content.tensors, sources.style.tensors
-    return one.keys() == other.keys() and all(_same(tensor, other[key]) for key, tensor in one.items())
+def _hold_the_same(sources: LoRASources) -> tuple[str, str] | None:
+    """The first two concepts whose LoRAs are one."""
+    for (one, a), (other, b) in combinations(sources.by_concept.items(), 2):
+        if a.tensors.keys() == b.tensors.keys() and all(_same(t, b.tensors[key]) for key, t in a.tensors.items()):
+            return one, other
+    return None
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -117,32 +150,35 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def pair(content: dict, style: dict, content_strength: float, style_strength: float) -> LoRASources:
     """Two LORA_MODELs of other nodes; one for both, of which each may be given other blocks. Raises LoRAFileError for
     what is no LoRA, ValueError for a strength."""
-    made = []
-    _check_strengths(content_strength, style_strength)
+    made = {}
+    _check_strengths({"content": content_strength, "style": style_strength})
     for concept, tensors, strength in (("content", content, content_strength), ("style", style, style_strength)):
         name = f"{concept}_lora"
         if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
             raise LoRAFileError(f"{name} holds no LoRA; connect Train Concept LoRA, or a node like it")
         check_tensors(name, tensors)
-        made.append(LoRASource(name, dict(tensors), strength))
-    return LoRASources(made[0], made[1])
+        made[concept] = LoRASource(name, dict(tensors), strength)
+    return LoRASources(made)
 
 
 def refuse_one_lora(sources: LoRASources) -> None:
-    """Raises LoRAFileError where both hold the same: there is nothing to zip."""
-    if _hold_the_same(sources):
+    """Raises LoRAFileError where two hold the same: there is nothing to zip."""
+    same = _hold_the_same(sources)
+    if same is not None and len(sources.by_concept) != 2:
+        raise LoRAFileError(f"{' and '.join(same)} hold the same LoRA; take one of them out")
+    if same is not None:
         raise LoRAFileError(
             "content_lora and style_lora hold the same LoRA, so there is nothing to zip; connect the subject's LoRA to "
             "content_lora and the style's to style_lora"
         )
 
 
-def _check_strengths(content: float, style: float) -> None:
-    in_range("content_strength", content, -100, 100)
-    in_range("style_strength", style, -100, 100)
+def _check_strengths(by_concept: Mapping[str, float]) -> None:
+    for concept, strength in by_concept.items():
+        in_range(f"{concept}_strength", strength, -100, 100)
 
 
-def load(name: str, strength: float) -> LoRASource:
+def load(name: str, strength: float, clip_strength: float | None = None) -> LoRASource:
     """Read one file, and its hash in the same pass where it is not known. Raises LoRAFileError."""
     path = lora_path(name)
     file, version = hashes.key(path), fingerprint(name)
@@ -154,4 +190,5 @@ def load(name: str, strength: float) -> LoRASource:
     if digest is not None:
         known = digest.hexdigest()
         hashes.HASHES.remember(file, known)
-    return LoRASource(name, tensors, strength, version, known)
+    apart = None if clip_strength == strength else clip_strength
+    return LoRASource(name, tensors, strength, version, known, apart)

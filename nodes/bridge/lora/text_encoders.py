@@ -13,8 +13,8 @@ def parts(source: LoRASource) -> int:
 
 
 def notes(sources: LoRASources, zipped: bool) -> list[str]:
-    """What a report says of them, for each file and for both. zipped: whether prompts were looked at."""
-    found = [(source.title, parts(source)) for source in sources.by_concept().values()]
+    """What a report says of them, for each file and for all. zipped: whether prompts were looked at."""
+    found = [(source.title, parts(source)) for source in sources.by_concept.values()]
     lines = [
         f"'{title}' also changes the text encoder ({count} layers). This part is not zipped: it counts where clip is "
         "connected to Apply Zipped LoRA and the prompts to draw are encoded with the clip that comes out of it"
@@ -35,8 +35,8 @@ def left_out(zipped: ZippedLoRA) -> str | None:
     """What is lost where a zipped pair is applied without `clip`; None where nothing is."""
     titles = [
         source.title
-        for concept, source in zipped.sources.by_concept().items()
-        if zipped.strength(concept) and parts(source)
+        for concept, source in zipped.sources.by_concept.items()
+        if zipped.clip_strength(concept) and parts(source)
     ]
     if not titles:
         return None

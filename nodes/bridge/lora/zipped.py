@@ -1,12 +1,17 @@
-"""A zipped pair, as it travels on the graph's sockets."""
+"""Zipped LoRAs, as they travel on the graph's sockets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import os
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ....ziplora_core.checks import in_range
 from ....ziplora_core.coefficients import Coefficients
-from .fitting import FittedPair
+from ....ziplora_core.files import shown
+from .fitting import FittedSet
 from .loras import LoRASources
 
 ZIPPED = "zipped"
@@ -14,21 +19,66 @@ ZIPPED = "zipped"
 
 @dataclass(frozen=True)
 class ZippedLoRA:
-    """What travels on a ZIPPED_LORA socket: the pair, its coefficients, and the dials already turned.
+    """What travels on a ZIPPED_LORA socket: the LoRAs, their coefficients, and the dials already turned.
 
-    method, settings: how it came about, for the file that it may be saved to.
+    dials: concept -> strength that is in the coefficients already, 1 where none is said. method, settings: how it came
+    about, for the file that it may be saved to.
     """
 
     sources: LoRASources
-    fitted: FittedPair = field(repr=False)
+    fitted: FittedSet = field(repr=False)
     coefficients: Coefficients = field(repr=False)
-    content_strength: float = 1.0
-    style_strength: float = 1.0
+    dials: dict[str, float] = field(default_factory=dict)
     report: str = ""
     method: str = ZIPPED
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def dial(self, concept: str) -> float:
+        return self.dials.get(concept, 1.0)
+
+    def dialled(self, strengths: dict[str, float]) -> ZippedLoRA:
+        """The same with dials turned, by concept: times so much of what they are. Costs nothing.
+
+        Raises ValueError for a concept that is not there.
+        """
+        coefficients = self.coefficients.scaled(**strengths)
+        dials = {concept: self.dial(concept) * strengths.get(concept, 1.0) for concept in self.sources.by_concept}
+        return replace(self, coefficients=coefficients, dials=dials)
+
+    def clip_strength(self, concept: str) -> float:
+        """The same of its text-encoder part, which a stack may say apart."""
+        apart = self.sources[concept].clip_strength
+        return self.strength(concept) if apart is None else apart * self.dial(concept)
+
     def strength(self, concept: str) -> float:
         """Of what is not zipped but follows its LoRA: the file's strength times the dial."""
-        dial = {"content": self.content_strength, "style": self.style_strength}[concept]
-        return self.sources.by_concept()[concept].strength * dial
+        return self.sources[concept].strength * self.dial(concept)
+
+
+def read_strengths(sources: LoRASources, text: str) -> dict[str, float]:
+    """Concept -> strength, from lines `name: number`; a name is a concept's or its file's, with or without its ending.
+
+    Raises ValueError for a line that says no such thing, an unknown name, one that is given twice, and a strength out
+    of range.
+    """
+    known = {}
+    for concept, source in sources.by_concept.items():
+        for name in (os.path.splitext(os.path.basename(source.name))[0], os.path.basename(source.name), source.name):
+            known[name.lower()] = concept
+    known |= {concept.lower(): concept for concept in sources.by_concept}
+    found: dict[str, float] = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        parts = re.fullmatch(r"(.+?)\s*[:=]\s*(\S+)", line)
+        try:
+            name, number = ("", math.nan) if parts is None else (parts[1], float(parts[2]))
+        except ValueError:
+            name, number = "", math.nan
+        if not name:
+            raise ValueError(f"strengths: '{shown(line, 60)}' is no line as 'style: 0.8'")
+        named = known.get(name.lower())
+        if named is None or named in found:
+            what = "names no LoRA of this set" if named is None else "stands there twice"
+            raise ValueError(f"strengths: '{shown(name, 60)}' {what}; there are: {', '.join(sources.by_concept)}")
+        in_range(f"strengths: {named}", number, -100, 100)
+        found[named] = number
+    return found

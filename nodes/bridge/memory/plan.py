@@ -10,7 +10,7 @@ import comfy.model_management as management
 import torch
 from torch import Tensor
 
-from ....ziplora_core.pair import LoRAPair
+from ....ziplora_core.lora_set import LoRASet
 from ....ziplora_core.solver import Settings
 from ....ziplora_core.trained_lora import TrainedLoRA
 from ..network.injection import blocks
@@ -29,9 +29,9 @@ _BACKWARD = 3  # what a step takes and gives back, in parts of what a plain pass
 class Plan:
     """How a run spends memory.
 
-    together: both references in one pass; None where there is no pair of them, in training. recomputed: of the
-    transformer blocks, how many (from the first) are run again in backward instead of being kept. need, room:
-    bytes beside the model's weights, estimated and there; 0 where unknown.
+    together: the references of all concepts in one pass; None where there are none, in training. recomputed: of the
+    transformer blocks, how many (from the first) are run again in backward instead of being kept. need, room: bytes
+    beside the model's weights, estimated and there; 0 where unknown. concepts: how many of them have references.
     """
 
     together: bool | None = True
@@ -39,9 +39,12 @@ class Plan:
     blocks: int = 0
     need: int = 0
     room: int = 0
+    concepts: int = 2
 
     def line(self) -> str:
-        passes = {True: "both references in one pass, ", False: "one reference at a time, ", None: ""}[self.together]
+        every = "both" if self.concepts == 2 else "all"
+        ways = {True: f"{every} references in one pass, ", False: "one reference at a time, ", None: ""}
+        passes = ways[self.together]
         again = f"{self.recomputed} of {self.blocks} transformer blocks run again in backward"
         return f"memory: about {self.need / GB:.1f} of {self.room / GB:.1f} GB beside the weights; {passes}{again}"
 
@@ -57,29 +60,29 @@ def _workspace(base, dtype: torch.dtype, positions: int) -> int:
 
 
 def make(
-    model, pair: LoRAPair, conditioning: dict[str, list], latents: dict[str, Tensor], settings: Settings, room: int
+    model, loras: LoRASet, conditioning: dict[str, list], latents: dict[str, Tensor], settings: Settings, room: int
 ) -> Plan:
     """The fastest way that fits into `room` bytes, or the smallest where none does."""
-    rows = settings.batch_size
+    rows, concepts = settings.batch_size, len(loras.concepts)
     largest = max(latents.values(), key=lambda samples: samples[0].numel())
     dtype = compute_dtype(model.model)
     workspace = _workspace(model.model, dtype, rows * largest[0, 0].numel())
-    factors = sum(f.up.numel() + f.down.numel() for layer in pair.layers.values() for _, f in layer.halves())
-    fixed = factors * dtype.itemsize + _VECTORS * 4 * pair.coefficient_count
+    factors = sum(f.up.numel() + f.down.numel() for layer in loras.layers.values() for f in layer.values())
+    fixed = factors * dtype.itemsize + _VECTORS * 4 * loras.coefficient_count
     spend = int(_USED * room)
-    before = fixed + 2 * workspace
+    before = fixed + concepts * workspace
     if not settings.gradient_steps:
-        return Plan(need=before, room=room)
-    rehearsed = _or_none(lambda: rehearsal.rehearse(model, pair, conditioning, latents))
+        return Plan(need=before, room=room, concepts=concepts)
+    rehearsed = _or_none(lambda: rehearsal.rehearse(model, loras, conditioning, latents))
     if rehearsed is None:
         count = len(blocks(model.model))
-        return Plan(True, count, count, max(before, fixed + 4 * workspace), room)
+        return Plan(True, count, count, max(before, fixed + 2 * concepts * workspace), room, concepts)
     count = len(rehearsed.inside)
 
     def plan(together: bool, recomputed: int) -> Plan:
-        passes = 2 if together else 1
+        passes = concepts if together else 1
         step = fixed + passes * (_BACKWARD * workspace + rows * (rehearsed.kept(recomputed) + rehearsed.largest))
-        return Plan(together, recomputed, count, max(before, step), room)
+        return Plan(together, recomputed, count, max(before, step), room, concepts)
 
     ways = (plan(together, recomputed) for together in (True, False) for recomputed in range(count + 1))
     return next((way for way in ways if way.need <= spend), plan(False, count))

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ....ziplora_core.branch import JoinedPair
-from ....ziplora_core.pair import CONCEPTS, Factors, LayerPair, LoRAPair
-from ....ziplora_core.solver import Batch, References
+from ....ziplora_core.branch import JoinedSet
+from ....ziplora_core.lora_set import Factors, LoRASet
+from ....ziplora_core.solver import Batch
 from ....ziplora_core.trained_lora import TrainedLoRA
 from ..network import predictor, session
 from ..network.bare import bare
@@ -95,11 +95,12 @@ def _meta(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def _meta_pair(pair: LoRAPair) -> LoRAPair:
-    def emptied(factors: Factors | None) -> Factors | None:
-        return None if factors is None else Factors(_meta(factors.up), _meta(factors.down), factors.scale)
+def _meta_loras(loras: LoRASet) -> LoRASet:
+    def emptied(factors: Factors) -> Factors:
+        return Factors(_meta(factors.up), _meta(factors.down), factors.scale)
 
-    return LoRAPair({k: LayerPair(emptied(v.content), emptied(v.style)) for k, v in pair.layers.items()})
+    layers = {name: {c: emptied(f) for c, f in layer.items()} for name, layer in loras.layers.items()}
+    return LoRASet(loras.concepts, layers)
 
 
 class _FlashAttention(TorchFunctionMode):
@@ -169,33 +170,33 @@ class MetaModel:
             yield
 
 
-class MetaPair(MetaModel):
-    """The same with a pair on it, its two prompts and its references' shapes."""
+class MetaSet(MetaModel):
+    """The same with a set of LoRAs on it, their prompts and their references' shapes."""
 
-    def __init__(self, model, pair: LoRAPair, conditioning: dict[str, list], latents: dict[str, Tensor]):
-        super().__init__(model, pair.layers, {concept: conditioning[concept] for concept in CONCEPTS})
+    def __init__(self, model, loras: LoRASet, conditioning: dict[str, list], latents: dict[str, Tensor]):
+        super().__init__(model, loras.layers, {concept: conditioning[concept] for concept in loras.concepts})
         with torch.inference_mode(False):
-            self._latents = {c: _meta(samples[:1]).float() for c, samples in latents.items()}
-            self.predict = _Predictor(self.guider, {}, self.injection, References(**self._latents))
-            self.joined = JoinedPair(_meta_pair(pair), "meta", compute_dtype(self.base))
+            self._latents = {c: _meta(latents[c][:1]).float() for c in loras.concepts}
+            self.predict = _Predictor(self.guider, {}, self.injection, self._latents)
+            self.joined = JoinedSet(_meta_loras(loras), "meta", compute_dtype(self.base))
 
     def batch(self, *concepts: str) -> Batch:
-        """One row of each concept."""
+        """One row of each concept, in the set's order."""
         latents = torch.cat([self._latents[c] for c in concepts])
-        is_style = torch.tensor([c == "style" for c in concepts])
-        return Batch(latents, latents, torch.zeros(len(concepts), dtype=torch.int64), is_style)
+        places = torch.tensor([self.joined.concepts.index(c) for c in concepts])
+        return Batch(latents, latents, torch.zeros(len(concepts), dtype=torch.int64), places)
 
     def coefficients(self) -> Tensor:
-        return torch.empty(self.joined.pair.coefficient_count, device="meta", requires_grad=True)
+        return torch.empty(self.joined.loras.coefficient_count, device="meta", requires_grad=True)
 
 
-def rehearse(model, pair: LoRAPair, conditioning: dict[str, list], latents: dict[str, Tensor]) -> Rehearsal:
-    """One row of the larger reference, as student of a pair.
+def rehearse(model, loras: LoRASet, conditioning: dict[str, list], latents: dict[str, Tensor]) -> Rehearsal:
+    """One row of the largest reference, as student of a set.
 
     Takes no memory and about a second for SDXL; raises whatever a model raises.
     """
     largest = max(latents, key=lambda c: latents[c][0].numel())
-    meta = MetaPair(model, pair, conditioning, latents)
+    meta = MetaSet(model, loras, conditioning, latents)
 
     def forward() -> None:
         meta.predict(meta.batch(largest), meta.joined.student(meta.coefficients()))

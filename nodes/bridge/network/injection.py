@@ -134,10 +134,10 @@ def blocks(model) -> list[torch.nn.Module]:
 
 
 class Injection:
-    """Freezes every layer of a model's network and adds a Branch to the layers of a pair, while injected.
+    """Freezes every layer of a model's network and adds a Branch to the layers of a set, while injected.
 
     Set `branch` before each forward pass; leave it until the backward pass is done, which may run blocks again.
-    layers: names as in LoRAPair (`diffusion_model.….weight`). recomputed: of how many transformer blocks, from the
+    layers: names as in LoRASet (`diffusion_model.….weight`). recomputed: of how many transformer blocks, from the
     first, only the input is kept for backward, which runs them again. is_patched: whether others' code runs in a pass.
 
     The host never hears of it: it ejects injections in the order in which they came, and so puts the dead forward of

@@ -1,4 +1,4 @@
-"""The core's Predictor on a loaded network: two references and their prompts."""
+"""The core's Predictor on a loaded network: references of each concept and their prompts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ....ziplora_core.branch import Branch, JoinedPair
-from ....ziplora_core.pair import LoRAPair
+from ....ziplora_core.branch import Branch, JoinedSet
+from ....ziplora_core.lora_set import LoRASet
 from ....ziplora_core.solver import EMPTY, OTHER, Batch, References
 from . import session
 from .empty_prompt import zeros
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 class HostPredictor(session.Network):
-    """The core's Predictor: two references and their prompts."""
+    """The core's Predictor: references of each concept and their prompts."""
 
     def __init__(self, guider, model_options: dict, injection: Injection, references: References):
         super().__init__(guider, model_options, injection)
-        self._references = {"content": references.content, "style": references.style}
+        self._references = references
         self._conds = {(c, c): self.encode(c, latents) for c, latents in self._references.items()}
-        one_row = [self._rows(concept, concept, 1) for concept in ("content", "style")]
-        self.joins = comfy.samplers.cond_equal_size(*one_row)
+        first, *others = [self._rows(concept, concept, 1) for concept in references]
+        self.joins = all(comfy.samplers.cond_equal_size(first, other) for other in others)
 
     def _rows(self, concept: str, prompt: str, rows: int) -> dict[str, Any]:
         """One of the guider's prompts for rows of a concept's references."""
@@ -39,15 +39,15 @@ class HostPredictor(session.Network):
         return {k: v.process_cond(batch_size=rows, area=None) for k, v in self._conds[concept, prompt].items()}
 
     def _conditioning(self, batch: Batch) -> dict[str, Any]:
-        """Conditioning of a batch whose content rows come before its style rows, joined as the host joins."""
-        style_rows = int(batch.is_style.sum())
-        counts = {"content": len(batch.is_style) - style_rows, "style": style_rows}
-        names = {c: c for c in counts}
+        """Conditioning of a batch, the rows of one concept after those of another, joined as the host joins."""
+        concepts = list(self._references)
+        names = dict(zip(concepts, concepts, strict=True))
         if batch.prompt == OTHER:
-            names = {"content": "style", "style": "content"}
+            names = dict(zip(concepts, reversed(concepts), strict=True))
         elif batch.prompt == EMPTY:
-            names = {c: f"{c} {EMPTY}" for c in counts}
-        return comfy.samplers.cond_cat([self._rows(c, names[c], n) for c, n in counts.items() if n])
+            names = {c: f"{c} {EMPTY}" for c in concepts}
+        counts = zip(concepts, torch.bincount(batch.concept, minlength=len(concepts)).tolist(), strict=True)
+        return comfy.samplers.cond_cat([self._rows(c, names[c], n) for c, n in counts if n])
 
     def __call__(self, batch: Batch, branch: Branch) -> Tensor:
         x, sigma = self.noised(batch.latents, batch.noise, batch.timesteps)
@@ -63,32 +63,29 @@ class HostPredictor(session.Network):
 
 def with_predictor(
     model,
-    pair: LoRAPair,
+    loras: LoRASet,
     conditioning: dict[str, list],
     latents: dict[str, Tensor],
-    work: Callable[[HostPredictor, JoinedPair, References], T],
+    work: Callable[[HostPredictor, JoinedSet, References], T],
     together: bool = True,
     recomputed: int = 0,
     need: int = 0,
 ) -> T:
-    """A pair injected into a model that is loaded and frozen, and some work with it: what that returns.
+    """LoRAs injected into a model that is loaded and frozen, and some work with it: what that returns.
 
-    conditioning, latents: by concept ("content", "style"); latents as a VAE gives them. together, recomputed, need: of
+    conditioning, latents: by concept; latents as a VAE gives them. together, recomputed, need: of
     a Plan.
     """
-    injection = Injection(pair.layers, recomputed)
+    injection = Injection(loras.layers, recomputed)
 
     def prepared(guider, patcher, model_options: dict) -> T:
         base, device = guider.inner_model, patcher.load_device
-        content, style = (
-            base.process_latent_in(latents[c].to(device, torch.float32).clone()) for c in ("content", "style")
-        )
-        references = References(content, style)
-        joined = JoinedPair(pair, device, compute_dtype(base))
+        references = {c: base.process_latent_in(latents[c].to(device, torch.float32).clone()) for c in loras.concepts}
+        joined = JoinedSet(loras, device, compute_dtype(base))
         predict = HostPredictor(guider, model_options, injection, references)
         predict.joins = predict.joins and together
         return work(predict, joined, references)
 
-    prompts = {concept: conditioning[concept] for concept in ("content", "style")}
+    prompts = {concept: conditioning[concept] for concept in loras.concepts}
     prompts |= {f"{concept} {EMPTY}": zeros(prompt) for concept, prompt in prompts.items()}
-    return session.with_network(model, injection, prompts, latents["content"].shape[1:], need, prepared)
+    return session.with_network(model, injection, prompts, latents[loras.concepts[0]].shape[1:], need, prepared)

@@ -10,7 +10,7 @@ from ....ziplora_core.prompts import PromptEffect
 from ....ziplora_core.solver import EMPTY, OWN, Result, Settings
 from ..drawing.sampling import Drawn
 from ..lora import text_encoders
-from ..lora.fitting import FittedPair
+from ..lora.fitting import FittedSet
 from ..lora.loras import LoRASources
 from ..memory.plan import Plan
 
@@ -23,10 +23,10 @@ class Outcome:
     """
 
     sources: LoRASources
-    fitted: FittedPair
+    fitted: FittedSet
     settings: Settings
     before: Coefficients
-    result: Result = field(default_factory=lambda: Result(Coefficients({}, {})))
+    result: Result = field(default_factory=lambda: Result(Coefficients({})))
     seconds: float = 0.0
     retention: list[dict[str, float]] = field(default_factory=list)
     alignment: list[dict[str, float]] = field(default_factory=list)
@@ -45,8 +45,7 @@ class Outcome:
         weight = self.settings.similarity_lambda
         return {
             "loss": [losses.total for losses in steps],
-            "content": [losses.content for losses in steps],
-            "style": [losses.style for losses in steps],
+            **{c: [losses.retention[c] for losses in steps] for c in self.sources.by_concept},
             "overlap": [weight * losses.overlap for losses in steps],
         }
 
@@ -61,12 +60,11 @@ def _ranks(low: int, high: int) -> str:
 
 def report(outcome: Outcome) -> str:
     """A few lines of plain text for a note or preview node."""
-    pair, settings, result = outcome.fitted.pair, outcome.settings, outcome.result
-    layers = ", ".join(f"{n} {kind}" for kind, n in pair.layer_counts().items() if n)
+    loras, settings, result = outcome.fitted.loras, outcome.settings, outcome.result
+    layers = ", ".join(f"{n} {kind}" for kind, n in loras.layer_counts().items() if n)
     lines = [
-        f"content: {outcome.sources.content.title} ({_ranks(*pair.ranks('content'))})",
-        f"style: {outcome.sources.style.title} ({_ranks(*pair.ranks('style'))})",
-        f"layers: {layers}; {pair.coefficient_count:,} coefficients",
+        *(f"{c}: {source.title} ({_ranks(*loras.ranks(c))})" for c, source in outcome.sources.by_concept.items()),
+        f"layers: {layers}; {loras.coefficient_count:,} coefficients",
         f"solver: {settings.solver}, seed {settings.seed}; {result.stopped}",
     ]
     lines.extend(drawn.line(concept) for concept, drawn in outcome.drawn.items())
@@ -104,7 +102,7 @@ def _retention_lines(outcome: Outcome) -> list[str]:
         return []
     before, after = outcome.retention
     lines = []
-    for concept in ("content", "style"):
+    for concept in before:
         finite = math.isfinite(before[concept]) and math.isfinite(after[concept])
         share = f" ({after[concept] / before[concept]:.0%})" if finite and before[concept] else ""
         lines.append(
@@ -114,7 +112,8 @@ def _retention_lines(outcome: Outcome) -> list[str]:
     if not all(map(math.isfinite, [*before.values(), *after.values()])):
         lines.append("These losses are not finite, so they say nothing: load the model in bf16 or fp32.")
     elif sum(after.values()) >= sum(before.values()):
-        lines.append("Zipping did not help this pair: the direct merge keeps both concepts as well or better.")
+        these, every = ("this pair", "both concepts") if len(before) == 2 else ("these LoRAs", "what they draw")
+        lines.append(f"Zipping did not help {these}: the direct merge keeps {every} as well or better.")
     return lines
 
 

@@ -28,8 +28,8 @@ class Progress:
     are drawn. count: references of each. batch_size, steps: of the gradient part.
     """
 
-    def __init__(self, settings: Settings, drawn: Sequence[str], drawing: int):
-        self._settings = settings
+    def __init__(self, settings: Settings, concepts: int, drawn: Sequence[str], drawing: int):
+        self._settings, self._concepts = settings, float(concepts)
         self._drawing = {f"drawing {concept} references": float(drawing) for concept in drawn}
         self._bar = Bar({**self._drawing, **self._work()})
         self._part, self._done = "", 0.0
@@ -41,15 +41,16 @@ class Progress:
         """Rows of everything that comes after drawing."""
         settings, relative = self._settings, self._settings.objective.relative
         steps = settings.gradient_steps
-        self._passes = 2.0 * layerwise.DRAWS
-        self._step = settings.batch_size * 2.0 * (2 + _BACKWARD)
-        self._before_steps = 2.0 * 2 * retention.DRAWS if relative and steps else 0.0
+        concepts = self._concepts
+        self._passes = concepts * layerwise.DRAWS
+        self._step = settings.batch_size * concepts * (2 + _BACKWARD)
+        self._before_steps = concepts * 2 * retention.DRAWS if relative and steps else 0.0
         parts = {}
         if settings.solver != "gradient":
             parts[_LAYERS] = self._passes + _SOLVING
         if steps:
             parts[_STEPS] = self._before_steps + steps * self._step
-        return {**parts, _MEASURING: 2.0 * 3 * retention.DRAWS, _PROMPTS: 2.0 * 4 * prompts.DRAWS}
+        return {**parts, _MEASURING: concepts * 3 * retention.DRAWS, _PROMPTS: concepts * 4 * prompts.DRAWS}
 
     def drawing(self, concept: str, share: float, preview: Image.Image | None) -> None:
         """A concept's references are drawn by so much, 0 to 1."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ....ziplora_core.prompts import PromptEffect
+from ..progress.plots import GROUND, concept_colors
 from .outcome import Outcome
 
 _WIDTH, _LINE, _MARGIN, _GAP = 512, 28, 10, 6
-_GROUND, _TEXT, _COLOURS = "#1b1b1f", "white", {"content": "#56b4e9", "style": "#e69f00"}
+_TEXT = "white"
 
 
 def kept(concept: str, before: float, after: float) -> str:
@@ -41,15 +42,21 @@ def lines(outcome: Outcome) -> list[str]:
     return found + prompt_warnings(outcome.prompts)
 
 
-def picture(said: Sequence[str], curves: Image.Image | None, drawn: Mapping[str, Tensor]) -> Image.Image:
+def picture(
+    said: Sequence[str], curves: Image.Image | None, drawn: Mapping[str, Tensor], concepts: Iterable[str] = ()
+) -> Image.Image:
     """The lines below the references that were drawn, or below the losses where a user brought all of them.
 
-    drawn: pictures (N, H, W, 3) in 0..1 of each concept whose references were drawn, as a row each.
+    drawn: pictures (N, H, W, 3) in 0..1 of each concept whose references were drawn, as a row each. concepts: all
+    that there are, in their order, where others have none.
     """
-    rows = [_row(concept, pictures) for concept, pictures in drawn.items()] or ([curves] if curves else [])
+    colors = concept_colors(dict.fromkeys([*concepts, *drawn]))
+    rows = [_row(concept, colors[concept], pictures) for concept, pictures in drawn.items()] or (
+        [curves] if curves else []
+    )
     width = _WIDTH if drawn or not rows else rows[0].width
     height = sum(row.height for row in rows) + _LINE * len(said) + 2 * _MARGIN
-    whole = Image.new("RGB", (width, height), _GROUND)
+    whole = Image.new("RGB", (width, height), GROUND)
     top = 0
     for row in rows:
         whole.paste(row, (0, top))
@@ -60,16 +67,16 @@ def picture(said: Sequence[str], curves: Image.Image | None, drawn: Mapping[str,
     return whole
 
 
-def _row(concept: str, pictures: Tensor) -> Image.Image:
+def _row(concept: str, color: str, pictures: Tensor) -> Image.Image:
     """Pictures beside each other, as wide as the whole, below a heading."""
     columns = min(len(pictures), 4)
     lines_of_pictures = math.ceil(len(pictures) / columns)
     side = (_WIDTH - 2 * _MARGIN - (columns - 1) * _GAP) // columns
     side = min(side, _WIDTH // 3)
     tall = max(1, round(side * pictures.shape[1] / pictures.shape[2]))
-    row = Image.new("RGB", (_WIDTH, _MARGIN + _LINE + lines_of_pictures * (tall + _GAP)), _GROUND)
+    row = Image.new("RGB", (_WIDTH, _MARGIN + _LINE + lines_of_pictures * (tall + _GAP)), GROUND)
     heading = f"{concept} references, drawn by its LoRA"
-    ImageDraw.Draw(row).text((_MARGIN, _MARGIN), heading, fill=_COLOURS[concept], font=_font())
+    ImageDraw.Draw(row).text((_MARGIN, _MARGIN), heading, fill=color, font=_font())
     for number, shown in enumerate(pictures):
         pixels = Image.fromarray((shown.float().clamp(0, 1) * 255).round().cpu().numpy().astype(np.uint8))
         left = _MARGIN + number % columns * (side + _GAP)

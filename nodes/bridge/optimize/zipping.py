@@ -1,20 +1,21 @@
-"""From sockets to a zipped pair: check, load, solve, measure, report."""
+"""From sockets to a zipped set: check, load, solve, measure, report."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
 from ....ziplora_core import analysis, prompts, retention, solver, zipper
-from ....ziplora_core.branch import JoinedPair
+from ....ziplora_core.branch import JoinedSet
 from ....ziplora_core.coefficients import Coefficients
 from .. import saved
 from ..drawing import references, sampling
@@ -26,6 +27,24 @@ from . import verdict
 from .outcome import Outcome, report
 from .progress import Progress
 
+T = TypeVar("T")
+
+
+def by_concept(sources: loras.LoRASources, given: Sequence[T], more: Sequence[T]) -> dict[str, T]:
+    """What is given of each concept: of the first two by the node's own inputs, of the others by its references.
+
+    Raises ValueError where there are not as many references as other LoRAs.
+    """
+    concepts = list(sources.by_concept)
+    wanted = max(0, len(concepts) - len(given))
+    if len(more) != wanted:
+        named = ", ".join(f"{concept} '{source.title}'" for concept, source in sources.by_concept.items())
+        raise ValueError(
+            f"references has {len(more)} ZipLoRA Reference nodes; expected {wanted}, one for each LoRA after the first "
+            f"two, in this order: {named}"
+        )
+    return dict(zip(concepts, [*given, *more], strict=False))
+
 
 def check_inputs(model, sources: loras.LoRASources, latents: dict[str, dict | None]) -> None:
     """Refuse files and latents that do not fit a model. Latents that are not made yet (None) are left out.
@@ -36,7 +55,7 @@ def check_inputs(model, sources: loras.LoRASources, latents: dict[str, dict | No
     fitting.fit(sources, model.model)
     for concept, made in latents.items():
         if made is not None:
-            checks.read_latents(f"{concept}_latents", made, model)
+            checks.read_latents(sources.input_name(concept, "latents"), made, model)
 
 
 def optimize(
@@ -47,9 +66,9 @@ def optimize(
     settings: solver.Settings,
     asked: sampling.Asked = references.DEFAULT,
 ) -> tuple[ZippedLoRA, dict[str, list[float]], str, Tensor | None]:
-    """Zip a pair on a model: (zipped pair, LOSS_MAP, report, rough pictures of what was drawn as a reference).
+    """Zip LoRAs on a model: (zipped, LOSS_MAP, report, rough pictures of what was drawn as a reference).
 
-    model: ModelPatcher, unchanged. conditioning, latents: host values by concept ("content", "style"); where there
+    model: ModelPatcher, unchanged. conditioning, latents: host values by concept; where there
     are no latents, the concept's LoRA alone draws them. Every check comes before anything is loaded. steps = 0 loads
     nothing: the direct merge.
     Raises ValueError (LoRAFileError for a file) or FloatingPointError, and the host's own exception where memory runs
@@ -57,20 +76,21 @@ def optimize(
     """
     loras.refuse_one_lora(sources)
     samples: dict[str, Tensor] = {}
-    for concept in ("content", "style"):
-        given = latents[concept]
+    for concept, given in latents.items():
         if given is not None:
-            samples[concept] = checks.read_latents(f"{concept}_latents", given, model)
-        checks.check_conditioning(f"{concept}_positive", conditioning[concept])
+            samples[concept] = checks.read_latents(sources.input_name(concept, "latents"), given, model)
+        checks.check_conditioning(sources.input_name(concept, "positive"), conditioning[concept])
     fitted = fitting.fit(sources, model.model)
-    outcome = Outcome(sources, fitted, settings, Coefficients.ones(fitted.pair), solver.direct_merge(fitted.pair))
-    if settings.steps == 0:
+    unlearned = zipper.without_learning(fitted.loras, settings)
+    outcome = Outcome(sources, fitted, settings, Coefficients.ones(fitted.loras))
+    if unlearned is not None:
+        outcome = replace(outcome, result=unlearned)
         outcome = replace(outcome, alignment=_alignment(outcome))
         zipped = _zipped(outcome)
         return zipped, outcome.loss_map, zipped.report, None
     without = [concept for concept in latents if concept not in samples]
-    progress = Progress(settings, without, sampling.Drawn.rows(asked))
-    with _explained(model, conditioning):
+    progress = Progress(settings, len(fitted.loras.concepts), without, sampling.Drawn.rows(asked))
+    with _explained(model, sources, conditioning):
         drawn = {}
         for concept in without:
             watch = partial(progress.drawing, concept)
@@ -79,7 +99,7 @@ def optimize(
             )
             samples[concept] = drawn[concept].latents
         outcome = replace(outcome, drawn=drawn)
-        planned = plan.make(model, fitted.pair, conditioning, samples, settings, plan.room_for(model))
+        planned = plan.make(model, fitted.loras, conditioning, samples, settings, plan.room_for(model))
         try:
             used, solved = retry.carry_out(
                 planned, lambda planned: _solve(planned, model, conditioning, samples, outcome, progress)
@@ -90,7 +110,7 @@ def optimize(
     outcome = replace(outcome, alignment=_alignment(outcome))
     zipped, shown = _zipped(outcome), _shown(model, outcome)
     lines = verdict.lines(outcome)
-    progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, shown))
+    progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, shown, sources.by_concept))
     return zipped, outcome.loss_map, zipped.report, _pictures(shown)
 
 
@@ -105,7 +125,7 @@ def _solve(
     """One try: the outcome with what was found and what is measured of it. Raises NotFinite."""
     settings = outcome.settings
 
-    def work(predict: predictor.HostPredictor, joined: JoinedPair, references: solver.References) -> Outcome:
+    def work(predict: predictor.HostPredictor, joined: JoinedSet, references: solver.References) -> Outcome:
         began = time.monotonic()
         progress.start()
         counted = progress.counted(predict)
@@ -121,7 +141,7 @@ def _solve(
 
     return predictor.with_predictor(
         model,
-        outcome.fitted.pair,
+        outcome.fitted.loras,
         conditioning,
         samples,
         work,
@@ -137,7 +157,7 @@ def _alignment(outcome: Outcome) -> list[dict[str, float]]:
     with torch.inference_mode(False):
         for coefficients in (outcome.before, outcome.result.coefficients):
             throw_exception_if_processing_interrupted()
-            found.append(analysis.column_alignment(outcome.fitted.pair, coefficients))
+            found.append(analysis.column_alignment(outcome.fitted.loras, coefficients))
     return found
 
 
@@ -151,7 +171,8 @@ def _check_finite(outcome: Outcome) -> None:
     """Raises NotFinite where the zipped model draws no numbers on held-out noise, whatever its losses were."""
     after, result = outcome.retention[1], outcome.result
     if not all(map(math.isfinite, after.values())):
-        what = f"the loss on held-out noise is not finite (content {after['content']:g}, style {after['style']:g})"
+        losses = ", ".join(f"{concept} {loss:g}" for concept, loss in after.items())
+        what = f"the loss on held-out noise is not finite ({losses})"
         kept = replace(result, stopped=what)
         raise solver.NotFinite(what, len(result.history), outcome.before, result.coefficients, kept)
 
@@ -168,14 +189,14 @@ def _rescue(outcome: Outcome, kept: solver.Result | None) -> str:
 
 
 @contextlib.contextmanager
-def _explained(model, conditioning: dict[str, list]) -> Iterator[None]:
+def _explained(model, sources: loras.LoRASources, conditioning: dict[str, list]) -> Iterator[None]:
     """Where a model fails and a prompt is another model's, the error says so."""
     try:
         yield
     except RuntimeError as error:
         for concept, prompt in conditioning.items():
             try:
-                checks.check_width(f"{concept}_positive", prompt, model)
+                checks.check_width(sources.input_name(concept, "positive"), prompt, model)
             except ValueError as found:
                 raise found from error
         raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import colorsys
+from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw
 
@@ -11,22 +12,34 @@ from ....ziplora_core.solver import Step
 
 SIZE = (512, 288)
 SECONDS_BETWEEN_PREVIEWS = 0.25
-GROUND, FRAME, CONTENT, STYLE = "#1b1b1f", "#55555f", "#56b4e9", "#e69f00"  # safe for colour-blind eyes
+GROUND, INK, FRAME = "#1b1b1f", "#e8e8ea", "#55555f"
+BOTH = "#009e73"
+# Okabe and Ito's, apart for color-blind eyes, but for the one of BOTH
+_COLORS = ("#56b4e9", "#e69f00", "#cc79a7", "#f0e442", "#d55e00", "#0072b2")
+CONTENT = _COLORS[0]
+
+
+def concept_colors(concepts: Iterable[str]) -> dict[str, str]:
+    """A color for each concept by its place, content's and style's for the first two."""
+    return {concept: _color(place) for place, concept in enumerate(concepts)}
+
+
+def _color(place: int) -> str:
+    if place < len(_COLORS):
+        return _COLORS[place]
+    parts = colorsys.hsv_to_rgb(0.38 * place % 1, 0.4, 0.95)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
 
 
 def loss_picture(history: Sequence[Step]) -> Image.Image:
-    """The two retention losses so far, on a dark ground."""
-    last = history[-1]
-    curves = {
-        CONTENT: [s.losses.content for s in history],
-        STYLE: [s.losses.style for s in history],
-    }
-    words = {
-        12: (f"step {last.index}/{last.steps}", "white"),
-        122: (f"content {last.losses.content:.3g}", CONTENT),
-        252: (f"style {last.losses.style:.3g}", STYLE),
-        362: (f"overlap {last.losses.overlap:.4g}", "white"),
-    }
+    """The concepts' retention losses so far, on a dark ground."""
+    last, colors = history[-1], concept_colors(history[-1].losses.retention)
+    curves = {color: [s.losses.retention[concept] for s in history] for concept, color in colors.items()}
+    words = {12: (f"step {last.index}/{last.steps}", "white"), 362: (f"overlap {last.losses.overlap:.4g}", "white")}
+    few, apart = len(colors) <= 2, 130 if len(colors) <= 2 else 240 // len(colors)  # more of them are told by color
+    for place, (concept, color) in enumerate(colors.items()):
+        name = f"{concept} " if few else ""
+        words[122 + place * apart] = (f"{name}{last.losses.retention[concept]:.3g}", color)
     return plotted(curves, last.steps, max(map(max, curves.values())), words)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ....ziplora_core import export, trained_lora, training
 from ....ziplora_core.files import read_metadata
-from ....ziplora_core.pair import Factors
+from ....ziplora_core.lora_set import Factors
 from ....ziplora_core.writing import write_tensors
 from ..disk import paths
 from ..lora import keys, loras

@@ -1,0 +1,83 @@
+"""A LORA_STACK of other packs: which files, at which strengths, and what each is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ....ziplora_core.checks import one_of
+from ....ziplora_core.files import LoRAFileError, shown
+from .loras import LoRASources, load_set
+
+ROLES = "subject, style"
+_CONCEPTS = {"subject": "content", "style": "style", "other": "other"}  # role -> what its first LoRA is called
+_NO_FILE = (None, "", "None")  # what stackers leave in a slot that is not used
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One LoRA of a stack: its name in the loras folder, the model's strength and the text encoder's."""
+
+    name: str
+    strength: float
+    clip_strength: float
+
+
+def entries(lora_stack: Any) -> list[Entry]:
+    """The LoRAs of a stack that do something. Raises ValueError, naming the place, for what is no such list."""
+    if not isinstance(lora_stack, list | tuple):
+        raise ValueError("lora_stack is no list of LoRAs; connect a LoRA stacker to it")
+    found = []
+    for place, entry in enumerate(lora_stack, 1):
+        if not isinstance(entry, list | tuple) or not 2 <= len(entry) <= 3:
+            raise ValueError(
+                f"lora_stack: place {place} is {shown(repr(entry), 60)}; expected a file, its model strength and its "
+                "clip strength"
+            )
+        name, *strengths = entry
+        if name in _NO_FILE:
+            continue
+        if not isinstance(name, str) or not all(map(_is_number, strengths)):
+            raise ValueError(
+                f"lora_stack: place {place} is {shown(repr(entry), 60)}; expected a file's name and numbers from -100 "
+                "to 100"
+            )
+        if any(strengths):
+            found.append(Entry(name, float(strengths[0]), float(strengths[-1])))
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) <= 100
+
+
+def concepts(roles: str, count: int) -> list[str]:
+    """A name for each LoRA of a stack: "content", "style", "other", with a number from its role's second one on.
+
+    roles: with commas or lines between; those that are not named are other. Raises ValueError for an unknown role.
+    """
+    said = [role.strip().lower() for role in re.split(r"[,\n]", roles) if role.strip()]
+    for role in said:
+        one_of("roles", role, _CONCEPTS)
+    names: list[str] = []
+    for role in [*said[:count], *["other"] * (count - len(said))]:
+        earlier = sum(re.sub(r" \d+$", "", name) == _CONCEPTS[role] for name in names)
+        names.append(f"{_CONCEPTS[role]} {earlier + 1}" if earlier else _CONCEPTS[role])
+    return names
+
+
+def in_order(names: Sequence[str]) -> list[int]:
+    """Places of a stack's LoRAs as nodes count them: the first subject, the first style, then as they stand."""
+    return sorted(range(len(names)), key=lambda place: {"content": 0, "style": 1}.get(names[place], 2))
+
+
+def load(lora_stack: Any, roles: str) -> LoRASources:
+    """Read a stack's files. Raises ValueError for what is no stack, LoRAFileError for a file."""
+    chosen = entries(lora_stack)
+    if not chosen:
+        raise LoRAFileError("lora_stack holds no LoRA with a strength; choose a file in the stacker")
+    names = concepts(roles, len(chosen))
+    return load_set({names[p]: (chosen[p].name, chosen[p].strength, chosen[p].clip_strength) for p in in_order(names)})
