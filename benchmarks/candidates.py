@@ -25,7 +25,7 @@ def softened(case: Case, mu: float, outputs: float = 0.0) -> tuple[Any, Any]:
     """(fitted, joined) of the pair after NP-LoRA, and after the same on what layers give out; the case's own for 0."""
     if mu == 0 and outputs == 0:
         return case.fitted, case.joined
-    pair = core.direct.np_lora(case.fitted.loras, mu)
+    pair = core.direct.np_lora.soften(case.fitted.loras, mu)
     if outputs:
         layers = {name: _outputs_softened(layer, outputs) for name, layer in pair.layers.items()}
         pair = replace(pair, layers=layers)
@@ -303,10 +303,10 @@ CANDIDATES: dict[str, Method] = {
     "NP .2, half identity, pull .7": layer_wise(mu=0.2, identity=0.5, pull=0.7),
     "layer-wise, pull .6": layer_wise(pull=0.6),
     "NP .2, identity, pull .8": layer_wise(mu=0.2, identity=1.0, pull=0.8),
-    "direct .7/.7": timed(lambda case: case.ones.scaled(0.7, 0.7)),
-    "direct .8/.6": timed(lambda case: case.ones.scaled(0.8, 0.6)),
-    "direct .6/.6": timed(lambda case: case.ones.scaled(0.6, 0.6)),
-    "direct .5/.7": timed(lambda case: case.ones.scaled(0.5, 0.7)),
+    "direct .7/.7": timed(lambda case: case.ones.scaled(content=0.7, style=0.7)),
+    "direct .8/.6": timed(lambda case: case.ones.scaled(content=0.8, style=0.6)),
+    "direct .6/.6": timed(lambda case: case.ones.scaled(content=0.6, style=0.6)),
+    "direct .5/.7": timed(lambda case: case.ones.scaled(content=0.5, style=0.7)),
     "NP .5, ridge 3": layer_wise(mu=0.5, ridge=3.0),
     "NP .5, ridge .3": layer_wise(mu=0.5, ridge=0.3),
     "restyled": layer_wise(restyled=CONCEPTS),

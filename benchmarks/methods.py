@@ -175,17 +175,16 @@ FAR = node(ridge=0.1, steps=25, learning_rate=0.03)  # the lowest retention loss
 
 # In the table's order. "default" is the node as shipped.
 METHODS: dict[str, Method] = {
-    "base model": timed(lambda case: case.ones.scaled(0.0, 0.0)),
+    "base model": timed(lambda case: case.ones.scaled(content=0.0, style=0.0)),
     "content LoRA": timed(lambda case: case.ones.scaled(style=0.0)),
     "style LoRA": timed(lambda case: case.ones.scaled(content=0.0)),
     "direct 1/1": timed(lambda case: case.ones),
     "direct, best by retention": timed(best_of_grid),
     ORACLE: timed(lambda case: case.oracle),
     "community settings": node(**{**PAPER_STEPS, "learning_rate": 5e-5}, objective=COMMUNITY),
-    "direct .8/.8": timed(lambda case: case.ones.scaled(0.8, 0.8)),
-    "direct .6/.8": timed(lambda case: case.ones.scaled(0.6, 0.8)),
-    "NP-LoRA": direct("NP-LoRA"),
-    "shared columns": direct("shared columns"),
+    "direct .8/.8": timed(lambda case: case.ones.scaled(content=0.8, style=0.8)),
+    "direct .6/.8": timed(lambda case: case.ones.scaled(content=0.6, style=0.8)),
+    **{name: direct(name) for name, m in core.direct.METHODS.items() if name != "sum" and not m.sdxl_alone},
     "Eq. 3 to the letter": node(**PAPER_STEPS, objective=core.objective.PAPER),
     "100 steps from ones": node(**PAPER_STEPS),
     "start and 25 steps": FAR,

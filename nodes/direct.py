@@ -26,10 +26,7 @@ class DirectMergeLoRA(io.ComfyNode):
                     "method",
                     options=list(METHODS),
                     default="sum",
-                    tooltip="sum: as two LoRA loaders in a row. shared columns: where both LoRAs are strong they share "
-                    "the place by size, what is weak stays. NP-LoRA: what the content LoRA does in the style's own "
-                    "directions is softened. Blocks: SDXL's blocks go to content or to style; with B-LoRA's map the "
-                    "rest to nobody, with UnZipLoRA's to both.",
+                    tooltip=" ".join(f"{method.name}: {method.words}." for method in METHODS.values()),
                 ),
             ],
             outputs=[

@@ -149,7 +149,7 @@ MUTANTS = [
         ("length not checked", "if m.numel() != factors.columns:", "if m.ndim != 1:"),
     ),
     *faults(
-        "ziplora_core/direct.py",
+        "ziplora_core/direct/np_lora.py",
         DIRECT,
         ("NP-LoRA's default strength", " = 0.5", " = 1.0"),
         ("strength is the share", "mu / (1 + mu)", "mu"),
@@ -157,9 +157,13 @@ MUTANTS = [
         ("rank not cut", "values.max() * 1e-7", "values.max() * 1e-20"),
         ("content's own rows", "row_space(style)", "row_space(content)"),
         ("NP-LoRA in half precision", ".to(torch.float32)", ".to(torch.float16).float()"),
+        ("NP-LoRA is the sum", "lambda loras: (soften(loras), ", "lambda loras: (loras, "),
+    ),
+    *faults(
+        "ziplora_core/direct/blocks.py",
+        DIRECT,
         ("blocks swapped", "float(owner == concept)", "float(owner != concept)"),
         ("the rest is kept by both", "return elsewhere if owner is None", "return 1.0 if owner is None"),
-        ("NP-LoRA is the sum", '"NP-LoRA": lambda loras: (np_lora(loras), ', '"NP-LoRA": lambda loras: (loras, '),
         ("UnZipLoRA's last block", '"output_blocks.4.", "output_blocks.5."', '"output_blocks.4."'),
         ("blocks that are not there", "if not any(inside(name, own) for name in loras.layers)", "if not loras.layers"),
     ),

@@ -13,10 +13,11 @@ from .lora.zipped import ZippedLoRA
 def merge(model, sources: loras.LoRASources, method: str) -> ZippedLoRA:
     """model: ModelPatcher, nothing of which is loaded. Raises ValueError (LoRAFileError for a file)."""
     one_of("method", method, direct.METHODS)
-    direct.check_a_pair(method, sources.by_concept)
+    chosen = direct.METHODS[method]
+    chosen.check(sources.by_concept)
     fitted = fitting.fit(sources, model.model)
-    merged, coefficients = direct.METHODS[method](fitted.loras)
-    settings = direct.settings(method)
+    merged, coefficients = chosen(fitted.loras)
+    settings = dict(chosen.settings)
     said = "".join(f", {name} {value:g}" for name, value in settings.items())
     return ZippedLoRA(
         sources,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...ziplora_core import export, formats
+from ...ziplora_core.direct import METHODS
 from ...ziplora_core.export import ExportLayer
 from ...ziplora_core.lora_set import Factors
 from ...ziplora_core.merge import merged_factors
@@ -31,6 +32,7 @@ _ARCHITECTURES = {  # modelspec's names, by the host's
     "Flux": "flux-1-dev",
     "FluxSchnell": "flux-1-schnell",
 }
+_LEARNED = {ZIPPED: "ZipLoRA", "UnZipLoRA": "UnZipLoRA's pair"}  # merges by what made them
 _KOHYA_BASES = {"SDXL": "sdxl_base_v1-0", "SD15": "sd_v1", "SD3": "sd3", "Flux": "flux1", "FluxSchnell": "flux1"}
 
 
@@ -172,15 +174,11 @@ def _role(concept: str) -> str:
 
 def _made(zipped: ZippedLoRA) -> str:
     """What a merge is, by how it came about."""
-    mu = zipped.settings.get("mu")
-    names = {
-        ZIPPED: "ZipLoRA",
-        "UnZipLoRA": "UnZipLoRA's pair",
-        "sum": "Direct merge (sum)",
-        "shared columns": "Direct merge (shared columns)",
-        "NP-LoRA": "NP-LoRA merge" + ("" if mu is None else f" (mu {mu:g})"),
-    }
-    return names.get(zipped.method, f"Merge by {zipped.method}")
+    if zipped.method in _LEARNED or zipped.method not in METHODS:
+        return _LEARNED.get(zipped.method, f"Merge by {zipped.method}")
+    method = METHODS[zipped.method]
+    said = ", ".join(f"{name} {zipped.settings[name]:g}" for name in method.settings if name in zipped.settings)
+    return f"{method.title} ({said})" if said else method.title
 
 
 @paths.names_given_back()

@@ -171,14 +171,13 @@ def test_owners_and_overlap_of_three_column_by_column():
 @pytest.mark.parametrize("count", [1, 3])
 def test_methods_for_a_pair_refuse_other_numbers_in_a_sentence(method, count):
     loras = toy_set(count)
-    if method in direct.FOR_A_PAIR:
+    if direct.METHODS[method].for_a_pair:
         with pytest.raises(ValueError, match=f"{method} merges one content and one style LoRA; found {count}: content"):
-            direct.check_a_pair(method, loras.concepts)
-        if method == "NP-LoRA":
-            with pytest.raises(ValueError, match="found"):
-                direct.METHODS[method](loras)
+            direct.METHODS[method].check(loras.concepts)
+        with pytest.raises(ValueError, match="found"):
+            direct.METHODS[method](loras)
     else:
-        direct.check_a_pair(method, loras.concepts)
+        direct.METHODS[method].check(loras.concepts)
         merged, m = direct.METHODS[method](loras)
         assert merged is loras and tuple(m.by_concept) == loras.concepts
 

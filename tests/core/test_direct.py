@@ -6,7 +6,8 @@ import pytest
 import torch
 from toys import toy_pair
 
-from ziplora_core.direct import METHODS, np_lora, prepared, row_space, settings
+from ziplora_core.direct import METHODS, prepared
+from ziplora_core.direct.np_lora import row_space, soften
 from ziplora_core.lora_set import CONCEPTS, LoRASet
 
 
@@ -18,7 +19,7 @@ def dense(factors):
 @pytest.mark.parametrize("mu", [0.0, 0.5, 1e9])
 def test_np_lora_shrinks_content_in_the_rows_of_style(mu):
     pair = toy_pair()
-    found = np_lora(pair, mu)
+    found = soften(pair, mu)
     for name, layer in pair.layers.items():
         if len(layer) < 2:
             assert found.layers[name] is layer
@@ -73,7 +74,7 @@ def test_block_presets_need_sdxl():
 def test_prepared_is_the_pair_that_a_methods_coefficients_belong_to():
     for method in ("sum", "NP-LoRA"):
         pair, found = METHODS[method](toy_pair())
-        again = prepared(toy_pair(), method, settings(method))
+        again = prepared(toy_pair(), method, METHODS[method].settings)
         for name, layer in pair.layers.items():
             for (_, mine), (_, theirs) in zip(layer.items(), again.layers[name].items(), strict=True):
                 assert torch.equal(mine.down, theirs.down) and mine.rank == theirs.rank

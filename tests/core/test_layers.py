@@ -184,7 +184,7 @@ def test_directions_that_only_rounding_makes_belong_to_no_style(dtype):
     style = toy_pair().layers["first"]["style"]
     mixed = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     longer = Factors((style.up @ mixed).to(dtype), (torch.linalg.pinv(mixed) @ style.down).to(dtype), style.scale)
-    few, many = direct.row_space(style), direct.row_space(longer)
+    few, many = direct.np_lora.row_space(style), direct.np_lora.row_space(longer)
     assert many.shape == few.shape == (5, 3)
     torch.testing.assert_close(many @ many.T, few @ few.T, rtol=1e-5, atol=1e-5)
 

@@ -211,10 +211,11 @@ def test_np_loras_mu_is_the_files_own(pack, folders, pair, monkeypatch):
     """Read back by a pack whose default is another."""
     patcher, zipped = pair
     saved, direct = pack.nodes.bridge.saved, pack.ziplora_core.direct
-    update = {k: layer["content"] for k, layer in direct.np_lora(zipped.fitted.loras, 2.0).layers.items()}
+    update = {k: layer["content"] for k, layer in direct.np_lora.soften(zipped.fitted.loras, 2.0).layers.items()}
     with monkeypatch.context() as patch:
-        patch.setattr(direct, "MU", 2.0, raising=False)
-        patch.setattr(direct.np_lora, "__defaults__", (2.0,))
+        other = replace(direct.np_lora.METHOD, settings={"mu": 2.0})
+        patch.setitem(direct.METHODS, "NP-LoRA", other)
+        patch.setattr(direct.np_lora.soften, "__defaults__", (2.0,))
         merged = pack.nodes.bridge.direct.merge(patcher, zipped.sources, "NP-LoRA")
         name = saved.save(merged, "direct")
     again = saved.load(patcher, name)
@@ -236,7 +237,7 @@ def rewritten(folders, name, change):
 def test_files_from_before_mu_was_written_are_read_with_the_one_they_had(pack, folders, pair):
     patcher, zipped = pair
     saved, merged = pack.nodes.bridge.saved, pack.nodes.bridge.direct.merge(patcher, pair[1].sources, "NP-LoRA")
-    expected = pack.ziplora_core.direct.np_lora(zipped.fitted.loras, 0.5)
+    expected = pack.ziplora_core.direct.np_lora.soften(zipped.fitted.loras, 0.5)
     name = saved.save(merged, "direct")
     rewritten(folders, name, lambda about: about.update(settings={}))
     for key, layer in saved.load(patcher, name).fitted.loras.layers.items():

@@ -166,7 +166,7 @@ def test_a_saved_set_of_three_is_loaded_again(pack, patcher, folder):
 def test_what_is_for_a_pair_alone_refuses_three_before_work(pack, patcher, folder, monkeypatch):
     sources = pack.nodes.stack.LoadLoRAStack.execute(THREE, ROLES).args[0]
     monkeypatch.setattr(pack.nodes.bridge.lora.fitting, "fit", lambda *_: pytest.fail("work has begun"))
-    for method in pack.ziplora_core.direct.FOR_A_PAIR:
+    for method in (m.name for m in pack.ziplora_core.direct.METHODS.values() if m.for_a_pair):
         with pytest.raises(ValueError, match=f"{method} merges one content and one style LoRA; found 3"):
             pack.nodes.DirectMergeLoRA.execute(patcher, sources, method)
 

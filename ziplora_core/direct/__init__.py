@@ -1,0 +1,23 @@
+"""Merges that are computed at once from the factors alone: one module each, in the order of the node's menu."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..lora_set import LoRASet
+from . import blocks, np_lora, plain_sum, shared_columns
+from .method import Method
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (plain_sum.METHOD, shared_columns.METHOD, np_lora.METHOD, blocks.B_LORA, blocks.UNZIPLORA)
+}
+
+
+def prepared(loras: LoRASet, method: str, settings: Mapping[str, Any]) -> LoRASet:
+    """The set that coefficients of a file belong to, of any method, also one that is not in `METHODS`.
+
+    settings: as the file says them. Raises ValueError for settings that the method cannot take.
+    """
+    return METHODS[method].prepared(loras, settings) if method in METHODS else loras

@@ -1,0 +1,54 @@
+"""What a merge without learning says of itself; node, files, exports and benchmarks read it from here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..coefficients import Coefficients
+from ..lora_set import CONCEPTS, LoRASet
+
+Merged = tuple[LoRASet, Coefficients]
+
+
+def as_it_is(loras: LoRASet, settings: Mapping[str, Any]) -> LoRASet:
+    return loras
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge that is computed at once from the LoRAs' factors.
+
+    name: in the node's menu and in files, never to be changed. words: the menu's tooltip. merge: a set of LoRAs -> the
+    set that the coefficients belong to, and these. settings: what a file says beside the name. prepared: from the
+    files' own set and such settings, the set that saved coefficients belong to. for_a_pair: what it does to one LoRA is
+    not what it does to another, so that it takes one content and one style LoRA. sdxl_alone: it knows SDXL's blocks.
+    called: what exported files call such a merge, "Merge by NAME" where empty.
+    """
+
+    name: str
+    words: str
+    merge: Callable[[LoRASet], Merged]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    prepared: Callable[[LoRASet, Mapping[str, Any]], LoRASet] = as_it_is
+    for_a_pair: bool = False
+    sdxl_alone: bool = False
+    called: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.called or f"Merge by {self.name}"
+
+    def __call__(self, loras: LoRASet) -> Merged:
+        """The merge. Raises ValueError as `check` does, and for a set that has not what the method needs."""
+        self.check(loras.concepts)
+        return self.merge(loras)
+
+    def check(self, concepts: Collection[str]) -> None:
+        """Raises ValueError where the method is for a content and a style LoRA, and the concepts are others."""
+        if self.for_a_pair and set(concepts) != set(CONCEPTS):
+            raise ValueError(
+                f"{self.name} merges one content and one style LoRA; found {len(concepts)}: {', '.join(concepts)}. "
+                "Choose sum or shared columns, which take any"
+            )
