@@ -59,3 +59,12 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     for p in params:
         p.grad = flat[start : start + p.numel()].view_as(p).clone()
         start += p.numel()
+
+
+def agreed(here: bool) -> bool:
+    """Whether the first process says so: for decisions that depend on its clock."""
+    if count() == 1:
+        return here
+    said = torch.tensor([float(here)])
+    dist.broadcast(said, 0)
+    return bool(said)

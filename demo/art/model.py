@@ -1,0 +1,55 @@
+"""What the second world's miniature is built from, and how it is read and written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..miniature import Build, Miniature, load_miniature
+from . import autoencoder, scenes
+
+CONTEXT, POOLED = 48 + 80, 80
+UNET: dict[str, Any] = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 64,
+    "num_res_blocks": [1, 1, 1],
+    "channel_mult": [1, 2, 2],
+    "transformer_depth": [0, 1, 1],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [0, 0, 1, 1, 1, 1],
+    "context_dim": CONTEXT,
+    "num_head_channels": 32,
+    "adm_in_channels": POOLED + 6 * 256,
+    "num_classes": "sequential",
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "legacy": False,
+}
+WORDS = Path(__file__).parent / "host_extension" / "words.json"
+
+
+def _autoencoder(state: dict[str, Tensor] | None) -> autoencoder.ArtAutoencoder:
+    return autoencoder.ArtAutoencoder() if state is None else autoencoder.load(state)
+
+
+ART = Build(UNET, _autoencoder, "demo.art.host_extension.text")
+
+
+def new(state: dict[str, Tensor] | None = None) -> Miniature:
+    """An untrained miniature around a trained autoencoder."""
+    return Miniature(ART, state)
+
+
+def load(path: str | Path) -> Miniature:
+    """A checkpoint, trainable, in float32."""
+    return load_miniature(str(path), ART)
+
+
+def write_words() -> None:
+    """The tokenizer's vocabulary, beside the host extension that uses it."""
+    WORDS.write_text(json.dumps(scenes.words(), indent=0) + "\n", encoding="utf-8")
