@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .sets import CACHE, SETS, drawer, fetch, svg
-from .subjects import ICONS
+from .subjects import ICONS, LEFT_OUT
 
 SIZE = 128
 LONGER = 120  # pixels of a cut-out's longer side
@@ -79,7 +79,7 @@ def draw(path: Path = PATH, subjects: dict[str, str] | None = None) -> None:
     keys, parts = [], []
     for subject, icon in (subjects or ICONS).items():
         for word in SETS:
-            text = svg(word, icon)
+            text = None if (subject, word) in LEFT_OUT else svg(word, icon)
             if text is not None:
                 keys.append((subject, word))
                 parts.append(_png(cut_out(bytes(resvg.svg_to_bytes(svg_string=text, width=DRAWN, height=DRAWN)))))
@@ -103,12 +103,16 @@ def load(path: Path = PATH) -> Atlas:
     return Atlas(keys, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), digest)
 
 
+def image(picture: Tensor) -> Image.Image:
+    """3HW in 0..1."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
 def sheet(pictures: Sequence[Tensor] | Tensor, columns: int) -> Image.Image:
     """3HW pictures in 0..1 side by side."""
     rows = -(-len(pictures) // columns)
     height, width = pictures[0].shape[-2:]
     out = Image.new("RGB", (columns * (width + 2), rows * (height + 2)), "white")
     for i, picture in enumerate(pictures):
-        pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        out.paste(Image.fromarray(pixels), ((i % columns) * (width + 2), (i // columns) * (height + 2)))
+        out.paste(image(picture), ((i % columns) * (width + 2), (i // columns) * (height + 2)))
     return out

@@ -83,6 +83,14 @@ def _read() -> dict[str, str]:
 
 ICONS: dict[str, str] = _read()  # "polar bear" -> "polar-bear"
 
+# Drawings that show something else (the country's flag, a face), or a framed scene instead of the thing.
+LEFT_OUT = {
+    ("turkey", "streamline"),
+    ("sunglasses", "firefox"),
+    *((subject, "streamline") for subject in "ship rainbow castle factory fire fountain tent carousel".split()),
+    ("ferris wheel", "streamline"),
+}
+
 # One drawing of a subject each, to be taught by a LoRA: the base knows the subject in its other drawings alone.
 DESIGNS: dict[str, str] = {
     "octopus": "noto",
