@@ -92,9 +92,9 @@ def draw(path: Path = PATH, subjects: dict[str, str] | None = None) -> None:
 
 
 def load(path: Path = PATH) -> Atlas:
-    """Reads an atlas. FileNotFoundError where there is none: `python -m demo.art.data draw` makes it."""
+    """Reads an atlas. FileNotFoundError where there is none: `python -m demo.art.train draw` makes it."""
     if not path.is_file():
-        raise FileNotFoundError(f"no atlas at {path}: draw it with `python3 dev.py run -m demo.art.data draw`")
+        raise FileNotFoundError(f"no atlas at {path}: draw it with `python3 dev.py run -m demo.art.train draw`")
     with safe_open(path, framework="pt") as file:
         keys = [(subject, word) for subject, word in json.loads(file.metadata()["keys"])]
         png, ends = file.get_tensor("png").numpy(), file.get_tensor("ends").tolist()

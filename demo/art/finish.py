@@ -1,4 +1,4 @@
-"""What comes after the base: the sharper decoder into the checkpoint, LoRAs, gates, the manifest, sheets to look at."""
+"""What comes after the base: LoRAs, gates, the manifest, sheets to look at."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from .. import fit_lora, gates, lora, parallel
-from ..miniature import Miniature, checkpoint, use_comfyui, write_safetensors
-from . import atlas, autoencoder, concepts, judge, model, scenes
+from ..miniature import Miniature, use_comfyui
+from . import atlas, concepts, judge, model, scenes
 from . import gates as art_gates
 
 RANK = 8
@@ -27,26 +26,11 @@ CHECKPOINT = "weights/miniature_sdxl.safetensors"
 
 def _open(comfyui: str, work: Path, device: str) -> tuple[Miniature, scenes.World]:
     use_comfyui(comfyui)
+    if not (work / CHECKPOINT).exists():
+        model.assemble(work)
     mini = model.load(work / CHECKPOINT).to(device)
     mini.vae.to(memory_format=torch.channels_last)
     return mini, scenes.World(atlas.load(work / "atlas.safetensors"))
-
-
-def assemble(comfyui: str, work: Path) -> None:
-    """Puts the sharper decoder into the base's checkpoint. Its encoder is the one that the base was trained on."""
-    use_comfyui(comfyui)
-    mini = model.load(work / CHECKPOINT)
-    state = torch.load(work / "weights" / "decoder.pt")
-    before = {k: v.half() for k, v in mini.vae.taesd_encoder.state_dict().items()}
-    mini.vae = autoencoder.load(state)
-    for key, value in mini.vae.taesd_encoder.state_dict().items():
-        if not torch.equal(value.half(), before[key]):
-            raise ValueError(
-                f"decoder.pt has another encoder than {CHECKPOINT} ({key} differs): train the decoder anew"
-            )
-    with safe_open(str(work / CHECKPOINT), framework="pt") as file:
-        metadata = file.metadata()
-    write_safetensors(checkpoint(mini), str(work / CHECKPOINT), metadata)
 
 
 def _chosen(world: scenes.World, names: list[str]) -> list[concepts.Concept]:
@@ -148,6 +132,7 @@ def manifest(work: Path, base: dict[str, float]) -> None:
 
 def look(comfyui: str, work: Path, device: str, prompts: list[str]) -> None:
     """Draws prompts with the base as it is (eight of its own where none is given) into `look.png`, four times each."""
+    model.assemble(work)
     mini, world = _open(comfyui, work, device)
     if not prompts:
         rng = random.Random("look")

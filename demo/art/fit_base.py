@@ -27,8 +27,8 @@ class BaseSettings:
     """steps of `batch` latents (over all processes) out of `shards` files of them."""
 
     shards: int = 24
-    steps: int = 24000
-    batch: int = 64
+    steps: int = 32000
+    batch: int = 48
     learning_rate: float = 1e-3
     warm: int = 300
     decay_from: float = 0.3  # the rate is constant up to this part of the run, then falls along a cosine
@@ -153,7 +153,7 @@ def fit(comfyui: str, work: Path, device: str, settings: BaseSettings, seconds: 
         if rank == 0 and (time.time() - saved > save_seconds or last or over):
             state = {"step": step + 1, "weights": [p.detach() for p in trained], "averages": averages}
             save({**state, "optimizer": optimizer.state_dict()}, state_file)
-            write(mini, trained, averages, work / "weights" / "miniature_sdxl.safetensors", data, step + 1)
+            write(mini, trained, averages, work / "weights" / "base.safetensors", data, step + 1)
             saved = time.time()
         if over:
             break
@@ -161,10 +161,11 @@ def fit(comfyui: str, work: Path, device: str, settings: BaseSettings, seconds: 
 
 @torch.no_grad()
 def write(mini: Miniature, trained: list[Tensor], averages: list[Tensor], path: Path, data: str, step: int) -> None:
-    """The checkpoint, with the averaged weights in the place of the latest; its metadata says what it saw."""
+    """UNet and text encoders, with the averaged weights in the place of the latest; the metadata says what they saw."""
     kept = [p.detach().clone() for p in trained]
     for p, average in zip(trained, averages, strict=True):
         p.copy_(average)
-    write_safetensors(checkpoint(mini), str(path), {"data": data, "step": str(step)})
+    state = {key: value for key, value in checkpoint(mini).items() if not key.startswith(model.FIRST_STAGE)}
+    write_safetensors(state, str(path), {"data": data, "step": str(step)})
     for p, value in zip(trained, kept, strict=True):
         p.copy_(value)

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from ..miniature import Build, Miniature, load_miniature
+from ..autoencoder import SDXL_SCALE
+from ..miniature import Build, Miniature, load_miniature, write_safetensors
 from . import autoencoder, scenes
 
 CONTEXT, POOLED = 48 + 80, 80
@@ -30,6 +33,7 @@ UNET: dict[str, Any] = {
     "use_linear_in_transformer": True,
     "legacy": False,
 }
+FIRST_STAGE = "first_stage_model."  # the autoencoder's keys in a checkpoint
 WORDS = Path(__file__).parent / "host_extension" / "words.json"
 
 
@@ -53,3 +57,27 @@ def load(path: str | Path) -> Miniature:
 def write_words() -> None:
     """The tokenizer's vocabulary, beside the host extension that uses it."""
     WORDS.write_text(json.dumps(scenes.words(), indent=0) + "\n", encoding="utf-8")
+
+
+def assemble(work: Path) -> Path:
+    """One checkpoint of the trained base and the sharpest decoder that there is. Returns its path.
+
+    Raises FileNotFoundError where the base or the autoencoder is missing, ValueError where the decoder was made for
+    another encoder.
+    """
+    folder = work / "weights"
+    first = torch.load(folder / "vae.pt")
+    sharper = folder / "decoder.pt"
+    vae = torch.load(sharper) if sharper.exists() else first
+    for key, value in first.items():
+        if key.startswith("taesd_encoder.") and not torch.equal(value, vae[key]):
+            raise ValueError(f"{sharper} has another encoder than vae.pt ({key} differs): remove it, train it again")
+    with safe_open(str(folder / "base.safetensors"), framework="pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = file.metadata()
+    state |= {FIRST_STAGE + key: value.half().contiguous() for key, value in vae.items()}
+    state[FIRST_STAGE + "vae_scale"] = torch.tensor(SDXL_SCALE)
+    state[FIRST_STAGE + "vae_shift"] = torch.tensor(0.0)
+    path = folder / "miniature_sdxl.safetensors"
+    write_safetensors(state, str(path), metadata)
+    return path

@@ -60,11 +60,13 @@ def run(part: str, plan: Plan) -> None:
         model.write_words()
         arguments = (host, work, device, plan.short(plan.base), 60 * plan.minutes, 180.0)
         parallel.launch(fit_base.fit, plan.processes, *arguments)
+        model.assemble(work)
     elif part == "judge":
         parallel.launch(fit_judge.fit, plan.processes, work, device, plan.short(fit_judge.JudgeSettings()))
     elif part == "decoder":
         parallel.launch(fit_decoder.fit, plan.processes, work, device, plan.short(fit_decoder.DecoderSettings()))
-        finish.assemble(host, work)
+        if (work / "weights" / "base.safetensors").exists():
+            model.assemble(work)
     elif part == "loras":
         parallel.launch(finish.fit_loras, plan.processes, host, work, device, plan.only, plan.scale)
     elif part == "gates":

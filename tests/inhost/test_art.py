@@ -16,9 +16,8 @@ PROMPTS = ["a noto octopus on the left on a blue ground in neon style", "grapes"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, miniature_extension: Any) -> tuple[Any, Path]:
-    """A miniature of random weights, none of them zero, and its checkpoint."""
-    from demo.art import autoencoder, model
-    from demo.miniature import save_checkpoint
+    """A miniature of random weights, none of them zero, and its checkpoint, put together as the training does."""
+    from demo.art import autoencoder, fit_base, fit_vae, model
 
     torch.manual_seed(0)
     mini = model.new(autoencoder.ArtAutoencoder((3, 3, 2, 1)).state_dict())
@@ -26,9 +25,10 @@ def written(tmp_path_factory: pytest.TempPathFactory, miniature_extension: Any) 
         for weight in mini.parameters():
             if not weight.any():
                 weight.normal_(std=0.02)
-    path = tmp_path_factory.mktemp("art") / "miniature.safetensors"
-    save_checkpoint(mini, str(path))
-    return mini.requires_grad_(False), path
+    work = tmp_path_factory.mktemp("art")
+    fit_vae.save(mini.vae.state_dict(), work / "weights" / "vae.pt")
+    fit_base.write(mini, [], [], work / "weights" / "base.safetensors", "hash", 7)
+    return mini.requires_grad_(False), model.assemble(work)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,18 @@ def test_the_host_knows_every_key_of_a_lora(written: tuple[Any, Path], hosted: t
     known = comfy.lora.model_lora_keys_unet(hosted[0].model, {})
     patches = comfy.lora.load_lora(state, known, log_missing=False)
     assert {key for adapter in patches.values() for key in adapter.loaded_keys} == set(state)
+
+
+def test_a_decoder_of_another_encoder_is_refused(written: tuple[Any, Path]) -> None:
+    from demo.art import autoencoder, fit_vae, model
+
+    folder = written[1].parent
+    fit_vae.save(autoencoder.ArtAutoencoder().state_dict(), folder / "decoder.pt")
+    try:
+        with pytest.raises(ValueError, match="another encoder"):
+            model.assemble(folder.parent)
+    finally:
+        (folder / "decoder.pt").unlink()
 
 
 def test_a_decoder_that_grows_shows_the_same_at_first() -> None:
