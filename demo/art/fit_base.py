@@ -37,7 +37,7 @@ class BaseSettings:
     # The pooled text is that of no text in this share: what is to be drawn must also come through attention, which is
     # all that a LoRA changes.
     pooled_drop: float = 0.4
-    gamma: float = 5.0  # of min-SNR weights (arXiv 2303.09556), for v prediction
+    gamma: float = 5.0  # signal-to-noise ratio above which steps count less
 
 
 ON_A_GPU = BaseSettings(shards=100, steps=7000, batch=1024, learning_rate=2e-3, ema=0.999)
@@ -71,9 +71,13 @@ def rate(step: int, settings: BaseSettings) -> float:
 
 
 def weights(mini: Miniature, steps: Tensor, gamma: float) -> Tensor:
-    """min(SNR, gamma) / (SNR + 1) per sample, over its mean for uniform steps: of about one."""
+    """(min(SNR, gamma) + 1) / (SNR + 1) per sample, over its mean for uniform steps: of about one.
+
+    Clipped as min-SNR (arXiv 2303.09556) clips, so that nearly clean latents, which teach little, do not take the
+    most; but noisy ones keep their full weight in v, since what is drawn is decided there, by the prompt alone.
+    """
     snr = mini.sigmas.square().reciprocal()
-    every = snr.clamp(max=gamma) / (snr + 1)
+    every = (snr.clamp(max=gamma) + 1) / (snr + 1)
     return every[steps] / every.mean()
 
 

@@ -41,12 +41,12 @@ def test_the_rate_warms_up_and_falls() -> None:
     assert all(a >= b for a, b in zip(late, late[1:], strict=False))
 
 
-def test_weights_are_those_of_min_snr() -> None:
+def test_nearly_clean_latents_count_less() -> None:
     class Noise:
         sigmas = torch.tensor([0.1, 0.5, 1.0, 14.0], dtype=torch.float64)
 
     found = fit_base.weights(Noise, torch.arange(4), 5.0)  # type: ignore[arg-type]
-    plain = torch.tensor([5 / 101, 4 / 5, 1 / 2, (1 / 196) / (1 / 196 + 1)], dtype=torch.float64)
+    plain = torch.tensor([6 / 101, 1, 1, 1], dtype=torch.float64)
     torch.testing.assert_close(found, plain / plain.mean())
 
 
