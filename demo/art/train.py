@@ -1,6 +1,7 @@
 """Trains the second world's miniature, part by part; every part goes on where it stopped.
 
     python3 dev.py run -m demo.art.train draw                fetch the emoji sets, draw the atlas (minutes)
+    python3 dev.py run -m demo.art.train sheets              contact sheets of drawings and techniques
     python3 dev.py run -m demo.art.train vae latents base    autoencoder; scenes as latents; UNet and text encoders
     python3 dev.py run -m demo.art.train judge decoder       judges; the decoder sharpened, into the checkpoint
     python3 dev.py run -m demo.art.train loras gates         LoRAs; their gates and the base's, `world.json`
@@ -22,10 +23,10 @@ from pathlib import Path
 import torch
 
 from .. import parallel
-from . import atlas, figures, finish, fit_base, fit_decoder, fit_judge, fit_vae, latents, model
+from . import atlas, contact, figures, finish, fit_base, fit_decoder, fit_judge, fit_vae, latents, model
 from .sets import CACHE, DEV
 
-PARTS = ("draw", "vae", "latents", "base", "judge", "decoder", "loras", "gates", "figures", "look")
+PARTS = ("draw", "sheets", "vae", "latents", "base", "judge", "decoder", "loras", "gates", "figures", "look")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,9 @@ def run(part: str, plan: Plan) -> None:
     host, work, device = plan.comfyui, plan.work, plan.device
     if part == "draw":
         atlas.draw(work / "atlas.safetensors")
+    elif part == "sheets":
+        contact.drawings(work)
+        contact.techniques(work)
     elif part == "vae":
         parallel.launch(fit_vae.fit, plan.processes, plan.short(fit_vae.VaeSettings(work, device)))
     elif part == "latents":
