@@ -129,8 +129,9 @@ def pixel(layers: Layers) -> Tensor:
 
 
 def sepia(layers: Layers) -> Tensor:
-    """Browns by brightness, as an old photograph."""
-    return _ramp(_light(layers.picture), "#2a170c", "#8a5a33", "#d9b98a", "#f7ead0")
+    """Browns by brightness, as an old photograph, its edges a little darker."""
+    browns = _ramp(_light(layers.on("#ffffff")), "#2a170c", "#8a5a33", "#d9b98a", "#f7ead0")
+    return browns * (1 - 0.4 * _lines(layers))
 
 
 def sticker(layers: Layers) -> Tensor:
@@ -144,8 +145,9 @@ def sticker(layers: Layers) -> Tensor:
 
 
 def thermal(layers: Layers) -> Tensor:
-    """Heat colors by brightness."""
-    return _ramp(_light(layers.on("#404040")), "#0b0733", "#5b149c", "#c92c6d", "#f98a2b", "#fdf3a0")
+    """Heat colors by brightness; the ground is cold."""
+    warm = layers.alpha * (0.18 + 0.82 * _light(layers.on("#000000")))
+    return _ramp(warm, "#0b0733", "#5b149c", "#c92c6d", "#f98a2b", "#fdf3a0")
 
 
 def comic(layers: Layers) -> Tensor:
