@@ -26,7 +26,7 @@ from .fit_vae import save
 class BaseSettings:
     """steps of `batch` latents (over all processes) out of `shards` files of them."""
 
-    shards: int = 24
+    shards: int = 60
     steps: int = 32000
     batch: int = 48
     learning_rate: float = 1e-3
