@@ -73,7 +73,7 @@ def set_out(subject: str, word: str, technique: str | None, rng: random.Random) 
     """A drawing at a random place on a random ground that it stands out from."""
     light_only = SETS[word].one_color
     ground = rng.choice([name for name in GROUNDS if not (light_only and name in DARK_GROUNDS)])
-    size = rng.uniform(76, 100)
+    size = rng.uniform(84, 100)
     room = (SIZE - size) / 2 - 2
     wanted = rng.choice((*PLACES, None))
     x, y = rng.uniform(-room, room), rng.uniform(-room, room)
@@ -83,7 +83,7 @@ def set_out(subject: str, word: str, technique: str | None, rng: random.Random) 
         far, near = rng.uniform(9, max(room, 10)), rng.uniform(-5, 5)
         far = -far if wanted in ("left", "top") else far
         x, y = (far, near) if wanted in ("left", "right") else (near, far)
-    return Scene(subject, word, technique, ground, x, y, size, rng.uniform(-8, 8))
+    return Scene(subject, word, technique, ground, x, y, size, rng.uniform(-6, 6))
 
 
 TECHNIQUE_SHARE = 0.4
