@@ -48,9 +48,9 @@ class Atlas:
         """Words of the sets that have the subject, in the order of `SETS`."""
         return [word for word in SETS if (subject, word) in self.number]
 
-    def find(self, keys: Iterable[Key]) -> Tensor:
-        """B x 4 x 128 x 128 in 0..1. KeyError where a set lacks a subject."""
-        return self.pictures[[self.number[key] for key in keys]].float() / 255
+    def find(self, keys: Iterable[Key], device: str | torch.device = "cpu") -> Tensor:
+        """B x 4 x 128 x 128 in 0..1, on the device. KeyError where a set lacks a subject."""
+        return self.pictures[[self.number[key] for key in keys]].to(device).float() / 255
 
 
 def cut_out(drawn: bytes) -> Image.Image:

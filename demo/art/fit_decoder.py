@@ -39,6 +39,9 @@ class DecoderSettings:
     save_seconds: float = 120.0
 
 
+ON_A_GPU = DecoderSettings(steps=4000, batch=128, picture_count=20000, fresh=2000)
+
+
 class Patches(nn.Module):
     """Says of every patch of about 22 pixels whether it is a true one (above zero) or a decoded one."""
 

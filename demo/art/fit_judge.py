@@ -29,6 +29,9 @@ class JudgeSettings:
     save_seconds: float = 120.0
 
 
+ON_A_GPU = JudgeSettings(steps=4000, batch=256, kept=60000, fresh=100)
+
+
 class Drawn:
     """A store of renderings, some of which are always replaced by new ones."""
 

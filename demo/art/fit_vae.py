@@ -37,6 +37,9 @@ class VaeSettings:
     save_seconds: float = 120.0
 
 
+ON_A_GPU = {"picture_count": 20000, "fresh": 2000, "steps": 6000, "batch": 192}
+
+
 def any_scene(world: scenes.World, rng: random.Random) -> scenes.Scene:
     """A scene of the base, or one with a set or a technique that the base does not know."""
     if rng.random() > NEW_SHARE:

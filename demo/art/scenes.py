@@ -185,7 +185,7 @@ def _ground_colors(scenes: Sequence[Scene]) -> Tensor:
 
 def compose(atlas: Atlas, scenes: Sequence[Scene], device: str | torch.device = "cpu") -> Layers:
     """Puts cut-outs on their grounds: drawn at twice the size and averaged, so that edges are smooth."""
-    cut = atlas.find((s.subject, s.set) for s in scenes).to(device)
+    cut = atlas.find(((s.subject, s.set) for s in scenes), device)
     cut = torch.cat([cut[:, :3] * cut[:, 3:], cut[:, 3:]], dim=1)
     rows = []
     for s in scenes:  # from places in the picture (-1..1) to places in the cut-out

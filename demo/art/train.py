@@ -57,7 +57,8 @@ def run(part: str, plan: Plan) -> None:
         contact.drawings(work)
         contact.techniques(work)
     elif part == "vae":
-        parallel.launch(fit_vae.fit, plan.processes, plan.short(fit_vae.VaeSettings(work, device)))
+        large = fit_vae.ON_A_GPU if device == "cuda" else {}
+        parallel.launch(fit_vae.fit, plan.processes, plan.short(fit_vae.VaeSettings(work, device, **large)))
     elif part == "latents":
         parallel.launch(latents.make, plan.processes, work, plan.base.shards, device)
     elif part == "base":
@@ -66,9 +67,11 @@ def run(part: str, plan: Plan) -> None:
         parallel.launch(fit_base.fit, plan.processes, *arguments)
         model.assemble(work)
     elif part == "judge":
-        parallel.launch(fit_judge.fit, plan.processes, work, device, plan.short(fit_judge.JudgeSettings()))
+        judging = fit_judge.ON_A_GPU if device == "cuda" else fit_judge.JudgeSettings()
+        parallel.launch(fit_judge.fit, plan.processes, work, device, plan.short(judging))
     elif part == "decoder":
-        parallel.launch(fit_decoder.fit, plan.processes, work, device, plan.short(fit_decoder.DecoderSettings()))
+        sharpening = fit_decoder.ON_A_GPU if device == "cuda" else fit_decoder.DecoderSettings()
+        parallel.launch(fit_decoder.fit, plan.processes, work, device, plan.short(sharpening))
         if (work / "weights" / "base.safetensors").exists():
             model.assemble(work)
     elif part == "loras":

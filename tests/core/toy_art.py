@@ -27,8 +27,8 @@ class Shared(atlas.Atlas):
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "colors", colors)
 
-    def find(self, keys):  # type: ignore[no-untyped-def]
+    def find(self, keys, device="cpu"):  # type: ignore[no-untyped-def]
         chosen = [self.number[key] for key in keys]
         color = self.colors[chosen].view(-1, 3, 1, 1).expand(-1, -1, atlas.SIZE, atlas.SIZE)
         alpha = self.shape.expand(len(chosen), 1, -1, -1)
-        return torch.cat([color * alpha, alpha], dim=1)
+        return torch.cat([color * alpha, alpha], dim=1).to(device)
