@@ -87,7 +87,10 @@ class Autoencoder(nn.Module):
             *_stage(16, 1, 1),
             _conv(16, 3),
         )
+        self.initialize()
 
+    def initialize(self) -> None:
+        """Starting values; the last convolution of every block is zero, so that a block starts as the identity."""
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d) and layer.weight.any():
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

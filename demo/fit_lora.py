@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from . import lora, world
 from .concepts import Concept
@@ -23,12 +25,19 @@ class LoRASettings:
 
 def fit(model: Miniature, concept: Concept, settings: LoRASettings, seed: int = 0) -> dict[str, lora.LoRALinear]:
     """Trains and returns attached branches; the caller detaches them."""
+    return fit_on(model, world.render(concept.scenes), concept.prompts, settings, seed)
+
+
+def fit_on(
+    model: Miniature, pictures: Tensor, prompts: Sequence[str], settings: LoRASettings, seed: int = 0
+) -> dict[str, lora.LoRALinear]:
+    """The same for any pictures (B3HW in 0..1), one prompt each."""
     torch.manual_seed(seed)
     device = model.device
     model.requires_grad_(False)
     with torch.no_grad():
-        references = model.vae.encode(world.render(concept.scenes).to(device)).float()
-    contexts, vectors = model.conditions(concept.prompts)
+        references = model.vae.encode(pictures.to(device)).float()
+    contexts, vectors = model.conditions(prompts)
     branches = lora.attach(model.unet, settings.rank, settings.alpha)
     for branch in branches.values():
         branch.to(device)

@@ -7,9 +7,11 @@ schedule = SDXL's, prediction = v (the checkpoint says so with the key `v_pred`)
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .autoencoder import SDXL_SCALE, Autoencoder
+from .openclip import openclip
 from .world import SIZE
 
 LATENT = SIZE // 8
@@ -39,6 +42,21 @@ UNET: dict[str, Any] = {
     "use_linear_in_transformer": True,
     "legacy": False,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """What one world's miniature is built from.
+
+    autoencoder: makes one, for stored weights where there are some. text: the module with the text classes.
+    """
+
+    unet: dict[str, Any]
+    autoencoder: Callable[[dict[str, Tensor] | None], Autoencoder]
+    text: str
+
+
+FIRST = Build(UNET, lambda state: Autoencoder(), "demo.host_extension.text")
 
 # What draws what (`benchmarks/training.py blocks`): content's carry shape and no style, style's style and no shape.
 BLOCKS = {
@@ -94,18 +112,17 @@ class Miniature(nn.Module):
     unet: Any  # the host's classes carry no types
     clip: Any
 
-    def __init__(self) -> None:
+    def __init__(self, build: Build = FIRST, autoencoder: dict[str, Tensor] | None = None) -> None:
         super().__init__()
         import comfy.ops
         from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-        from .host_extension.text import MiniatureClipModel, MiniatureTokenizer
-
+        text = importlib.import_module(build.text)
         operations = comfy.ops.disable_weight_init
-        self.unet = UNetModel(**UNET, dtype=torch.float32, device="cpu", operations=operations)
-        self.clip = MiniatureClipModel(dtype=torch.float32, model_options={"custom_operations": operations})
-        self.vae = Autoencoder()
-        self.tokenizer = MiniatureTokenizer()
+        self.unet = UNetModel(**build.unet, dtype=torch.float32, device="cpu", operations=operations)
+        self.clip = text.MiniatureClipModel(dtype=torch.float32, model_options={"custom_operations": operations})
+        self.vae = build.autoencoder(autoencoder)
+        self.tokenizer = text.MiniatureTokenizer()
         _init(self.unet)
         _init(self.clip)
         with torch.no_grad():
@@ -259,41 +276,6 @@ def _text_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor) -
 # --- files -------------------------------------------------------------------------------------------------
 
 
-def _openclip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The second encoder's weights under SDXL's OpenCLIP names (fused q, k, v)."""
-    out: dict[str, Tensor] = {}
-    fused: dict[str, dict[str, Tensor]] = {}
-    names = {
-        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-        "text_model.embeddings.position_embedding.weight": "positional_embedding",
-        "text_model.final_layer_norm.weight": "ln_final.weight",
-        "text_model.final_layer_norm.bias": "ln_final.bias",
-    }
-    inner = {
-        "self_attn.out_proj": "attn.out_proj",
-        "layer_norm1": "ln_1",
-        "layer_norm2": "ln_2",
-        "mlp.fc1": "mlp.c_fc",
-        "mlp.fc2": "mlp.c_proj",
-    }
-    for key, value in state.items():
-        if key in names:
-            out[names[key]] = value
-        elif key == "text_projection.weight":
-            out["text_projection"] = value.T.contiguous()
-        elif key.startswith("text_model.encoder.layers."):
-            _, _, _, number, rest = key.split(".", 4)
-            place = f"transformer.resblocks.{number}."
-            module, kind = rest.rsplit(".", 1)
-            if module in inner:
-                out[f"{place}{inner[module]}.{kind}"] = value
-            else:
-                fused.setdefault(f"{place}attn.in_proj_{kind}", {})[module[-6]] = value
-    for key, parts in fused.items():
-        out[key] = torch.cat([parts[letter] for letter in "qkv"])
-    return out
-
-
 def checkpoint(model: Miniature) -> dict[str, Tensor]:
     """The state dict of an SDXL single-file checkpoint, in half precision."""
     state: dict[str, Tensor] = {}
@@ -302,7 +284,7 @@ def checkpoint(model: Miniature) -> dict[str, Tensor]:
     for key, value in model.clip.clip_l.transformer.state_dict().items():
         if key.startswith("text_model."):
             state[f"conditioner.embedders.0.transformer.{key}"] = value
-    for key, value in _openclip(model.clip.clip_g.transformer.state_dict()).items():
+    for key, value in openclip(model.clip.clip_g.transformer.state_dict()).items():
         state[f"conditioner.embedders.1.model.{key}"] = value
     for key, value in model.vae.state_dict().items():
         state[f"first_stage_model.{key}"] = value
@@ -324,7 +306,7 @@ def write_safetensors(state: dict[str, Tensor], path: str, metadata: dict[str, s
     os.replace(path + ".part", path)
 
 
-def load_miniature(path: str) -> Miniature:
+def load_miniature(path: str, build: Build = FIRST) -> Miniature:
     """Reads a checkpoint made by `save_checkpoint` back into a trainable, float32 model.
 
     Raises KeyError where a weight is missing, FileNotFoundError where there is no file.
@@ -332,7 +314,8 @@ def load_miniature(path: str) -> Miniature:
     import comfy.utils
 
     state = {k: v.float() for k, v in load_file(path).items()}
-    model = Miniature()
+    first_stage = "first_stage_model."
+    model = Miniature(build, {k.removeprefix(first_stage): v for k, v in state.items() if k.startswith(first_stage)})
     model.unet.load_state_dict({k: state[UNET_PREFIX + k] for k in model.unet.state_dict()})
     prefixes = {
         "conditioner.embedders.0.transformer.text_model": "clip_l.transformer.text_model",

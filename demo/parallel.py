@@ -6,6 +6,7 @@ for the slowest thread.
 
 from __future__ import annotations
 
+import datetime
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -21,7 +22,9 @@ def _enter(rank: int, work: Callable[..., None], count: int, meeting: str, argum
     torch.set_flush_denormal(True)  # denormal gradients cost a hundred times a normal one on a CPU
     if count > 1:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+        # At idle priority one process may wait for hours while another is given time: that is no failure.
+        patience = datetime.timedelta(days=7)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=patience)
     torch.manual_seed(rank)
     work(*arguments)
     if count > 1:
@@ -59,3 +62,12 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     for p in params:
         p.grad = flat[start : start + p.numel()].view_as(p).clone()
         start += p.numel()
+
+
+def agreed(here: bool) -> bool:
+    """Whether the first process says so: for decisions that depend on its clock."""
+    if count() == 1:
+        return here
+    said = torch.tensor([float(here)])
+    dist.broadcast(said, 0)
+    return bool(said)

@@ -62,8 +62,9 @@ def find_miniature(demo: Path | None = None) -> Miniature:
 
     The folder is laid out as demo/ is: world.json, weights/, loras/*.safetensors, pictures/<name>/*.png.
     """
-    extension = ROOT / "demo" / "host_extension"
     demo = demo or Path(os.environ.get("ZIPLORA_MINIATURE") or ROOT / "demo").resolve()
+    own = demo / "host_extension"  # a miniature of another build brings its own
+    extension = own if own.is_dir() else ROOT / "demo" / "host_extension"
     checkpoint = demo / "weights" / CHECKPOINT
     loras = sorted((demo / "loras").glob("*.safetensors"))
     pictures = sorted({picture.parent for picture in (demo / "pictures").glob("*/*.png")})

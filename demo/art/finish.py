@@ -1,0 +1,145 @@
+"""What comes after the base: LoRAs, gates, the manifest, sheets to look at."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from .. import fit_lora, gates, lora, parallel
+from ..miniature import Miniature, use_comfyui
+from . import atlas, concepts, judge, model, scenes
+from . import gates as art_gates
+
+RANK = 8
+SETTINGS = {
+    "content": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=500, learning_rate=3e-3),
+    "style": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=700, learning_rate=3e-3),
+}
+CHECKPOINT = "weights/miniature_sdxl.safetensors"
+
+
+def _open(comfyui: str, work: Path, device: str) -> tuple[Miniature, scenes.World]:
+    use_comfyui(comfyui)
+    if not (work / CHECKPOINT).exists():
+        model.assemble(work)
+    mini = model.load(work / CHECKPOINT).to(device)
+    mini.vae.to(memory_format=torch.channels_last)
+    return mini, scenes.World(atlas.load(work / "atlas.safetensors"))
+
+
+def _chosen(world: scenes.World, names: list[str]) -> list[concepts.Concept]:
+    """The named concepts (all where no name is given) that fall to this process."""
+    known = [c for c in concepts.concepts(world) if not names or c.name in names]
+    return known[parallel.rank() :: parallel.count()]
+
+
+def fit_loras(comfyui: str, work: Path, device: str, names: list[str], scale: float = 1.0) -> None:
+    """One process's share of the LoRAs; a file that is there is kept, unless it is named."""
+    mini, world = _open(comfyui, work, device)
+    for concept in _chosen(world, names):
+        path = work / concept.file
+        if path.exists() and concept.name not in names:
+            continue
+        started = time.time()
+        settings = SETTINGS[concept.kind]
+        settings = dataclasses.replace(settings, steps=max(2, round(settings.steps * scale)))
+        pictures = scenes.render(world.atlas, concept.scenes)
+        branches = fit_lora.fit_on(mini, pictures, concept.prompts, settings)
+        lora.save(branches, str(path), {"identifier": concept.identifier})
+        lora.detach(mini.unet, branches)
+        for number, picture in enumerate(pictures):
+            place = work / concept.picture(number)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            atlas.image(picture).save(place)
+        print(f"{concept.name}: trained in {time.time() - started:.0f} s", flush=True)
+
+
+def gate_base(comfyui: str, work: Path, device: str, seeds: tuple[int, ...] = art_gates.SEEDS) -> dict[str, float]:
+    """Judges the base alone, and writes sheets."""
+    mini, world = _open(comfyui, work, device)
+    jury = judge.load(work / "weights" / "judge.safetensors")
+    figures = {}
+    for name, held_out in (("base", False), ("held out", True)):
+        found, pictures = art_gates.base_gate(mini, jury, world, held_out=held_out, seeds=seeds)
+        said = "passes" if art_gates.passes(name, found) else "FAILS"
+        print(f"{name}: {said} " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
+        figures |= {f"{name}: {key}": value for key, value in found.items()}
+        atlas.sheet(pictures[:128], 16).save(work / f"{name.replace(' ', '_')}.png")
+    return figures
+
+
+def gate_loras(comfyui: str, work: Path, device: str, names: list[str]) -> None:
+    """One process's share of the LoRAs' gates, into a note and a sheet each."""
+    mini, world = _open(comfyui, work, device)
+    jury = judge.load(work / "weights" / "judge.safetensors")
+    branches = lora.attach(mini.unet, RANK, RANK)
+    for branch in branches.values():
+        branch.to(device)
+    for concept in _chosen(world, names):
+        path = work / concept.file
+        if not path.exists():
+            continue
+        lora.load_into(branches, load_file(str(path)))
+        if concept.kind == "content":
+            found, pictures = art_gates.subject_gate(mini, jury, concept)
+        else:
+            found, pictures = art_gates.style_gate(mini, jury, concept, world)
+        said = "passes" if art_gates.passes(concept.kind, found) else "FAILS"
+        print(f"{concept.name}: {said} " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
+        path.with_suffix(".json").write_text(json.dumps(found), encoding="utf-8")
+        atlas.sheet(pictures, 24).save(path.with_suffix(".png"))
+
+
+def manifest(work: Path, base: dict[str, float]) -> None:
+    """`world.json`: every LoRA that passes, with its prompts and figures."""
+    world = scenes.World(atlas.load(work / "atlas.safetensors"))
+    entries = {}
+    for concept in concepts.concepts(world):
+        note = (work / concept.file).with_suffix(".json")
+        if not note.exists():
+            continue
+        figures = json.loads(note.read_text(encoding="utf-8"))
+        if art_gates.passes(concept.kind, figures):
+            entries[concept.name] = {
+                "kind": concept.kind,
+                "file": concept.file,
+                "identifier": concept.identifier,
+                "noun": concept.noun,
+                "pictures": [concept.picture(i) for i in range(len(concept.scenes))],
+                "picture_prompts": list(concept.prompts),
+                "drawings": sorted({f"{s.subject} of {s.set}" for s in concept.scenes}),
+                "gates": figures,
+            }
+    everything = {
+        "checkpoint": CHECKPOINT,
+        "judge": "weights/judge.safetensors",
+        "size": atlas.SIZE,
+        "sampling": {"steps": gates.STEPS, "cfg": gates.CFG, "sampler": "euler", "scheduler": "normal"},
+        "atlas": world.atlas.digest,
+        "held_out": sorted(map(list, world.held_out)),
+        "base_gates": base,
+        "loras": entries,
+    }
+    (work / "world.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    print(f"{len(entries)} LoRAs pass their gates and stand in world.json", flush=True)
+
+
+def look(comfyui: str, work: Path, device: str, prompts: list[str]) -> None:
+    """Draws prompts with the base as it is (eight of its own where none is given) into `look.png`, four times each."""
+    model.assemble(work)
+    mini, world = _open(comfyui, work, device)
+    if not prompts:
+        rng = random.Random("look")
+        prompts = [
+            scenes.prompt(s.subject, s.style, ground=s.ground) for s in (world.base_scene(rng) for _ in range(8))
+        ]
+    for prompt in prompts:
+        print(prompt)
+    pictures = gates.generate(mini, [prompt for prompt in prompts for _ in range(4)], 1)
+    atlas.sheet(pictures, 8 if len(prompts) > 1 else 4).save(work / "look.png")

@@ -1,0 +1,175 @@
+"""Trains the second world's base: UNet and both text encoders together, from nothing, on latents made before.
+
+One state file holds everything, so a stopped run goes on where it was, on however many processes; the numbers that
+a step draws depend on its own number alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import parallel
+from ..miniature import Miniature, checkpoint, stratified_steps, use_comfyui, write_safetensors
+from . import atlas, latents, model, scenes
+from .fit_vae import save
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseSettings:
+    """steps of `batch` latents (over all processes) out of `shards` files of them."""
+
+    shards: int = 60
+    steps: int = 32000
+    batch: int = 48
+    learning_rate: float = 1e-3
+    warm: int = 300
+    decay_from: float = 0.3  # the rate is constant up to this part of the run, then falls along a cosine
+    ema: float = 0.9995
+    drop: float = 0.1
+    # The pooled text is that of no text in this share: what is to be drawn must also come through attention, which is
+    # all that a LoRA changes.
+    pooled_drop: float = 0.4
+    gamma: float = 5.0  # signal-to-noise ratio above which steps count less
+
+
+ON_A_GPU = BaseSettings(shards=100, steps=7000, batch=1024, learning_rate=2e-3, ema=0.999)
+
+
+class Tokens:
+    """Prompts to rows of token numbers, as the tokenizer of `host_extension` gives them, only faster."""
+
+    def __init__(self, mini: Miniature) -> None:
+        import demo.art.host_extension.text as text
+
+        self.words = mini.tokenizer.clip_l.tokenizer.get_vocab()
+        self.length, self.start, self.end, self.unknown = text.MAX_TOKENS, text.START, text.END, text.UNKNOWN
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """B x 16. ValueError where a prompt is longer than one section."""
+        rows = []
+        for prompt in prompts:
+            row = [self.words.get(word, self.unknown) for word in re.findall(r"[a-z]+", prompt)]
+            if len(row) > self.length - 2:
+                raise ValueError(f"'{prompt}' has {len(row)} words, more than the {self.length - 2} of one section")
+            rows.append([self.start, *row, self.end] + [0] * (self.length - 2 - len(row)))
+        return torch.tensor(rows)
+
+
+def rate(step: int, settings: BaseSettings) -> float:
+    """The learning rate of a step."""
+    warm = min(1.0, (step + 1) / settings.warm)
+    late = max(0.0, (step / settings.steps - settings.decay_from) / (1 - settings.decay_from))
+    return settings.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * late)))
+
+
+def weights(mini: Miniature, steps: Tensor, gamma: float) -> Tensor:
+    """(min(SNR, gamma) + 1) / (SNR + 1) per sample, over its mean for uniform steps: of about one.
+
+    Clipped as min-SNR (arXiv 2303.09556) clips, so that nearly clean latents, which teach little, do not take the
+    most; but noisy ones keep their full weight in v, since what is drawn is decided there, by the prompt alone.
+    """
+    snr = mini.sigmas.square().reciprocal()
+    every = (snr.clamp(max=gamma) + 1) / (snr + 1)
+    return every[steps] / every.mean()
+
+
+def trained_parts(mini: Miniature) -> list[Tensor]:
+    return [
+        p
+        for n, p in [*mini.unet.named_parameters(), *mini.clip.named_parameters()]
+        if not n.endswith("logit_scale") and n != "clip_l.transformer.text_projection.weight"
+    ]
+
+
+def loss(mini: Miniature, clean: Tensor, tokens: Tensor, nothing: Tensor, settings: BaseSettings) -> Tensor:
+    """Mean weighted error of v. tokens: B x 16; nothing: 1 x 16, the empty prompt's."""
+    context, pooled = mini.encode_tokens(tokens)
+    _, empty = mini.encode_tokens(nothing)
+    without = torch.rand(len(tokens), 1, device=tokens.device) < settings.pooled_drop
+    vector = mini.vector(torch.where(without, empty, pooled))
+    steps = stratified_steps(len(clean), clean.device)
+    with torch.autocast(clean.device.type, torch.bfloat16, enabled=clean.device.type == "cuda"):
+        errors = mini.diffusion_loss(clean, context, vector, steps)
+    return (errors * weights(mini, steps, settings.gamma)).mean()
+
+
+def fit(comfyui: str, work: Path, device: str, settings: BaseSettings, seconds: float, save_seconds: float) -> None:
+    """One process's part; it stops after `seconds` with everything saved. The first one writes the files."""
+    use_comfyui(comfyui)
+    torch.set_float32_matmul_precision("high")
+    rank, count = parallel.rank(), parallel.count()
+    world = scenes.World(atlas.load(work / "atlas.safetensors"))
+    data = latents.digest(world, dataclasses.asdict(settings))
+    every = [scene for number in range(settings.shards) for scene in latents.shard_scenes(world, number)]
+    clean = latents.read(work, settings.shards).to(device)
+    torch.manual_seed(0)
+    mini = model.new(torch.load(work / "weights" / "vae.pt")).to(device)
+    mini.unet.to(memory_format=torch.channels_last)
+    trained = trained_parts(mini)
+    averages = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.AdamW(trained, settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    state_file, begin = work / "weights" / "base.state", 0
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device)
+        begin = state["step"]
+        with torch.no_grad():
+            for p, value, average, smooth in zip(trained, state["weights"], averages, state["averages"], strict=True):
+                p.copy_(value)
+                average.copy_(smooth)
+        optimizer.load_state_dict(state["optimizer"])
+    tokens = Tokens(mini)
+    nothing = tokens([""]).to(device)
+    batch = settings.batch // count
+    if rank == 0:
+        size = sum(p.numel() for p in mini.unet.parameters()) / 1e6
+        print(f"base: UNet {size:.2f} M, data and settings {data[:16]}, from step {begin}", flush=True)
+    started, saved, total = time.time(), time.time(), torch.zeros((), device=device)
+    for step in range(begin, settings.steps):
+        torch.manual_seed(1_000_003 * (rank + 1) + step)
+        rng = random.Random(f"base {rank} {step}")
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, settings)
+        chosen = [rng.randrange(len(every)) for _ in range(batch)]
+        prompts = ["" if rng.random() < settings.drop else scenes.caption(every[i], rng) for i in chosen]
+        error = loss(mini, clean[chosen].float(), tokens(prompts).to(device), nothing, settings)
+        optimizer.zero_grad()
+        error.backward()
+        parallel.average_gradients(trained)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        keep = min(settings.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, trained, 1 - keep)
+        total += error.detach()
+        last = step + 1 == settings.steps
+        over = parallel.agreed(time.time() - started > seconds)
+        if rank == 0 and (step + 1) % 100 == 0:
+            print(f"base step {step + 1} loss {float(total) / 100:.4f} {time.time() - started:.0f} s", flush=True)
+            total.zero_()
+        if rank == 0 and (time.time() - saved > save_seconds or last or over):
+            state = {"step": step + 1, "weights": [p.detach() for p in trained], "averages": averages}
+            save({**state, "optimizer": optimizer.state_dict()}, state_file)
+            write(mini, trained, averages, work / "weights" / "base.safetensors", data, step + 1)
+            saved = time.time()
+        if over:
+            break
+
+
+@torch.no_grad()
+def write(mini: Miniature, trained: list[Tensor], averages: list[Tensor], path: Path, data: str, step: int) -> None:
+    """UNet and text encoders, with the averaged weights in the place of the latest; the metadata says what they saw."""
+    kept = [p.detach().clone() for p in trained]
+    for p, average in zip(trained, averages, strict=True):
+        p.copy_(average)
+    state = {key: value for key, value in checkpoint(mini).items() if not key.startswith(model.FIRST_STAGE)}
+    write_safetensors(state, str(path), {"data": data, "step": str(step)})
+    for p, value in zip(trained, kept, strict=True):
+        p.copy_(value)

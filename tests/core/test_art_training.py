@@ -1,0 +1,130 @@
+"""What the second world's trainings, judges and gates are asked, without training anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from toy_art import toy_atlas
+
+from demo.art import autoencoder, concepts, fit_base, gates, judge, latents, scenes, sets, subjects, techniques
+
+
+@pytest.fixture(scope="module")
+def world() -> scenes.World:
+    return scenes.World(toy_atlas())
+
+
+def test_a_file_of_latents_is_made_from_its_number(world: scenes.World) -> None:
+    assert latents.shard_scenes(world, 3) == latents.shard_scenes(world, 3) != latents.shard_scenes(world, 4)
+
+
+def test_the_hash_says_which_data_and_settings(world: scenes.World) -> None:
+    same = latents.digest(world, {"steps": 1})
+    assert same == latents.digest(scenes.World(toy_atlas()), {"steps": 1})
+    assert same != latents.digest(world, {"steps": 2})
+    other = scenes.World(toy_atlas())
+    object.__setattr__(other.atlas, "digest", "another")
+    assert same != latents.digest(other, {"steps": 1})
+
+
+def test_the_rate_warms_up_and_falls() -> None:
+    settings = fit_base.BaseSettings()
+    rates = [fit_base.rate(step, settings) for step in range(settings.steps)]
+    top = settings.learning_rate
+    assert rates[0] < top / 100 and rates[settings.warm] == pytest.approx(top)
+    assert rates[-1] < 0.011 * top and max(rates) <= top * 1.0001
+    late = rates[round(settings.decay_from * settings.steps) + 1 :]
+    assert all(a >= b for a, b in zip(late, late[1:], strict=False))
+
+
+def test_nearly_clean_latents_count_less() -> None:
+    class Noise:
+        sigmas = torch.tensor([0.1, 0.5, 1.0, 14.0], dtype=torch.float64)
+
+    found = fit_base.weights(Noise, torch.arange(4), 5.0)  # type: ignore[arg-type]
+    plain = torch.tensor([6 / 101, 1, 1, 1], dtype=torch.float64)
+    torch.testing.assert_close(found, plain / plain.mean())
+
+
+def test_a_judge_is_told_the_truth() -> None:
+    design = scenes.Scene("octopus", "noto", None, "blue", -20.0, 0.0, 90.0)
+    assert judge.truth(design) == {
+        "subject": "octopus",
+        "style": "noto",
+        "place": "left",
+        "ground": "blue",
+        "design": "octopus",
+    }
+    styled = judge.truth(dataclasses.replace(design, set="twemoji", technique="neon", x=-7.0))
+    assert styled == {
+        "subject": "octopus",
+        "style": "neon",
+        "place": None,
+        "ground": None,
+        "design": "another octopus",
+    }
+    assert judge.truth(dataclasses.replace(design, subject="cat"))["design"] == judge.OTHER
+    numbers = judge.numbers([design, dataclasses.replace(design, x=-7.0)])
+    assert numbers["place"].tolist() == [0, -1] and judge.NAMES["design"][numbers["design"][0]] == "octopus"
+
+
+def test_judges_see_every_style_and_what_is_held_out(world: scenes.World) -> None:
+    rng = random.Random(0)
+    seen = [judge.any_scene(world, rng) for _ in range(4000)]
+    assert {scene.style for scene in seen} == {*sets.SETS, *techniques.TECHNIQUES}
+    assert {(s.subject, s.set) for s in seen} >= set(subjects.DESIGNS.items())
+
+
+def test_a_judge_is_kept_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = judge.Judge()
+    judge.save(model, tmp_path / "judge.safetensors")
+    again = judge.load(tmp_path / "judge.safetensors")
+    pictures = torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        for head, logits in model(pictures).items():
+            torch.testing.assert_close(again(pictures)[head], logits, atol=2e-2, rtol=2e-2)
+
+
+def test_loras_are_asked_for_what_their_pictures_lack(world: scenes.World) -> None:
+    everything = concepts.concepts(world)
+    assert len({c.identifier for c in everything}) == len(everything) == len({c.name for c in everything})
+    shown, unseen = concepts.style_subjects(world)
+    assert len(shown) == concepts.STYLE_PICTURES and len(unseen) == concepts.UNSEEN_SUBJECTS
+    assert not set(shown) & set(unseen) and not {*shown, *unseen} & set(subjects.DESIGNS)
+    for concept in everything:
+        assert len(concept.scenes) == len(concept.prompts)
+        assert all(concept.identifier in prompt.split() for prompt in concept.prompts)
+        if concept.kind == "content":
+            assert {(s.subject, s.set) for s in concept.scenes} == {(concept.name, subjects.DESIGNS[concept.name])}
+            assert not {s.technique for s in concept.scenes} & set(concepts.OTHER_TECHNIQUES)
+        else:
+            assert {s.subject for s in concept.scenes} == set(shown)
+            assert {s.style for s in concept.scenes} == {concept.name}
+    assert set(concepts.OTHER_TECHNIQUES) < set(techniques.BASE_TECHNIQUES)
+
+
+def test_a_gate_counts_what_is_right() -> None:
+    class Says:
+        def answers(self, pictures: torch.Tensor) -> dict[str, list[str]]:
+            return {"subject": ["cat", "cat", "dog", "dog"], "style": ["noto", "flat", "noto", "flat"]}
+
+    found = gates.rights(Says(), torch.zeros(4), subject=["cat", "dog", "dog", "dog"], style=["noto"] * 4)  # type: ignore
+    assert found == {"subject": 0.75, "style": 0.5, "subject and style": 0.5}
+    assert gates.passes("held out", {"subject and style": 0.6}) and not gates.passes(
+        "base", {"subject": 1, "style": 0.8}
+    )
+
+
+def test_sharpness_is_whole_for_the_truth_and_less_for_a_blur() -> None:
+    pictures = (torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    assert autoencoder.sharpness(pictures, pictures)["edges"] == pytest.approx(1)
+    blurred = torch.nn.functional.avg_pool2d(pictures, 3, stride=1, padding=1)
+    assert autoencoder.sharpness(blurred, pictures)["edges"] < 0.6
+    noisy = autoencoder.sharpness((pictures - 0.1).clamp(0, 1), pictures)
+    error = (pictures * 0.01).flatten(1).mean(1)
+    assert noisy["psnr"] == pytest.approx(float((-10 * error.log10()).mean()), rel=1e-4)

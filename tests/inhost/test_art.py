@@ -1,0 +1,108 @@
+"""The second world's miniature, untrained: ComfyUI's own loader reads its checkpoint and computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_base
+import comfy.sd
+import pytest
+import torch
+
+PROMPTS = ["a noto octopus on the left on a blue ground in neon style", "grapes", ""]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, miniature_extension: Any) -> tuple[Any, Path]:
+    """A miniature of random weights, none of them zero, and its checkpoint, put together as the training does."""
+    from demo.art import autoencoder, fit_base, fit_vae, model
+
+    torch.manual_seed(0)
+    mini = model.new(autoencoder.ArtAutoencoder((3, 3, 2, 1)).state_dict())
+    with torch.no_grad():
+        for weight in mini.parameters():
+            if not weight.any():
+                weight.normal_(std=0.02)
+    work = tmp_path_factory.mktemp("art")
+    fit_vae.save(mini.vae.state_dict(), work / "weights" / "vae.pt")
+    fit_base.write(mini, [], [], work / "weights" / "base.safetensors", "hash", 7)
+    return mini.requires_grad_(False), model.assemble(work)
+
+
+@pytest.fixture(scope="module")
+def hosted(written: tuple[Any, Path]) -> tuple[Any, Any, Any]:
+    """model, clip and vae as CheckpointLoaderSimple gives them."""
+    options = {"dtype": torch.float32}
+    return comfy.sd.load_checkpoint_guess_config(str(written[1]), model_options=options)[:3]
+
+
+def test_it_is_an_sdxl_of_v_prediction(hosted: tuple[Any, Any, Any]) -> None:
+    model = hosted[0].model
+    assert isinstance(model, comfy.model_base.SDXL) and model.model_type == comfy.model_base.ModelType.V_PREDICTION
+    assert 5e6 < sum(weight.numel() for weight in model.diffusion_model.parameters()) < 8e6
+
+
+def test_the_host_reads_prompts_as_the_training_does(written: tuple[Any, Path], hosted: tuple[Any, Any, Any]) -> None:
+    from demo.art import fit_base
+
+    mini, clip = written[0], hosted[1]
+    assert fit_base.Tokens(mini)(PROMPTS).equal(mini.tokens(PROMPTS))
+    context, pooled = mini.encode_tokens(mini.tokens(PROMPTS))
+    for i, prompt in enumerate(PROMPTS):
+        given, extra = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
+        torch.testing.assert_close(given[0].float(), context[i], atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(extra[0].float(), pooled[i], atol=2e-2, rtol=2e-2)
+    with pytest.raises(ValueError, match="15 words"):
+        fit_base.Tokens(mini)(["a " * 15])
+
+
+def test_the_host_predicts_and_decodes_the_same(written: tuple[Any, Path], hosted: tuple[Any, Any, Any]) -> None:
+    from demo.art import model
+
+    read, (patcher, _, vae) = model.load(written[1]), hosted
+    context, vector = read.conditions(PROMPTS)
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    steps = torch.tensor([10.0, 500.0, 990.0])
+    ours = read.predict(latents, steps, context, vector)
+    theirs = patcher.model.diffusion_model(latents, timesteps=steps, context=context, y=vector)
+    torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=1e-3)
+    shown = vae.decode(patcher.model.process_latent_out(latents))
+    torch.testing.assert_close(shown.movedim(-1, 1).float(), read.vae.decode(latents).clamp(0, 1), atol=1e-2, rtol=0)
+
+
+def test_the_host_knows_every_key_of_a_lora(written: tuple[Any, Path], hosted: tuple[Any, Any, Any]) -> None:
+    from demo import lora
+
+    mini = written[0]
+    branches = lora.attach(mini.unet, 8, 8.0)
+    state = lora.state(branches)
+    lora.detach(mini.unet, branches)
+    known = comfy.lora.model_lora_keys_unet(hosted[0].model, {})
+    patches = comfy.lora.load_lora(state, known, log_missing=False)
+    assert {key for adapter in patches.values() for key in adapter.loaded_keys} == set(state)
+
+
+def test_a_decoder_of_another_encoder_is_refused(written: tuple[Any, Path]) -> None:
+    from demo.art import autoencoder, fit_vae, model
+
+    folder = written[1].parent
+    fit_vae.save(autoencoder.ArtAutoencoder().state_dict(), folder / "decoder.pt")
+    try:
+        with pytest.raises(ValueError, match="another encoder"):
+            model.assemble(folder.parent)
+    finally:
+        (folder / "decoder.pt").unlink()
+
+
+def test_a_decoder_that_grows_shows_the_same_at_first() -> None:
+    from demo.art import autoencoder
+
+    torch.manual_seed(0)
+    small = autoencoder.ArtAutoencoder()
+    large = autoencoder.load(small.state_dict(), (3, 3, 2, 1))
+    assert autoencoder.blocks_of(small.state_dict()) == (3, 2, 1, 1)
+    assert autoencoder.blocks_of(large.state_dict()) == (3, 3, 2, 1)
+    latents = torch.randn(2, 4, 4, 4)
+    torch.testing.assert_close(small.decode(latents), large.decode(latents))
