@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.checks import in_range
-from ..ziplora_core.direct import UNZIPLORA_BLOCKS
+from ..ziplora_core.direct.blocks import UNZIPLORA_BLOCKS
 from ..ziplora_core.unzip import Settings
 from . import inputs
 from .bridge.disk import provenance

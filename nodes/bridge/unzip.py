@@ -17,7 +17,7 @@ from torch import Tensor
 from ...ziplora_core import training, unzip
 from ...ziplora_core.checks import in_range
 from ...ziplora_core.coefficients import Coefficients
-from ...ziplora_core.direct import UNZIPLORA_BLOCKS, Blocks
+from ...ziplora_core.direct.blocks import UNZIPLORA_BLOCKS, Blocks
 from ...ziplora_core.files import read_metadata, shown
 from ...ziplora_core.lora_set import CONCEPTS, Factors
 from .disk import paths

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ....ziplora_core import trained_lora, training
 from ....ziplora_core.checks import in_range
-from ....ziplora_core.direct import B_LORA_BLOCKS, Blocks
+from ....ziplora_core.direct.blocks import B_LORA_BLOCKS, Blocks
 from ..disk import paths
 from ..drawing import sampling
 from ..lora import fitting, loras

@@ -7,7 +7,7 @@ import re
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ....ziplora_core.checks import one_of
-from ....ziplora_core.direct import B_LORA_BLOCKS, Blocks
+from ....ziplora_core.direct.blocks import B_LORA_BLOCKS, Blocks
 from ..network.bare import bare
 from ..network.injection import blocks
 
