@@ -57,13 +57,13 @@ def test_a_file_that_changes_while_it_is_read_is_refused(pack, folders, pair, mo
 
 def test_a_file_that_changes_while_a_pair_is_loaded_is_refused(pack, folders, pair, monkeypatch):  # noqa: F811
     saved, loras = pack.nodes.bridge.saved, pack.nodes.bridge.lora.loras
-    name, real = saved.save(pair[1], "mine"), loras.load_pair
+    name, real = saved.save(pair[1], "mine"), loras.load_set
 
-    def load_pair(*args, **given):
+    def load_set(*args, **given):
         replaced(folders / "loras" / "subject.safetensors", 77, pair[0])
         return real(*args, **given)
 
-    monkeypatch.setattr(loras, "load_pair", load_pair)
+    monkeypatch.setattr(loras, "load_set", load_set)
     with pytest.raises(ValueError, match="'subject.safetensors' has changed"):
         saved.load(pair[0], name)
 
@@ -96,8 +96,8 @@ def test_what_is_rescued_is_what_was_learned(pack, folders, pair):  # noqa: F811
     again = pack.nodes.bridge.saved.load(patcher, "stopped_00001_.safetensors")
     for concept in ("content", "style"):
         kept = again.coefficients[concept]
-        assert kept.keys() == getattr(learned, concept).keys() and len(kept) > 10
-        assert all(torch.equal(m, kept[k]) for k, m in getattr(learned, concept).items())
+        assert kept.keys() == learned[concept].keys() and len(kept) > 10
+        assert all(torch.equal(m, kept[k]) for k, m in learned[concept].items())
         assert any((m != 1).any() for m in kept.values())
 
 

@@ -222,7 +222,8 @@ def test_layers_that_cannot_be_zipped_are_named(pack, patcher):
     bridge = pack.nodes.bridge
     pair = bridge.lora.fitting.fit(tiny.sources(pack, patcher.model), patcher.model).loras
     layer = next(iter(pair.layers.values()))
-    strange = type(pair)({**pair.layers, "diffusion_model.out.0.weight": layer, "diffusion_model.no.weight": layer})
+    unknown = {"diffusion_model.out.0.weight": layer, "diffusion_model.no.weight": layer}
+    strange = type(pair)(pair.concepts, {**pair.layers, **unknown})
     given = {c: v["samples"] for c, v in tiny.latents().items()}
     with torch.inference_mode(), pytest.raises(ValueError, match="1 layers of the pair .*'diffusion_model.no.weight'"):
         bridge.network.predictor.with_predictor(patcher, strange, tiny.prompts(), given, lambda *_: None)
