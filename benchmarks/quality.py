@@ -122,7 +122,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--pictures", type=int, default=PICTURES, help="of each kind, per pair, method and seed")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of what is kept beside the results")
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        help="write a contact sheet of what is kept beside the results, of --methods and --pairs where given",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -150,7 +154,7 @@ def main() -> int:
     print(report(given.results, {f"{c}+{s}" for c, s in chosen_pairs(given)} if named else None))
     if given.sheet:
         try:
-            sheet(given.results, given.sheet)
+            sheet(given.results, given.sheet, given.methods or (), given.pairs or ())
         except FileNotFoundError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

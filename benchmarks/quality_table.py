@@ -199,25 +199,30 @@ def picture_file(folder: Path, pair: str, seed: int, method: str) -> Path:
     return folder / f"{pair}.{seed}.{method.replace('/', ' ')}.png"
 
 
-def sheet(results: Path, to: Path) -> None:
-    """Write one row for each pair, of the first seed whose pictures were kept; one column for each method of note."""
+def sheet(results: Path, to: Path, methods: Sequence[str] = (), pairs: Sequence[str] = ()) -> None:
+    """Write one row for each pair, of the first seed whose pictures were kept; one column for each method of note.
+
+    methods, pairs: which, and in which order; empty for the methods of note and for every pair.
+    """
+    columns = methods or _SHOWN
     folder = kept_folder(results)
     files = {}
     for pair, seed in sorted({(r["pair"], r["seed"]) for r in read_records(results)}):
-        found = [picture_file(folder, pair, seed, m) for m in _SHOWN]
+        found = [picture_file(folder, pair, seed, m) for m in columns]
         if pair not in files and all(f.exists() for f in found):
             files[pair] = found
+    files = {pair: files[pair] for pair in pairs or files if pair in files}
     if not files:
         raise FileNotFoundError(
-            f"{folder} holds no pair with pictures of {', '.join(_SHOWN)}: git does not keep them; measure into a new "
+            f"{folder} holds no pair with pictures of {', '.join(columns)}: git does not keep them; measure into a new "
             "file of --results first"
         )
     with Image.open(next(iter(files.values()))[0]) as first:
         across = first.width // first.height
     step = across * _SIZE + 3 * _GAP
-    image = Image.new("RGB", (_LABEL + len(_SHOWN) * step, _HEAD + len(files) * (_SIZE + _GAP)), "white")
+    image = Image.new("RGB", (_LABEL + len(columns) * step, _HEAD + len(files) * (_SIZE + _GAP)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(16)
-    for column, method in enumerate(_SHOWN):
+    for column, method in enumerate(columns):
         draw.text((_LABEL + column * step, 6), method, fill="black", font=font)
     for row, (pair, found) in enumerate(files.items()):
         top = _HEAD + row * (_SIZE + _GAP)
