@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One command for everything that a developer of this pack does (standard library only, Python 3.10 or newer).
+"""One command for everything that a developer of this pack does (standard library only, Python 3.11 or newer).
 
     python3 dev.py setup       a virtual environment and a real ComfyUI under .dev/
     python3 dev.py demo        zip a subject and a style LoRA inside ComfyUI, and write pictures

