@@ -12,7 +12,7 @@ from toys import SHAPES, ToyPredictor, toy_pair, toy_references
 from ziplora_core import layerwise
 from ziplora_core.branch import JoinedSet
 from ziplora_core.coefficients import Coefficients
-from ziplora_core.direct import np_lora
+from ziplora_core.direct.np_lora import soften
 from ziplora_core.draws import spread_batches, training_batches
 from ziplora_core.gradient import optimize
 from ziplora_core.lora_set import CONCEPTS
@@ -242,7 +242,7 @@ def test_measured_is_the_dense_mean_over_the_schedule(joins, retention):
             return call(batch, branch)
 
     watched = Watched(joins)
-    merged = JoinedSet(np_lora(joined.loras, 3.0), dtype=torch.float64)
+    merged = JoinedSet(soften(joined.loras, 3.0), dtype=torch.float64)
     g = torch.Generator().manual_seed(2)
     candidates = [joined.unflatten(torch.randn(joined.loras.coefficient_count, generator=g)) for _ in range(2)]
     for other in (None, merged):
