@@ -10,23 +10,9 @@ import torch
 from torch import Tensor
 
 from .coefficients import Coefficients
-from .lora_set import Factors, Layer, LoRASet
+from .lora_set import Factors, Layer, LoRASet, column_grams
 
 _ZERO = 1e-6  # a coefficient below this owns no column
-
-
-def _flat(factors: Factors) -> tuple[Tensor, Tensor, int]:
-    """(up, down) in float64 with the kernel folded behind the columns, and the kernel's size."""
-    down = factors.down.double()
-    kernel = down[0, 0].numel()
-    return factors.up.double() * factors.scale, down.reshape(factors.rank, factors.columns * kernel), kernel
-
-
-def _dot(a: Factors, b: Factors) -> Tensor:
-    """Σ over rows (and kernel) of ΔW_a ⊙ ΔW_b for each column: diag(A_aᵀ(B_aᵀB_b)A_b), (columns,) float64."""
-    up_a, down_a, kernel = _flat(a)
-    up_b, down_b, _ = _flat(b)
-    return (down_a * ((up_a.T @ up_b) @ down_b)).sum(0).reshape(-1, kernel).sum(1)
 
 
 def column_cosines(a: Factors, b: Factors, m_a: Tensor, m_b: Tensor) -> Tensor:
@@ -34,8 +20,9 @@ def column_cosines(a: Factors, b: Factors, m_a: Tensor, m_b: Tensor) -> Tensor:
 
     Zero where a coefficient is (near) zero or a column is zero.
     """
-    norms = (_dot(a, a).clamp_min(0) * _dot(b, b).clamp_min(0)).sqrt()
-    cosines = torch.where(norms > 0, _dot(a, b) / norms.clamp_min(1e-300), norms * 0)
+    grams = column_grams([a, b], torch.float64)
+    norms = grams.diagonal(dim1=1, dim2=2).clamp_min(0).prod(1).sqrt()
+    cosines = torch.where(norms > 0, grams[:, 0, 1] / norms.clamp_min(1e-300), norms * 0)
     signs = torch.sign(m_a.double() * m_b.double())
     owned = (m_a.abs() > _ZERO) & (m_b.abs() > _ZERO)
     return cosines * torch.where(owned, signs, torch.zeros_like(signs))

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import shares
 from .branch import Branch, JoinedSet
 from .coefficients import Coefficients
 from .draws import spread_batches
 from .frozen import Base
-from .lora_set import Factors
-from .shares import refuse_not_finite, share
+from .shares import SolvedLayer
 from .solver import Predictor, References, Settings
 
 DRAWS = 8  # passes over the references, spread over the timesteps
@@ -65,16 +65,6 @@ class RecordingBranch(Branch):
         return super().layer(name, x, base, **convolution)
 
 
-@dataclass(frozen=True)
-class SolvedLayer:
-    """One layer is done: its name, its number (from 1) of `layers`, what is left of the direct merge's error there."""
-
-    name: str
-    index: int
-    layers: int
-    left: float
-
-
 def record(joined: JoinedSet, predictor: Predictor, references: References, seed: int, draws: int = DRAWS) -> Activity:
     """Teacher passes over the references, `draws` of them on noise of their own. What a predictor raises ends them."""
     activity = Activity()
@@ -98,17 +88,7 @@ def merge(
     it or the predictor raises ends the run. Deterministic for a seed. Raises FloatingPointError where a layer's numbers
     are not finite.
     """
-    found: dict[str, dict[str, Tensor]] = {concept: {} for concept in joined.concepts}
     device = torch.device("cpu") if joined.device.type == "mps" else joined.device  # which has no float64
     with torch.inference_mode(False), torch.no_grad():
         activity = record(joined, predictor, references, seed)
-        for index, (name, layer) in enumerate(joined.loras.layers.items(), 1):
-            active = activity.of(name, list(layer))
-            factors = [Factors(f.up.to(device), f.down.to(device), f.scale) for f in layer.values()]
-            solved = share(factors, ridge, None if active is None else active.to(device))
-            refuse_not_finite(name, solved)
-            for concept, m in zip(layer, solved.coefficients, strict=True):
-                found[concept][name] = m
-            if on_layer is not None:
-                on_layer(SolvedLayer(name, index, len(joined.loras.layers), solved.left))
-    return Coefficients(found)
+    return shares.merge(joined.loras, ridge, lambda name, layer: activity.of(name, list(layer)), on_layer, device)

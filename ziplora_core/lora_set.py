@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+import torch
 from torch import Tensor
 
 CONCEPTS = ("content", "style")  # of a pair: the paper's two
+
+
+def is_pair(concepts: Iterable[str]) -> bool:
+    """Whether they are the paper's two, in any order."""
+    return set(concepts) == set(CONCEPTS)
 
 
 @dataclass(frozen=True)
@@ -122,3 +128,19 @@ class LoRASet:
 def column_view(coefficients: Tensor, down: Tensor) -> Tensor:
     """Coefficients (in,) shaped to multiply the columns of `down` (rank, in, *kernel)."""
     return coefficients.reshape(1, -1, *([1] * (down.ndim - 2)))
+
+
+def column_grams(factors: Sequence[Factors], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Inner products of the columns that n LoRAs have in one layer: (columns, n, n) float64, no ΔW formed.
+
+    Σ over rows (and kernel) of ΔW_i ⊙ ΔW_j is diag(A_iᵀ (B_iᵀ B_j) A_j); a convolution's column is all that belongs to
+    one input channel. dtype: of the products.
+    """
+    downs = [f.down.to(dtype).flatten(2) if f.down.ndim > 2 else f.down.to(dtype)[..., None] for f in factors]
+    ups = [f.scale * f.up.to(dtype) for f in factors]
+    grams = torch.empty(factors[0].columns, len(factors), len(factors), dtype=torch.float64, device=ups[0].device)
+    for i, (up, down) in enumerate(zip(ups, downs, strict=True)):
+        for j in range(i + 1):
+            seen = ((ups[j].T @ up) @ down.flatten(1)).view(-1, *down.shape[1:])
+            grams[:, i, j] = grams[:, j, i] = seen.mul_(downs[j]).sum((0, 2))
+    return grams

@@ -17,31 +17,16 @@ pictures are no better (docs/benchmarks.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .coefficients import Coefficients
-from .lora_set import Factors, LoRASet
+from .lora_set import Factors, Layer, LoRASet, column_grams
 
 RIDGE = 0.3
-
-
-def column_grams(factors: Sequence[Factors]) -> Tensor:
-    """Inner products of the columns that n LoRAs have in one layer: (columns, n, n) float64, from the factors.
-
-    A convolution's column is all that belongs to one input channel.
-    """
-    downs = [f.down.float().flatten(2) if f.down.ndim > 2 else f.down.float()[..., None] for f in factors]
-    ups = [f.scale * f.up.float() for f in factors]
-    grams = torch.empty(factors[0].columns, len(factors), len(factors), dtype=torch.float64, device=ups[0].device)
-    for i, (up, down) in enumerate(zip(ups, downs, strict=True)):
-        for j in range(i + 1):
-            seen = ((ups[j].T @ up) @ down.flatten(1)).view(-1, *down.shape[1:])
-            grams[:, i, j] = grams[:, j, i] = seen.mul_(downs[j]).sum((0, 2))
-    return grams
 
 
 def shares(grams: Tensor, active: Tensor | None = None) -> Tensor:
@@ -80,40 +65,59 @@ def share(factors: Sequence[Factors], ridge: float = RIDGE, active: Tensor | Non
     """
     grams = column_grams(factors)
     v = shares(grams, None if active is None else active.double())
-    total = v.sum(1)[:, None, None]
-    q = (total * grams).diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(torch.float64).tiny)
+    weighted, aimed = v.sum(1)[:, None, None] * grams, grams @ v[..., None]
+    q = weighted.diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(torch.float64).tiny)
     identity = torch.eye(len(factors), dtype=grams.dtype, device=grams.device)
-    wanted = (grams @ v[..., None]) + ridge * q
-    solution = torch.linalg.solve(total * grams + ridge * q * identity, wanted)
+    solution = torch.linalg.solve(weighted + ridge * q * identity, aimed + ridge * q)
 
     def error(m: Tensor) -> float:
-        merged = total * (m.mT @ grams @ m) - 2 * m.mT @ grams @ v[..., None]
-        return float(merged.sum() + (v * grams.diagonal(dim1=1, dim2=2)).sum())
+        return float((m.mT @ (weighted @ m - 2 * aimed)).sum() + (v * grams.diagonal(dim1=1, dim2=2)).sum())
 
     direct = error(torch.ones_like(solution))
     left = max(error(solution), 0.0) / direct if direct > 0 else 1.0
     return SharedLayer([m.to("cpu", torch.float32) for m in solution[..., 0].unbind(1)], left)
 
 
-def merge(loras: LoRASet, ridge: float = RIDGE) -> Coefficients:
-    """The coefficients of every layer by the weights alone. ridge: the larger, the nearer to the direct merge.
+@dataclass(frozen=True)
+class SolvedLayer:
+    """One layer is done: its name, its number (from 1) of `layers`, what is left of the direct merge's error there."""
 
-    Raises FloatingPointError where a layer's numbers are not finite.
+    name: str
+    index: int
+    layers: int
+    left: float
+
+
+def everywhere(name: str, layer: Layer) -> None:
+    """Every feature is as active as any other."""
+
+
+def merge(
+    loras: LoRASet,
+    ridge: float = RIDGE,
+    active: Callable[[str, Layer], Tensor | None] = everywhere,
+    on_layer: Callable[[SolvedLayer], None] | None = None,
+    device: torch.device | str = "cpu",
+) -> Coefficients:
+    """The coefficients of every layer. ridge: the larger, the nearer to the direct merge.
+
+    active: E_r[x²] (columns, n) of a layer, on any device; None for the weights alone. `on_layer` is called after each
+    layer; what it raises ends the run. device: where it is computed, in float64 in part. Raises FloatingPointError,
+    naming the layer, where numbers are not finite.
     """
     found: dict[str, dict[str, Tensor]] = {concept: {} for concept in loras.concepts}
     with torch.inference_mode(False), torch.no_grad():
-        for name, layer in loras.layers.items():
-            solved = share(list(layer.values()), ridge)
-            refuse_not_finite(name, solved)
+        for index, (name, layer) in enumerate(loras.layers.items(), 1):
+            factors = [Factors(f.up.to(device), f.down.to(device), f.scale) for f in layer.values()]
+            measured = active(name, layer)
+            solved = share(factors, ridge, None if measured is None else measured.to(device))
+            if not all(m.isfinite().all() for m in solved.coefficients):
+                raise FloatingPointError(
+                    f"layer {name}: what the LoRAs do there is not finite; look at the LoRA's numbers, or load the "
+                    "model in bf16 or fp32"
+                )
             for concept, m in zip(layer, solved.coefficients, strict=True):
                 found[concept][name] = m
+            if on_layer is not None:
+                on_layer(SolvedLayer(name, index, len(loras.layers), solved.left))
     return Coefficients(found)
-
-
-def refuse_not_finite(name: str, solved: SharedLayer) -> None:
-    """Raises FloatingPointError where a layer's coefficients are no numbers."""
-    if not all(m.isfinite().all() for m in solved.coefficients):
-        raise FloatingPointError(
-            f"layer {name}: what the LoRAs do there is not finite; look at the LoRA's numbers, or load the model in "
-            "bf16 or fp32"
-        )

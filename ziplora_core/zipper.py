@@ -8,6 +8,7 @@ from dataclasses import replace
 from . import gradient, layerwise, solver
 from .branch import JoinedSet
 from .lora_set import LoRASet
+from .shares import SolvedLayer
 
 
 def without_learning(loras: LoRASet, settings: solver.Settings) -> solver.Result | None:
@@ -23,7 +24,7 @@ def close(
     references: solver.References,
     settings: solver.Settings,
     on_step: Callable[[solver.Step], None] | None = None,
-    on_layer: Callable[[layerwise.SolvedLayer], None] | None = None,
+    on_layer: Callable[[SolvedLayer], None] | None = None,
 ) -> solver.Result:
     """Find the mergers of every LoRA. No steps give the direct merge, and one LoRA itself, whatever the solver.
 
@@ -38,7 +39,7 @@ def close(
         return gradient.optimize(joined, predictor, references, settings, on_step)
     left: dict[str, float] = {}
 
-    def solved(layer: layerwise.SolvedLayer) -> None:
+    def solved(layer: SolvedLayer) -> None:
         left[layer.name] = layer.left
         if on_layer is not None:
             on_layer(layer)

@@ -17,16 +17,15 @@ DIRECT = ("tests/core/test_direct.py", "tests/core/test_layers.py")
 EXPORT = ("tests/core/test_export.py", "tests/core/test_layers.py")
 OBJECTIVE = ("tests/core/test_formulas.py", "tests/core/test_objective.py", "tests/core/test_solver.py")
 SCORES = ("tests/core/test_formulas.py",)
-SHARES = ("tests/core/test_shares.py",)
+SHARES = ("tests/core/test_shares.py", "tests/core/test_layerwise.py")
 SPARSE = ("tests/core/test_sparse.py", "tests/core/test_layers.py")
 
 MUTANTS = [
     *faults(
         "ziplora_core/analysis.py",
         ANALYSIS,
-        ("scale left out", "factors.up.double() * factors.scale", "factors.up.double()"),
-        ("kernel folded before the columns", ".reshape(-1, kernel).sum(1)", ".reshape(kernel, -1).sum(0)"),
-        ("style's norm is content's", "* _dot(b, b)", "* _dot(a, a)"),
+        ("norms not multiplied", ".clamp_min(0).prod(1).sqrt()", ".clamp_min(0)[:, 0]"),
+        ("cosines in float32", "column_grams([a, b], torch.float64)", "column_grams([a, b])"),
         ("sign of style's coefficient left out", "sign(m_a.double() * m_b.double())", "sign(m_a.double())"),
         ("one coefficient is enough", "(m_a.abs() > _ZERO) & ", "(m_a.abs() > _ZERO) | "),
         ("negative coefficients own nothing", "(m_a.abs() > _ZERO)", "(m_a > _ZERO)"),
@@ -168,19 +167,25 @@ MUTANTS = [
         ("blocks that are not there", "if not any(inside(name, own) for name in loras.layers)", "if not loras.layers"),
     ),
     *faults(
+        "ziplora_core/lora_set.py",
+        ("tests/core/test_shares.py", "tests/core/test_analysis.py"),
+        ("scale ignored", "f.scale * f.up.to(dtype)", "f.up.to(dtype)"),
+        ("kernels apart", ".sum((0, 2))", ".sum(0)[:, 0]"),
+        ("no inner products", "for j in range(i + 1):", "for j in (i,):"),
+    ),
+    *faults(
         "ziplora_core/shares.py",
         SHARES,
         ("a LoRA's own size", "others = 1 - torch.eye(count", "others = torch.eye(count"),
         ("the larger takes less", "else 1 / disturbance", "else disturbance"),
         ("one reference's activity for all", '"jr,ri,jil,rl->r"', '"js,ri,jil,rl->r"'),
-        ("the ridge pulls to zero", "v[..., None]) + ridge * q", "v[..., None])"),
-        ("the ridge is not in proportion", "q = (total * grams).diagonal", "q = grams.diagonal"),
-        ("features count alike", "solve(total * grams +", "solve(grams +"),
+        ("the ridge pulls to zero", "aimed + ridge * q)", "aimed)"),
+        ("the ridge is not in proportion", "q = weighted.diagonal", "q = grams.diagonal"),
+        ("features count alike", "v.sum(1)[:, None, None] * grams", "grams"),
         ("nothing to take away is all taken", "if direct > 0 else 1.0", "if direct > 0 else 0.0"),
-        ("half the error's linear term", "- 2 * m.mT @ grams", "- m.mT @ grams"),
-        ("scale ignored", "f.scale * f.up.float()", "f.up.float()"),
-        ("kernels apart", ".sum((0, 2))", ".sum(0)[:, 0]"),
-        ("no inner products", "for j in range(i + 1):", "for j in (i,):"),
+        ("half the error's linear term", "- 2 * aimed", "- aimed"),
+        ("layers not counted", "loras.layers.items(), 1)", "loras.layers.items(), 0)"),
+        ("layers not told", "on_layer(SolvedLayer", "str(SolvedLayer"),
         ("not finite goes on", "if not all(m.isfinite().all()", "if not all(True"),
     ),
     *faults(

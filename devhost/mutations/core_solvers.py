@@ -124,8 +124,8 @@ MUTANTS = [
     *faults(
         "ziplora_core/layerwise.py",
         LAYERWISE,
-        ("ridge ignored", "share(factors, ridge, None", "share(factors, 1.0, None"),
-        ("activity ignored", "None if active is None else active.to(device)", "None"),
+        ("ridge ignored", "shares.merge(joined.loras, ridge,", "shares.merge(joined.loras, 1.0,"),
+        ("activity ignored", "lambda name, layer: activity.of(name, list(layer))", "shares.everywhere"),
         ("seed ignored", "predictor, seed + _SEED, draws)", "predictor, _SEED, draws)"),
         ("solved on the noise that it is measured by", "_SEED = 0x1A7E", "_SEED = 0x5EED"),
         ("samples not counted", "self.counts.get(at, 0) + len(rows)", "len(rows)"),
@@ -139,8 +139,6 @@ MUTANTS = [
             "for concept, mine in self.own(x).items()",
             "for concept, mine in zip([*self._rows][::-1], self.own(x).values())",
         ),
-        ("overflow not noticed", "refuse_not_finite(name, solved)", "pass"),
-        ("layers not counted", "joined.loras.layers.items(), 1)", "joined.loras.layers.items(), 0)"),
     ),
     *faults(
         "ziplora_core/zipper.py",

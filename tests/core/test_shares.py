@@ -10,7 +10,7 @@ from toys import of_two, toy_pair
 
 from ziplora_core import shares
 from ziplora_core.direct import METHODS
-from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet, columns
+from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet, column_grams, columns
 
 
 def random_factors(seed: int, rank: int, size: float = 1.0, kernel: tuple[int, ...] = ()) -> Factors:
@@ -90,7 +90,7 @@ def test_strong_columns_share_their_place_and_weak_ones_stay() -> None:
 
 
 def test_a_larger_update_has_the_larger_share() -> None:
-    grams = shares.column_grams([random_factors(0, 3, 1.0), random_factors(1, 3, 2.0)])
+    grams = column_grams([random_factors(0, 3, 1.0), random_factors(1, 3, 2.0)])
     sizes = grams.sum(0).diagonal()
     torch.testing.assert_close(shares.shares(grams), (sizes / sizes.sum()).expand(6, 2))
 

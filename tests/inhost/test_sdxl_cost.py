@@ -46,7 +46,7 @@ def test_a_layer_wise_zip_is_at_most_twenty_passes_and_three_hundred_megabytes(p
 
     def grams() -> None:
         for layer in meta.joined.loras.layers.values():
-            core.shares.column_grams(list(layer.values()))
+            core.lora_set.column_grams(list(layer.values()))
 
     solve = operations(grams)
     assert 5e12 < plain < 8e12, "about six million million operations for a pass at 1024 x 1024"

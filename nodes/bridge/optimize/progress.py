@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ....ziplora_core import layerwise, prompts, retention
 from ....ziplora_core.branch import Branch
-from ....ziplora_core.layerwise import SolvedLayer
+from ....ziplora_core.shares import SolvedLayer
 from ....ziplora_core.solver import Batch, Predictor, Settings, Step
 from ..progress.bar import Bar
 from ..progress.plots import SECONDS_BETWEEN_PREVIEWS, layer_picture, loss_picture

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw
 
-from ....ziplora_core.layerwise import SolvedLayer
+from ....ziplora_core.shares import SolvedLayer
 from ....ziplora_core.solver import Step
 
 SIZE = (512, 288)
@@ -16,7 +16,7 @@ GROUND, INK, FRAME = "#1b1b1f", "#e8e8ea", "#55555f"
 BOTH = "#009e73"
 # Okabe and Ito's, apart for color-blind eyes, but for the one of BOTH
 _COLORS = ("#56b4e9", "#e69f00", "#cc79a7", "#f0e442", "#d55e00", "#0072b2")
-CONTENT = _COLORS[0]
+CONTENT, STYLE = _COLORS[:2]
 
 
 def concept_colors(concepts: Iterable[str]) -> dict[str, str]:
