@@ -14,7 +14,7 @@ def merge(model, sources: loras.LoRASources, method: str) -> ZippedLoRA:
     """model: ModelPatcher, nothing of which is loaded. Raises ValueError (LoRAFileError for a file)."""
     one_of("method", method, direct.METHODS)
     chosen = direct.METHODS[method]
-    chosen.check(sources.by_concept)
+    chosen.check(sources.by_concept, direct.METHODS.values())
     fitted = fitting.fit(sources, model.model)
     merged, coefficients = chosen(fitted.loras)
     settings = dict(chosen.settings)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..coefficients import Coefficients
-from ..lora_set import CONCEPTS, LoRASet
+from ..lora_set import LoRASet, is_pair
 
 Merged = tuple[LoRASet, Coefficients]
 
@@ -45,10 +45,14 @@ class Method:
         self.check(loras.concepts)
         return self.merge(loras)
 
-    def check(self, concepts: Collection[str]) -> None:
-        """Raises ValueError where the method is for a content and a style LoRA, and the concepts are others."""
-        if self.for_a_pair and set(concepts) != set(CONCEPTS):
+    def check(self, concepts: Collection[str], others: Iterable[Method] = ()) -> None:
+        """Raises ValueError where the method is for a content and a style LoRA, and the concepts are others.
+
+        others: to be chosen from, those that take any.
+        """
+        if self.for_a_pair and not is_pair(concepts):
+            any_number = " or ".join(other.name for other in others if not other.for_a_pair)
             raise ValueError(
-                f"{self.name} merges one content and one style LoRA; found {len(concepts)}: {', '.join(concepts)}. "
-                "Choose sum or shared columns, which take any"
+                f"{self.name} merges one content and one style LoRA; found {len(concepts)}: {', '.join(concepts)}"
+                + (f". Choose {any_number}, which take any" if any_number else "")
             )

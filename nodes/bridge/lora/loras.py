@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ....ziplora_core import formats
 from ....ziplora_core.checks import in_range
 from ....ziplora_core.files import LoRAFileError, check_lora_file, check_tensors, read_lora_file, shown
-from ....ziplora_core.lora_set import CONCEPTS
+from ....ziplora_core.lora_set import CONCEPTS, is_pair
 from . import hashes
 
 
@@ -101,26 +101,27 @@ def load_set(files: Mapping[str, tuple[str, float] | tuple[str, float, float | N
     Raises LoRAFileError, also where two hold the same, and ValueError for a strength.
     """
     _check_strengths({concept: strength for concept, (_, strength, *_) in files.items()})
-    refuse_one_file(*(name for name, *_ in files.values()))
+    refuse_one_file(*(name for name, *_ in files.values()), concepts=files)
     sources = LoRASources({concept: load(*file) for concept, file in files.items()})
     same = _hold_the_same(sources)
     if same is not None:
         one, other = (files[concept][0] for concept in same)
-        raise _same_file(one, other, pair=set(files) == set(CONCEPTS))
+        raise _same_file(one, other, files)
     return sources
 
 
-def refuse_one_file(*names: str) -> None:
-    """Raises LoRAFileError where two names lead to one file, or one to none. Reads nothing."""
+def refuse_one_file(*names: str, concepts: Iterable[str] = CONCEPTS) -> None:
+    """Raises LoRAFileError where two names lead to one file, or one to none. Reads nothing. concepts: that they are
+    for."""
     paths = [lora_path(name) for name in names]
     for (one, path), (other, other_path) in combinations(zip(names, paths, strict=True), 2):
         if hashes.is_one_file(path, other_path):
-            raise _same_file(one, other, pair=len(names) == 2)
+            raise _same_file(one, other, concepts)
 
 
-def _same_file(one: str, other: str, pair: bool = True) -> LoRAFileError:
+def _same_file(one: str, other: str, concepts: Iterable[str] = CONCEPTS) -> LoRAFileError:
     first, second = shown(one, 255), shown(other, 255)
-    if not pair:
+    if not is_pair(concepts):
         return LoRAFileError(
             f"'{first}' and '{second}' hold the same LoRA; take one of them out, or give it its strength"
         )
@@ -164,7 +165,7 @@ def pair(content: dict, style: dict, content_strength: float, style_strength: fl
 def refuse_one_lora(sources: LoRASources) -> None:
     """Raises LoRAFileError where two hold the same: there is nothing to zip."""
     same = _hold_the_same(sources)
-    if same is not None and len(sources.by_concept) != 2:
+    if same is not None and not is_pair(sources.by_concept):
         raise LoRAFileError(f"{' and '.join(same)} hold the same LoRA; take one of them out")
     if same is not None:
         raise LoRAFileError(
