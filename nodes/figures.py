@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ziplora_core import analysis
 from ..ziplora_core.coefficients import Coefficients, owners
 from ..ziplora_core.lora_set import LoRASet
-from .bridge.progress.plots import BOTH, CONTENT, FRAME, GROUND, INK, concept_colors
+from .bridge.progress.plots import BOTH, CONTENT, FRAME, GROUND, INK, STYLE, concept_colors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,13 +110,7 @@ def interference(axes: Axes, subject: Subject) -> None:
     if not before:
         return _nothing(axes, title, _NO_LAYER)
     layers = range(len(before))
-    axes.plot(
-        layers,
-        list(before.values()),
-        color=concept_colors(("content", "style"))["style"],
-        linewidth=1.2,
-        label="direct merge",
-    )
+    axes.plot(layers, list(before.values()), color=STYLE, linewidth=1.2, label="direct merge")
     axes.plot(layers, list(after.values()), color=CONTENT, linewidth=1.2, label="this merge")
     axes.set_ylim(bottom=0)
     _name_blocks(axes, list(before))
