@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import parallel, world
 from .autoencoder import Autoencoder
+from .averages import Averages
 from .miniature import Miniature, save_checkpoint, use_comfyui
 
 
@@ -69,22 +70,15 @@ def fit(settings: BaseSettings, autoencoder: dict[str, Tensor]) -> None:
     print(f"drew and encoded {share} pictures in {time.time() - started:.0f} s", flush=True)
     model.to(settings.device)
     latents = latents.to(settings.device)
-    trained = [
-        p
-        for n, p in [*model.unet.named_parameters(), *model.clip.named_parameters()]
-        if not n.endswith("logit_scale") and n != "clip_l.transformer.text_projection.weight"
-    ]
-    averages = [p.detach().clone() for p in trained]
+    trained = model.trained_parameters()
+    averages = Averages(trained, settings.ema)
     optimiser = torch.optim.AdamW(trained, settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     state_file = os.path.join(settings.folder, f"base_state_{parallel.rank()}.pt")
     first = 0
     if os.path.exists(state_file):
         state = torch.load(state_file, map_location=settings.device)
         first = state["step"]
-        with torch.no_grad():
-            for p, value, average, smooth in zip(trained, state["weights"], averages, state["averages"], strict=True):
-                p.copy_(value)
-                average.copy_(smooth)
+        averages.load(state)
         optimiser.load_state_dict(state["optimiser"])
         print(f"resumed at step {first}", flush=True)
     batch = settings.batch // parallel.count()
@@ -109,34 +103,15 @@ def fit(settings: BaseSettings, autoencoder: dict[str, Tensor]) -> None:
         parallel.average_gradients(trained)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
-        keep = min(settings.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, trained, 1 - keep)
+        averages.follow(step)
         total += float(loss.detach())
         if (step + 1) % 100 == 0:
             print(f"base step {step + 1} loss {total / 100:.4f} {time.time() - started:.0f} s", flush=True)
             total = 0.0
         if (step + 1) % 500 == 0 or step + 1 == settings.steps:
-            torch.save(
-                {
-                    "step": step + 1,
-                    "weights": [p.detach() for p in trained],
-                    "averages": averages,
-                    "optimiser": optimiser.state_dict(),
-                },
-                state_file + ".part",
-            )
+            state = {"step": step + 1, **averages.state(), "optimiser": optimiser.state_dict()}
+            torch.save(state, state_file + ".part")
             os.replace(state_file + ".part", state_file)
             if parallel.rank() == 0:
-                _write(model, trained, averages, settings.output)
-
-
-@torch.no_grad()
-def _write(model: Miniature, trained: list[Tensor], averages: list[Tensor], path: str) -> None:
-    """Writes the checkpoint with the averaged weights in the place of the latest."""
-    kept = [p.detach().clone() for p in trained]
-    for p, average in zip(trained, averages, strict=True):
-        p.copy_(average)
-    save_checkpoint(model, path)
-    for p, value in zip(trained, kept, strict=True):
-        p.copy_(value)
+                with averages.in_place():
+                    save_checkpoint(model, settings.output)

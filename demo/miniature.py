@@ -136,6 +136,14 @@ class Miniature(nn.Module):
         self.register_buffer("sigmas", sdxl_sigmas(), persistent=False)
         self.requires_grad_(True)
 
+    def trained_parameters(self) -> list[Tensor]:
+        """UNet and text encoders, without what no output depends on."""
+        return [
+            p
+            for n, p in [*self.unet.named_parameters(), *self.clip.named_parameters()]
+            if not n.endswith("logit_scale") and n != "clip_l.transformer.text_projection.weight"
+        ]
+
     @property
     def device(self) -> torch.device:
         return self.sigmas.device

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import parallel
+from ..averages import Averages
 from ..miniature import Miniature, checkpoint, stratified_steps, use_comfyui, write_safetensors
 from . import atlas, latents, model, scenes
 from .fit_vae import save
@@ -81,14 +82,6 @@ def weights(mini: Miniature, steps: Tensor, gamma: float) -> Tensor:
     return every[steps] / every.mean()
 
 
-def trained_parts(mini: Miniature) -> list[Tensor]:
-    return [
-        p
-        for n, p in [*mini.unet.named_parameters(), *mini.clip.named_parameters()]
-        if not n.endswith("logit_scale") and n != "clip_l.transformer.text_projection.weight"
-    ]
-
-
 def loss(mini: Miniature, clean: Tensor, tokens: Tensor, nothing: Tensor, settings: BaseSettings) -> Tensor:
     """Mean weighted error of v. tokens: B x 16; nothing: 1 x 16, the empty prompt's."""
     context, pooled = mini.encode_tokens(tokens)
@@ -113,17 +106,14 @@ def fit(comfyui: str, work: Path, device: str, settings: BaseSettings, seconds: 
     torch.manual_seed(0)
     mini = model.new(torch.load(work / "weights" / "vae.pt")).to(device)
     mini.unet.to(memory_format=torch.channels_last)
-    trained = trained_parts(mini)
-    averages = [p.detach().clone() for p in trained]
+    trained = mini.trained_parameters()
+    averages = Averages(trained, settings.ema)
     optimizer = torch.optim.AdamW(trained, settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     state_file, begin = work / "weights" / "base.state", 0
     if state_file.exists():
         state = torch.load(state_file, map_location=device)
         begin = state["step"]
-        with torch.no_grad():
-            for p, value, average, smooth in zip(trained, state["weights"], averages, state["averages"], strict=True):
-                p.copy_(value)
-                average.copy_(smooth)
+        averages.load(state)
         optimizer.load_state_dict(state["optimizer"])
     tokens = Tokens(mini)
     nothing = tokens([""]).to(device)
@@ -145,9 +135,7 @@ def fit(comfyui: str, work: Path, device: str, settings: BaseSettings, seconds: 
         parallel.average_gradients(trained)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        keep = min(settings.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, trained, 1 - keep)
+        averages.follow(step)
         total += error.detach()
         last = step + 1 == settings.steps
         over = parallel.agreed(time.time() - started > seconds)
@@ -155,21 +143,15 @@ def fit(comfyui: str, work: Path, device: str, settings: BaseSettings, seconds: 
             print(f"base step {step + 1} loss {float(total) / 100:.4f} {time.time() - started:.0f} s", flush=True)
             total.zero_()
         if rank == 0 and (time.time() - saved > save_seconds or last or over):
-            state = {"step": step + 1, "weights": [p.detach() for p in trained], "averages": averages}
-            save({**state, "optimizer": optimizer.state_dict()}, state_file)
-            write(mini, trained, averages, work / "weights" / "base.safetensors", data, step + 1)
+            save({"step": step + 1, **averages.state(), "optimizer": optimizer.state_dict()}, state_file)
+            write(mini, averages, work / "weights" / "base.safetensors", data, step + 1)
             saved = time.time()
         if over:
             break
 
 
-@torch.no_grad()
-def write(mini: Miniature, trained: list[Tensor], averages: list[Tensor], path: Path, data: str, step: int) -> None:
+def write(mini: Miniature, averages: Averages, path: Path, data: str, step: int) -> None:
     """UNet and text encoders, with the averaged weights in the place of the latest; the metadata says what they saw."""
-    kept = [p.detach().clone() for p in trained]
-    for p, average in zip(trained, averages, strict=True):
-        p.copy_(average)
-    state = {key: value for key, value in checkpoint(mini).items() if not key.startswith(model.FIRST_STAGE)}
-    write_safetensors(state, str(path), {"data": data, "step": str(step)})
-    for p, value in zip(trained, kept, strict=True):
-        p.copy_(value)
+    with averages.in_place():
+        state = {key: value for key, value in checkpoint(mini).items() if not key.startswith(model.FIRST_STAGE)}
+        write_safetensors(state, str(path), {"data": data, "step": str(step)})

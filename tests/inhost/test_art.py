@@ -18,6 +18,7 @@ PROMPTS = ["a noto octopus on the left on a blue ground in neon style", "grapes"
 def written(tmp_path_factory: pytest.TempPathFactory, miniature_extension: Any) -> tuple[Any, Path]:
     """A miniature of random weights, none of them zero, and its checkpoint, put together as the training does."""
     from demo.art import autoencoder, fit_base, fit_vae, model
+    from demo.averages import Averages
 
     torch.manual_seed(0)
     mini = model.new(autoencoder.ArtAutoencoder((3, 3, 2, 1)).state_dict())
@@ -27,7 +28,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, miniature_extension: Any) 
                 weight.normal_(std=0.02)
     work = tmp_path_factory.mktemp("art")
     fit_vae.save(mini.vae.state_dict(), work / "weights" / "vae.pt")
-    fit_base.write(mini, [], [], work / "weights" / "base.safetensors", "hash", 7)
+    fit_base.write(mini, Averages([], 0.9), work / "weights" / "base.safetensors", "hash", 7)
     return mini.requires_grad_(False), model.assemble(work)
 
 
