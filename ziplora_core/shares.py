@@ -5,11 +5,12 @@ column should add what each LoRA alone adds, under each reference r by as much a
 
     min over m of  Σ_r v_r ‖Σ_k m_k a_k − a_r‖²  +  ridge · q · ‖m − 1‖²,        v_r = w_r E_r[x²]
 
-x is the feature's value, w_r one over what the other LoRAs add in that layer under reference r,
-Σ over features of E_r[x²] ‖Σ_{k≠r} a_k‖², and q the mean of (Σ_r v_r) ‖a_k‖² over the layer's columns. With the Gram
-matrix G of the columns the minimum is (s G + ridge · q)⁻¹ (G v + ridge · q · 1), s = Σ_r v_r: v / s where columns are
-strong, 1 where they are weak. Without E_r[x²] every feature is as active as any other: a merge by the weights alone,
-for which no picture, prompt or model pass is needed. `layerwise` measures E_r[x²].
+x is the feature's value, w_r what LoRA r adds in that layer under the references of the others, Σ over features of
+E_k[x²] ‖a_r‖², the mean over k ≠ r by the size of k's update, and q the mean of (Σ_r v_r) ‖a_k‖² over the columns of
+the LoRAs that add anything there. So one that adds next to nothing leaves the others as they are without it. With the
+Gram matrix G of the columns the minimum is (s G + ridge · q)⁻¹ (G v + ridge · q · 1), s = Σ_r v_r: v / s where columns
+are strong, 1 where they are weak. Without E_r[x²] every feature is as active as any other: a merge by the weights
+alone, for which no picture, prompt or model pass is needed. `layerwise` measures E_r[x²].
 
 Features of one layer count as uncorrelated. With whole second moments E_r[x xᵀ], which couple all columns of a layer,
 pictures are no better (docs/benchmarks.md).
@@ -32,18 +33,16 @@ RIDGE = 0.3
 def shares(grams: Tensor, active: Tensor | None = None) -> Tensor:
     """v of a layer's columns, (columns, n): each LoRA's weight there. Their sum over LoRAs is 1 in the mean.
 
-    grams: (columns, n, n). active: E_r[x²] (columns, n), None for ones. A LoRA weighs as much as the others' update is
-    small beside its own. Where the others add nothing a LoRA has all of it; where nobody adds anything, equal parts.
+    grams: (columns, n, n). active: E_r[x²] (columns, n), None for ones. A LoRA weighs as much as it would disturb the
+    others: one that adds nothing takes nothing from them. Where no other adds anything, it has all.
     """
     columns, count = grams.shape[:2]
     if active is None:
         active = grams.new_ones(columns, count)
-    others = 1 - torch.eye(count, dtype=grams.dtype, device=grams.device)
-    disturbance = torch.einsum("jr,ri,jil,rl->r", active, others, grams, others).clamp_min(0)
-    own = torch.einsum("jr,jii->r", active, grams)
-    silent = disturbance <= torch.finfo(grams.dtype).eps * own
-    weights = silent.to(grams.dtype) if silent.any() else 1 / disturbance
-    v = weights * active
+    sizes = grams.diagonal(dim1=1, dim2=2)
+    others = sizes.sum(0)[:, None] * (1 - torch.eye(count, dtype=grams.dtype, device=grams.device))
+    weights = torch.einsum("jk,kr,jr->r", active, others, sizes) / others.sum(0)
+    v = active * torch.where(others.sum(0) > 0, weights, 1.0)
     return v / v.sum(1).mean().clamp_min(torch.finfo(grams.dtype).tiny)
 
 
@@ -66,7 +65,8 @@ def share(factors: Sequence[Factors], ridge: float = RIDGE, active: Tensor | Non
     grams = column_grams(factors)
     v = shares(grams, None if active is None else active.double())
     weighted, aimed = v.sum(1)[:, None, None] * grams, grams @ v[..., None]
-    q = weighted.diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(torch.float64).tiny)
+    sizes = weighted.diagonal(dim1=1, dim2=2)
+    q = sizes[:, grams.diagonal(dim1=1, dim2=2).any(0)].mean().nan_to_num().clamp_min(torch.finfo(torch.float64).tiny)
     identity = torch.eye(len(factors), dtype=grams.dtype, device=grams.device)
     solution = torch.linalg.solve(weighted + ridge * q * identity, aimed + ridge * q)
 

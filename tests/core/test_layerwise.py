@@ -56,8 +56,11 @@ def as_least_squares(joined, predictor, name, ridge):
     parts = deltas(joined, name)
     places = {c: joined.concepts.index(c) for c in parts}
     active = {c: predictor.features(name, places[c]).square().mean(0) for c in parts}
-    disturbed = {c: sum(d for o, d in parts.items() if o != c) for c in parts}
-    weights = {c: 1 / (active[c] * disturbed[c].square().sum(0)).sum() for c in parts}
+    weights = {}
+    for c, d in parts.items():
+        sizes = {o: parts[o].square().sum() for o in parts if o != c}
+        added = sum(size * (active[o] * d.square().sum(0)).sum() for o, size in sizes.items())
+        weights[c] = added / sum(sizes.values())
     size = sum(weights[c] * active[c] for c in parts) * torch.stack([d.square().sum(0) for d in parts.values()])
     for j in range(len(size[0])):
         columns = torch.stack([d[:, j] for d in parts.values()], dim=1)

@@ -29,8 +29,13 @@ def dense(factors: Factors) -> torch.Tensor:
 def least_squares(factors: list[Factors], ridge: float, active: torch.Tensor) -> torch.Tensor:
     """(n, columns): the sum that the module's first lines state, stacked as rows and solved column by column."""
     deltas = torch.stack([dense(f) for f in factors])  # n, rows, columns
-    disturbed = [(c * (deltas.sum(0) - d).square().sum(0)).sum() for d, c in zip(deltas, active.T, strict=True)]
-    v = torch.stack([c / added for c, added in zip(active.T, disturbed, strict=True)])
+    added = []
+    for r, d in enumerate(deltas):
+        others = [k for k in range(len(deltas)) if k != r]
+        sizes = [deltas[k].square().sum() for k in others]
+        under = [(active[:, k] * d.square().sum(0)).sum() for k in others]
+        added.append(sum(s * u for s, u in zip(sizes, under, strict=True)) / sum(sizes))
+    v = torch.stack([c * weight for c, weight in zip(active.T, added, strict=True)])
     pull = (ridge * float((v.sum(0) * deltas.square().sum(1)).mean())) ** 0.5
     solved = []
     for a, weights in zip(deltas.unbind(-1), v.T.tolist(), strict=True):
@@ -93,6 +98,20 @@ def test_a_larger_update_has_the_larger_share() -> None:
     grams = column_grams([random_factors(0, 3, 1.0), random_factors(1, 3, 2.0)])
     sizes = grams.sum(0).diagonal()
     torch.testing.assert_close(shares.shares(grams), (sizes / sizes.sum()).expand(6, 2))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-6])
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_third_lora_that_does_next_to_nothing_leaves_a_pair_as_it_is(size: float, measured: bool) -> None:
+    """But for the ridge, which is in parts of the mean column of those that add anything."""
+    pair = [random_factors(k, 3) for k in range(2)]
+    active = torch.rand(6, 3, generator=torch.Generator().manual_seed(9))
+    alone = shares.share(pair, active=active[:, :2] if measured else None).coefficients
+    ridge = shares.RIDGE * (1.5 if size else 1.0)
+    three = shares.share([*pair, random_factors(2, 3, size)], ridge, active if measured else None).coefficients
+    for found, expected in zip(three[:2], alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (alone[0] - 1).abs().max() > 0.1
 
 
 def test_a_lora_that_does_nothing_in_a_layer_takes_nothing_from_the_other() -> None:
