@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +21,7 @@ from ...ziplora_core.writing import write_tensors
 from .disk import paths
 from .lora import fitting
 from .lora.adapters import is_plain
+from .lora.loras import role
 from .lora.zipped import ZIPPED, ZippedLoRA
 
 FORMATS = ("kohya", "diffusers")
@@ -151,7 +151,7 @@ def _metadata(zipped: ZippedLoRA, layers, report: list[str]) -> dict[str, str]:
     sources = zipped.sources.by_concept
     rank = str(max(layer.rank for layer in layers.values()))
     title = " + ".join(os.path.splitext(source.title)[0] for source in sources.values())
-    files = " and ".join(f"'{source.title}' ({_role(concept)})" for concept, source in sources.items())
+    files = " and ".join(f"'{source.title}' ({role(concept)})" for concept, source in sources.items())
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
@@ -165,11 +165,6 @@ def _metadata(zipped: ZippedLoRA, layers, report: list[str]) -> dict[str, str]:
         "modelspec.date": time.strftime("%Y-%m-%d"),
         "modelspec.description": f"{_made(zipped)} of {files}; " + "; ".join(report),
     }
-
-
-def _role(concept: str) -> str:
-    """A concept as a stranger to the paper calls it."""
-    return re.sub(r"^content\b", "subject", concept)
 
 
 def _made(zipped: ZippedLoRA) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def test_stackers_write_lists_of_tuples(pack):
     """As Efficiency Nodes, Comfyroll and Easy-Use hand them on: empty slots, lists for tuples, one strength for two."""
     entries = pack.nodes.bridge.lora.stack.entries
     found = entries([("a.safetensors", 1, 0.5), ("None", 1.0, 1.0), ["b", 0.0, 0.0], ("c", 0.25), (None, 1)])
-    assert [(e.name, e.strength, e.clip_strength) for e in found] == [("a.safetensors", 1.0, 0.5), ("c", 0.25, 0.25)]
+    on = [e for e in found if e.strength or e.clip_strength]
+    assert [(e.name, e.strength, e.clip_strength) for e in on] == [("a.safetensors", 1.0, 0.5), ("c", 0.25, 0.25)]
+    assert [e.name for e in found] == ["a.safetensors", "b", "c"]
     for wrong, says in (
         ("a.safetensors", "lora_stack is no list"),
         (None, "lora_stack is no list"),
@@ -94,6 +97,34 @@ def test_roles_name_the_concepts(pack, roles, count, names):
     assert pack.nodes.bridge.lora.stack.concepts(roles, count) == names
     with pytest.raises(ValueError, match="roles is 'hat'; expected one of: subject, style, other"):
         pack.nodes.bridge.lora.stack.concepts("subject, hat", 2)
+
+
+def test_turning_one_off_renames_no_other(pack, folder):
+    load = pack.nodes.bridge.lora.stack.load
+    whole = load(THREE, ROLES).by_concept
+    for off in range(3):
+        stack = [(name, 0, 0) if place == off else (name, *strengths) for place, (name, *strengths) in enumerate(THREE)]
+        kept = {concept: source.name for concept, source in load(stack, ROLES).by_concept.items()}
+        assert kept == {c: source.name for c, source in whole.items() if source.name != THREE[off][0]}
+
+
+def test_strengths_are_for_the_lora_that_is_meant(pack, folder):
+    """A whole path before its last part, a concept before a file; what may be two is refused."""
+    (folder / "loras" / "x").mkdir()
+    shutil.copyfile(folder / "loras" / "hat.safetensors", folder / "loras" / "x" / "dog.safetensors")
+    stack = [("dog.safetensors", 1, 1), ("x/dog.safetensors", 1, 1), ("oil.safetensors", 1, 1)]
+    sources = pack.nodes.bridge.lora.stack.load(stack, "subject，style")
+    read = pack.nodes.bridge.lora.zipped.read_strengths
+    assert read(sources, "dog.safetensors: 0") == {"content": 0.0}
+    assert read(sources, "x/dog.safetensors: 0.5\nOIL = 2") == {"style": 0.5, "other": 2.0}
+    assert read(sources, "subject：0.25\nstyle: 1") == {"content": 0.25, "style": 1.0}
+    for line, says in (
+        ("dog: 0.5", "'dog' may be content or style; there are: content, style, other"),
+        ("content: 1\nsubject: 1", "'subject' stands there twice"),
+        ("cat: 1", "'cat' names no LoRA of this set"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            read(sources, line)
 
 
 def test_a_stack_of_two_is_the_pair(pack, patcher, folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -58,6 +59,11 @@ class LoRASources:
     def names(self) -> str:
         """Their titles, for errors."""
         return " + ".join(f"'{source.title}'" for source in self.by_concept.values())
+
+
+def role(concept: str) -> str:
+    """A concept as a stranger to the paper calls it."""
+    return re.sub(r"^content\b", "subject", concept)
 
 
 def lora_path(name: str) -> str:
@@ -122,9 +128,7 @@ def refuse_one_file(*names: str, concepts: Iterable[str] = CONCEPTS) -> None:
 def _same_file(one: str, other: str, concepts: Iterable[str] = CONCEPTS) -> LoRAFileError:
     first, second = shown(one, 255), shown(other, 255)
     if not is_pair(concepts):
-        return LoRAFileError(
-            f"'{first}' and '{second}' hold the same LoRA; take one of them out, or give it its strength"
-        )
+        return LoRAFileError(f"'{first}' and '{second}' hold the same LoRA; take one of them out")
     which = f"'{first}' is" if one == other else f"'{first}' and '{second}' hold the same LoRA, which would be"
     return LoRAFileError(
         f"{which} both the content and the style LoRA, so there is nothing to zip; choose the subject's file in "

@@ -14,6 +14,7 @@ from .loras import LoRASources, load_set
 
 ROLES = "subject, style"
 _CONCEPTS = {"subject": "content", "style": "style", "other": "other"}  # role -> what its first LoRA is called
+_ROLES = {concept: role for role, concept in _CONCEPTS.items()}
 _NO_FILE = (None, "", "None")  # what stackers leave in a slot that is not used
 
 
@@ -27,7 +28,8 @@ class Entry:
 
 
 def entries(lora_stack: Any) -> list[Entry]:
-    """The LoRAs of a stack that do something. Raises ValueError, naming the place, for what is no such list."""
+    """The LoRAs of a stack, also those that are turned off. Raises ValueError, naming the place, for what is no such
+    list."""
     if not isinstance(lora_stack, list | tuple):
         raise ValueError("lora_stack is no list of LoRAs; connect a LoRA stacker to it")
     found = []
@@ -45,8 +47,7 @@ def entries(lora_stack: Any) -> list[Entry]:
                 f"lora_stack: place {place} is {shown(repr(entry), 60)}; expected a file's name and numbers from -100 "
                 "to 100"
             )
-        if any(strengths):
-            found.append(Entry(name, float(strengths[0]), float(strengths[-1])))
+        found.append(Entry(name, float(strengths[0]), float(strengths[-1])))
     return found
 
 
@@ -59,7 +60,8 @@ def concepts(roles: str, count: int) -> list[str]:
 
     roles: with commas or lines between; those that are not named are other. Raises ValueError for an unknown role.
     """
-    said = [role.strip().lower() for role in re.split(r"[,\n]", roles) if role.strip()]
+    said = [role.strip().lower() for role in re.split(r"[,，\n]", roles) if role.strip()]
+    said = [_ROLES.get(role, role) for role in said]
     for role in said:
         one_of("roles", role, _CONCEPTS)
     names: list[str] = []
@@ -75,9 +77,12 @@ def in_order(names: Sequence[str]) -> list[int]:
 
 
 def load(lora_stack: Any, roles: str) -> LoRASources:
-    """Read a stack's files. Raises ValueError for what is no stack, LoRAFileError for a file."""
+    """Read the files of a stack that do something; those that are turned off keep their role, so that turning one off
+    renames no other. Raises ValueError for what is no stack, LoRAFileError for a file."""
     chosen = entries(lora_stack)
-    if not chosen:
-        raise LoRAFileError("lora_stack holds no LoRA with a strength; choose a file in the stacker")
     names = concepts(roles, len(chosen))
-    return load_set({names[p]: (chosen[p].name, chosen[p].strength, chosen[p].clip_strength) for p in in_order(names)})
+    files = {names[p]: (chosen[p].name, chosen[p].strength, chosen[p].clip_strength) for p in in_order(names)}
+    files = {concept: file for concept, file in files.items() if any(file[1:])}
+    if not files:
+        raise LoRAFileError("lora_stack holds no LoRA with a strength; choose a file in the stacker")
+    return load_set(files)

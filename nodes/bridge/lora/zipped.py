@@ -12,7 +12,7 @@ from ....ziplora_core.checks import in_range
 from ....ziplora_core.coefficients import Coefficients
 from ....ziplora_core.files import shown
 from .fitting import FittedSet
-from .loras import LoRASources
+from .loras import LoRASources, role
 
 ZIPPED = "zipped"
 
@@ -55,29 +55,46 @@ class ZippedLoRA:
         return self.sources[concept].strength * self.dial(concept)
 
 
+def _names(sources: LoRASources) -> dict[str, list[str]]:
+    """Whom a name may mean, in small letters: a concept's before a file's, a whole path's before its last part's."""
+    known: dict[str, list[str]] = {}
+    every = sources.by_concept
+    for names in (
+        {concept: [concept, role(concept)] for concept in every},
+        {concept: [source.name] for concept, source in every.items()},
+        {concept: [os.path.basename(source.name)] for concept, source in every.items()},
+        {concept: [os.path.splitext(os.path.basename(source.name))[0]] for concept, source in every.items()},
+    ):
+        level: dict[str, list[str]] = {}
+        for concept, called in names.items():
+            for name in dict.fromkeys(map(str.lower, called)):
+                level.setdefault(name, []).append(concept)
+        known = {**level, **known}
+    return known
+
+
 def read_strengths(sources: LoRASources, text: str) -> dict[str, float]:
     """Concept -> strength, from lines `name: number`; a name is a concept's or its file's, with or without its ending.
 
     Raises ValueError for a line that says no such thing, an unknown name, one that is given twice, and a strength out
     of range.
     """
-    known = {}
-    for concept, source in sources.by_concept.items():
-        for name in (os.path.splitext(os.path.basename(source.name))[0], os.path.basename(source.name), source.name):
-            known[name.lower()] = concept
-    known |= {concept.lower(): concept for concept in sources.by_concept}
+    known = _names(sources)
     found: dict[str, float] = {}
     for line in filter(None, map(str.strip, text.splitlines())):
-        parts = re.fullmatch(r"(.+?)\s*[:=]\s*(\S+)", line)
+        parts = re.fullmatch(r"(.+?)\s*[:：=]\s*(\S+)", line)
         try:
             name, number = ("", math.nan) if parts is None else (parts[1], float(parts[2]))
         except ValueError:
             name, number = "", math.nan
         if not name:
             raise ValueError(f"strengths: '{shown(line, 60)}' is no line as 'style: 0.8'")
-        named = known.get(name.lower())
+        meant = known.get(name.lower(), [])
+        named = meant[0] if len(meant) == 1 else None
         if named is None or named in found:
-            what = "names no LoRA of this set" if named is None else "stands there twice"
+            what = "names no LoRA of this set" if not meant else "stands there twice"
+            if len(meant) > 1:
+                what = f"may be {' or '.join(meant)}"
             raise ValueError(f"strengths: '{shown(name, 60)}' {what}; there are: {', '.join(sources.by_concept)}")
         in_range(f"strengths: {named}", number, -100, 100)
         found[named] = number
