@@ -114,7 +114,7 @@ def node(**settings: Any) -> Method:
 
     def run(case: Case):
         chosen = Settings(seed=case.seed, **settings)
-        return core.zipper.close(case.joined, case.predictor, case.references, chosen).coefficients
+        return core.zipper.solve(case.joined, case.predictor, case.references, chosen).coefficients
 
     return timed(run)
 
@@ -155,7 +155,7 @@ def weighted_overlap(case: Case):
     def overlap(content, style, sizes):
         return 100 * (each.to(content) * content * style).abs().mean()
 
-    return core.zipper.close(
+    return core.zipper.solve(
         case.joined,
         case.predictor,
         case.references,

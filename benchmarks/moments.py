@@ -131,7 +131,7 @@ def record(joined: Any, predictor: Any, references: Any, seed: int, moments: Mom
     layerwise = core.layerwise
     for batches in core.draws.spread_batches(references, predictor, seed + layerwise._SEED, layerwise.DRAWS):
         for batch in batches:
-            predictor(batch, MomentsBranch(joined, batch.concept, moments))
+            predictor(batch, MomentsBranch(joined, batch.concept_index, moments))
     return moments
 
 

@@ -60,7 +60,7 @@ class OnePicture:
         training = self.bench.pack.nodes.bridge.training
         settings = self.bench.settings(seed=seed, steps=self.steps, learning_rate=self.rate)
         prompts = [self.prompts["full"]] * 4 + [""] * empty
-        shown = training.pictures.Shown([self.picture] * len(prompts), prompts)
+        shown = training.pictures.TrainingImages([self.picture] * len(prompts), prompts)
         task = training.concept.Task([shown], settings, "loras/one", 128, layers, b_lora=BLOCKS)
         with torch.inference_mode():
             done = training.concept.train_concept(self.bench.model, self.bench.clip, self.bench.vae, task)

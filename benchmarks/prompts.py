@@ -66,7 +66,7 @@ def measure(every_pair: bool, done: set[tuple[str, str]]) -> Iterator[list[Recor
             latents = {c: studio.latents(own) for c, (own, _) in pair.items()}
             with torch.inference_mode():
                 if kind == "drawn":
-                    asked = drawing.sampling.Asked(2, 128)
+                    asked = drawing.sampling.ReferenceRequest(2, 128)
                     given = studio.model, sources, fitted
                     latents = {
                         c: drawing.references.draw(*given, c, conditioning[c], asked, SEED).latents for c in pair
@@ -79,7 +79,7 @@ def measure(every_pair: bool, done: set[tuple[str, str]]) -> Iterator[list[Recor
                 predictor.with_predictor(studio.model, fitted.loras, conditioning, latents, look)
             for concept, effect in effects.items():
                 record = {"pair": name, "references": kind, "case": case}
-                record |= {"lora": pair[concept][0].name, "concept": concept, "left": round(effect.left(), 4)}
+                record |= {"lora": pair[concept][0].name, "concept": concept, "left": round(effect.relative_error(), 4)}
                 record["gain"] = {k: round(v, 4) for k, v in effect.gain.items()}
                 record["change"] = {k: round(v, 4) for k, v in effect.change.items()}
                 found.append(record)

@@ -131,7 +131,7 @@ class Bench:
             batch = stage.batch(*concepts)
             with stage.injected(recomputed), FlopCounterMode(display=False) as counter:
                 with torch.no_grad():
-                    teacher = stage.predict(batch, stage.joined.teacher(batch.concept))
+                    teacher = stage.predict(batch, stage.joined.teacher(batch.concept_index))
                 with torch.enable_grad():
                     student = stage.predict(batch, stage.joined.student(stage.coefficients()))
                     (student - teacher).norm().backward()

@@ -50,7 +50,7 @@ def of_sdxl(model, count: int, rank: int, size: int) -> list[float]:
     batch = stage.batch(*loras.concepts)
     with stage.injected(), FlopCounterMode(display=False) as counter:
         with torch.no_grad():
-            teacher = stage.predict(batch, stage.joined.teacher(batch.concept))
+            teacher = stage.predict(batch, stage.joined.teacher(batch.concept_index))
         with torch.enable_grad():
             student = stage.predict(batch, stage.joined.student(stage.coefficients()))
             (student - teacher).norm().backward()

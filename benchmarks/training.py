@@ -73,7 +73,7 @@ def joint(bench: Bench, seeds: int) -> None:
     defaults on the references that they draw: share of 32 pictures of the subject in the style with both right."""
     training, solver = bench.pack.nodes.bridge.training.concept, bench.pack.ziplora_core.solver
     loras, optimise = bench.pack.nodes.bridge.lora.loras, bench.pack.nodes.bridge.optimize.zipping
-    asked_for = bench.pack.nodes.bridge.drawing.sampling.Asked(4, 128)
+    asked_for = bench.pack.nodes.bridge.drawing.sampling.ReferenceRequest(4, 128)
     for names in CASES[:2]:
         subject, style = (bench.concepts[name] for name in names)
         found: dict[str, list[dict[str, float]]] = {"joint training": [], "zipped": []}

@@ -52,7 +52,7 @@ class Bench:
         files = [self.folder / concept.picture(i) for i in range(len(concept.scenes))]
         frames = [torch.frombuffer(bytearray(Image.open(f).convert("RGB").tobytes()), dtype=torch.uint8) for f in files]
         images = torch.stack(frames).reshape(len(frames), 128, 128, 3) / 255
-        return self.pack.nodes.bridge.training.pictures.Shown([images], list(concept.prompts))
+        return self.pack.nodes.bridge.training.pictures.TrainingImages([images], list(concept.prompts))
 
     def settings(self, **changes: Any) -> Any:
         asked = {"steps": STEPS, "learning_rate": RATE, "rank": RANK, "batch_size": BATCH, **changes}

@@ -10,7 +10,7 @@ from ..ziplora_core.checks import one_of
 from ..ziplora_core.objective import OBJECTIVES
 from ..ziplora_core.solver import SOLVERS, Settings
 from . import inputs
-from .bridge.drawing.sampling import Asked
+from .bridge.drawing.sampling import ReferenceRequest
 from .bridge.optimize.zipping import by_concept, check_inputs, optimize
 from .sockets import LoRAPairSocket, LossMapSocket, ReferencesSocket, ZippedLoRASocket
 
@@ -120,7 +120,7 @@ class ZipLoRAOptimize(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "drawn_references",
-                    default=Asked.count,
+                    default=ReferenceRequest.count,
                     min=1,
                     max=64,
                     optional=True,
@@ -128,7 +128,7 @@ class ZipLoRAOptimize(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "drawn_size",
-                    default=Asked.side,
+                    default=ReferenceRequest.side,
                     min=64,
                     max=8192,
                     step=8,
@@ -212,11 +212,11 @@ def read_settings(
     objective: str = Settings.objective.name,
     solver: str = Settings.solver,
     ridge: float = Settings.ridge,
-    drawn_references: int = Asked.count,
-    drawn_size: int = Asked.side,
-) -> tuple[Settings, Asked]:
+    drawn_references: int = ReferenceRequest.count,
+    drawn_size: int = ReferenceRequest.side,
+) -> tuple[Settings, ReferenceRequest]:
     """The core's settings from the node's inputs. Raises ValueError for a value that the API let through."""
     one_of("objective", objective, OBJECTIVES)
     rule = OBJECTIVES[objective]
     settings = Settings(steps, learning_rate, similarity_lambda, batch_size, seed, rule, solver, ridge)
-    return settings, Asked(drawn_references, drawn_size)
+    return settings, ReferenceRequest(drawn_references, drawn_size)

@@ -13,7 +13,7 @@ from .bridge.disk import provenance
 from .bridge.training import concept
 from .bridge.training.concept import Task
 from .bridge.training.layers import LAYERS
-from .bridge.training.pictures import Shown
+from .bridge.training.pictures import TrainingImages
 from .sockets import LoRAModelSocket, LossMapSocket
 
 
@@ -171,9 +171,9 @@ def read_task(
     **_: Any,
 ) -> Task:
     """Raises ValueError for a value that the API let through."""
-    sets = [Shown(images, _lines(prompt))]
+    sets = [TrainingImages(images, _lines(prompt))]
     if second_images is not None:
-        sets.append(Shown(second_images, _lines(second_prompt)))
+        sets.append(TrainingImages(second_images, _lines(second_prompt)))
     elif second_prompt.strip():
         raise ValueError("second_prompt has no pictures; connect second_images, or empty it")
     return Task(

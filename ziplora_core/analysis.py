@@ -30,12 +30,12 @@ def column_cosines(a: Factors, b: Factors, m_a: Tensor, m_b: Tensor) -> Tensor:
 
 def _over_pairs(loras: LoRASet, of_two: Callable[[str, Layer, str, str], float]) -> dict[str, float]:
     """For each layer that several LoRAs change: the mean of a figure over each two of them."""
-    found = {}
+    means = {}
     for name, layer in loras.layers.items():
         figures = [of_two(name, layer, a, b) for a, b in combinations(layer, 2)]
         if figures:
-            found[name] = sum(figures) / len(figures)
-    return found
+            means[name] = sum(figures) / len(figures)
+    return means
 
 
 def column_alignment(loras: LoRASet, coefficients: Coefficients) -> dict[str, float]:
@@ -69,14 +69,14 @@ def sampled_elements(loras: LoRASet, concept: str, rows: int = 16, seed: int = 0
     Repeatable for a seed; empty where the LoRA changes nothing.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = [torch.empty(0)]
+    samples = [torch.empty(0)]
     for layer in loras.layers.values():
         factors = layer.get(concept)
         if factors is not None:
             chosen = torch.randperm(factors.up.shape[0], generator=generator)[:rows]
             up = factors.up.float()[chosen] * factors.scale
-            found.append((up @ factors.down.float().flatten(1)).flatten())
-    return torch.cat(found)
+            samples.append((up @ factors.down.float().flatten(1)).flatten())
+    return torch.cat(samples)
 
 
 def energy_share(elements: Tensor, top: float) -> float:

@@ -27,9 +27,9 @@ def _positions(starts: Sequence[int], sizes: Sequence[int], device: torch.device
 
 
 class JoinedSet:
-    """A set of LoRAs made ready for many forward passes: joined factors in the compute dtype, on the compute device.
+    """A set of LoRAs prepared for many forward passes: joined factors in the compute dtype, on the compute device.
 
-    The coefficients of all layers form one flat float32 vector, so that one optimiser update serves them all:
+    The coefficients of all layers form one flat float32 vector, so that one optimizer update serves them all:
     layer by layer in the set's order, in each layer the concepts in theirs.
     """
 
@@ -51,7 +51,7 @@ class JoinedSet:
             return known[key]
 
         self._shared = []
-        for one, other, names in loras.shared():
+        for one, other, names in loras.common_layers():
             sizes = [self.layers[name].columns for name in names]
             self._shared.append((positions(one, names, sizes), positions(other, names, sizes), sizes))
 
@@ -89,13 +89,13 @@ class JoinedSet:
         parts = torch.split(flat, self._layer_sizes)
         return Branch(self.layers, coefficients=dict(zip(self.layers, parts, strict=True)))
 
-    def teacher(self, concept: Tensor) -> Branch:
-        """Row i sees its own LoRA alone. concept: (rows,) int64, as of a `Batch`: places in `concepts`, ascending."""
-        return Branch(self.layers, rows=self.rows(concept))
+    def teacher(self, concept_index: Tensor) -> Branch:
+        """Row i sees its own LoRA alone. concept_index: (rows,) int64, ascending, as of a `Batch`."""
+        return Branch(self.layers, rows=self.rows(concept_index))
 
-    def rows(self, concept: Tensor) -> dict[str, int]:
+    def rows(self, concept_index: Tensor) -> dict[str, int]:
         """Concept -> how many rows are its own, of those that `teacher` takes."""
-        counts = torch.bincount(concept, minlength=len(self.concepts)).tolist()
+        counts = torch.bincount(concept_index, minlength=len(self.concepts)).tolist()
         return dict(zip(self.concepts, counts, strict=True))
 
 
@@ -140,5 +140,5 @@ class Branch:
     def own(self, x: Tensor) -> dict[str, Tensor]:
         """Concept -> a teacher's rows of a layer's input, also where a model folds frames into rows."""
         ends = list(accumulate(self._rows.values(), initial=0))
-        places = [len(x) * end // ends[-1] for end in ends]
-        return {c: x[first:last] for c, first, last in zip(self._rows, places, places[1:], strict=False)}
+        bounds = [len(x) * end // ends[-1] for end in ends]
+        return {c: x[first:last] for c, first, last in zip(self._rows, bounds, bounds[1:], strict=False)}

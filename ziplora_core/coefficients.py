@@ -32,7 +32,7 @@ class Coefficients:
 
     @classmethod
     def ones(cls, loras: LoRASet) -> Coefficients:
-        """The start of the optimisation: all ones, which is the direct merge (Eq. 1)."""
+        """The start of the optimization: all ones, which is the direct merge (Eq. 1)."""
         return cls(
             {
                 concept: {name: torch.ones(f[concept].columns) for name, f in loras.layers.items() if concept in f}
@@ -63,12 +63,12 @@ class Coefficients:
 
     def most_changed(self, since: Coefficients) -> tuple[str, str, float]:
         """(concept, layer, by how much) of the coefficient that has moved furthest; ("", "", 0.0) where none has."""
-        found = ("", "", 0.0)
+        furthest = ("", "", 0.0)
         for concept, by_layer in self.by_concept.items():
             for name, m in by_layer.items():
                 by = (m - since[concept][name]).abs().max().item()
-                found = (concept, name, by) if by > found[2] else found
-        return found
+                furthest = (concept, name, by) if by > furthest[2] else furthest
+        return furthest
 
     def overlap(self) -> float:
         """Mean of |m_i ⊙ m_j| over each two concepts and the columns that both change: 1 for the direct merge, 0 where
@@ -97,16 +97,16 @@ class Coefficients:
     def ownership_by_layer(self, threshold: float = 0.5) -> dict[str, dict[str, float]]:
         """The same for each layer that several LoRAs change, in the set's order."""
         *_, several, neither = owners(self.by_concept)
-        found = {}
-        for name in dict.fromkeys(name for by_layer in self.by_concept.values() for name in by_layer):
+        by_layer = {}
+        for name in dict.fromkeys(name for vectors in self.by_concept.values() for name in vectors):
             owned = {concept: m.abs() >= threshold for concept, m in self.of_layer(name).items()}
             if len(owned) < 2:
                 continue
             count = torch.stack(list(owned.values())).sum(0)
             masks = {concept: mask & (count == 1) for concept, mask in owned.items()}
             masks |= {several: count > 1, neither: count == 0}
-            found[name] = {
+            by_layer[name] = {
                 owner: masks[owner].float().mean().item() if owner in masks else 0.0
                 for owner in owners(self.by_concept)
             }
-        return found
+        return by_layer

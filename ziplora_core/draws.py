@@ -10,15 +10,15 @@ from torch import Tensor
 
 from .solver import Batch, Predictor, References, Settings
 
-GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, however many are taken
+GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are the golden-ratio low-discrepancy sequence
 
 
-def _draw(latents: Tensor, timesteps: Tensor, concept: int, generator: torch.Generator) -> Batch:
+def _draw(latents: Tensor, timesteps: Tensor, concept_index: int, generator: torch.Generator) -> Batch:
     rows = len(timesteps)
     chosen = torch.randint(latents.shape[0], (rows,), generator=generator)
     picked = latents[chosen.to(latents.device)].float()
     noise = torch.randn(picked.shape, generator=generator)
-    return Batch(picked, noise.to(picked.device), timesteps, torch.full((rows,), concept))
+    return Batch(picked, noise.to(picked.device), timesteps, torch.full((rows,), concept_index))
 
 
 def _step(references: References, timesteps: Sequence[Tensor], joins: bool, generator: torch.Generator) -> list[Batch]:
@@ -26,8 +26,8 @@ def _step(references: References, timesteps: Sequence[Tensor], joins: bool, gene
 
     Drawn by the concepts' names, one after another: LoRAs in another order see the same noise.
     """
-    places = {concept: place for place, concept in enumerate(references)}
-    drawn = {c: _draw(references[c], t, places[c], generator) for c, t in zip(sorted(places), timesteps, strict=True)}
+    indices = {concept: index for index, concept in enumerate(references)}
+    drawn = {c: _draw(references[c], t, indices[c], generator) for c, t in zip(sorted(indices), timesteps, strict=True)}
     return _join([drawn[concept] for concept in references], joins)
 
 
@@ -41,7 +41,7 @@ def _join(batches: Sequence[Batch], joins: bool) -> list[Batch]:
             torch.cat([b.latents for b in group]),
             torch.cat([b.noise for b in group]),
             torch.cat([b.timesteps for b in group]),
-            torch.cat([b.concept for b in group]),
+            torch.cat([b.concept_index for b in group]),
         )
         for group in alike.values()
     ]
@@ -50,14 +50,13 @@ def _join(batches: Sequence[Batch], joins: bool) -> list[Batch]:
 def training_batches(references: References, predictor: Predictor, settings: Settings) -> Iterator[list[Batch]]:
     """Endless steps of fresh noise; t uniform over the training timesteps. Drawn on the CPU: one seed, one run.
 
-    Successive timesteps are spread evenly (an additive recurrence from a random start), so that few steps see all
-    of the schedule.
+    Successive timesteps follow a low-discrepancy sequence from a random start, so that few steps cover the schedule.
     """
     generator = torch.Generator().manual_seed(settings.seed % 2**63)
     offsets = torch.rand(len(references), generator=generator, dtype=torch.float64)
     for first in itertools.count(step=settings.batch_size):
-        places = (torch.arange(first, first + settings.batch_size) * GOLDEN + offsets[:, None]) % 1
-        timesteps = [(place * predictor.timesteps).long() for place in places]
+        fractions = (torch.arange(first, first + settings.batch_size) * GOLDEN + offsets[:, None]) % 1
+        timesteps = [(row * predictor.timesteps).long() for row in fractions]
         yield _step(references, timesteps, predictor.joins, generator)
 
 

@@ -81,11 +81,11 @@ def rounded(name: str, layer: ExportLayer, dtype: torch.dtype) -> ExportLayer:
 
 
 def fitting(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same of any tensor of a layer."""
-    made = tensor.to(dtype).contiguous()
-    if not all_finite(made):
+    """A tensor of layer `name` in a file's dtype, contiguous. Raises ValueError where its numbers do not fit."""
+    converted = tensor.to(dtype).contiguous()
+    if not all_finite(converted):
         raise ValueError(f"layer '{name}' holds numbers too large for {dtype}; export as bf16 or fp32")
-    return made
+    return converted
 
 
 def kohya_tensors(layers: Mapping[str, ExportLayer]) -> dict[str, Tensor]:

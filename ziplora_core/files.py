@@ -130,11 +130,11 @@ class OpenFile:
                 done.result()
 
     def _bytes(self, count: int) -> bytearray:
-        found = bytearray(count)
-        self._fill(memoryview(found))
+        block = bytearray(count)
+        self._fill(memoryview(block))
         if self._digest is not None:
-            self._digest.update(found)
-        return found
+            self._digest.update(block)
+        return block
 
     def _fill(self, block: memoryview) -> None:
         while block:
@@ -151,9 +151,9 @@ def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no JSON")
 
 
-def _metadata(found: object) -> dict[str, str]:
+def _metadata(entry: object) -> dict[str, str]:
     """Raises ValueError for what is no table of texts."""
-    table = {} if found is None else found
+    table = {} if entry is None else entry
     if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
         raise ValueError("metadata are texts by name")
     return table

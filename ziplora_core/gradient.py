@@ -1,4 +1,4 @@
-"""Finding the merger coefficients by gradient descent (arXiv 2311.13600, Sec. 3.3 and 4)."""
+"""The coefficients by gradient descent (arXiv 2311.13600, Sec. 3.3 and 4)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def optimize(
     on_step: Callable[[Step], None] | None = None,
     start: Coefficients | None = None,
 ) -> Result:
-    """Learn the mergers (Eq. 3) with Adam, from all ones or from `start`, for at most `settings.steps` updates.
+    """Learn the coefficients (Eq. 3) with Adam, from all ones or from `start`, for at most `settings.steps` updates.
 
     One step is one teacher pass without gradient and one student pass with it (more of each where concepts
     cannot share a batch). Stops early when no two LoRAs overlap, as the paper does. `on_step` is called
@@ -81,7 +81,7 @@ def optimize(
                 mean += flat.detach() / averaged
             if on_step is not None:
                 on_step(step)
-            if _closed(joined, flat):
+            if _overlap_vanished(joined, flat):
                 return Result(joined.unflatten(flat), history, "the overlap reached zero")
         return Result(joined.unflatten(mean), history)
 
@@ -97,10 +97,12 @@ def _weights(joined: JoinedSet, predictor: Predictor, references: References, se
     return {concept: 1 / value if value else 1.0 for concept, value in at_start.items()}
 
 
-def _closed(joined: JoinedSet, flat: Tensor) -> bool:
-    """Whether no column is left in two LoRAs: the paper's stop. Column by column, so that signs cannot cancel."""
-    left = [bool((one * other).abs().mean() < _ZERO_OVERLAP) for one, other, _ in joined.shared_columns(flat.detach())]
-    return bool(left) and all(left)
+def _overlap_vanished(joined: JoinedSet, flat: Tensor) -> bool:
+    """Whether no two LoRAs keep a column in common: the paper's stop. Column by column, so that signs cannot cancel."""
+    vanished = [
+        bool((one * other).abs().mean() < _ZERO_OVERLAP) for one, other, _ in joined.shared_columns(flat.detach())
+    ]
+    return bool(vanished) and all(vanished)
 
 
 def accumulate_gradient(
@@ -121,16 +123,16 @@ def accumulate_gradient(
     values = dict.fromkeys(joined.concepts, 0.0)
     for batch in batches:
         with torch.no_grad():
-            teacher = predictor(batch, joined.teacher(batch.concept))
+            teacher = predictor(batch, joined.teacher(batch.concept_index))
         student = predictor(batch, joined.student(flat))
-        losses = retentions(student, teacher, joined.rows(batch.concept), settings.objective.retention)
+        losses = retentions(student, teacher, joined.rows(batch.concept_index), settings.objective.retention)
         losses = {concept: loss * weights[concept] for concept, loss in losses.items()}
         torch.autograd.backward(torch.stack(list(losses.values())).sum() * scale)
         for concept, loss in losses.items():
             values[concept] = loss.item()
     overlap = 0.0
     for one, other, sizes in joined.shared_columns(flat):  # one after another: no more than two vectors are kept
-        shared = settings.objective.overlap(one, other, sizes)
-        torch.autograd.backward(shared * (settings.similarity_lambda * scale))
-        overlap += shared.item()
+        of_two = settings.objective.overlap(one, other, sizes)
+        torch.autograd.backward(of_two * (settings.similarity_lambda * scale))
+        overlap += of_two.item()
     return Losses(values, overlap, sum(values.values()) + settings.similarity_lambda * overlap)

@@ -38,9 +38,9 @@ class Activity:
         rows = x.flatten(0, -2)
         wide = torch.promote_types(x.dtype, torch.float32)
         squares = torch.linalg.vector_norm(rows, dim=0, dtype=wide).square().float()
-        at = (name, concept)
-        self.sums[at] = self.sums[at] + squares if at in self.sums else squares
-        self.counts[at] = self.counts.get(at, 0) + len(rows)
+        key = (name, concept)
+        self.sums[key] = self.sums[key] + squares if key in self.sums else squares
+        self.counts[key] = self.counts.get(key, 0) + len(rows)
 
     def of(self, name: str, concepts: list[str]) -> Tensor | None:
         """(columns, concepts) of a layer; None where it took no part in a pass of theirs."""
@@ -52,8 +52,8 @@ class Activity:
 class RecordingBranch(Branch):
     """A teacher that adds up how active the features are that its layers see."""
 
-    def __init__(self, joined: JoinedSet, concept: Tensor, activity: Activity):
-        super().__init__(joined.layers, rows=joined.rows(concept))
+    def __init__(self, joined: JoinedSet, concept_index: Tensor, activity: Activity):
+        super().__init__(joined.layers, rows=joined.rows(concept_index))
         self._activity = activity
 
     def layer(self, name: str, x: Tensor, base: Base, **convolution: Any) -> Tensor:
@@ -70,7 +70,7 @@ def record(joined: JoinedSet, predictor: Predictor, references: References, seed
     activity = Activity()
     for batches in spread_batches(references, predictor, seed + _SEED, draws):
         for batch in batches:
-            predictor(batch, RecordingBranch(joined, batch.concept, activity))
+            predictor(batch, RecordingBranch(joined, batch.concept_index, activity))
     return activity
 
 

@@ -64,7 +64,7 @@ def columns(layer: Layer) -> int:
 class LoRASet:
     """LoRAs fitted to one model: layer name -> Layer.
 
-    concepts: their names, in the order that everything keeps which is made of a set: the rank axis, the rows of a
+    concepts: their names, in the order of everything that is built from a set: the rank axis, the rows of a
     batch, the vector of all coefficients. A LoRA that leaves a layer alone is not in that Layer.
 
     Raises ValueError for two concepts of one name, and, naming the layer, where no LoRA or an unknown one changes it
@@ -84,8 +84,8 @@ class LoRASet:
         """The same in the order of the concepts."""
         ordered = {concept: layer[concept] for concept in self.concepts if concept in layer}
         if not ordered or len(ordered) < len(layer):
-            known, found = ", ".join(self.concepts), ", ".join(layer) or "neither"
-            raise ValueError(f"layer '{name}' needs a LoRA of the set that changes it ({known}); found {found}")
+            known, given = ", ".join(self.concepts), ", ".join(layer) or "neither"
+            raise ValueError(f"layer '{name}' needs a LoRA of the set that changes it ({known}); found {given}")
         first = next(iter(ordered))
         for concept, factors in ordered.items():
             if factors.shape != ordered[first].shape:
@@ -114,11 +114,11 @@ class LoRASet:
 
     def ranks(self, concept: str) -> tuple[int, int]:
         """Smallest and largest rank of one concept's LoRA; (0, 0) where it has no layer."""
-        found = [layer[concept].rank for layer in self.layers.values() if concept in layer]
-        return (min(found), max(found)) if found else (0, 0)
+        ranks = [layer[concept].rank for layer in self.layers.values() if concept in layer]
+        return (min(ranks), max(ranks)) if ranks else (0, 0)
 
-    def shared(self) -> Iterator[tuple[str, str, list[str]]]:
-        """Each two concepts, in order, and the layers that both change; not those that share none."""
+    def common_layers(self) -> Iterator[tuple[str, str, list[str]]]:
+        """Each two concepts, in order, and the layers that both change; not those that have none in common."""
         for one, other in combinations(self.concepts, 2):
             both = [name for name, layer in self.layers.items() if one in layer and other in layer]
             if both:
@@ -141,6 +141,6 @@ def column_grams(factors: Sequence[Factors], dtype: torch.dtype = torch.float32)
     grams = torch.empty(factors[0].columns, len(factors), len(factors), dtype=torch.float64, device=ups[0].device)
     for i, (up, down) in enumerate(zip(ups, downs, strict=True)):
         for j in range(i + 1):
-            seen = ((ups[j].T @ up) @ down.flatten(1)).view(-1, *down.shape[1:])
-            grams[:, i, j] = grams[:, j, i] = seen.mul_(downs[j]).sum((0, 2))
+            projected = ((ups[j].T @ up) @ down.flatten(1)).view(-1, *down.shape[1:])
+            grams[:, i, j] = grams[:, j, i] = projected.mul_(downs[j]).sum((0, 2))
     return grams

@@ -40,7 +40,7 @@ def summed_mean_products(one: Tensor, other: Tensor, sizes: Sequence[int]) -> Te
     return torch.stack([layer.mean() for layer in layers]).sum()
 
 
-def percent_shared(one: Tensor, other: Tensor, sizes: Sequence[int]) -> Tensor:
+def overlap_percent(one: Tensor, other: Tensor, sizes: Sequence[int]) -> Tensor:
     """Mean of |m_i ⊙ m_j| over all columns, in percent: 100 at the direct merge, 0 for a closed zip.
 
     So with the paper's λ = 0.01 the overlap weighs 1 at the start, as much as one relative retention.
@@ -62,6 +62,6 @@ class Objective:
     relative: bool
 
 
-BALANCED = Objective("balanced", norm, percent_shared, relative=True)
+BALANCED = Objective("balanced", norm, overlap_percent, relative=True)
 PAPER = Objective("paper", norm, summed_dot_products, relative=False)
 OBJECTIVES = {objective.name: objective for objective in (BALANCED, PAPER)}

@@ -1,4 +1,4 @@
-"""Whether a prompt wakes its LoRA: what each does to predictions of its own references, and what an empty prompt does.
+"""Whether a prompt activates its LoRA: what it does to predictions of the LoRA's references, against an empty prompt.
 
 With L the error of a prediction, ‖D(x, p) − target‖₂, the gain of a LoRA under a prompt p is 1 − L(with it) / L(bare
 model). A prompt that says something to the LoRA makes its gain larger than an empty prompt does.
@@ -19,7 +19,7 @@ from .draws import spread_batches
 from .solver import EMPTY, OTHER, OWN, Batch, Predictor, References
 
 DRAWS = 3  # noisy latents of each reference, spread over the timesteps: two passes each for every prompt
-FIRES = 0.77  # what the prompt leaves of the error that an empty one leaves; chosen by benchmarks/prompts.py
+FIRES = 0.77  # the largest `relative_error` of a prompt that activates its LoRA; chosen by benchmarks/prompts.py
 _SEED = 0x9A0F  # added to the seed: noise apart from training's and from the other measurements'
 
 
@@ -34,25 +34,26 @@ class PromptEffect:
     change: dict[str, float]
     gain: dict[str, float]
 
-    def left(self, prompt: str = OWN) -> float:
-        """(1 − gain) under a prompt over (1 − gain) under the empty one: below one where the prompt wakes the LoRA.
+    def relative_error(self, prompt: str = OWN) -> float:
+        """(1 − gain) under a prompt over (1 − gain) under the empty one: below one where the prompt activates the
+        LoRA.
 
         NaN where one of them is not finite.
         """
-        asked, empty = 1 - self.gain[prompt], 1 - self.gain[EMPTY]
-        if not (math.isfinite(asked) and math.isfinite(empty)):
+        prompted, empty = 1 - self.gain[prompt], 1 - self.gain[EMPTY]
+        if not (math.isfinite(prompted) and math.isfinite(empty)):
             return math.nan
-        return asked / empty if empty > 0 else 1.0
+        return prompted / empty if empty > 0 else 1.0
 
     @property
     def fires(self) -> bool:
-        """Whether its own prompt wakes it. False for numbers that are not finite."""
-        return self.left() < FIRES
+        """Whether its own prompt activates it. False for numbers that are not finite."""
+        return self.relative_error() < FIRES
 
     @property
     def swapped(self) -> bool:
-        """Whether the other concept's prompt wakes it and its own does not."""
-        return not self.fires and OTHER in self.gain and self.left(OTHER) < FIRES
+        """Whether the other concept's prompt activates it and its own does not."""
+        return not self.fires and OTHER in self.gain and self.relative_error(OTHER) < FIRES
 
 
 def measure(
@@ -65,7 +66,7 @@ def measure(
 ) -> dict[str, PromptEffect]:
     """PromptEffect of each concept: 4 · draws forward passes without gradient (of one or two batches each).
 
-    Where a prompt does not wake its LoRA and there are two, 2 · draws more, under the other concept's prompt.
+    Where a prompt does not activate its LoRA and there are two, 2 · draws more, under the other concept's prompt.
     Deterministic for a seed.
     """
     with torch.inference_mode(False), torch.no_grad():
@@ -78,12 +79,12 @@ def measure(
                 _add(sums, joined, predictor, bare, batch, (OWN, EMPTY))
             if on_draw is not None:
                 on_draw()
-        found = _effects(sums, joined.concepts, (OWN, EMPTY))
-        if len(joined.concepts) == 2 and not all(effect.fires for effect in found.values()):
+        effects = _effects(sums, joined.concepts, (OWN, EMPTY))
+        if len(joined.concepts) == 2 and not all(effect.fires for effect in effects.values()):
             for batch in seen:
                 _add(sums, joined, predictor, bare, batch, (OTHER,))
-            found = _effects(sums, joined.concepts, (OWN, EMPTY, OTHER))
-    return found
+            effects = _effects(sums, joined.concepts, (OWN, EMPTY, OTHER))
+    return effects
 
 
 def _add(
@@ -97,16 +98,16 @@ def _add(
     """Adds (‖with − without‖, ‖without‖, error with, error without) of a batch's rows, by concept and prompt."""
     target = predictor.target(batch)
     for prompt in prompts:
-        asked = replace(batch, prompt=prompt)
-        with_lora = predictor(asked, joined.teacher(batch.concept))
-        without = predictor(asked, joined.student(bare))
+        prompted = replace(batch, prompt=prompt)
+        with_lora = predictor(prompted, joined.teacher(batch.concept_index))
+        without = predictor(prompted, joined.student(bare))
         parts = (with_lora - without, without, with_lora - target, without - target)
         norms = torch.stack([torch.linalg.vector_norm(part.flatten(1), dim=1) for part in parts])
-        rows = joined.rows(batch.concept)
+        rows = joined.rows(batch.concept_index)
         for concept, own in zip(rows, torch.split(norms, list(rows.values()), dim=1), strict=True):
             if own.shape[1]:
-                found = own.sum(1).double().cpu()
-                sums[concept, prompt] = sums.get((concept, prompt), torch.zeros(4, dtype=torch.float64)) + found
+                totals = own.sum(1).double().cpu()
+                sums[concept, prompt] = sums.get((concept, prompt), torch.zeros(4, dtype=torch.float64)) + totals
 
 
 def _effects(

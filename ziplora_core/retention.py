@@ -21,8 +21,8 @@ def retentions(
     student: Tensor, teacher: Tensor, rows: Mapping[str, int], retention: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Retention of each concept that has rows in this batch. rows: concept -> how many, one concept after another."""
-    parts = zip(rows, *(torch.split(made, list(rows.values())) for made in (student, teacher)), strict=True)
-    return {concept: retention(own, wanted) for concept, own, wanted in parts if len(own)}
+    parts = zip(rows, *(torch.split(output, list(rows.values())) for output in (student, teacher)), strict=True)
+    return {concept: retention(own, target) for concept, own, target in parts if len(own)}
 
 
 def measure_retention(
@@ -47,9 +47,10 @@ def measure_retention(
         flats = [merged.flatten(c) for c in candidates]
         for batches in spread_batches(references, predictor, seed + _HELD_OUT, draws):
             for batch in batches:
-                teacher = predictor(batch, joined.teacher(batch.concept))
+                rows = joined.rows(batch.concept_index)
+                teacher = predictor(batch, joined.teacher(batch.concept_index))
                 for total, flat in zip(totals, flats, strict=True):
                     student = predictor(batch, merged.student(flat))
-                    for concept, loss in retentions(student, teacher, joined.rows(batch.concept), retention).items():
+                    for concept, loss in retentions(student, teacher, rows, retention).items():
                         total[concept] += loss.item() / draws
     return totals

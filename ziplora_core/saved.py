@@ -107,7 +107,7 @@ def write(
 ) -> Path:
     """Write a file atomically: float32 vectors `<concept>.<layer>`. metadata: more of it.
 
-    Returns where it is, and raises OSError, as `whole_or_not_at_all` does.
+    Returns where it is, and raises OSError, as `atomic_write` does.
     """
     by_concept = coefficients.by_concept
     tensors = {f"{concept}.{name}": m.float() for concept, of in by_concept.items() for name, m in of.items()}
@@ -143,13 +143,13 @@ def _about(file: OpenFile) -> SavedZip:
     if _KEY not in file.metadata:
         raise LoRAFileError(f"'{file.name}' is no zipped pair: choose a file that Save Zipped LoRA wrote")
     try:
-        found = json.loads(file.metadata[_KEY])
-        if found["format"] not in (FORMAT, FORMAT_OF_ANY):
+        table = json.loads(file.metadata[_KEY])
+        if table["format"] not in (FORMAT, FORMAT_OF_ANY):
             raise LoRAFileError(
-                f"'{file.name}' has format '{shown(str(found['format']))}', this version reads '{FORMAT}' and "
+                f"'{file.name}' has format '{shown(str(table['format']))}', this version reads '{FORMAT}' and "
                 f"'{FORMAT_OF_ANY}'; update the pack"
             )
-        about = _from_table(found)
+        about = _from_table(table)
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, LoRAFileError):
             raise
@@ -163,10 +163,10 @@ def _about(file: OpenFile) -> SavedZip:
 
 def check_fits(name: str, coefficients: Coefficients, loras: LoRASet) -> None:
     """Raises LoRAFileError where coefficients are not those of a set, naming the first layer that differs."""
-    for concept, wanted in Coefficients.ones(loras).by_concept.items():
-        found = coefficients[concept]
-        for layer in [*wanted, *found]:
-            here, there = (side[layer].numel() if layer in side else 0 for side in (found, wanted))
+    for concept, expected in Coefficients.ones(loras).by_concept.items():
+        given = coefficients[concept]
+        for layer in [*expected, *given]:
+            here, there = (side[layer].numel() if layer in side else 0 for side in (given, expected))
             if here != there:
                 raise LoRAFileError(
                     f"'{name}' was zipped for another model: it has {here} {concept} coefficients for layer "

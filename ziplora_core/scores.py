@@ -22,12 +22,12 @@ def alignment(features: Tensor, references: Tensor) -> Tensor:
 
 def summary(scores: Mapping[str, Tensor]) -> dict[str, dict[str, object]]:
     """Name -> {"mean", "spread" (standard deviation over pictures, 0 for one), "pictures": each picture's score}."""
-    found: dict[str, dict[str, object]] = {}
+    summaries: dict[str, dict[str, object]] = {}
     for name, values in scores.items():
         spread = torch.std(values).item() if len(values) > 1 else 0.0
-        found[name] = {
+        summaries[name] = {
             "mean": round(values.mean().item(), 4),
             "spread": round(spread, 4),
             "pictures": [round(value, 4) for value in values.tolist()],
         }
-    return found
+    return summaries

@@ -50,11 +50,11 @@ def shares(grams: Tensor, active: Tensor | None = None) -> Tensor:
 class SharedLayer:
     """One layer's coefficients, (columns,) float32 for each of the n LoRAs in turn.
 
-    left: of the direct merge's error, Σ_r v_r ‖Σ_k m_k a_k − a_r‖² over all columns; 1 where that has none.
+    relative_error: Σ_r v_r ‖Σ_k m_k a_k − a_r‖² over all columns, as a share of the direct merge's; 1 where that is 0.
     """
 
     coefficients: list[Tensor]
-    left: float
+    relative_error: float
 
 
 def share(factors: Sequence[Factors], ridge: float = RIDGE, active: Tensor | None = None) -> SharedLayer:
@@ -74,18 +74,18 @@ def share(factors: Sequence[Factors], ridge: float = RIDGE, active: Tensor | Non
         return float((m.mT @ (weighted @ m - 2 * aimed)).sum() + (v * grams.diagonal(dim1=1, dim2=2)).sum())
 
     direct = error(torch.ones_like(solution))
-    left = max(error(solution), 0.0) / direct if direct > 0 else 1.0
-    return SharedLayer([m.to("cpu", torch.float32) for m in solution[..., 0].unbind(1)], left)
+    relative_error = max(error(solution), 0.0) / direct if direct > 0 else 1.0
+    return SharedLayer([m.to("cpu", torch.float32) for m in solution[..., 0].unbind(1)], relative_error)
 
 
 @dataclass(frozen=True)
 class SolvedLayer:
-    """One layer is done: its name, its number (from 1) of `layers`, what is left of the direct merge's error there."""
+    """One layer is done: its name, its number (from 1) of `layers`, its error as a share of the direct merge's."""
 
     name: str
     index: int
     layers: int
-    left: float
+    relative_error: float
 
 
 def everywhere(name: str, layer: Layer) -> None:
@@ -105,7 +105,7 @@ def merge(
     layer; what it raises ends the run. device: where it is computed, in float64 in part. Raises FloatingPointError,
     naming the layer, where numbers are not finite.
     """
-    found: dict[str, dict[str, Tensor]] = {concept: {} for concept in loras.concepts}
+    by_concept: dict[str, dict[str, Tensor]] = {concept: {} for concept in loras.concepts}
     with torch.inference_mode(False), torch.no_grad():
         for index, (name, layer) in enumerate(loras.layers.items(), 1):
             factors = [Factors(f.up.to(device), f.down.to(device), f.scale) for f in layer.values()]
@@ -117,7 +117,7 @@ def merge(
                     "model in bf16 or fp32"
                 )
             for concept, m in zip(layer, solved.coefficients, strict=True):
-                found[concept][name] = m
+                by_concept[concept][name] = m
             if on_layer is not None:
-                on_layer(SolvedLayer(name, index, len(loras.layers), solved.left))
-    return Coefficients(found)
+                on_layer(SolvedLayer(name, index, len(loras.layers), solved.relative_error))
+    return Coefficients(by_concept)

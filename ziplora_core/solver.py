@@ -60,14 +60,14 @@ class Batch:
     """Rows of one forward pass. The predictor noises them with its own schedule.
 
     latents, noise: (rows, C, *space) float32. timesteps: (rows,) int64 in [0, predictor.timesteps).
-    concept: (rows,) int64, ascending: the place, among the set's concepts, of the one whose reference and prompt a row
-    has. prompt: which one all rows are seen with, OWN but where prompts are compared.
+    concept_index: (rows,) int64, ascending: index, among the set's concepts, of the one whose reference and prompt a
+    row has. prompt: which one all rows are seen with, OWN but where prompts are compared.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
-    concept: Tensor
+    concept_index: Tensor
     prompt: str = OWN
 
 
@@ -109,12 +109,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
-    """coefficients, the losses of each step, why they ended, and what is left of each layer's error (layer-wise)."""
+    """Coefficients, the losses of each step, why they ended.
+
+    relative_error: layer -> its error as a share of the direct merge's, of the layer-wise solve; empty without it.
+    """
 
     coefficients: Coefficients
     history: list[Step] = field(default_factory=list)
     stopped: str = "all steps done"
-    left: dict[str, float] = field(default_factory=dict)
+    relative_error: dict[str, float] = field(default_factory=dict)
 
 
 class NotFinite(FloatingPointError):

@@ -52,8 +52,8 @@ class TrainedLoRA:
     @torch.no_grad()
     def sizes(self) -> dict[str, float]:
         """Layer -> ‖up‖·‖down‖, infinite where one of them is not finite."""
-        found = {n: float(torch.linalg.norm(up) * torch.linalg.norm(self.down[n])) for n, up in self.up.items()}
-        return {name: size if math.isfinite(size) else math.inf for name, size in found.items()}
+        sizes = {n: float(torch.linalg.norm(up) * torch.linalg.norm(self.down[n])) for n, up in self.up.items()}
+        return {name: size if math.isfinite(size) else math.inf for name, size in sizes.items()}
 
     def before(self, step: int, probe: Callable[[], None]) -> None:
         pass
@@ -82,9 +82,9 @@ def check_fits(factors: Mapping[str, Factors], layers: Collection[str], rank: in
     """Raises ValueError where a LoRA has other layers or another rank than are trained."""
     ranks = {f.rank for f in factors.values()}
     if set(factors) != set(layers) or ranks != {rank}:
-        found = "/".join(map(str, sorted(ranks)))
+        given = "/".join(map(str, sorted(ranks)))
         raise ValueError(
-            f"has {len(factors)} layers of rank {found}; expected the {len(layers)} layers that are trained "
+            f"has {len(factors)} layers of rank {given}; expected the {len(layers)} layers that are trained "
             f"here, of rank {rank}: choose the layers and the rank that it was trained with"
         )
 

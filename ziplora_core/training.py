@@ -149,9 +149,9 @@ def step_rows(pictures: Pictures, denoiser: Denoiser, settings: Settings, step: 
         drawn.append((_any(pictures.priors, generator), settings.prior_weight))
     groups: dict[Hashable, list[tuple[Tensor, Tensor, int, int, float]]] = {}
     for row, (example, weight) in enumerate(drawn):
-        place = ((step * len(drawn) + row) * GOLDEN + start) % 1
+        fraction = ((step * len(drawn) + row) * GOLDEN + start) % 1
         noise = torch.randn(example.latents.shape, generator=generator)
-        timestep = int(place * denoiser.timesteps)
+        timestep = int(fraction * denoiser.timesteps)
         key = (example.latents.shape, denoiser.kind(example.prompt))
         part = (example.latents, noise, timestep, example.prompt, weight / settings.batch_size)
         groups.setdefault(key, []).append(part)
@@ -203,19 +203,19 @@ def train(
         scale, skipped, step = float(denoiser.loss_scale), 0, first
         while step < settings.steps:
 
-            def gradient(penalised: bool, step: int = step, scale: float = scale) -> tuple[float, float]:
-                rows = step_rows if penalised else _probed_rows
-                found = _gradient(trained, denoiser, rows(pictures, denoiser, settings, step), scale, penalised)
-                if not math.isfinite(sum(found)):
+            def gradient(penalized: bool, step: int = step, scale: float = scale) -> tuple[float, float]:
+                rows = step_rows if penalized else _probed_rows
+                losses = _gradient(trained, denoiser, rows(pictures, denoiser, settings, step), scale, penalized)
+                if not math.isfinite(sum(losses)):
                     raise FloatingPointError(
                         f"step {step + 1}: the loss is not finite{_largest(trained)}; lower learning_rate or load the "
                         "model in bf16 or fp32"
                     )
-                return found
+                return losses
 
-            trained.before(step, lambda: gradient(penalised=False) and None)
+            trained.before(step, lambda: gradient(penalized=False) and None)
             adam.zero_grad()
-            loss, penalty = gradient(penalised=True)
+            loss, penalty = gradient(penalized=True)
             if not _descend(adam, parameters, scale):
                 skipped, scale = skipped + 1, scale / 4
                 if skipped > MAX_SKIPPED:
@@ -237,7 +237,7 @@ def _largest(trained: Trainable) -> str:
 
 
 def _gradient(
-    trained: Trainable, denoiser: Denoiser, passes: Sequence[Rows], scale: float, penalised: bool
+    trained: Trainable, denoiser: Denoiser, passes: Sequence[Rows], scale: float, penalized: bool
 ) -> tuple[float, float]:
     """Adds the gradient of scale · (loss + penalty); returns both without the scale."""
     total = 0.0
@@ -247,7 +247,7 @@ def _gradient(
         loss = (errors * rows.weights.to(errors)).sum()
         torch.autograd.backward(loss * scale)
         total += loss.item()
-    penalty = trained.penalty() if penalised else None
+    penalty = trained.penalty() if penalized else None
     if penalty is None:
         return total, 0.0
     torch.autograd.backward(penalty * scale)

@@ -21,7 +21,7 @@ Where paper and published code leave it open, what is chosen, and why (figures: 
   Counted on all columns, it drives both to zero before the LoRAs have learned anything, and leaves only the blocks.
 - A half of the rows has one prompt for both LoRAs, a fifth an empty one (published code: none), since that is how they
   are drawn with: in a graph one prompt goes to all, and guidance subtracts what they draw for another. Without, what a
-  prompt adds is learned too strongly, and guidance turns it into other colours.
+  prompt adds is learned too strongly, and guidance turns it into other colors.
 - Outside a LoRA's columns its file holds zeros. The mergers go into the files, as published code does only for both
   together: without them, a LoRA draws less of what it learned. So the zipped pair's coefficients are one in a LoRA's
   own columns and zero elsewhere, and the two files can simply be added.
@@ -129,7 +129,7 @@ class UnZip:
                 n: torch.full((own[n][1],), all_of_it, dtype=torch.bool, device=device)
                 for n, all_of_it in whole.items()
             }
-        self.shared = [name for name in shapes if name not in apart.owners]
+        self.common_layers = [name for name in shapes if name not in apart.owners]
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
         factors = [p for trained in self.loras.values() for p in trained.parameters()]
@@ -169,9 +169,10 @@ class UnZip:
 
     def penalty(self) -> Tensor | None:
         """λ · mean over layers of mean |m_c ⊙ m_s|, each on its own columns; None where no column has two owners."""
-        if not self.shared or self._apart.columns:
+        if not self.common_layers or self._apart.columns:
             return None
-        products = [(self.mergers["content"][n] * self.mergers["style"][n]).abs().mean() for n in self.shared]
+        content, style = (self.mergers[concept] for concept in CONCEPTS)
+        products = [(content[n] * style[n]).abs().mean() for n in self.common_layers]
         return self._settings.similarity_lambda * torch.stack(products).mean()
 
     def largest(self) -> str | None:
@@ -200,7 +201,7 @@ class UnZip:
     @torch.no_grad()
     def _give_out(self, period: int) -> None:
         """So many that each LoRA has its share for this period, the first being 1."""
-        for name in self.shared:
+        for name in self.common_layers:
             weight = self._weight(name)
             for concept in CONCEPTS:
                 taken = self.masks["content"][name] | self.masks["style"][name]

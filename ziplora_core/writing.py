@@ -43,7 +43,7 @@ def reserve(folder: str | os.PathLike[str], stem: str, number: int, ending: str)
     """The first free one of `stem_00001_ending`, `stem_00002_ending`, …, from a number on; nothing is there yet.
 
     Beside it is an empty file: whoever makes that has the name, on this machine or on another one with the same folder,
-    until `whole_or_not_at_all` has written there, and no loader lists it, whatever becomes of its writer.
+    until `atomic_write` has written there, and no loader lists it, whatever becomes of its writer.
     Raises OSError where the folder is missing, read-only or full.
     """
     while True:
@@ -60,10 +60,10 @@ def reserve(folder: str | os.PathLike[str], stem: str, number: int, ending: str)
 
 def give_back(path: str | os.PathLike[str]) -> None:
     """Let others have a name that was reserved here; nothing where it has been written to."""
-    found = _reserved.pop(Path(path), None)
-    if found is not None:
+    reserved = _reserved.pop(Path(path), None)
+    if reserved is not None:
         with contextlib.suppress(OSError):
-            os.unlink(found.marker)
+            os.unlink(reserved.marker)
 
 
 @atexit.register
@@ -74,7 +74,7 @@ def _give_all_back() -> None:
 
 
 @dataclass
-class Whole:
+class AtomicFile:
     """A file that is being written. path: where it is, once it is whole."""
 
     path: Path
@@ -85,11 +85,11 @@ class Whole:
 
 
 @contextlib.contextmanager
-def whole_or_not_at_all(path: str | os.PathLike[str]) -> Iterator[Whole]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[AtomicFile]:
     """A file beside `path` to write to; synced, and named `path` after the block, unless it raised.
 
     It replaces what is there, except under a name that was reserved: a file that somebody who reserves nothing has put
-    there meanwhile stays, and this one has the next free number (`Whole.path`), which the log says.
+    there meanwhile stays, and this one has the next free number (`AtomicFile.path`), which the log says.
 
     Raises OSError where the folder is missing, read-only or full; nothing is left behind then, and a reserved name
     stays reserved. What a process that was killed has left there is cleared away.
@@ -97,18 +97,18 @@ def whole_or_not_at_all(path: str | os.PathLike[str]) -> Iterator[Whole]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_UNFINISHED}")
     with _named(path):
-        # Made with the permissions of any new file: the mask need not be asked for, which only setting it does.
+        # With the permissions of any new file: the mask need not be asked for, which only setting it does.
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
         try:
             with open(handle, "wb") as file:
                 os.utime(temporary)  # now, by the clock of the folder's file system
                 _clear(path.parent, os.fstat(handle).st_mtime)
-                whole = Whole(path, file)
-                yield whole
+                written = AtomicFile(path, file)
+                yield written
                 file.flush()
                 os.fsync(handle)
             if path in _reserved:
-                whole.path = _under_a_free_name(temporary, path)
+                written.path = _under_a_free_name(temporary, path)
                 give_back(path)
             else:
                 os.replace(temporary, path)
@@ -164,9 +164,9 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     """Write a safetensors file, whole or not at all, one tensor after the other and without a copy of them all.
 
     (The library's own writer uses names of its own, which nobody clears away, or needs the memory twice.)
-    Returns where it is, and raises OSError, as `whole_or_not_at_all` does.
+    Returns where it is, and raises OSError, as `atomic_write` does.
     """
-    with whole_or_not_at_all(path) as file:
+    with atomic_write(path) as file:
         order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # each at a multiple of its size
         table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0

@@ -1,4 +1,4 @@
-"""The way from a set of LoRAs to its coefficients, by the solver that the settings name."""
+"""From a set of LoRAs to its coefficients, by the solver that the settings name."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .shares import SolvedLayer
 
 
 def without_learning(loras: LoRASet, settings: solver.Settings) -> solver.Result | None:
-    """What needs no reference: no steps, and one LoRA alone, which stays as it is. None for all else."""
+    """The result where no reference is needed: for no steps, and for one LoRA alone. None for all else."""
     if settings.steps == 0:
         return solver.direct_merge(loras)
     return solver.direct_merge(loras, "one LoRA alone stays as it is") if len(loras.concepts) == 1 else None
 
 
-def close(
+def solve(
     joined: JoinedSet,
     predictor: solver.Predictor,
     references: solver.References,
@@ -26,7 +26,7 @@ def close(
     on_step: Callable[[solver.Step], None] | None = None,
     on_layer: Callable[[SolvedLayer], None] | None = None,
 ) -> solver.Result:
-    """Find the mergers of every LoRA. No steps give the direct merge, and one LoRA itself, whatever the solver.
+    """Find the coefficients of every LoRA. No steps give the direct merge, and one LoRA itself, whatever the solver.
 
     `on_step` hears of each gradient step, `on_layer` of each layer that is solved in closed form; what they or the
     predictor raise ends the run. Raises FloatingPointError where what the LoRAs do in a layer is not finite,
@@ -37,14 +37,15 @@ def close(
         return unlearned
     if settings.solver == "gradient":
         return gradient.optimize(joined, predictor, references, settings, on_step)
-    left: dict[str, float] = {}
+    relative_error: dict[str, float] = {}
 
     def solved(layer: SolvedLayer) -> None:
-        left[layer.name] = layer.left
+        relative_error[layer.name] = layer.relative_error
         if on_layer is not None:
             on_layer(layer)
 
     start = layerwise.merge(joined, predictor, references, settings.seed, solved, settings.ridge)
     if settings.solver == "layerwise":
-        return solver.Result(start, stopped="solved layer by layer, in closed form", left=left)
-    return replace(gradient.optimize(joined, predictor, references, settings, on_step, start), left=left)
+        return solver.Result(start, stopped="solved layer by layer, in closed form", relative_error=relative_error)
+    learned = gradient.optimize(joined, predictor, references, settings, on_step, start)
+    return replace(learned, relative_error=relative_error)

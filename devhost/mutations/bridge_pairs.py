@@ -23,8 +23,8 @@ MUTANTS = [
         ("text-encoder parts of any size are put on", "if _fits(clip.cond_stage_model, key, patch)", "if True"),
         (
             "bias differences ignore the strength of the whole",
-            "fitted.riders[concept], strength * zipped.strength(concept), names)",
-            "fitted.riders[concept], zipped.strength(concept), names)",
+            "fitted.passthrough[concept], strength * zipped.strength(concept), names)",
+            "fitted.passthrough[concept], zipped.strength(concept), names)",
         ),
         (
             "coefficients of the two concepts swapped",

@@ -105,7 +105,11 @@ MUTANTS = [
         ("at the threshold is not owned", ".abs() >= threshold", ".abs() > threshold"),
         ("negative coefficients own nothing", "m.abs() >= threshold", "m >= threshold"),
         ("only growth counts as change", "(m - since[concept][name]).abs().max()", "(m - since[concept][name]).max()"),
-        ("the last is the most changed", "(concept, name, by) if by > found[2] else found", "(concept, name, by)"),
+        (
+            "the last is the most changed",
+            "(concept, name, by) if by > furthest[2] else furthest",
+            "(concept, name, by)",
+        ),
         (
             "style scaled by content's weight",
             "m * strengths.get(concept, 1.0)",
@@ -116,7 +120,7 @@ MUTANTS = [
     *faults(
         "ziplora_core/lora_set.py",
         MERGE,
-        ("ranks reversed", "(min(found), max(found))", "(max(found), min(found))"),
+        ("ranks reversed", "(min(ranks), max(ranks))", "(max(ranks), min(ranks))"),
         ("ranks of the other", "[layer[concept].rank for", "[next(iter(layer.values())).rank for"),
         ("layers of one swapped", "{next(iter(layer))} only", "{self.concepts[0]} only"),
         ("up of any number of axes", "self.up.ndim != 2 or ", ""),
@@ -253,7 +257,7 @@ MUTANTS = [
         ("mean products summed", "[layer.mean() for layer", "[layer.sum() for layer"),
         ("balanced overlap signed", "100 * (one * other).abs().mean()", "100 * (one * other).mean()"),
         ("balanced overlap is no percentage", "return 100 * ", "return "),
-        ("balanced is not relative", "percent_shared, relative=True", "percent_shared, relative=False"),
+        ("balanced is not relative", "overlap_percent, relative=True", "overlap_percent, relative=False"),
         ("paper's is relative", "summed_dot_products, relative=False", "summed_dot_products, relative=True"),
         ("balanced retention is squared", '"balanced", norm,', '"balanced", mean_square,'),
         ("paper's overlap is the community's", "norm, summed_dot_products,", "norm, summed_mean_products,"),

@@ -88,7 +88,7 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     }
     _patch(model, patches, strength, names)
     for concept in zipped.sources.by_concept:
-        _patch(model, zipped.fitted.riders[concept], strength * zipped.strength(concept), names)
+        _patch(model, zipped.fitted.passthrough[concept], strength * zipped.strength(concept), names)
     missing = text_encoders.left_out(zipped) if clip is None else None
     if missing is not None:
         logging.warning("ZipLoRA: %s.", missing)

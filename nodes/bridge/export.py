@@ -71,13 +71,13 @@ def export_tensors(zipped: ZippedLoRA, rank: int, dtype: str, form: str) -> Expo
     text = {name: export.rounded(name, layer, precision) for name, layer in text.items()}
     report += left_out
     lora_model = export.kohya_tensors({**{names.kohya(key): layer for key, layer in layers.items()}, **text})
-    lora_model |= rider_tensors(zipped, precision, report)
+    lora_model |= passthrough_tensors(zipped, precision, report)
     tensors = lora_model
     if form == "diffusers":
         named = {f"unet.{names.diffusers[key]}": layer for key, layer in layers.items()}
         named |= {formats.diffusers_text_encoder(key): layer for key, layer in text.items()}
         tensors = export.peft_tensors(named)
-        if any(zipped.fitted.riders.values()):
+        if any(zipped.fitted.passthrough.values()):
             report.append("bias and norm differences are left out: diffusers' form has no place for them")
     report[:0] = _summary(layers, text, tensors, rank, dtype, form)
     return Exported(lora_model, tensors, _metadata(zipped, layers, report), report)
@@ -132,11 +132,11 @@ def text_encoder_layers(zipped: ZippedLoRA, rank: int) -> tuple[dict[str, Export
     return layers, left_out
 
 
-def rider_tensors(zipped: ZippedLoRA, dtype: torch.dtype, report: list[str]) -> dict[str, Tensor]:
+def passthrough_tensors(zipped: ZippedLoRA, dtype: torch.dtype, report: list[str]) -> dict[str, Tensor]:
     """Bias and norm differences of all files at their strengths, added up. Raises ValueError where they do not fit."""
     tensors: dict[str, Tensor] = {}
-    for concept, riders in zipped.fitted.riders.items():
-        for key, (kind, (values, *_)) in riders.items():
+    for concept, passthrough in zipped.fitted.passthrough.items():
+        for key, (kind, (values, *_)) in passthrough.items():
             if kind != "diff":
                 report.append(f"'{key}' is set, not changed, by a file; left out")
                 continue

@@ -39,7 +39,7 @@ def sparsify(model, name: str, percent: float) -> tuple[dict[str, Tensor], str]:
         wide += not fits
         tensors[f"{names.kohya(key)}.diff"] = half if fits else delta
         bar.update_absolute(done + 1)
-    for key, (kind, (values, *_)) in fitted.riders.items():
+    for key, (kind, (values, *_)) in fitted.passthrough.items():
         if kind == "diff":
             tensors[names.kohya(key) + (".diff_b" if key.endswith(".bias") else ".diff")] = values
         else:  # "set": the host's own names, as kohya has none for a bias of its own

@@ -30,7 +30,7 @@ from .training import loading
 from .training.denoiser import Denoiser, picture
 from .training.layers import trained_layers
 from .training.lora_file import File, check_fits, steps_before
-from .training.pictures import Shown, check_pictures, check_prompt, prepared
+from .training.pictures import TrainingImages, check_pictures, check_prompt, prepared
 from .training.run import Run, loss_line
 
 _PROMPTED = re.compile(r"\.attn2\.to_[kv]\.weight$")
@@ -166,7 +166,7 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     if task.go_on_from is not None:
         start, first = _left(task.go_on_from, model.model, unzip.own_layers(shapes, belongs), settings)
     files = _files(model, task, about)
-    shown = Shown([task.picture], [task.prompts["full"]])
+    shown = TrainingImages([task.picture], [task.prompts["full"]])
     made = prepared(model, clip, vae, [shown], task.resolution)
     for concept in CONCEPTS:
         made.prompt(clip, task.prompts[concept])

@@ -21,7 +21,7 @@ from ziplora_core.merge import merged_factors
 from ziplora_core.objective import BALANCED, PAPER
 from ziplora_core.retention import measure_retention
 from ziplora_core.solver import SOLVERS, Settings
-from ziplora_core.zipper import close
+from ziplora_core.zipper import solve
 
 COUNTS = [3, 5]
 
@@ -39,7 +39,7 @@ def test_one_lora_is_returned_as_it_is(solver):
     joined, references = JoinedSet(toy_set(1), dtype=torch.float64), references_of(NAMES[:1])
     ones = Coefficients.ones(joined.loras)
     settings = Settings(solver=solver, steps=4)
-    result = close(joined, ToyPredictor(), references, settings)
+    result = solve(joined, ToyPredictor(), references, settings)
     assert differences(result.coefficients, ones) == 0 and result.history == []
     learned = optimize(joined, ToyPredictor(), references, replace(settings, objective=PAPER))
     assert differences(learned.coefficients, ones) < 1e-6
@@ -64,7 +64,7 @@ def test_loras_in_another_order_are_the_same_merge(solver, count):
         if solver == "shared columns":
             return shares.merge(of)
         joined = JoinedSet(of, dtype=torch.float64)
-        return close(joined, ToyPredictor(), references_of(of.concepts), replace(settings, solver=solver)).coefficients
+        return solve(joined, ToyPredictor(), references_of(of.concepts), replace(settings, solver=solver)).coefficients
 
     first = merged(loras)
     assert differences(first, Coefficients.ones(loras)) > 1e-2
@@ -92,7 +92,7 @@ def test_the_gradient_is_autograds_over_dense_weights(count, joins, objective):
     m = joined.split(other)
     total, kept = torch.zeros((), dtype=torch.float64), dict.fromkeys(loras.concepts, 0.0)
     for batch in batches:
-        for place, x in zip(batch.concept.tolist(), predictor.noisy(batch), strict=True):
+        for place, x in zip(batch.concept_index.tolist(), predictor.noisy(batch), strict=True):
             concept = loras.concepts[place]
             own = dense_forward(predictor, x[None], dense_updates(loras, only=concept))
             off = dense_forward(predictor, x[None], dense_updates(loras, m)) - own

@@ -16,12 +16,12 @@ from ziplora_core.direct.np_lora import soften
 from ziplora_core.draws import spread_batches, training_batches
 from ziplora_core.gradient import optimize
 from ziplora_core.lora_set import CONCEPTS
-from ziplora_core.objective import BALANCED, PAPER, Objective, mean_square, norm, percent_shared
+from ziplora_core.objective import BALANCED, PAPER, Objective, mean_square, norm, overlap_percent
 from ziplora_core.retention import measure_retention
 from ziplora_core.solver import SOLVERS, NotFinite, Settings
-from ziplora_core.zipper import close
+from ziplora_core.zipper import solve
 
-SQUARES = Objective("squares", mean_square, percent_shared, relative=True)
+SQUARES = Objective("squares", mean_square, overlap_percent, relative=True)
 
 
 class Recorded(ToyPredictor):
@@ -64,7 +64,7 @@ def dense_retentions(predictor, pair, batch, updates, squared=False):
     """Concept -> its retention in a batch: each row's norm, averaged; or the mean square."""
     x, found = predictor.noisy(batch), {}
     for concept in CONCEPTS:
-        rows = x[batch.concept == CONCEPTS.index(concept)]
+        rows = x[batch.concept_index == CONCEPTS.index(concept)]
         if len(rows):
             off = dense_forward(predictor, rows, updates)
             off = off - dense_forward(predictor, rows, dense_updates(pair, only=concept))
@@ -212,7 +212,7 @@ def test_batches_take_every_reference_fresh_noise_and_the_whole_schedule(timeste
 
     batches = drawn(0)
     for concept, wanted in (("content", references["content"]), ("style", references["style"])):
-        rows = [batch.concept == CONCEPTS.index(concept) for batch in batches]
+        rows = [batch.concept_index == CONCEPTS.index(concept) for batch in batches]
         latents = torch.cat([batch.latents[chosen] for batch, chosen in zip(batches, rows, strict=True)])
         found = {tuple(row.flatten().tolist()) for row in latents}
         assert found == {tuple(row.flatten().tolist()) for row in wanted}
@@ -274,12 +274,12 @@ def test_the_gradient_goes_on_from_the_layerwise_solution():
         assert settings.gradient_steps == (0 if solver == "layerwise" else 2)
         told.clear()
         predictor = ToyPredictor()
-        result = close(joined, predictor, references, settings, told.append, layers.append)
+        result = solve(joined, predictor, references, settings, told.append, layers.append)
         torch.testing.assert_close(joined.flatten(result.coefficients), joined.flatten(expected), rtol=1e-4, atol=1e-5)
         assert [step.index for step in told] == list(range(1, settings.gradient_steps + 1))
-        assert [layer.name for layer in layers] == list(result.left) == list(SHAPES)
-        assert result.left == {layer.name: layer.left for layer in layers}
+        assert [layer.name for layer in layers] == list(result.relative_error) == list(SHAPES)
+        assert result.relative_error == {layer.name: layer.relative_error for layer in layers}
         assert solver != "layerwise" or predictor.calls == layerwise.DRAWS
-    other = close(joined, ToyPredictor(), references, Settings(**{**changes, "seed": 10}))
+    other = solve(joined, ToyPredictor(), references, Settings(**{**changes, "seed": 10}))
     assert not torch.allclose(joined.flatten(other.coefficients), joined.flatten(expected), rtol=1e-4)
     assert Settings(solver=SOLVERS[1], steps=7).gradient_steps == 7

@@ -16,7 +16,7 @@ from ziplora_core.objective import (
     PAPER,
     mean_square,
     norm,
-    percent_shared,
+    overlap_percent,
     summed_dot_products,
     summed_mean_products,
 )
@@ -58,13 +58,13 @@ def test_overlaps():
     dots = sum(abs(sum(layer)) for layer in layers)
     means = sum(sum(map(abs, layer)) / len(layer) for layer in layers)
     percent = 100 * sum(abs(p) for layer in layers for p in layer) / 9
-    for overlap, expected in ((summed_dot_products, dots), (summed_mean_products, means), (percent_shared, percent)):
+    for overlap, expected in ((summed_dot_products, dots), (summed_mean_products, means), (overlap_percent, percent)):
         assert overlap(content, style, sizes).item() == pytest.approx(expected), overlap.__name__
 
 
 def test_the_two_readings_of_the_objective():
     assert OBJECTIVES == {"balanced": BALANCED, "paper": PAPER}
-    assert (BALANCED.retention, BALANCED.overlap, BALANCED.relative) == (norm, percent_shared, True)
+    assert (BALANCED.retention, BALANCED.overlap, BALANCED.relative) == (norm, overlap_percent, True)
     assert (PAPER.retention, PAPER.overlap, PAPER.relative) == (norm, summed_dot_products, False)
 
 

@@ -25,7 +25,7 @@ class Watched(ToyPredictor):
 
         class Spy:
             def layer(self, name, x, base, **options):
-                watched.seen.append((name, batch.concept, x.clone()))
+                watched.seen.append((name, batch.concept_index, x.clone()))
                 return branch.layer(name, x, base, **options)
 
         return super().__call__(batch, Spy())
@@ -87,7 +87,7 @@ def test_each_layer_is_the_dense_ridge_solution_of_relative_errors(loras, name):
     got = torch.stack([found[c][name] for c in loras.layers[name]]).double()
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert (got - 1).abs().max() > 0.1, "near the direct merge the comparison shows little"
-    (left,) = [layer.left for layer in told if layer.name == name]
+    (left,) = [layer.relative_error for layer in told if layer.name == name]
     assert left == pytest.approx((errors[0] / errors[1]).item(), rel=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_layers_of_one_lora_stay_and_every_layer_is_told_of():
         wanted = [n for n, layer in joined.loras.layers.items() if concept in layer]
         assert list(found[concept]) == wanted
     assert [(s.name, s.index, s.layers) for s in told] == [(n, i, len(SHAPES)) for i, n in enumerate(SHAPES, 1)]
-    assert [s.left for s in told if s.name.startswith("only")] == [1.0, 1.0]
+    assert [s.relative_error for s in told if s.name.startswith("only")] == [1.0, 1.0]
 
 
 def test_it_takes_eight_passes_and_keeps_a_number_for_each_coefficient():

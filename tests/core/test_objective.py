@@ -41,10 +41,10 @@ def dense_loss(predictor, pair, batch, m):
             merged[name] = merged.get(name, 0) + delta * columns
     x = predictor.noisy(batch)
     loss = 0.0
-    for row, place in enumerate(batch.concept.tolist()):
+    for row, place in enumerate(batch.concept_index.tolist()):
         teacher = dense_forward(predictor, x[row : row + 1], own[CONCEPTS[place]])
         student = dense_forward(predictor, x[row : row + 1], merged)
-        loss = loss + ((student - teacher) ** 2).sum().sqrt() / (len(batch.concept) / 2)
+        loss = loss + ((student - teacher) ** 2).sum().sqrt() / (len(batch.concept_index) / 2)
     for name, layer in pair.layers.items():
         if len(layer) == 2:
             loss = loss + SETTINGS.similarity_lambda * (m[name]["content"] @ m[name]["style"]).abs()
@@ -96,9 +96,11 @@ def test_one_at_a_time_adds_up_to_the_batch(problem):
     together = flat.clone().requires_grad_()
     a = accumulate_gradient(joined, predictor, together, batches, SETTINGS, PLAIN)
     apart = flat.clone().requires_grad_()
-    half = len(batches[0].concept) // 2
+    half = len(batches[0].concept_index) // 2
     split = [
-        type(batches[0])(**{k: getattr(batches[0], k)[rows] for k in ("latents", "noise", "timesteps", "concept")})
+        type(batches[0])(
+            **{k: getattr(batches[0], k)[rows] for k in ("latents", "noise", "timesteps", "concept_index")}
+        )
         for rows in (slice(0, half), slice(half, None))
     ]
     b = accumulate_gradient(joined, predictor, apart, split, SETTINGS, PLAIN)
@@ -111,12 +113,12 @@ def test_teacher_rows_see_their_own_lora_only(problem):
     pair, predictor, joined, batches, _ = problem
     batch = batches[0]
     with torch.no_grad():
-        teacher = predictor(batch, joined.teacher(batch.concept))
+        teacher = predictor(batch, joined.teacher(batch.concept_index))
         ones = Coefficients.ones(pair)
         content = predictor(batch, joined.student(joined.flatten(ones.scaled(style=0.0))))
         style = predictor(batch, joined.student(joined.flatten(ones.scaled(content=0.0))))
-    torch.testing.assert_close(teacher[batch.concept == 0], content[batch.concept == 0])
-    torch.testing.assert_close(teacher[batch.concept == 1], style[batch.concept == 1])
+    torch.testing.assert_close(teacher[batch.concept_index == 0], content[batch.concept_index == 0])
+    torch.testing.assert_close(teacher[batch.concept_index == 1], style[batch.concept_index == 1])
     assert not torch.allclose(content, style)
 
 

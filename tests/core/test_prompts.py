@@ -39,7 +39,7 @@ class Words:
     def inputs(self, batch: Batch) -> torch.Tensor:
         noisy = (batch.latents + batch.noise).double().flatten(1)
         words = torch.zeros(len(noisy), 2, dtype=torch.float64)
-        for row, place in enumerate(batch.concept.tolist()):
+        for row, place in enumerate(batch.concept_index.tolist()):
             word = self.said[CONCEPTS[place]].get(batch.prompt)
             if word is not None:
                 words[row, WORDS[word] - LATENT] = 1
@@ -53,7 +53,7 @@ class Words:
         """What a LoRA that was trained on these references predicts, but for a rest of length 1."""
         rest = torch.zeros(OUT, dtype=torch.float64)
         rest[0] = 1.0
-        own = [self.pair.layers["layer"][CONCEPTS[place]] for place in batch.concept.tolist()]
+        own = [self.pair.layers["layer"][CONCEPTS[place]] for place in batch.concept_index.tolist()]
         trained = torch.stack([factors.up[:, 0] for factors in own])
         return self.inputs(batch) @ self.weight.T + trained + rest
 
@@ -82,7 +82,7 @@ def test_right_prompts_are_told_from_an_empty_one(pair, references, joins) -> No
         assert effect.gain["own"] == pytest.approx(1 - 1 / bare.item(), rel=1e-6)
         assert effect.gain["empty"] == pytest.approx(0, abs=1e-9)
         assert effect.change["empty"] == 0 and effect.change["own"] > 0.1
-        assert effect.left() == pytest.approx(1 / bare.item(), rel=1e-6)
+        assert effect.relative_error() == pytest.approx(1 / bare.item(), rel=1e-6)
         assert effect.fires and not effect.swapped
     assert predictor.calls == 4 * prompts.DRAWS * (1 if joins else 2)
 
@@ -118,7 +118,7 @@ def test_numbers_that_are_not_finite_do_not_fire() -> None:
 @pytest.mark.parametrize("prompt", ["own", "empty"])
 def test_a_gain_that_is_not_finite_wakes_nothing(prompt: str, value: float) -> None:
     effect = prompts.PromptEffect({}, {"own": 0.9, "empty": 0.1, "other": 0.0, prompt: value})
-    assert math.isnan(effect.left()) and not effect.fires
+    assert math.isnan(effect.relative_error()) and not effect.fires
 
 
 @pytest.mark.parametrize("spoiled", ["with the LoRA", "without it"])
@@ -131,7 +131,7 @@ def test_a_model_that_draws_no_numbers_under_a_prompt_has_no_gain_there(pair, re
             made = super().__call__(batch, branch)
             without = self.calls % 2 == 0
             hit = batch.prompt == OWN and without == (spoiled == "without it")
-            return torch.where((batch.concept == 1)[:, None], made, made + value) if hit else made
+            return torch.where((batch.concept_index == 1)[:, None], made, made + value) if hit else made
 
     found = prompts.measure(JoinedSet(pair, dtype=torch.float64), Spoiled(pair, RIGHT), references, seed=5)
     assert math.isnan(found["content"].gain[OWN]) and math.isnan(found["content"].change[OWN])

@@ -70,7 +70,7 @@ def test_permuting_loras_permutes_the_result() -> None:
 def test_one_lora_stays_what_it_is() -> None:
     for active in (None, torch.rand(6, 1)):
         solved = shares.share([random_factors(0, 3)], active=active)
-        assert solved.left == 1.0
+        assert solved.relative_error == 1.0
         torch.testing.assert_close(solved.coefficients[0], torch.ones(6), rtol=0, atol=1e-6)
 
 

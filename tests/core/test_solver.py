@@ -18,7 +18,7 @@ from ziplora_core.lora_set import CONCEPTS, LoRASet
 from ziplora_core.objective import PAPER
 from ziplora_core.retention import measure_retention
 from ziplora_core.solver import SOLVERS, NotFinite, Settings
-from ziplora_core.zipper import close
+from ziplora_core.zipper import solve
 
 
 def run(settings=None, predictor=None, pair=None, references=None, on_step=None):
@@ -47,7 +47,7 @@ def test_same_seed_same_bits_and_another_seed_another_answer():
 def test_timesteps_of_few_steps_are_spread_over_the_schedule():
     predictor, settings = ToyPredictor(), Settings(batch_size=2)
     batches = itertools.islice(training_batches(toy_references(), predictor, settings), 8)
-    rows = [(int(t), int(c)) for (b,) in batches for t, c in zip(b.timesteps, b.concept, strict=True)]
+    rows = [(int(t), int(c)) for (b,) in batches for t, c in zip(b.timesteps, b.concept_index, strict=True)]
     for concept in (0, 1):
         eighths = {t * 8 // predictor.timesteps for t, of in rows if of == concept}
         assert len(eighths) == 8  # sixteen independent draws would leave one empty in two of three runs
@@ -100,14 +100,14 @@ def test_relative_losses_begin_at_one():
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_beats_the_direct_merge(solver):
     joined, predictor, references = JoinedSet(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
-    result = close(joined, predictor, references, Settings(solver=solver))
+    result = solve(joined, predictor, references, Settings(solver=solver))
     ones = Coefficients.ones(joined.loras)
     before, after = measure_retention(joined, predictor, references, [ones, result.coefficients], seed=0)
     assert after["content"] + after["style"] < 0.9 * (before["content"] + before["style"])
     assert len(result.history) == (0 if solver == "layerwise" else Settings.steps)
-    assert set(result.left) == (set() if solver == "gradient" else set(SHAPES))
-    assert all(left == 1 if name.startswith("only") else 0 <= left < 1 for name, left in result.left.items())
-    none = close(joined, predictor, references, Settings(steps=0, solver=solver))
+    assert set(result.relative_error) == (set() if solver == "gradient" else set(SHAPES))
+    assert all(left == 1 if name.startswith("only") else 0 <= left < 1 for name, left in result.relative_error.items())
+    none = solve(joined, predictor, references, Settings(steps=0, solver=solver))
     assert all(torch.equal(m, torch.ones_like(m)) for m in none.coefficients["content"].values())
 
 
@@ -132,7 +132,7 @@ def test_first_update_moves_by_the_rate():
         assert torch.cat(moved).max().item() == pytest.approx(rate, rel=1e-2)
 
 
-def test_stops_when_the_zipper_is_closed():
+def test_stops_when_the_overlap_vanishes():
     """Overlap alone drives both coefficients of a column to zero together, and the run ends there."""
     pair = LoRASet(CONCEPTS, {"only": of_two(factors((3, 4), 1, 0, 0.0), factors((3, 4), 1, 1, 0.0))})
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ziplora_core import writing
 from ziplora_core.files import read_lora_file, read_metadata
-from ziplora_core.writing import give_back, reserve, whole_or_not_at_all, write_tensors
+from ziplora_core.writing import atomic_write, give_back, reserve, write_tensors
 
 
 def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def write_sixty(folder: Path, text: bytes, ready: object) -> None:
     ready.wait()  # type: ignore[attr-defined]
     for _ in range(60):
         path = reserve(folder, "zip", 1, ".txt")
-        with whole_or_not_at_all(path) as file:
+        with atomic_write(path) as file:
             file.write(text)
 
 
@@ -98,7 +98,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_is_
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", lambda *paths: (done.append("name"), replace(*paths)))
-    with whole_or_not_at_all(tmp_path / "a.txt") as file:
+    with atomic_write(tmp_path / "a.txt") as file:
         file.write(b"whole")
     assert done == ["file of 5 bytes", "name", "folder"]
 
@@ -106,7 +106,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_is_
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path, error: BaseException) -> None:
     (tmp_path / "a.txt").write_bytes(b"before")
-    with pytest.raises(type(error)), whole_or_not_at_all(tmp_path / "a.txt") as file:
+    with pytest.raises(type(error)), atomic_write(tmp_path / "a.txt") as file:
         file.write(b"half")
         raise error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.txt": b"before"}
@@ -115,13 +115,13 @@ def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path, error: BaseExcep
 def test_a_reserved_name_shows_no_file_and_is_nobody_elses_until_it_is_written_or_given_back(tmp_path: Path) -> None:
     first, second = (reserve(tmp_path, "a", 1, ".txt") for _ in range(2))
     assert [path.name for path in (first, second)] == ["a_00001_.txt", "a_00002_.txt"]
-    with pytest.raises(KeyError), whole_or_not_at_all(first):
+    with pytest.raises(KeyError), atomic_write(first):
         raise KeyError
     assert all(path.name.endswith(".ziplora.part") and not path.stat().st_size for path in tmp_path.iterdir())
     give_back(second)
     assert reserve(tmp_path, "a", 1, ".txt") == second, "the first is still reserved"
     for path in (first, second):
-        with whole_or_not_at_all(path) as file:
+        with atomic_write(path) as file:
             file.write(b"whole")
         give_back(path)
     assert sorted(tmp_path.iterdir()) == [first, second]
@@ -169,10 +169,10 @@ def test_a_file_that_another_program_has_put_under_a_reserved_name_stays(
     others = {f"a_0000{number}_.txt": f"other {number}".encode() for number in (1, 2)}
     monkeypatch.setattr(writing, "reserve", crossed)
     path = crossed(tmp_path, "a", 1, ".txt")
-    with whole_or_not_at_all(path) as file:
+    with atomic_write(path) as file:
         file.write(b"mine")
     assert file.path == tmp_path / "a_00003_.txt"
-    with whole_or_not_at_all(file.path) as again:
+    with atomic_write(file.path) as again:
         again.write(b"mine, longer")
     assert again.path == file.path
     found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -207,11 +207,11 @@ def test_a_next_name_that_cannot_be_had_leaves_the_others_file_and_the_reservati
         real(temporary, wanted)
 
     monkeypatch.setattr(writing, "_name_anew", full)
-    with pytest.raises(OSError, match="No space left"), whole_or_not_at_all(path) as file:
+    with pytest.raises(OSError, match="No space left"), atomic_write(path) as file:
         file.write(b"mine")
     assert {p.name for p in tmp_path.iterdir()} == {path.name, f".{path.name}.ziplora.part"}
     monkeypatch.setattr(writing, "_name_anew", real)
-    with whole_or_not_at_all(path) as file:
+    with atomic_write(path) as file:
         file.write(b"mine")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {path.name: b"other", file.path.name: b"mine"}
 
@@ -224,7 +224,7 @@ def test_no_placeholder_is_left_where_a_file_cannot_be_renamed(tmp_path: Path, m
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match="Input/output error"), whole_or_not_at_all(path) as file:
+    with pytest.raises(OSError, match="Input/output error"), atomic_write(path) as file:
         file.write(b"mine")
     assert not path.exists()
     give_back(path)

@@ -46,7 +46,9 @@ def test_references_are_the_hosts_pictures_of_one_lora_under_its_prompt(pack, pa
     sources, prompt = sources_of(pack, patcher), tiny.prompts()[concept]
     fitted = fitting.fit(sources, patcher.model)
     with torch.inference_mode():
-        drawn = drawing.references.draw(patcher, sources, fitted, concept, prompt, drawing.sampling.Asked(2, 64), 5)
+        drawn = drawing.references.draw(
+            patcher, sources, fitted, concept, prompt, drawing.sampling.ReferenceRequest(2, 64), 5
+        )
     expected = host_draws(patcher, sources.by_concept[concept], prompt, seed, 2)
     assert (drawn.seed, drawn.guidance) == (seed, 4.0)
     torch.testing.assert_close(drawn.latents, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
@@ -71,7 +73,7 @@ def test_each_concept_is_drawn_from_its_own_prompt_and_nan_is_refused(pack, patc
         prompts,
         {"content": None, "style": None},
         pack.ziplora_core.solver.Settings(solver="layerwise"),
-        bridge.drawing.sampling.Asked(1, 64),
+        bridge.drawing.sampling.ReferenceRequest(1, 64),
     )
     with torch.inference_mode():
         bridge.optimize.zipping.optimize(*arguments)
@@ -87,7 +89,7 @@ def test_a_model_that_was_distilled_is_not_guided_again(pack, name, guidance, ro
     patcher, seen = family.patcher(), set()
     hook = patcher.model.diffusion_model.register_forward_pre_hook(lambda _, args: seen.add(len(args[0])))
     with torch.inference_mode():
-        asked = pack.nodes.bridge.drawing.sampling.Asked(1, 64)
+        asked = pack.nodes.bridge.drawing.sampling.ReferenceRequest(1, 64)
         drawn = pack.nodes.bridge.drawing.sampling.draw_plain(patcher, family.prompts()["content"], asked, 0)
     hook.remove()
     assert drawn.guidance == guidance and seen == {rows}

@@ -76,21 +76,21 @@ def test_a_teacher_is_what_the_host_draws_with_that_lora(pack, patcher, with_oth
     def work(predict, joined, references, _):
         batches.extend(next(pack.ziplora_core.draws.spread_batches(references, predict, 3, 1)))
         for batch in batches:
-            found[bool(batch.concept[0])] = predict(batch, joined.teacher(batch.concept)).clone()
+            found[bool(batch.concept_index[0])] = predict(batch, joined.teacher(batch.concept_index)).clone()
 
     with_predictor(pack, model, work, sources, prompts, latents)
     assert len(batches) == 2
     if with_others:
         assert seen == {"cond_or_uncond": {0}, "wrapped": True}
     for batch in batches:
-        concept = ("content", "style")[batch.concept[0]]
+        concept = ("content", "style")[batch.concept_index[0]]
         source = sources.by_concept[concept]
         loras = [(source.tensors, source.strength)]
         at = (latents[concept]["samples"], batch.noise, int(batch.timesteps))
         expected = oracle.raw_prediction(model, prompts[concept], *at, loras)
         bare = oracle.raw_prediction(model, prompts[concept], *at)
         assert (expected - bare).norm() > 0.01 * bare.norm(), "the LoRA changes nothing: this tests nothing"
-        difference = (found[bool(batch.concept[0])] - expected).norm() / (expected - bare).norm()
+        difference = (found[bool(batch.concept_index[0])] - expected).norm() / (expected - bare).norm()
         assert difference < 1e-2, f"{concept}: {difference:.2e} of what the LoRA changes"
 
 
@@ -171,7 +171,7 @@ def test_an_interrupt_stops_before_the_next_forward_pass(pack, patcher):
     def work(predict, joined, references, _):
         for batches in pack.ziplora_core.draws.spread_batches(references, predict, 0, 3):
             for batch in batches:
-                predict(batch, joined.teacher(batch.concept))
+                predict(batch, joined.teacher(batch.concept_index))
 
     network = patcher.model.diffusion_model
     hooks = network.register_forward_pre_hook(lambda *_: begun.append(1)), network.register_forward_hook(stop)

@@ -115,7 +115,7 @@ def test_one_reference_at_a_time_is_carried_out(pack, patcher):
 
     def work(predict, joined, references):
         for batch in next(draws.spread_batches(references, predict, 0, 1)):
-            predict(batch, joined.teacher(batch.concept))
+            predict(batch, joined.teacher(batch.concept_index))
 
     given = {c: v["samples"] for c, v in tiny.latents().items()}
     with torch.inference_mode():

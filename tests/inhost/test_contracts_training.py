@@ -85,7 +85,7 @@ def test_a_pass_is_the_hosts_for_each_picture_and_prompt(pack, patcher):  # noqa
 
 def test_prompts_of_two_lengths_have_passes_of_their_own(pack, patcher):  # noqa: F811
     bridge, found = pack.nodes.bridge.training, []
-    shown = [bridge.pictures.Shown([pictures(2)], ["a sks figure", "a long sks figure"])]
+    shown = [bridge.pictures.TrainingImages([pictures(2)], ["a sks figure", "a long sks figure"])]
     asked = bridge.concept.Task(shown, pack.ziplora_core.training.Settings(rank=2, batch_size=8), "x", 64)
 
     def work(denoiser, given, device):

@@ -45,7 +45,7 @@ def step(stage):
     """Teacher, student and backward of both references."""
     batch = stage.batch("content", "style")
     with torch.no_grad():
-        teacher = stage.predict(batch, stage.joined.teacher(batch.concept))
+        teacher = stage.predict(batch, stage.joined.teacher(batch.concept_index))
     flat = stage.coefficients()
     with torch.enable_grad():
         student = stage.predict(batch, stage.joined.student(flat))
@@ -241,7 +241,7 @@ def test_out_of_memory_steps_down_once_and_then_says_what_to_change(pack, monkey
     real, calls, struck = bridge.network.predictor.HostPredictor.__call__, [], []
 
     def call(self, batch, branch):
-        calls.append(len(batch.concept))
+        calls.append(len(batch.concept_index))
         if len(struck) < times and torch.is_grad_enabled() and not batch.latents.is_meta:
             struck.append(1)
             raise management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate 2.00 GiB")

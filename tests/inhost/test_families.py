@@ -160,7 +160,7 @@ def test_references_are_drawn_in_its_own_latents(pack, family):
             family.prompts(),
             {"content": None, "style": None},
             settings,
-            bridge.drawing.sampling.Asked(2, 64),
+            bridge.drawing.sampling.ReferenceRequest(2, 64),
         )
     assert "style references: 2 drawn with its LoRA alone, latents of 8 x 8, seed 1" in report
     assert drawn is not None and drawn.shape[0] == 4 and drawn.shape[-1] == 3
@@ -201,7 +201,7 @@ def dense_retention(family, patcher, fitted, m, batch, conditioning, options):
 
     def raw(row, updates):
         names = {f"model.{k}": copied.get_parameter(k) + u for k, u in updates.items()}
-        concept = ("content", "style")[batch.concept[row]]
+        concept = ("content", "style")[batch.concept_index[row]]
         conds = {k: v.process_cond(batch_size=1, area=None).cond for k, v in conditioning[concept].items()}
         conds = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in conds.items()}
         one = slice(row, row + 1)
@@ -209,7 +209,7 @@ def dense_retention(family, patcher, fitted, m, batch, conditioning, options):
         return (x[one] - x0) / sigma[one].reshape(-1, *[1] * (x.ndim - 1))
 
     losses = []
-    for row, place in enumerate(batch.concept.tolist()):
+    for row, place in enumerate(batch.concept_index.tolist()):
         with torch.no_grad():
             teacher = raw(row, own[("content", "style")[place]])
         losses.append((raw(row, merged) - teacher).flatten().norm())

@@ -137,8 +137,8 @@ def unet_files() -> Pool:
             made.append(write(g, name, *shape))
     made += [{**a, **b} for a, b in itertools.combinations(made[::3], 2)]
     peft = {k.replace("lora_up", "lora_B").replace("lora_down", "lora_A"): t for k, t in made[0].items()}
-    riders = {f"{MORE[0]}.w_norm": torch.ones(32), "diffusion_model.out.2.diff_b": torch.ones(4)}
-    return Pool([*made, peft, {**made[0], **riders}])
+    passthrough = {f"{MORE[0]}.w_norm": torch.ones(32), "diffusion_model.out.2.diff_b": torch.ones(4)}
+    return Pool([*made, peft, {**made[0], **passthrough}])
 
 
 def flux_files() -> Pool:

@@ -25,7 +25,7 @@ def dense_loss(pack, copied, fitted, m, references, batch, conditioning):
 
     def eps(row: int, updates: dict):
         weights = {k: copied.get_parameter(k).to(dtype) + u for k, u in updates.items()}
-        concept = ("content", "style")[batch.concept[row]]
+        concept = ("content", "style")[batch.concept_index[row]]
         c = {k: v.process_cond(batch_size=1, area=None) for k, v in conditioning[concept].items()}
         arguments = {k: v.cond.clone().to(dtype) for k, v in c.items()}
         x_row, sigma_row = x[row : row + 1], sigma[row : row + 1]
@@ -42,7 +42,7 @@ def dense_loss(pack, copied, fitted, m, references, batch, conditioning):
             own[concept][name] = delta
             merged[name] = merged.get(name, 0) + delta * m[concept][name].to(dtype)
     loss = 0.0
-    for row, place in enumerate(batch.concept.tolist()):
+    for row, place in enumerate(batch.concept_index.tolist()):
         with torch.no_grad():
             teacher = eps(row, own[("content", "style")[place]])
         loss = loss + (eps(row, merged) - teacher).flatten().norm()

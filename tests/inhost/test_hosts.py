@@ -116,7 +116,7 @@ def test_nor_a_zipped_pair_a_trained_lora_or_an_unzipped_one(pack, monkeypatch, 
                 core.solver.Settings(steps=2, solver="layerwise, then gradient"),
             )[0]
             training = core.training.Settings(steps=2, learning_rate=1e-3, rank=2)
-            shown = bridge.training.pictures.Shown([pictures()], ["a sks figure"])
+            shown = bridge.training.pictures.TrainingImages([pictures()], ["a sks figure"])
             task = bridge.training.concept.Task([shown], training, "loras/one", 64)
             trained = bridge.training.concept.train_concept(patcher, Words(), PixelsAsLatents(), task)
             words = {"full": "a sks dog in szn style", "content": "a sks dog", "style": "szn style"}

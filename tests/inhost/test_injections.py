@@ -121,7 +121,7 @@ def zip_pair(pack, patcher):
 
 def train(pack, patcher):
     core = pack.ziplora_core.training
-    shown = pack.nodes.bridge.training.pictures.Shown([pictures()], ["a sks figure"])
+    shown = pack.nodes.bridge.training.pictures.TrainingImages([pictures()], ["a sks figure"])
     settings = core.Settings(steps=1, learning_rate=1e-3, rank=2)
     task = pack.nodes.bridge.training.concept.Task([shown], settings, "loras/one", 64)
     with torch.inference_mode():

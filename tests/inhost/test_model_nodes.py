@@ -190,7 +190,7 @@ def both_ways(pack, patched, recomputed: int = 0, left_out: bool = False):
             witness = Witness(predict, patched, left_out)
             x, sigma = predict.noised(batch.latents, batch.noise, batch.timesteps)
             with torch.autograd.graph.allow_mutation_on_saved_tensors():  # FreeU_V2
-                theirs = witness.loss(fitted, joined.split(other), x, sigma, batch.concept)
+                theirs = witness.loss(fitted, joined.split(other), x, sigma, batch.concept_index)
                 theirs.backward()
         found.append(((ours.total, flat.grad), (theirs.item(), other.grad)))
 

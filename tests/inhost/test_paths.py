@@ -49,7 +49,7 @@ def test_a_name_that_was_not_written_to_is_free_again(pack, output, ends):
     def work():
         kept.extend(paths.reserve("mine", str(output), ".txt") for _ in range(3))
         assert len(set(kept)) == 3 and not any(os.path.exists(path) for path in kept)
-        with paths.whole_or_not_at_all(kept[1]) as file:
+        with paths.atomic_write(kept[1]) as file:
             file.write(b"written")
         with open(others, "w"):  # another program's, which takes the name: empty as yet
             pass
@@ -76,7 +76,7 @@ def test_a_training_that_fails_leaves_no_empty_file(pack, output):
 
     training = pack.nodes.bridge.training
     task = training.concept.Task(
-        [training.pictures.Shown([torch.full((1, 16, 16, 3), 0.5)], ["a sks dog"])],
+        [training.pictures.TrainingImages([torch.full((1, 16, 16, 3), 0.5)], ["a sks dog"])],
         pack.ziplora_core.training.Settings(steps=1),
         "loras/concept",
         resolution=64,

@@ -16,7 +16,7 @@ def no_hook(monkeypatch):
 
 def optimise(pack, patcher, latents=None, **settings):
     given = pack.ziplora_core.solver.Settings(**{"steps": 3, "solver": "layerwise, then gradient", **settings})
-    asked = pack.nodes.bridge.drawing.sampling.Asked(1, 64)
+    asked = pack.nodes.bridge.drawing.sampling.ReferenceRequest(1, 64)
     with torch.inference_mode():
         return pack.nodes.bridge.optimize.zipping.optimize(
             patcher, tiny.sources(pack, patcher.model), tiny.prompts(), latents or tiny.latents(), given, asked

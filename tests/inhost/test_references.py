@@ -25,7 +25,12 @@ def test_retention_is_as_with_the_true_pictures(pack, content, style):
     for latents in (true, {"content": None, "style": None}, {"content": None, "style": true["style"]}):
         with torch.inference_mode():
             zipped, _, report, drawn = pack.nodes.bridge.optimize.zipping.optimize(
-                studio.model, sources, conditioning, latents, settings, pack.nodes.bridge.drawing.sampling.Asked(4, 128)
+                studio.model,
+                sources,
+                conditioning,
+                latents,
+                settings,
+                pack.nodes.bridge.drawing.sampling.ReferenceRequest(4, 128),
             )
         merges.append(zipped.coefficients)
         shown.append(None if drawn is None else tuple(drawn.shape))
@@ -53,7 +58,7 @@ def test_the_same_pictures_one_by_one_where_memory_runs_out(pack, patcher, monke
     import comfy.sample
 
     references = pack.nodes.bridge.drawing.sampling
-    asked, prompt = references.Asked(3, 64), tiny.prompts()["content"]
+    asked, prompt = references.ReferenceRequest(3, 64), tiny.prompts()["content"]
     with torch.inference_mode():
         at_once = references.draw_plain(patcher, prompt, asked, 5).latents
         sample, counts = comfy.sample.sample, []

@@ -41,7 +41,7 @@ def test_a_layer_wise_zip_is_at_most_twenty_passes_and_three_hundred_megabytes(p
     batch, activity = meta.batch("content", "style"), core.layerwise.Activity()
     with meta.injected():
         plain = operations(lambda: meta.predict(meta.batch("content"), meta.joined.teacher(torch.tensor([0]))))
-        recording = core.layerwise.RecordingBranch(meta.joined, batch.concept, activity)
+        recording = core.layerwise.RecordingBranch(meta.joined, batch.concept_index, activity)
         recorded = operations(lambda: meta.predict(batch, recording))
 
     def grams() -> None:

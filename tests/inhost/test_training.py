@@ -46,7 +46,7 @@ def task(pack, prompts=1, images=None, second=None, **changes) -> Any:
         k: changes.pop(k) for k in list(changes) if k in Settings.__dataclass_fields__
     }
     words = [f"a sks figure {i}" for i in range(prompts)]
-    sets = [bridge.pictures.Shown(images or [pictures()], words)] + ([second] if second else [])
+    sets = [bridge.pictures.TrainingImages(images or [pictures()], words)] + ([second] if second else [])
     defaults = {"prefix": "loras/tiny", "resolution": 64}
     return bridge.concept.Task(sets, Settings(**settings), **{**defaults, **changes})
 
@@ -253,7 +253,7 @@ def test_prompts_belong_to_their_pictures(pack, patcher):
 def test_two_concepts_take_turns(pack, patcher):
     """Joint training: one LoRA, both sets."""
     bridge = pack.nodes.bridge.training.pictures
-    second = bridge.Shown([pictures(3, seed=9)], ["a house in szn style"])
+    second = bridge.TrainingImages([pictures(3, seed=9)], ["a house in szn style"])
     asked, seen = task(pack, second=second, batch_size=1), []
 
     def work(denoiser, given, trained):

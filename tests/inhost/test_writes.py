@@ -66,7 +66,7 @@ def refused(pack, monkeypatch):
     def write(path, tensors, about):
         calls.append(int(about["ss_steps"]))
         if write.refuses(len(calls), calls[-1]):
-            with writing.whole_or_not_at_all(path) as file:
+            with writing.atomic_write(path) as file:
                 file.write(b"half")
                 raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, tensors, about)

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 import folder_paths
 
 from ....ziplora_core.files import shown
-from ....ziplora_core.writing import give_back, whole_or_not_at_all
+from ....ziplora_core.writing import atomic_write, give_back
 from ....ziplora_core.writing import reserve as reserve_number
 
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -69,6 +69,6 @@ def write_output(prefix: str, suffix: str, text: str) -> str:
     """Write a numbered text file below the output folder, whole or not at all; its name. Raises ValueError, OSError."""
     folder = folder_paths.get_output_directory()
     path = reserve(prefix, folder, suffix)
-    with whole_or_not_at_all(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode(errors="backslashreplace"))
     return os.path.relpath(file.path, folder)

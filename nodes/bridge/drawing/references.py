@@ -10,9 +10,9 @@ from ..apply import apply
 from ..lora import fitting, loras
 from ..lora.zipped import ZippedLoRA
 from ..memory.retry import is_out_of_memory
-from .sampling import Asked, Drawn, Watch, draw_plain
+from .sampling import GeneratedReferences, ReferenceRequest, Watch, draw_plain
 
-DEFAULT = Asked()
+DEFAULT = ReferenceRequest()
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ def draw(
     fitted: fitting.FittedSet,
     concept: str,
     conditioning: list,
-    asked: Asked,
+    asked: ReferenceRequest,
     seed: int,
     watch: Watch | None = None,
-) -> Drawn:
+) -> GeneratedReferences:
     """Latents that one LoRA draws at its strength from its own prompt.
 
     model: ModelPatcher, unchanged. watch: as of `draw_plain`. The negative prompt is zeros, as Conditioning Zero Out

@@ -23,7 +23,7 @@ STEPS, GUIDANCE, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReferenceRequest:
     """How many references to draw where none are connected, and their side in pixels."""
 
     count: int = 4
@@ -36,7 +36,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GeneratedReferences:
     """What was drawn for one concept: latents as a LATENT's samples, and the seed that draws them again."""
 
     latents: Tensor
@@ -44,7 +44,7 @@ class Drawn:
     guidance: float
 
     @staticmethod
-    def rows(asked: Asked) -> int:
+    def rows(asked: ReferenceRequest) -> int:
         """About how many rows go through the network for so many references: with guidance, two a step each."""
         return 2 * STEPS * asked.count
 
@@ -56,7 +56,9 @@ class Drawn:
         )
 
 
-def draw_plain(model, conditioning: list, asked: Asked, seed: int, watch: Watch | None = None) -> Drawn | None:
+def draw_plain(
+    model, conditioning: list, asked: ReferenceRequest, seed: int, watch: Watch | None = None
+) -> GeneratedReferences | None:
     """Latents that a model draws from a prompt; None where they are not finite. model: ModelPatcher, unchanged.
 
     watch: hears after each step how much is done, 0 to 1, and sees a rough picture where the host previews; what it
@@ -92,7 +94,7 @@ def draw_plain(model, conditioning: list, asked: Asked, seed: int, watch: Watch 
         )
 
     samples = _at_once_or_one_by_one(sample, asked.count)
-    return Drawn(samples, seed, guidance) if bool(torch.isfinite(samples).all()) else None
+    return GeneratedReferences(samples, seed, guidance) if bool(torch.isfinite(samples).all()) else None
 
 
 def _callback(model, watch: Watch | None, before: float, mine: float) -> Callable[..., None]:

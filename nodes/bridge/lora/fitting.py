@@ -27,13 +27,13 @@ from .loras import LoRASource, LoRASources, text_encoder_alone
 class FittedSet:
     """LoRAs on the layers of one model.
 
-    riders: concept -> host patches that are no matrix (bias and norm differences): they are not zipped,
+    passthrough: concept -> host patches that are no matrix (bias and norm differences): they are not zipped,
     they follow their LoRA's strength. notes: what a user should know about the files. names: how LoRA files call
     this model's weights.
     """
 
     loras: LoRASet
-    riders: dict[str, dict[str, Any]]
+    passthrough: dict[str, dict[str, Any]]
     notes: list[str]
     names: keys.FileNames
 
@@ -45,7 +45,7 @@ class Fitting:
     source: LoRASource
     model: Any
     factors: dict[str, Factors] = field(default_factory=dict)
-    riders: dict[str, Any] = field(default_factory=dict)
+    passthrough: dict[str, Any] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # a note on tensors that fit no layer
     absent: list[str] = field(default_factory=list)  # what a file changes and the model has not
     doubled: list[tuple[str, str]] = field(default_factory=list)  # names passed over for others of the same layer
@@ -67,7 +67,7 @@ class Fitting:
         if not (is_plain(patch) and part.ndim > 1) and not fits(patch, part.shape):
             raise _other_model(self.source, key, kind_of(patch), part.shape)
         if part.ndim < 2:
-            self.riders[key] = patch
+            self.passthrough[key] = patch
             return
         if is_low_rank(patch):
             found = _reshaped(self.source, key, low_rank(self.source, key, patch), part.shape)
@@ -253,5 +253,5 @@ def _fit(sources: LoRASources, model) -> FittedSet:
     layers = {
         key: {c: fitting.factors[key] for c, fitting in fitted.items() if key in fitting.factors} for key in order
     }
-    riders = {concept: fitting.riders for concept, fitting in fitted.items()}
-    return FittedSet(LoRASet(tuple(fitted), layers), riders, notes, keys.file_names(model))
+    passthrough = {concept: fitting.passthrough for concept, fitting in fitted.items()}
+    return FittedSet(LoRASet(tuple(fitted), layers), passthrough, notes, keys.file_names(model))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import folder_paths
 
 from ....ziplora_core.files import LoRAFileError, sha256, shown
-from ....ziplora_core.writing import whole_or_not_at_all
+from ....ziplora_core.writing import atomic_write
 
 _FORMAT = 1
 _MOST = 4096  # files that are remembered, the last ones
@@ -161,7 +161,7 @@ class Hashes:
     def _write(self, known: dict[Key, str]) -> None:
         text = json.dumps({"format": _FORMAT, "files": [[*of, digest] for of, digest in known.items()]})
         try:
-            with whole_or_not_at_all(self._kept()) as file:
+            with atomic_write(self._kept()) as file:
                 file.write(text.encode())
         except OSError as error:
             logging.debug("ZipLoRA: hashes of files could not be kept: %s", error)

@@ -80,6 +80,6 @@ def check_latents(name: str, latents: Tensor, model) -> None:
             "connect VAE Encode with this checkpoint's own VAE"
         )
     if not (latents.numel() and latents.is_floating_point()):
-        raise ValueError(f"{name} is empty or holds no fractions; connect VAE Encode with this checkpoint's own VAE")
+        raise ValueError(f"{name} is empty or not floating point; connect VAE Encode with this checkpoint's own VAE")
     if not all_finite(latents):
         raise ValueError(f"{name} holds NaN or infinite numbers; check the picture and the VAE that encoded it")

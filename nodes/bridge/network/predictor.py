@@ -46,7 +46,7 @@ class HostPredictor(session.Network):
             names = dict(zip(concepts, reversed(concepts), strict=True))
         elif batch.prompt == EMPTY:
             names = {c: f"{c} {EMPTY}" for c in concepts}
-        counts = zip(concepts, torch.bincount(batch.concept, minlength=len(concepts)).tolist(), strict=True)
+        counts = zip(concepts, torch.bincount(batch.concept_index, minlength=len(concepts)).tolist(), strict=True)
         return comfy.samplers.cond_cat([self._rows(c, names[c], n) for c, n in counts if n])
 
     def __call__(self, batch: Batch, branch: Branch) -> Tensor:

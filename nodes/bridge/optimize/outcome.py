@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ....ziplora_core.coefficients import Coefficients
 from ....ziplora_core.prompts import PromptEffect
 from ....ziplora_core.solver import EMPTY, OWN, Result, Settings
-from ..drawing.sampling import Drawn
+from ..drawing.sampling import GeneratedReferences
 from ..lora import text_encoders
 from ..lora.fitting import FittedSet
 from ..lora.loras import LoRASources
@@ -30,7 +30,7 @@ class Outcome:
     seconds: float = 0.0
     retention: list[dict[str, float]] = field(default_factory=list)
     alignment: list[dict[str, float]] = field(default_factory=list)
-    drawn: dict[str, Drawn] = field(default_factory=dict)
+    drawn: dict[str, GeneratedReferences] = field(default_factory=dict)
     prompts: dict[str, PromptEffect] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
     again: bool = False
@@ -40,7 +40,7 @@ class Outcome:
         """Each step's loss and its terms; without steps, as "loss" and "left", what is left of each layer's error."""
         steps = [step.losses for step in self.result.history]
         if not steps:
-            left = list(self.result.left.values())
+            left = list(self.result.relative_error.values())
             return {"loss": left, "left": left} if left else {"loss": []}
         weight = self.settings.similarity_lambda
         return {
@@ -68,9 +68,9 @@ def report(outcome: Outcome) -> str:
         f"solver: {settings.solver}, seed {settings.seed}; {result.stopped}",
     ]
     lines.extend(drawn.line(concept) for concept, drawn in outcome.drawn.items())
-    if result.left:
+    if result.relative_error:
         lines.append(
-            f"layer by layer: {_mean(result.left):.0%} of the direct merge's error is left on the mean, "
+            f"layer by layer: {_mean(result.relative_error):.0%} of the direct merge's error is left on the mean, "
             f"ridge {settings.ridge:g}"
         )
     if result.history:

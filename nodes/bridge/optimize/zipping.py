@@ -64,7 +64,7 @@ def optimize(
     conditioning: dict[str, list],
     latents: dict[str, dict | None],
     settings: solver.Settings,
-    asked: sampling.Asked = references.DEFAULT,
+    asked: sampling.ReferenceRequest = references.DEFAULT,
 ) -> tuple[ZippedLoRA, dict[str, list[float]], str, Tensor | None]:
     """Zip LoRAs on a model: (zipped, LOSS_MAP, report, rough pictures of what was drawn as a reference).
 
@@ -89,7 +89,7 @@ def optimize(
         zipped = _zipped(outcome)
         return zipped, outcome.loss_map, zipped.report, None
     without = [concept for concept in latents if concept not in samples]
-    progress = Progress(settings, len(fitted.loras.concepts), without, sampling.Drawn.rows(asked))
+    progress = Progress(settings, len(fitted.loras.concepts), without, sampling.GeneratedReferences.rows(asked))
     with _explained(model, sources, conditioning):
         drawn = {}
         for concept in without:
@@ -129,7 +129,7 @@ def _solve(
         began = time.monotonic()
         progress.start()
         counted = progress.counted(predict)
-        result = zipper.close(joined, counted, references, settings, progress.step, progress.layer)
+        result = zipper.solve(joined, counted, references, settings, progress.step, progress.layer)
         seconds = time.monotonic() - began
         progress.measuring()
         candidates = [outcome.before, result.coefficients]

@@ -46,12 +46,12 @@ def loss_picture(history: Sequence[Step]) -> Image.Image:
 def layer_picture(solved: Sequence[SolvedLayer]) -> Image.Image:
     """What is left of each layer's error, from none (bottom) to the direct merge's (top)."""
     last = solved[-1]
-    mean = sum(layer.left for layer in solved) / len(solved)
+    mean = sum(layer.relative_error for layer in solved) / len(solved)
     words = {
         12: (f"layer {last.index}/{last.layers}", "white"),
-        122: (f"error left {last.left:.0%}, {mean:.0%} on the mean", CONTENT),
+        122: (f"error left {last.relative_error:.0%}, {mean:.0%} on the mean", CONTENT),
     }
-    return plotted({CONTENT: [layer.left for layer in solved]}, last.layers, 1.0, words)
+    return plotted({CONTENT: [layer.relative_error for layer in solved]}, last.layers, 1.0, words)
 
 
 def plotted(curves: dict[str, list[float]], length: int, high: float, words: dict[int, tuple[str, str]]) -> Image.Image:

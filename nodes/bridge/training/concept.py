@@ -20,7 +20,7 @@ from . import loading
 from .denoiser import Denoiser, picture
 from .layers import LAYERS, trained_layers
 from .lora_file import File, check_fits, steps_before
-from .pictures import Prepared, Shown, check_pictures, check_prompt, encode, prepared
+from .pictures import Prepared, TrainingImages, check_pictures, check_prompt, encode, prepared
 from .run import Run, loss_line
 
 _AT_ONCE = 4  # class pictures, in one batch
@@ -35,7 +35,7 @@ class Task:
     the blocks that B-LoRA means, SDXL's unless said otherwise. made_by: more metadata for the file.
     """
 
-    sets: list[Shown]
+    sets: list[TrainingImages]
     settings: training.Settings
     prefix: str
     resolution: int = 1024
@@ -73,7 +73,7 @@ def _draw_class(model, prompt: list, task: Task) -> list[Tensor]:
     """Latents of class pictures that the base model itself draws."""
     made: list[Tensor] = []
     while len(made) < task.class_count:
-        asked = sampling.Asked(min(_AT_ONCE, task.class_count - len(made)), task.resolution)
+        asked = sampling.ReferenceRequest(min(_AT_ONCE, task.class_count - len(made)), task.resolution)
         drawn = sampling.draw_plain(model, prompt, asked, task.settings.seed + len(made))
         if drawn is None:
             raise FloatingPointError(

@@ -17,7 +17,7 @@ _EVERY, _MULTIPLE = 8, 64  # pixels of a latent, and what sides of buckets are m
 
 
 @dataclass(frozen=True)
-class Shown:
+class TrainingImages:
     """What a concept is learned from. pictures: IMAGEs (N, H, W, 3), of any sizes. prompts: one for all of them, or one
     for each picture, in order."""
 
@@ -90,7 +90,7 @@ def encode(model, vae, frame: Tensor, resolution: int) -> Tensor:
     return latents
 
 
-def prepared(model, clip, vae, sets: Sequence[Shown], resolution: int) -> Prepared:
+def prepared(model, clip, vae, sets: Sequence[TrainingImages], resolution: int) -> Prepared:
     """Latents and prompts of one concept or several: the work of the VAE and of the text encoder."""
     made = Prepared()
     concepts = []
