@@ -64,6 +64,6 @@ class ExportMergedLoRA(io.ComfyNode):
         connected(zipped_lora=zipped_lora)
         one_of("dtype", dtype, DTYPES)
         one_of("format", format, export.FORMATS)
-        made_by = {**provenance.workflow(cls.hidden), **provenance.pair(zipped_lora.sources)}
-        tensors, report, name = export.export_file(zipped_lora, filename_prefix, rank, dtype, format, made_by)
+        metadata = {**provenance.workflow(cls.hidden), **provenance.pair(zipped_lora.sources)}
+        tensors, report, name = export.export_file(zipped_lora, filename_prefix, rank, dtype, format, metadata)
         return io.NodeOutput(tensors, report, ui={"text": (report,), "files": (provenance.written(name),)})

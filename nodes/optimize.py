@@ -14,7 +14,7 @@ from .bridge.drawing.sampling import ReferenceRequest
 from .bridge.optimize.zipping import by_concept, check_inputs, optimize
 from .sockets import LoRAPairSocket, LossMapSocket, ReferencesSocket, ZippedLoRASocket
 
-_NOT_CONNECTED = object()  # None stands for latents that are connected and not made yet
+_NOT_CONNECTED = object()  # None stands for latents that are connected and not computed yet
 
 
 def _choice(name: str, options: Iterable[str], tooltip: str) -> io.Combo.Input:
@@ -172,16 +172,16 @@ class ZipLoRAOptimize(io.ComfyNode):
         references=(),
         **settings,
     ) -> list[str]:
-        """Which inputs to make next: what can be refused is refused before a VAE or a text encoder is loaded."""
+        """Which inputs to compute next: what can be refused is refused before a VAE or a text encoder is loaded."""
         inputs.connected(model=model, lora_pair=lora_pair)
         read_settings(**settings)
         latents = {"content_latents": content_latents, "style_latents": style_latents}
-        if references is None:  # of whichever number: told apart when they are made
+        if references is None:  # of whichever number: told apart when they are there
             check_inputs(model, lora_pair, {})
             return ["references"]
         of = by_concept(lora_pair, list(latents.values()), [reference.latents for reference in references])
-        check_inputs(model, lora_pair, {c: made for c, made in of.items() if made is not _NOT_CONNECTED})
-        missing = [name for name, made in latents.items() if made is None]
+        check_inputs(model, lora_pair, {c: given for c, given in of.items() if given is not _NOT_CONNECTED})
+        missing = [name for name, given in latents.items() if given is None]
         return missing or ["content_positive", "style_positive"][: len(of)]
 
     @classmethod

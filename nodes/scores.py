@@ -51,10 +51,10 @@ class ZipLoRAScores(io.ComfyNode):
         pictures = {"images": images, "subject_references": subject_references, "style_references": style_references}
         for name, picture in pictures.items():
             check_pictures(name, [picture])
-        found = summary(score(images, subject_references, style_references, clip_vision, dino, clip, prompt))
+        summaries = summary(score(images, subject_references, style_references, clip_vision, dino, clip, prompt))
         lines = [f"{len(images)} pictures"]
-        lines += [f"{name} alignment: {of['mean']:.4f} (spread {of['spread']:.4f})" for name, of in found.items()]
-        return io.NodeOutput("  \n".join(lines), json.dumps({**found, "prompt": prompt}))
+        lines += [f"{name} alignment: {of['mean']:.4f} (spread {of['spread']:.4f})" for name, of in summaries.items()]
+        return io.NodeOutput("  \n".join(lines), json.dumps({**summaries, "prompt": prompt}))
 
 
 class BlindABSheet(io.ComfyNode):

@@ -139,7 +139,7 @@ class TrainConceptLoRA(io.ComfyNode):
         }
         inputs.connected(**{name: given[name] for name in ("model", "clip", "vae")})
         task = read_task(images, second_images, class_images, **given)
-        task.made_by = provenance.workflow(cls.hidden)
+        task.metadata = provenance.workflow(cls.hidden)
         done = concept.train_concept(given["model"], given["clip"], given["vae"], task)
         files = (provenance.written(done.file),) if done.file else ()
         return io.NodeOutput(done.lora_model, done.loss_map, done.report, done.file, ui={"files": files})

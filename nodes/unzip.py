@@ -198,7 +198,7 @@ class UnZipLoRA(io.ComfyNode):
                 save_every,
                 inputs.file_to_continue(continue_from),
                 read_blocks(content_blocks, style_blocks),
-                made_by=provenance.workflow(cls.hidden),
+                metadata=provenance.workflow(cls.hidden),
             ),
         )
         files = tuple(provenance.written(name) for name in done.files)

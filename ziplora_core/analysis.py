@@ -92,8 +92,8 @@ _BLOCK = re.compile(r"^(?:diffusion_model\.)?(?P<kind>[a-z_]+?)(?:_?blocks?)?\.(
 
 def block_name(layer: str) -> str:
     """A short name of the network's block that a layer belongs to: "input 4", "middle", "double 0"."""
-    found = _BLOCK.match(layer)
-    if found is None:
+    match = _BLOCK.match(layer)
+    if match is None:
         return ""
-    kind = found["kind"].replace("_", " ")
-    return kind if kind == "middle" else f"{kind} {found['number']}"
+    kind = match["kind"].replace("_", " ")
+    return kind if kind == "middle" else f"{kind} {match['number']}"

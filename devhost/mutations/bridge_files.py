@@ -64,7 +64,7 @@ MUTANTS = [
         ),
         (
             "a changed LoRA does not change the fingerprint",
-            "found.append([first] if in_place else [first, *alike])",
+            "files.append([first] if in_place else [first, *alike])",
             "pass",
         ),
     ),

@@ -137,8 +137,8 @@ MUTANTS = [
         DRAWN,
         (
             "all references are drawn from the content prompt",
-            "model, sources, fitted, concept, conditioning[concept], asked",
-            'model, sources, fitted, concept, conditioning["content"], asked',
+            "model, sources, fitted, concept, conditioning[concept], request",
+            'model, sources, fitted, concept, conditioning["content"], request',
         ),
     ),
 ]

@@ -54,8 +54,8 @@ MUTANTS = [
         ("dense updates may be NaN", "if not all_finite(delta):", "if False:"),
         (
             "of two updates of one weight one is kept",
-            "found if key not in self.factors else _side_by_side(self.factors[key], found)",
-            "found",
+            "factors if key not in self.factors else _side_by_side(self.factors[key], factors)",
+            "factors",
         ),
         (
             "parts of a fused weight land in its first rows",

@@ -14,7 +14,7 @@ MUTANTS = [
         PLAN,
         (
             "class pictures cost no memory",
-            "settings.batch_size * (2 if made.pictures.priors else 1)",
+            "settings.batch_size * (2 if data.pictures.priors else 1)",
             "settings.batch_size",
         ),
     ),
@@ -33,8 +33,8 @@ MUTANTS = [
         TRAINING,
         (
             "samples are guided away from the prompt itself",
-            'prompts["empty"] = zeros(made.prompts[0])',
-            'prompts["empty"] = made.prompts[0]',
+            'prompts["empty"] = zeros(data.prompts[0])',
+            'prompts["empty"] = data.prompts[0]',
         ),
         (
             "latents are not in the model's own space",
@@ -45,7 +45,7 @@ MUTANTS = [
     *faults(
         "nodes/bridge/training/concept.py",
         TRAINING,
-        ("every batch of class pictures is the same", "task.settings.seed + len(made)", "task.settings.seed"),
+        ("every batch of class pictures is the same", "task.settings.seed + len(latents)", "task.settings.seed"),
     ),
     *faults(
         "nodes/bridge/training/pictures.py",
@@ -82,8 +82,8 @@ MUTANTS = [
         ("each LoRA sees the other's prompt", "for c in contexts[1:3])", "for c in contexts[2:0:-1])"),
         (
             "the empty prompt stands for the whole",
-            "rows_as_used(made.pictures.sets[0][0], whole, empty)",
-            "rows_as_used(made.pictures.sets[0][0], empty, whole)",
+            "rows_as_used(data.pictures.sets[0][0], whole, empty)",
+            "rows_as_used(data.pictures.sets[0][0], empty, whole)",
         ),
         ("prompts of different lengths stay so", "math.lcm(*(c.shape[1] for c in contexts))", "contexts[0].shape[1]"),
         (

@@ -22,9 +22,9 @@ from .progress.bar import tell
 
 
 class ZippedAdapter(LoRAAdapter):
-    """One layer of a merge as the host's LoRA of the sum of its ranks, made whenever the host reads it and not kept.
+    """One layer of a merge as the host's LoRA of the sum of its ranks, computed whenever the host reads it.
 
-    weights: a function that makes them; or they themselves, as the host copies an adapter that it moves to a device.
+    weights: a function that computes them, or the weights, as the host copies an adapter that it moves to a device.
     """
 
     def __init__(self, loaded_keys: set[str], weights: Callable[[], tuple] | tuple):
@@ -59,8 +59,8 @@ def _text_encoder(clip, source: LoRASource, strength: float) -> None:
     patches = comfy.lora.load_lora(source.tensors, names, log_missing=False)
     good = {key: patch for key, patch in patches.items() if _fits(clip.cond_stage_model, key, patch)}
     if len(good) < len(patches):
-        left = len(patches) - len(good)
-        logging.warning("ZipLoRA: %d text-encoder parts of '%s' do not fit and are left out.", left, source.title)
+        dropped = len(patches) - len(good)
+        logging.warning("ZipLoRA: %d text-encoder parts of '%s' do not fit and are left out.", dropped, source.title)
     clip.add_patches(good, strength)
 
 

@@ -32,7 +32,7 @@ _ARCHITECTURES = {  # modelspec's names, by the host's
     "Flux": "flux-1-dev",
     "FluxSchnell": "flux-1-schnell",
 }
-_LEARNED = {ZIPPED: "ZipLoRA", "UnZipLoRA": "UnZipLoRA's pair"}  # merges by what made them
+_LEARNED = {ZIPPED: "ZipLoRA", "UnZipLoRA": "UnZipLoRA's pair"}  # how learned merges are called, by method
 _KOHYA_BASES = {"SDXL": "sdxl_base_v1-0", "SD15": "sd_v1", "SD3": "sd3", "Flux": "flux1", "FluxSchnell": "flux1"}
 
 
@@ -62,10 +62,10 @@ def export_tensors(zipped: ZippedLoRA, rank: int, dtype: str, form: str) -> Expo
     for done, (key, layer) in enumerate(zipped.fitted.loras.layers.items()):
         chosen = zipped.coefficients.of_layer(key)
         if 0 < rank < sum(f.rank for f in layer.values()):
-            made = export.cut(*merged_factors(layer, chosen), rank)
+            exported = export.cut(*merged_factors(layer, chosen), rank)
         else:
-            made = export.whole(layer, chosen, precision)
-        layers[key] = export.rounded(key, made, precision)
+            exported = export.whole(layer, chosen, precision)
+        layers[key] = export.rounded(key, exported, precision)
         bar.update_absolute(done + 1)
     text, left_out = text_encoder_layers(zipped, rank)
     text = {name: export.rounded(name, layer, precision) for name, layer in text.items()}
@@ -127,16 +127,16 @@ def text_encoder_layers(zipped: ZippedLoRA, rank: int) -> tuple[dict[str, Export
             dialled = replace(source, strength=zipped.clip_strength(concept))
             parts.setdefault(name, {})[concept] = fitting.low_rank(dialled, name, adapter)
     layers = {}
-    for name, found in parts.items():
-        layers[name] = export.cut(*merged_factors(found), rank)
+    for name, layer in parts.items():
+        layers[name] = export.cut(*merged_factors(layer), rank)
     return layers, left_out
 
 
 def passthrough_tensors(zipped: ZippedLoRA, dtype: torch.dtype, report: list[str]) -> dict[str, Tensor]:
     """Bias and norm differences of all files at their strengths, added up. Raises ValueError where they do not fit."""
     tensors: dict[str, Tensor] = {}
-    for concept, passthrough in zipped.fitted.passthrough.items():
-        for key, (kind, (values, *_)) in passthrough.items():
+    for concept, patches in zipped.fitted.passthrough.items():
+        for key, (kind, (values, *_)) in patches.items():
             if kind != "diff":
                 report.append(f"'{key}' is set, not changed, by a file; left out")
                 continue
@@ -163,12 +163,12 @@ def _metadata(zipped: ZippedLoRA, layers, report: list[str]) -> dict[str, str]:
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.date": time.strftime("%Y-%m-%d"),
-        "modelspec.description": f"{_made(zipped)} of {files}; " + "; ".join(report),
+        "modelspec.description": f"{_merge_title(zipped)} of {files}; " + "; ".join(report),
     }
 
 
-def _made(zipped: ZippedLoRA) -> str:
-    """What a merge is, by how it came about."""
+def _merge_title(zipped: ZippedLoRA) -> str:
+    """What a merge is called, by the method that computed it."""
     if zipped.method in _LEARNED or zipped.method not in METHODS:
         return _LEARNED.get(zipped.method, f"Merge by {zipped.method}")
     method = METHODS[zipped.method]
@@ -178,11 +178,11 @@ def _made(zipped: ZippedLoRA) -> str:
 
 @paths.names_given_back()
 def export_file(
-    zipped: ZippedLoRA, prefix: str, rank: int, dtype: str, form: str, made_by: dict[str, str] | None = None
+    zipped: ZippedLoRA, prefix: str, rank: int, dtype: str, form: str, metadata: dict[str, str] | None = None
 ) -> tuple[dict[str, Tensor], str, str]:
-    """Write the file below the output folder; (LORA_MODEL, report, the file's name). made_by: more metadata."""
+    """Write the file below the output folder; (LORA_MODEL, report, the file's name). metadata: more of it."""
     exported = export_tensors(zipped, rank, dtype, form)
     path = paths.reserve(prefix, folder_paths.get_output_directory(), ".safetensors")
-    written = write_tensors(path, exported.tensors, {**exported.metadata, **(made_by or {})})
+    written = write_tensors(path, exported.tensors, {**exported.metadata, **(metadata or {})})
     name = os.path.relpath(written, folder_paths.get_output_directory())
     return exported.lora_model, "  \n".join([f"written: {name}", *exported.report]), name

@@ -1,4 +1,4 @@
-"""Zipped pairs on disk: saved with the hashes of their LoRA files, found again by them."""
+"""Zipped pairs on disk: saved with the hashes of their LoRA files, and loaded by them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ def register_folder() -> None:
 
 
 @paths.names_given_back()
-def save(zipped: ZippedLoRA, prefix: str, made_by: dict[str, str] | None = None) -> str:
+def save(zipped: ZippedLoRA, prefix: str, metadata: dict[str, str] | None = None) -> str:
     """Write the coefficients below output/ziplora; returns the file's name as Load Zipped LoRA lists it.
 
-    made_by: more metadata.
-
-    Raises LoRAFileError where a LoRA file has changed since it was read, OSError where nothing can be written.
+    metadata: more of it. Raises LoRAFileError where a LoRA file has changed since it was read, OSError where nothing
+    can be written.
     """
     about = saved.SavedZip(
         loras={concept: bound(source) for concept, source in zipped.sources.by_concept.items()},
@@ -46,7 +45,7 @@ def save(zipped: ZippedLoRA, prefix: str, made_by: dict[str, str] | None = None)
     )
     folder = os.path.join(folder_paths.get_output_directory(), FOLDER)
     path = paths.reserve(prefix, folder, ".safetensors")
-    return os.path.relpath(saved.write(path, zipped.coefficients, about, made_by), folder)
+    return os.path.relpath(saved.write(path, zipped.coefficients, about, metadata), folder)
 
 
 def _of_its_size(wanted: saved.SavedLoRA) -> Iterator[str]:
@@ -104,13 +103,13 @@ def fingerprint(name: str) -> list[Any]:
     of its size."""
     path = zipped_path(name)
     about = saved.read_about(path)
-    found: list[Any] = [hashes.version(path)]
+    files: list[Any] = [hashes.version(path)]
     for wanted in about.loras.values():
         alike = (loras.fingerprint(other) for other in _of_its_size(wanted))
         first = next(alike, None)
         in_place = first is not None and first.path == folder_paths.get_full_path("loras", wanted.name)
-        found.append([first] if in_place else [first, *alike])
-    return found
+        files.append([first] if in_place else [first, *alike])
+    return files
 
 
 def load(model, name: str) -> ZippedLoRA:

@@ -13,11 +13,11 @@ _AT_ONCE = 8  # pictures
 
 def picture_features(encoder, pictures: Tensor, bar: comfy.utils.ProgressBar) -> Tensor:
     """(pictures, d): what a CLIP vision or DINOv2 model makes of an IMAGE, as its loader in the host gives it."""
-    found = []
+    features = []
     for part in pictures.split(_AT_ONCE):
-        found.append(encoder.encode_image(part)["image_embeds"].float().cpu())
+        features.append(encoder.encode_image(part)["image_embeds"].float().cpu())
         bar.update(len(part))
-    return torch.cat(found)
+    return torch.cat(features)
 
 
 def prompt_features(clip, prompt: str) -> Tensor:
@@ -49,14 +49,14 @@ def score(images: Tensor, subject: Tensor, style: Tensor, clip_vision, dino, cli
     """
     text = None if clip is None else prompt_features(clip, prompt)
     bar = comfy.utils.ProgressBar(2 * len(images) + len(subject) + len(style))
-    seen = picture_features(clip_vision, images, bar)
-    if text is not None and text.shape[1] != seen.shape[1]:
+    pictures = picture_features(clip_vision, images, bar)
+    if text is not None and text.shape[1] != pictures.shape[1]:
         raise ValueError(
-            f"clip gives {text.shape[1]} numbers for a prompt, clip_vision {seen.shape[1]} for a picture: they are not "
-            "of the same CLIP; connect the text encoder that belongs to clip_vision, or leave clip unconnected"
+            f"clip gives {text.shape[1]} numbers for a prompt, clip_vision {pictures.shape[1]} for a picture: they are "
+            "not of the same CLIP; connect the text encoder that belongs to clip_vision, or leave clip unconnected"
         )
-    found = {
-        "style": alignment(seen, picture_features(clip_vision, style, bar)),
+    scores = {
+        "style": alignment(pictures, picture_features(clip_vision, style, bar)),
         "subject": alignment(picture_features(dino, images, bar), picture_features(dino, subject, bar)),
     }
-    return found if text is None else {**found, "text": alignment(seen, text)}
+    return scores if text is None else {**scores, "text": alignment(pictures, text)}

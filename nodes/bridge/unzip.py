@@ -44,7 +44,7 @@ class Task:
     """prompts: "full", "content", "style". picture: IMAGE (1, H, W, 3). prompts_apart, columns_apart, blocks_apart: the
     paper's three separations. as_used: trained as the LoRAs are used (`unzip.rows_as_used`). sample_every, save_every:
     steps; 0 for never. go_on_from: either file of an earlier run. blocks: each LoRA's own, SDXL's unless said
-    otherwise. made_by: more metadata for the files."""
+    otherwise. metadata: more of the files' own."""
 
     picture: Tensor
     prompts: dict[str, str]
@@ -59,7 +59,7 @@ class Task:
     save_every: int = 0
     go_on_from: str | None = None
     blocks: Blocks = field(default_factory=lambda: UNZIPLORA_BLOCKS)
-    made_by: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -131,7 +131,7 @@ def read_blocks(content: str, style: str) -> Blocks:
 def owners(layers: Collection[str], blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[str, str]:
     """Layer -> the concept that it belongs to alone. Raises ValueError for a block that the model has not, a layer of
     both concepts, and a concept without a block."""
-    found: dict[str, str] = {}
+    by_layer: dict[str, str] = {}
     for concept in CONCEPTS:
         if not blocks[concept]:
             raise ValueError(f"{concept}_blocks is empty; name a block, or turn block_separation off")
@@ -145,12 +145,12 @@ def owners(layers: Collection[str], blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[s
                     f"{concept}_blocks: this model has no attention in '{shown(block.rstrip('.'), 40)}'; name its own "
                     f"blocks (it has {others}), or turn block_separation off"
                 )
-            if any(found.get(name, concept) != concept for name in inside):
+            if any(by_layer.get(name, concept) != concept for name in inside):
                 raise ValueError(
                     f"'{shown(block.rstrip('.'), 40)}' is in content_blocks and in style_blocks; choose one"
                 )
-            found |= dict.fromkeys(inside, concept)
-    return found
+            by_layer |= dict.fromkeys(inside, concept)
+    return by_layer
 
 
 @paths.names_given_back()
@@ -161,19 +161,19 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     settings = task.settings
     shapes = trained_layers(model.model, "attention")
     belongs = owners(shapes, task.blocks) if task.blocks_apart else {}
-    about = {**task.made_by, "ziplora_settings": repr(settings)}
+    about = {**task.metadata, "ziplora_settings": repr(settings)}
     start, first = None, 0
     if task.go_on_from is not None:
-        start, first = _left(task.go_on_from, model.model, unzip.own_layers(shapes, belongs), settings)
+        start, first = _load_resume_state(task.go_on_from, model.model, unzip.own_layers(shapes, belongs), settings)
     files = _files(model, task, about)
-    shown = TrainingImages([task.picture], [task.prompts["full"]])
-    made = prepared(model, clip, vae, [shown], task.resolution)
+    images = TrainingImages([task.picture], [task.prompts["full"]])
+    data = prepared(model, clip, vae, [images], task.resolution)
     for concept in CONCEPTS:
-        made.prompt(clip, task.prompts[concept])
+        data.prompt(clip, task.prompts[concept])
     if task.as_used:
-        whole, empty = (made.prompt(clip, text) for text in (task.prompts["full"], ""))
-        made.pictures = unzip.rows_as_used(made.pictures.sets[0][0], whole, empty)
-    made.prompts, contexts = _contexts(made.prompts)
+        whole, empty = (data.prompt(clip, text) for text in (task.prompts["full"], ""))
+        data.pictures = unzip.rows_as_used(data.pictures.sets[0][0], whole, empty)
+    data.prompts, contexts = _contexts(data.prompts)
     training_run = Run(first)
     began = time.monotonic()
 
@@ -194,12 +194,12 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
             return " and ".join(file.said() for file in files.values())
 
         def sample() -> Image.Image | None:
-            return picture(model, denoiser, made, trained, settings.seed)
+            return picture(model, denoiser, data, trained, settings.seed)
 
         training_run.follow(task, trained, denoiser, pictures, write, sample)
         return trained
 
-    planned, trained = loading.with_denoiser(model, made, shapes, settings, work, loras_at_once=2)
+    planned, trained = loading.with_denoiser(model, data, shapes, settings, work, loras_at_once=2)
     seconds, history = time.monotonic() - began, training_run.history
     sources = loras.LoRASources({c: _source(files[c], settings.steps) for c in CONCEPTS})
     fitted = fitting.fit(sources, model.model)
@@ -227,16 +227,16 @@ def _files(model, task: Task, about: dict[str, str]) -> dict[str, File]:
 
 def _write(files: dict[str, File], halves: dict[str, dict[str, Factors]], steps: int) -> None:
     """Both, whatever becomes of one. Raises OSError where one could not be written."""
-    trouble: OSError | None = None
+    failure: OSError | None = None
     for concept, file in files.items():
         try:
             file.write(halves[concept], steps)
         except OSError as error:
-            trouble = error
+            failure = error
     if _name_each_other(files):
         return _write(files, halves, steps)
-    if trouble is not None:
-        raise trouble
+    if failure is not None:
+        raise failure
 
 
 def _name_each_other(files: dict[str, File]) -> bool:
@@ -247,7 +247,7 @@ def _name_each_other(files: dict[str, File]) -> bool:
     return [file.about[_OTHER] for file in files.values()] != before
 
 
-def _left(
+def _load_resume_state(
     name: str, model, own: dict[str, dict[str, tuple[int, int]]], settings: unzip.Settings
 ) -> tuple[dict[str, dict[str, Factors]], int]:
     """What an earlier run left, from either of its files: concept -> layer -> factors, and the steps that both have.

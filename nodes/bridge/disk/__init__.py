@@ -1,1 +1,1 @@
-"""Files below the host's folders: their names, and what they say of how they were made."""
+"""Files below the host's folders: their names, and their metadata."""

@@ -1,4 +1,4 @@
-"""What a file says of how it was made, so that it can be made again, and how a node tells clients of a file."""
+"""Metadata from which a file can be computed again, and how a node tells clients of a file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def workflow(hidden: Any) -> dict[str, str]:
 def pair(sources: loras.LoRASources) -> dict[str, str]:
     """Which files a set of LoRAs was read from, by hash, and with what, as metadata.
 
-    Nothing for files that have changed since, and for what other nodes made.
+    Nothing for files that have changed since, and for LoRAs that come from other nodes.
     """
     try:
         files = {concept: bound(source).as_table() for concept, source in sources.by_concept.items()}

@@ -29,7 +29,7 @@ def draw(
     fitted: fitting.FittedSet,
     concept: str,
     conditioning: list,
-    asked: ReferenceRequest,
+    request: ReferenceRequest,
     seed: int,
     watch: Watch | None = None,
 ) -> GeneratedReferences:
@@ -42,13 +42,13 @@ def draw(
     patched, _ = apply(model, None, ZippedLoRA(sources, fitted, Coefficients.ones(fitted.loras)).dialled(alone), 1.0)
     seed += sorted(fitted.loras.concepts).index(concept)  # as many noises as concepts, whatever their order
     try:
-        drawn = draw_plain(patched, conditioning, asked, seed, watch)
+        drawn = draw_plain(patched, conditioning, request, seed, watch)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise type(error)(
-            f"not enough memory to draw {asked.count} {concept} references of {asked.side} x {asked.side} pixels; "
-            f"lower drawn_references or drawn_size, or connect {sources.input_name(concept, 'latents')}"
+            f"not enough memory to draw {request.count} {concept} references of {request.side} x {request.side} "
+            f"pixels; lower drawn_references or drawn_size, or connect {sources.input_name(concept, 'latents')}"
         ) from None
     if drawn is None:
         raise FloatingPointError(

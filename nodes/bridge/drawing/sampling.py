@@ -44,9 +44,9 @@ class GeneratedReferences:
     guidance: float
 
     @staticmethod
-    def rows(asked: ReferenceRequest) -> int:
+    def rows(request: ReferenceRequest) -> int:
         """About how many rows go through the network for so many references: with guidance, two a step each."""
-        return 2 * STEPS * asked.count
+        return 2 * STEPS * request.count
 
     def line(self, concept: str) -> str:
         count, height, width = len(self.latents), *self.latents.shape[-2:]
@@ -57,7 +57,7 @@ class GeneratedReferences:
 
 
 def draw_plain(
-    model, conditioning: list, asked: ReferenceRequest, seed: int, watch: Watch | None = None
+    model, conditioning: list, request: ReferenceRequest, seed: int, watch: Watch | None = None
 ) -> GeneratedReferences | None:
     """Latents that a model draws from a prompt; None where they are not finite. model: ModelPatcher, unchanged.
 
@@ -68,8 +68,8 @@ def draw_plain(
     if model.load_device.type == "cpu":  # the host's choice there cuts attention into pieces
         options = model.model_options.setdefault("transformer_options", {})
         options["optimized_attention_override"] = attention_with_gradient
-    side = asked.side // getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
-    shape = (asked.count, 4, side, side)
+    side = request.side // getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
+    shape = (request.count, 4, side, side)
     distilled = model.model.model_config.unet_config.get("guidance_embed", False)  # guided in one pass, as Flux dev
     guidance = 1.0 if distilled else GUIDANCE
     latents = comfy.sample.fix_empty_latent_channels(model, torch.zeros(shape))
@@ -77,7 +77,7 @@ def draw_plain(
     noise = comfy.sample.prepare_noise(latents, seed)
 
     def sample(part: slice) -> Tensor:
-        start, stop, _ = part.indices(asked.count)
+        start, stop, _ = part.indices(request.count)
         return comfy.sample.sample(
             model,
             noise[part],
@@ -88,12 +88,12 @@ def draw_plain(
             conditioning,
             zeros(conditioning),
             latents[part],
-            callback=_callback(model, watch, start / asked.count, (stop - start) / asked.count),
+            callback=_callback(model, watch, start / request.count, (stop - start) / request.count),
             disable_pbar=True,
             seed=seed,
         )
 
-    samples = _at_once_or_one_by_one(sample, asked.count)
+    samples = _at_once_or_one_by_one(sample, request.count)
     return GeneratedReferences(samples, seed, guidance) if bool(torch.isfinite(samples).all()) else None
 
 

@@ -27,8 +27,8 @@ from .loras import LoRASource, LoRASources, text_encoder_alone
 class FittedSet:
     """LoRAs on the layers of one model.
 
-    passthrough: concept -> host patches that are no matrix (bias and norm differences): they are not zipped,
-    they follow their LoRA's strength. notes: what a user should know about the files. names: how LoRA files call
+    passthrough: concept -> host patches that are no matrix (bias and norm differences): they are not zipped
+    and follow their LoRA's strength. notes: what a user should know about the files. names: how LoRA files call
     this model's weights.
     """
 
@@ -70,12 +70,12 @@ class Fitting:
             self.passthrough[key] = patch
             return
         if is_low_rank(patch):
-            found = _reshaped(self.source, key, low_rank(self.source, key, patch), part.shape)
+            factors = _reshaped(self.source, key, low_rank(self.source, key, patch), part.shape)
         else:
-            found = self._dense(key, patch, place, part)
+            factors = self._dense(key, patch, place, part)
         if place is not None:
-            found = _widened(found, weight.shape, *place)
-        self.factors[key] = found if key not in self.factors else _side_by_side(self.factors[key], found)
+            factors = _widened(factors, weight.shape, *place)
+        self.factors[key] = factors if key not in self.factors else _side_by_side(self.factors[key], factors)
 
     def _dense(self, key: str, patch: Any, place: tuple[int, int, int] | None, part: Tensor) -> Factors:
         """What the host makes of the base weight with any other kind of update, minus the weight.
@@ -121,10 +121,10 @@ class Fitting:
 def parameter(model, key: str) -> Tensor | None:
     """A weight or bias of a model; None where it has none of this name, as a layer without bias."""
     try:
-        found = comfy.utils.get_attr(model, key)
+        value = comfy.utils.get_attr(model, key)
     except AttributeError:
         return None
-    return found if isinstance(found, Tensor) else None
+    return value if isinstance(value, Tensor) else None
 
 
 def _base_weight(model, key: str) -> Tensor:
@@ -170,16 +170,16 @@ def low_rank(source: LoRASource, layer: str, adapter: LoRAAdapter) -> Factors:
         raise _broken(source, layer, str(error)) from error
 
 
-def _reshaped(source: LoRASource, key: str, found: Factors, shape: torch.Size) -> Factors:
+def _reshaped(source: LoRASource, key: str, factors: Factors, shape: torch.Size) -> Factors:
     """Factors for a weight of this shape: some files store a 1 x 1 convolution as a linear layer, or the reverse."""
-    columns = found.down.numel() // found.rank
-    if found.up.shape[0] != shape[0] or columns != math.prod(shape[1:]):
+    columns = factors.down.numel() // factors.rank
+    if factors.up.shape[0] != shape[0] or columns != math.prod(shape[1:]):
         raise LoRAFileError(
             f"'{source.title}' was made for another model{_guess(source)}: its layer '{key}' changes a weight of shape "
-            f"({found.up.shape[0]}, {columns}), this model's is {tuple(shape)}; "
+            f"({factors.up.shape[0]}, {columns}), this model's is {tuple(shape)}; "
             "choose a LoRA of the same model family"
         )
-    return replace(found, down=found.down.reshape(found.rank, *shape[1:]))
+    return replace(factors, down=factors.down.reshape(factors.rank, *shape[1:]))
 
 
 def _widened(factors: Factors, shape: torch.Size, axis: int, start: int, length: int) -> Factors:

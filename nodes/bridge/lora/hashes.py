@@ -101,12 +101,12 @@ class Hashes:
     def of(self, path: str) -> str:
         """A file's hash, which is read where it is not known. Raises OSError, LoRAFileError."""
         before = key(path)
-        found = self.known(before)
-        if found is None:
-            found = sha256(path)
+        digest = self.known(before)
+        if digest is None:
+            digest = sha256(path)
             if key(path) == before:
-                self.remember(before, found)
-        return found
+                self.remember(before, digest)
+        return digest
 
     def checked(self, path: str) -> str:
         """The same; raises LoRAFileError also where the file cannot be read."""
@@ -152,8 +152,8 @@ class Hashes:
         """What the file holds, entries that cannot be right left out."""
         try:
             with open(self._kept(), encoding="utf-8") as file:
-                found = json.loads(file.read(_LARGEST))
-            entries = found["files"] if found["format"] == _FORMAT else []
+                table = json.loads(file.read(_LARGEST))
+            entries = table["files"] if table["format"] == _FORMAT else []
             return {Key(*entry[:5]): entry[5] for entry in entries if _is_right(entry)}
         except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return {}

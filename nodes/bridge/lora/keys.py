@@ -36,13 +36,13 @@ def doubled(tensors: Mapping[str, Tensor], hosts: Names, more: Names) -> list[tu
 
     It counts what the host's loader takes: the last of its own names; where it knows none of them, the last of ours.
     """
-    there = {formats.layer_name(key) for key in tensors if not key.endswith(formats.BESIDE_AN_UPDATE)}
-    found: dict[str | tuple, list[str]] = {}
+    present = {formats.layer_name(key) for key in tensors if not key.endswith(formats.BESIDE_AN_UPDATE)}
+    names_of: dict[str | tuple, list[str]] = {}
     for names in (more, hosts):
         for name, target in names.items():
-            if name in there:
-                found.setdefault(target, []).append(name)
-    return [(name, several[-1]) for several in found.values() for name in several[:-1]]
+            if name in present:
+                names_of.setdefault(target, []).append(name)
+    return [(name, several[-1]) for several in names_of.values() for name in several[:-1]]
 
 
 @dataclass(frozen=True)
@@ -66,5 +66,5 @@ class FileNames:
 def file_names(model) -> FileNames:
     """model: the host's BaseModel."""
     table = comfy.utils.unet_to_diffusers(model.model_config.unet_config)
-    found = {f"diffusion_model.{v}": k.removesuffix(".weight") for k, v in table.items() if k.endswith(".weight")}
-    return FileNames(type(model.model_config).__name__, found)
+    names = {f"diffusion_model.{v}": k.removesuffix(".weight") for k, v in table.items() if k.endswith(".weight")}
+    return FileNames(type(model.model_config).__name__, names)

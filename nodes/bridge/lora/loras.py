@@ -155,15 +155,15 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def pair(content: dict, style: dict, content_strength: float, style_strength: float) -> LoRASources:
     """Two LORA_MODELs of other nodes; one for both, of which each may be given other blocks. Raises LoRAFileError for
     what is no LoRA, ValueError for a strength."""
-    made = {}
+    by_concept = {}
     _check_strengths({"content": content_strength, "style": style_strength})
     for concept, tensors, strength in (("content", content, content_strength), ("style", style, style_strength)):
         name = f"{concept}_lora"
         if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
             raise LoRAFileError(f"{name} holds no LoRA; connect Train Concept LoRA, or a node like it")
         check_tensors(name, tensors)
-        made[concept] = LoRASource(name, dict(tensors), strength)
-    return LoRASources(made)
+        by_concept[concept] = LoRASource(name, dict(tensors), strength)
+    return LoRASources(by_concept)
 
 
 def refuse_one_lora(sources: LoRASources) -> None:

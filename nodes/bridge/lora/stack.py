@@ -32,7 +32,7 @@ def entries(lora_stack: Any) -> list[Entry]:
     list."""
     if not isinstance(lora_stack, list | tuple):
         raise ValueError("lora_stack is no list of LoRAs; connect a LoRA stacker to it")
-    found = []
+    stack = []
     for place, entry in enumerate(lora_stack, 1):
         if not isinstance(entry, list | tuple) or not 2 <= len(entry) <= 3:
             raise ValueError(
@@ -47,8 +47,8 @@ def entries(lora_stack: Any) -> list[Entry]:
                 f"lora_stack: place {place} is {shown(repr(entry), 60)}; expected a file's name and numbers from -100 "
                 "to 100"
             )
-        found.append(Entry(name, float(strengths[0]), float(strengths[-1])))
-    return found
+        stack.append(Entry(name, float(strengths[0]), float(strengths[-1])))
+    return stack
 
 
 def _is_number(value: Any) -> bool:

@@ -14,11 +14,11 @@ def parts(source: LoRASource) -> int:
 
 def notes(sources: LoRASources, zipped: bool) -> list[str]:
     """What a report says of them, for each file and for all. zipped: whether prompts were looked at."""
-    found = [(source.title, parts(source)) for source in sources.by_concept.values()]
+    counts = [(source.title, parts(source)) for source in sources.by_concept.values()]
     lines = [
         f"'{title}' also changes the text encoder ({count} layers). This part is not zipped: it counts where clip is "
         "connected to Apply Zipped LoRA and the prompts to draw are encoded with the clip that comes out of it"
-        for title, count in found
+        for title, count in counts
         if count
     ]
     if lines and zipped:

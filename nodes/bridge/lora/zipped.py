@@ -80,7 +80,7 @@ def read_strengths(sources: LoRASources, text: str) -> dict[str, float]:
     of range.
     """
     known = _names(sources)
-    found: dict[str, float] = {}
+    strengths: dict[str, float] = {}
     for line in filter(None, map(str.strip, text.splitlines())):
         parts = re.fullmatch(r"(.+?)\s*[:：=]\s*(\S+)", line)
         try:
@@ -91,11 +91,11 @@ def read_strengths(sources: LoRASources, text: str) -> dict[str, float]:
             raise ValueError(f"strengths: '{shown(line, 60)}' is no line as 'style: 0.8'")
         meant = known.get(name.lower(), [])
         named = meant[0] if len(meant) == 1 else None
-        if named is None or named in found:
+        if named is None or named in strengths:
             what = "names no LoRA of this set" if not meant else "stands there twice"
             if len(meant) > 1:
                 what = f"may be {' or '.join(meant)}"
             raise ValueError(f"strengths: '{shown(name, 60)}' {what}; there are: {', '.join(sources.by_concept)}")
         in_range(f"strengths: {named}", number, -100, 100)
-        found[named] = number
-    return found
+        strengths[named] = number
+    return strengths

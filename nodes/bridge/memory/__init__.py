@@ -1,1 +1,1 @@
-"""How much memory a run takes, found out beforehand, and how it is run to fit."""
+"""How much memory a run takes, estimated beforehand, and how it is run to fit."""

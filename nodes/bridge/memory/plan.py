@@ -112,7 +112,7 @@ def make_for_training(
     usable = int(_USED * room)
     modest = min(usable, _TRAINING_IN_ALL - model.model_size())  # a few blocks run again cost little
     fits = [[way for way in ways if way.need <= most] for most in (modest, usable)]
-    return next((found[0] for found in fits if found), ways[-1])
+    return next((fitting[0] for fitting in fits if fitting), ways[-1])
 
 
 def _or_none(rehearse: Callable[[], rehearsal.Rehearsal]) -> rehearsal.Rehearsal | None:

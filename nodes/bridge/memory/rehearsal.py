@@ -1,4 +1,4 @@
-"""What a pass will keep for backward, found out before anything is loaded, on a copy without memory.
+"""What a pass will keep for backward, estimated before anything is loaded, on a copy without memory.
 
 The pass is rehearsed on torch's meta device: what autograd would keep is counted tensor by tensor, whatever the model
 family.
@@ -183,8 +183,8 @@ class MetaSet(MetaModel):
     def batch(self, *concepts: str) -> Batch:
         """One row of each concept, in the set's order."""
         latents = torch.cat([self._latents[c] for c in concepts])
-        places = torch.tensor([self.joined.concepts.index(c) for c in concepts])
-        return Batch(latents, latents, torch.zeros(len(concepts), dtype=torch.int64), places)
+        indices = torch.tensor([self.joined.concepts.index(c) for c in concepts])
+        return Batch(latents, latents, torch.zeros(len(concepts), dtype=torch.int64), indices)
 
     def coefficients(self) -> Tensor:
         return torch.empty(self.joined.loras.coefficient_count, device="meta", requires_grad=True)

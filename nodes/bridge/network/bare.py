@@ -1,4 +1,4 @@
-"""A model as its checkpoint made it, whatever its last use has left on it."""
+"""A model as loaded from its checkpoint, whatever its last use has left on it."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ def check_conditioning(name: str, conditioning: list) -> None:
         raise ValueError(
             f"{name} holds {len(conditioning)} prompts; expected one: connect a single text encode node to it"
         )
-    found = [key for key in _UNSUPPORTED if conditioning[0][1].get(key) is not None]
-    if found:
-        raise ValueError(f"{name} carries {found[0]}; expected a plain prompt: connect a text encode node to it")
+    unsupported = [key for key in _UNSUPPORTED if conditioning[0][1].get(key) is not None]
+    if unsupported:
+        raise ValueError(f"{name} carries {unsupported[0]}; expected a plain prompt: connect a text encode node to it")
     context, options = conditioning[0]
     tensors = [part for part in (context, options.get("pooled_output")) if part is not None]
     ranges = [value for value in options.values() if isinstance(value, float)]
@@ -52,11 +52,11 @@ def check_width(name: str, conditioning: list, model) -> None:
 
     For when the model has failed: other packs teach models prompts of other widths.
     """
-    config, found = model.model.model_config.unet_config, conditioning[0][0].shape[-1]
+    config, width = model.model.model_config.unet_config, conditioning[0][0].shape[-1]
     expected = [config[key] for key in _WIDTHS if isinstance(config.get(key), int)]
-    if expected and found not in expected:
+    if expected and width not in expected:
         raise ValueError(
-            f"{name} is {found} wide, this model's prompts are {expected[0]}: it comes from another model's text "
+            f"{name} is {width} wide, this model's prompts are {expected[0]}: it comes from another model's text "
             "encoder; connect a text encode node with this checkpoint's own clip"
         )
 

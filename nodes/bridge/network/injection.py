@@ -188,14 +188,14 @@ class Injection:
         self._running = self._running or ran
         missing = len(self._running - ran)
         if missing or not ran:
-            found = "the network" if not ran else f"{missing} of its {len(self._running)} parts"
+            skipped = "the network" if not ran else f"{missing} of its {len(self._running)} parts"
             raise ValueError(
-                f"another node on the model answered a pass without running {found}, as caches do that make sampling "
+                f"another node on the model answered a pass without running {skipped}, as caches do that make sampling "
                 "faster; take it off the model that is connected here"
             )
 
     def _inject(self, model: torch.nn.Module) -> None:
-        found = set()
+        injected = set()
         # The U-Net adds to nothing that autograd keeps; the host's transformers add to a block's input in place.
         self._changes_inputs = not isinstance(model.diffusion_model, UNetModel)
         all_blocks = blocks(model)
@@ -209,8 +209,8 @@ class Injection:
                 if module not in again:
                     forward = self._noted(forward, parts.get(module, 0))
                 self._injected.append(Replaced(module, forward))
-                found.add(f"{path}.weight")
-        missing = sorted(self._layers - found)
+                injected.add(f"{path}.weight")
+        missing = sorted(self._layers - injected)
         if missing:
             raise ValueError(
                 f"{len(missing)} layers of the pair are of a kind that cannot be zipped, e.g. '{missing[0]}'; "

@@ -39,7 +39,7 @@ def attention_with_gradient(_, *args, **kwargs) -> Tensor:
 
 
 def _own(value: Any, device: torch.device) -> Any:
-    """Copies of the tensors in a conditioning, moved once, made outside inference mode: autograd may keep them."""
+    """Copies of the tensors in a conditioning, moved once, outside inference mode, so that autograd may keep them."""
     if isinstance(value, Tensor):
         return value.to(device, copy=True)
     if isinstance(value, list):

@@ -47,15 +47,15 @@ def by_concept(sources: loras.LoRASources, given: Sequence[T], more: Sequence[T]
 
 
 def check_inputs(model, sources: loras.LoRASources, latents: dict[str, dict | None]) -> None:
-    """Refuse files and latents that do not fit a model. Latents that are not made yet (None) are left out.
+    """Refuse files and latents that do not fit a model. Latents that are not there yet (None) are left out.
 
     model: ModelPatcher; nothing of it is loaded. Raises ValueError (LoRAFileError for a file).
     """
     loras.refuse_one_lora(sources)
     fitting.fit(sources, model.model)
-    for concept, made in latents.items():
-        if made is not None:
-            checks.read_latents(sources.input_name(concept, "latents"), made, model)
+    for concept, given in latents.items():
+        if given is not None:
+            checks.read_latents(sources.input_name(concept, "latents"), given, model)
 
 
 def optimize(
@@ -64,7 +64,7 @@ def optimize(
     conditioning: dict[str, list],
     latents: dict[str, dict | None],
     settings: solver.Settings,
-    asked: sampling.ReferenceRequest = references.DEFAULT,
+    request: sampling.ReferenceRequest = references.DEFAULT,
 ) -> tuple[ZippedLoRA, dict[str, list[float]], str, Tensor | None]:
     """Zip LoRAs on a model: (zipped, LOSS_MAP, report, rough pictures of what was drawn as a reference).
 
@@ -89,13 +89,13 @@ def optimize(
         zipped = _zipped(outcome)
         return zipped, outcome.loss_map, zipped.report, None
     without = [concept for concept in latents if concept not in samples]
-    progress = Progress(settings, len(fitted.loras.concepts), without, sampling.GeneratedReferences.rows(asked))
+    progress = Progress(settings, len(fitted.loras.concepts), without, sampling.GeneratedReferences.rows(request))
     with _explained(model, sources, conditioning):
         drawn = {}
         for concept in without:
             watch = partial(progress.drawing, concept)
             drawn[concept] = references.draw(
-                model, sources, fitted, concept, conditioning[concept], asked, settings.seed, watch
+                model, sources, fitted, concept, conditioning[concept], request, settings.seed, watch
             )
             samples[concept] = drawn[concept].latents
         outcome = replace(outcome, drawn=drawn)
@@ -122,7 +122,7 @@ def _solve(
     outcome: Outcome,
     progress: Progress,
 ) -> Outcome:
-    """One try: the outcome with what was found and what is measured of it. Raises NotFinite."""
+    """One try: the outcome with its result and what is measured of it. Raises NotFinite."""
     settings = outcome.settings
 
     def work(predict: predictor.HostPredictor, joined: JoinedSet, references: solver.References) -> Outcome:
@@ -153,18 +153,18 @@ def _solve(
 
 def _alignment(outcome: Outcome) -> list[dict[str, float]]:
     """Of the columns of both LoRAs, by layer: [direct merge, zipped]."""
-    found = []
+    alignments = []
     with torch.inference_mode(False):
         for coefficients in (outcome.before, outcome.result.coefficients):
             throw_exception_if_processing_interrupted()
-            found.append(analysis.column_alignment(outcome.fitted.loras, coefficients))
-    return found
+            alignments.append(analysis.column_alignment(outcome.fitted.loras, coefficients))
+    return alignments
 
 
 def _zipped(outcome: Outcome) -> ZippedLoRA:
-    made = {**asdict(outcome.settings), "objective": outcome.settings.objective.name}
+    settings = {**asdict(outcome.settings), "objective": outcome.settings.objective.name}
     coefficients = outcome.result.coefficients
-    return ZippedLoRA(outcome.sources, outcome.fitted, coefficients, report=report(outcome), settings=made)
+    return ZippedLoRA(outcome.sources, outcome.fitted, coefficients, report=report(outcome), settings=settings)
 
 
 def _check_finite(outcome: Outcome) -> None:
@@ -197,8 +197,8 @@ def _explained(model, sources: loras.LoRASources, conditioning: dict[str, list])
         for concept, prompt in conditioning.items():
             try:
                 checks.check_width(sources.input_name(concept, "positive"), prompt, model)
-            except ValueError as found:
-                raise found from error
+            except ValueError as mismatch:
+                raise mismatch from error
         raise
 
 

@@ -32,7 +32,7 @@ class Task:
 
     sets: one concept, or two for joint training. class_pictures, class_prompt: for prior preservation; where there is
     a prompt and no pictures, the base model draws `class_count`. sample_every, save_every: steps; 0 for never. b_lora:
-    the blocks that B-LoRA means, SDXL's unless said otherwise. made_by: more metadata for the file.
+    the blocks that B-LoRA means, SDXL's unless said otherwise. metadata: more of the file's own.
     """
 
     sets: list[TrainingImages]
@@ -47,7 +47,7 @@ class Task:
     save_every: int = 0
     go_on_from: str | None = None
     b_lora: Blocks = field(default_factory=lambda: B_LORA_BLOCKS)
-    made_by: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def check(task: Task) -> None:
@@ -56,13 +56,13 @@ def check(task: Task) -> None:
     in_range("class_count", task.class_count, 1, 1000)
     in_range("sample_every", task.sample_every, 0, 100_000)
     in_range("save_every", task.save_every, 0, 100_000)
-    for start, shown in zip(("", "second_"), task.sets, strict=False):
-        check_pictures(f"{start}images", shown.pictures)
-        check_prompt(f"{start}prompt", "".join(shown.prompts))
-        if len(shown.prompts) not in (1, len(shown.frames)):
+    for start, images in zip(("", "second_"), task.sets, strict=False):
+        check_pictures(f"{start}images", images.pictures)
+        check_prompt(f"{start}prompt", "".join(images.prompts))
+        if len(images.prompts) not in (1, len(images.frames)):
             raise ValueError(
-                f"{start}images holds {len(shown.frames)} pictures and {start}prompt {len(shown.prompts)} lines; write "
-                "one line for all of them, or one for each, in order"
+                f"{start}images holds {len(images.frames)} pictures and {start}prompt {len(images.prompts)} lines; "
+                "write one line for all of them, or one for each, in order"
             )
     if task.class_pictures:
         check_pictures("class_images", task.class_pictures)
@@ -71,17 +71,17 @@ def check(task: Task) -> None:
 
 def _draw_class(model, prompt: list, task: Task) -> list[Tensor]:
     """Latents of class pictures that the base model itself draws."""
-    made: list[Tensor] = []
-    while len(made) < task.class_count:
-        asked = sampling.ReferenceRequest(min(_AT_ONCE, task.class_count - len(made)), task.resolution)
-        drawn = sampling.draw_plain(model, prompt, asked, task.settings.seed + len(made))
+    latents: list[Tensor] = []
+    while len(latents) < task.class_count:
+        request = sampling.ReferenceRequest(min(_AT_ONCE, task.class_count - len(latents)), task.resolution)
+        drawn = sampling.draw_plain(model, prompt, request, task.settings.seed + len(latents))
         if drawn is None:
             raise FloatingPointError(
                 "the base model draws no class pictures (its latents are not finite): load it in bf16 or fp32, or "
                 "connect class_images"
             )
-        made += drawn.latents.split(1)
-    return made
+        latents += drawn.latents.split(1)
+    return latents
 
 
 @dataclass
@@ -96,16 +96,16 @@ class Trained:
 
 def prepare(model, clip, vae, task: Task) -> Prepared:
     """Latents and prompts of a task; the VAE's and, for class pictures, the base model's work."""
-    made = prepared(model, clip, vae, task.sets, task.resolution)
+    data = prepared(model, clip, vae, task.sets, task.resolution)
     if task.class_prompt.strip():
-        number = made.prompt(clip, task.class_prompt)
+        number = data.prompt(clip, task.class_prompt)
         if task.class_pictures:
             drawn = [encode(model, vae, f[None], task.resolution) for batch in task.class_pictures for f in batch]
         else:
-            drawn = _draw_class(model, made.prompts[number], task)
+            drawn = _draw_class(model, data.prompts[number], task)
         priors = [training.Example(latents, number) for latents in drawn]
-        made.pictures = training.Pictures(made.pictures.sets, priors)
-    return made
+        data.pictures = training.Pictures(data.pictures.sets, priors)
+    return data
 
 
 @paths.names_given_back()
@@ -124,9 +124,9 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
         start = fitting.fit_one(loras.load(task.go_on_from, 1.0), model.model).factors
         check_fits(task.go_on_from, start, shapes, settings)
         first = steps_before(task.go_on_from, settings)
-    about = {**task.made_by, "ziplora_settings": repr(settings), "ziplora_layers": task.layers}
+    about = {**task.metadata, "ziplora_settings": repr(settings), "ziplora_layers": task.layers}
     file = File(model, task.prefix, about)
-    made = prepare(model, clip, vae, task)
+    data = prepare(model, clip, vae, task)
     training_run = Run(first)
     began = time.monotonic()
 
@@ -140,25 +140,25 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
             return file.said()
 
         def sample() -> Image.Image | None:
-            return picture(model, denoiser, made, trained, settings.seed)
+            return picture(model, denoiser, data, trained, settings.seed)
 
         training_run.follow(task, trained, denoiser, pictures, write, sample)
 
-    planned, _ = loading.with_denoiser(model, made, shapes, settings, work)
+    planned, _ = loading.with_denoiser(model, data, shapes, settings, work)
     seconds = time.monotonic() - began
     report = [
         file.line(settings.steps, training_run.unwritten),
-        *_lines(task, made, shapes, training_run.history, seconds),
+        *_lines(task, data, shapes, training_run.history, seconds),
         planned.line(),
     ]
     name = file.name if file.steps else ""
     return Trained(file.tensors, training_run.loss_map(), "  \n".join(report), name)
 
 
-def _lines(task: Task, made: Prepared, shapes: dict, history: Sequence[training.Step], seconds: float) -> list[str]:
+def _lines(task: Task, data: Prepared, shapes: dict, history: Sequence[training.Step], seconds: float) -> list[str]:
     settings = task.settings
-    counts = " and ".join(str(len(part)) for part in made.pictures.sets)
-    sizes = sorted({tuple(e.latents.shape[-2:]) for part in made.pictures.sets for e in part})
+    counts = " and ".join(str(len(part)) for part in data.pictures.sets)
+    sizes = sorted({tuple(e.latents.shape[-2:]) for part in data.pictures.sets for e in part})
     lines = [
         f"{counts} pictures, latents of " + ", ".join(f"{width} x {height}" for height, width in sizes),
         f"{len(shapes)} layers ({task.layers}), rank {settings.rank}, "
@@ -166,7 +166,7 @@ def _lines(task: Task, made: Prepared, shapes: dict, history: Sequence[training.
         f"steps: {history[0].index} to {history[-1].index} at rate {settings.learning_rate:g}, batch "
         f"{settings.batch_size}, seed {settings.seed}",
     ]
-    if made.pictures.priors:
+    if data.pictures.priors:
         source = "connected" if task.class_pictures else "drawn by the base model"
-        lines.append(f"class pictures: {len(made.pictures.priors)} {source}, weight {settings.prior_weight:g}")
+        lines.append(f"class pictures: {len(data.pictures.priors)} {source}, weight {settings.prior_weight:g}")
     return [*lines, loss_line(history), f"time: {seconds:.1f} s"]

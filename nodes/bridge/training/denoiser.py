@@ -39,8 +39,8 @@ class Denoiser(session.Network):
         return None if context is None else tuple(context.shape)
 
     def conditioning(self, rows: training.Rows) -> dict[str, Any]:
-        found = [self._conditioning(p, rows.latents[i : i + 1]) for i, p in enumerate(rows.prompts)]
-        return comfy.samplers.cond_cat(found)
+        conditionings = [self._conditioning(p, rows.latents[i : i + 1]) for i, p in enumerate(rows.prompts)]
+        return comfy.samplers.cond_cat(conditionings)
 
     def __call__(self, rows: training.Rows, branch: training.Adapted) -> tuple[Tensor, Tensor]:
         x, sigma = self.noised(rows.latents, rows.noise, rows.timesteps)
@@ -66,9 +66,9 @@ class Denoiser(session.Network):
         return x
 
 
-def picture(model, denoiser: Denoiser, made: Prepared, trained: training.Trainable, seed: int) -> Image.Image | None:
+def picture(model, denoiser: Denoiser, data: Prepared, trained: training.Trainable, seed: int) -> Image.Image | None:
     """A rough picture of the first prompt, as the LoRA draws it now."""
-    example = made.pictures.sets[0][0]
+    example = data.pictures.sets[0][0]
     latents = denoiser.sample(example.prompt, example.latents, trained.branch(None), seed)
     shown = thumbnails(model, model.model.process_latent_out(latents.cpu()))
     if shown is None:

@@ -24,7 +24,7 @@ def trained_layers(model, which: str, b_lora: Blocks = B_LORA_BLOCKS) -> dict[st
     one_of("layers", which, LAYERS)
     bare(model)
     inside = {id(part) for block in blocks(model) for part in block.modules()}
-    found = {}
+    layers = {}
     for path, module in model.named_modules():
         if not path.startswith("diffusion_model.") or not hasattr(module, "in_features"):
             continue
@@ -34,15 +34,15 @@ def trained_layers(model, which: str, b_lora: Blocks = B_LORA_BLOCKS) -> dict[st
             continue
         if which.startswith("B-LoRA") and not _in_b_lora(path, which, b_lora):
             continue
-        found[f"{path}.weight"] = (module.out_features, module.in_features)
-    if not found or (which.startswith("B-LoRA") and not isinstance(model.diffusion_model, UNetModel)):
+        layers[f"{path}.weight"] = (module.out_features, module.in_features)
+    if not layers or (which.startswith("B-LoRA") and not isinstance(model.diffusion_model, UNetModel)):
         raise ValueError(
             f"this model ({type(model.model_config).__name__}) has no layers for '{which}'; choose "
             + {"attention": "'all linear'", "all linear": "another model"}.get(
                 which, "'attention': B-LoRA's blocks are SDXL's"
             )
         )
-    return found
+    return layers
 
 
 def _in_b_lora(path: str, which: str, b_lora: Blocks) -> bool:

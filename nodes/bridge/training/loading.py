@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 def with_denoiser(
     model,
-    made: Prepared,
+    data: Prepared,
     shapes: dict[str, tuple[int, int]],
     settings: training.Settings,
     work: Callable[[Denoiser, training.Pictures, Any], T],
@@ -29,13 +29,13 @@ def with_denoiser(
     Returns the plan that worked, and what `work` returned. Where memory runs out, once more with the least.
     loras_at_once: of the rank, which are trained together.
     """
-    rows = settings.batch_size * (2 if made.pictures.priors else 1)
+    rows = settings.batch_size * (2 if data.pictures.priors else 1)
     room = plan.room_for(model)
     planned = plan.make_for_training(
-        model, shapes, made.prompts[0], made.largest, loras_at_once * settings.rank, rows, room
+        model, shapes, data.prompts[0], data.largest, loras_at_once * settings.rank, rows, room
     )
-    prompts = {str(number): conditioning for number, conditioning in enumerate(made.prompts)}
-    prompts["empty"] = zeros(made.prompts[0])
+    prompts = {str(number): conditioning for number, conditioning in enumerate(data.prompts)}
+    prompts["empty"] = zeros(data.prompts[0])
 
     def attempt(planned: plan.Plan) -> T:
         injection = Injection(shapes, planned.recomputed)
@@ -45,13 +45,13 @@ def with_denoiser(
                 into = guider.inner_model.process_latent_in
                 return [training.Example(into(e.latents.float().clone()), e.prompt) for e in examples]
 
-            given = made.pictures
+            given = data.pictures
             scored = None if given.scored is None else own([given.scored])[0]
             pictures = training.Pictures([own(part) for part in given.sets], own(given.priors), scored)
             denoiser = Denoiser(guider, model_options, injection)
             return work(denoiser, pictures, patcher.load_device)
 
-        return session.with_network(model, injection, prompts, made.largest.shape[1:], planned.need, prepared)
+        return session.with_network(model, injection, prompts, data.largest.shape[1:], planned.need, prepared)
 
     less = "lower resolution, batch_size or rank, or train fewer layers"
     return retry.carry_out(planned, attempt, "train", less)

@@ -51,8 +51,8 @@ class File:
         for folder in map(os.path.realpath, folder_paths.get_folder_paths("loras")):
             if own.startswith(folder + os.sep):
                 name = own[len(folder) + 1 :]
-                found = folder_paths.get_full_path("loras", name)
-                return name if found and os.path.realpath(found) == own else None
+                listed = folder_paths.get_full_path("loras", name)
+                return name if listed and os.path.realpath(listed) == own else None
         return None
 
     def write(self, factors: dict[str, Factors], steps: int) -> None:

@@ -92,14 +92,14 @@ def encode(model, vae, frame: Tensor, resolution: int) -> Tensor:
 
 def prepared(model, clip, vae, sets: Sequence[TrainingImages], resolution: int) -> Prepared:
     """Latents and prompts of one concept or several: the work of the VAE and of the text encoder."""
-    made = Prepared()
+    data = Prepared()
     concepts = []
-    for shown in sets:
-        numbers = [made.prompt(clip, text) for text in shown.prompts]
+    for images in sets:
+        numbers = [data.prompt(clip, text) for text in images.prompts]
         examples = []
-        for index, frame in enumerate(shown.frames):
+        for index, frame in enumerate(images.frames):
             latents = encode(model, vae, frame, resolution)
             examples.append(training.Example(latents, numbers[index % len(numbers)]))
         concepts.append(examples)
-    made.pictures = training.Pictures(concepts)
-    return made
+    data.pictures = training.Pictures(concepts)
+    return data
