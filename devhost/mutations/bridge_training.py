@@ -98,7 +98,7 @@ MUTANTS = [
         (
             "the subject is scored by CLIP",
             "alignment(picture_features(dino, images, bar), picture_features(dino, subject, bar))",
-            "alignment(seen, picture_features(clip_vision, subject, bar))",
+            "alignment(pictures, picture_features(clip_vision, subject, bar))",
         ),
     ),
 ]
