@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
+from . import inputs
 from .bridge.apply import apply
-from .inputs import connected
 from .sockets import ZippedLoRASocket
 
 
@@ -20,13 +20,9 @@ class ApplyZippedLoRA(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the two LoRAs."),
                 ZippedLoRASocket.Input("zipped_lora", tooltip="The zipped pair."),
-                io.Float.Input(
+                inputs.strength(
                     "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="Strength of the whole zipped pair. For style or subject alone use Style Strength.",
+                    "Strength of the whole zipped pair. For style or subject alone use Style Strength.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -46,5 +42,5 @@ class ApplyZippedLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, zipped_lora, strength: float, clip=None) -> io.NodeOutput:
-        connected(model=model, zipped_lora=zipped_lora, **{} if clip is None else {"clip": clip})
+        inputs.connected(model=model, zipped_lora=zipped_lora, **{} if clip is None else {"clip": clip})
         return io.NodeOutput(*apply(model, clip, zipped_lora, strength))

@@ -7,7 +7,15 @@ from typing import Any
 import folder_paths
 from comfy_api.v0_0_2 import io
 
+from ..ziplora_core import solver, training
+from ..ziplora_core.checks import SEED, Range
+from .bridge.training.pictures import RESOLUTION
+from .bridge.training.run import INTERVAL
+
 NEW = "[None]"  # of continue_from, as the host's own Train LoRA calls it
+SAMPLE_EVERY, SAVE_EVERY = 100, 250  # steps
+
+Settings = type[solver.Settings] | type[training.Settings]
 
 
 def connected(**sockets: Any) -> None:
@@ -17,45 +25,53 @@ def connected(**sockets: Any) -> None:
             raise ValueError(f"{name} is not connected; link a node's output to it")
 
 
+def span(bounds: Range) -> dict[str, Any]:
+    """A range, as an input's options."""
+    return {"min": bounds.low, "max": bounds.high}
+
+
+def setting(settings: Settings, name: str) -> dict[str, Any]:
+    """Default and range of one of the core's settings, as an input's options."""
+    return {"default": getattr(settings, name), **span(settings.ranges[name])}
+
+
+def whole(settings: Settings, name: str, tooltip: str) -> io.Int.Input:
+    """A setting of the core that is a whole number, under its own name."""
+    return io.Int.Input(name, **setting(settings, name), tooltip=tooltip)
+
+
+def fraction(settings: Settings, name: str, step: float, tooltip: str, **options: Any) -> io.Float.Input:
+    """A setting of the core that may be any number, under its own name; not rounded to `step`."""
+    return io.Float.Input(name, **setting(settings, name), step=step, round=False, tooltip=tooltip, **options)
+
+
 def seed(tooltip: str) -> io.Int.Input:
     """As the host's own seeds, but fixed from run to run."""
-    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False, tooltip=tooltip)
+    return io.Int.Input("seed", default=0, **span(SEED), control_after_generate=False, tooltip=tooltip)
 
 
-def training_steps(default: int, tooltip: str) -> io.Int.Input:
-    return io.Int.Input("steps", default=default, min=1, max=100_000, tooltip=tooltip)
-
-
-def training_rate(name: str, default: float, step: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=1e-8, max=1.0, step=step, round=False, tooltip=tooltip)
-
-
-def batch_size(tooltip: str) -> io.Int.Input:
-    return io.Int.Input("batch_size", default=1, min=1, max=64, tooltip=tooltip)
-
-
-def rank(default: int, tooltip: str) -> io.Int.Input:
-    return io.Int.Input("rank", default=default, min=1, max=1024, tooltip=tooltip)
-
-
-def resolution() -> io.Int.Input:
+def resolution(default: int) -> io.Int.Input:
     """Of the pictures that a node trains on."""
     return io.Int.Input(
         "resolution",
-        default=1024,
-        min=64,
-        max=4096,
+        default=default,
+        **span(RESOLUTION),
         step=8,
         tooltip="Side of a square bucket in pixels: what the model draws best, 1024 for SDXL.",
     )
 
 
 def sample_every(tooltip: str) -> io.Int.Input:
-    return io.Int.Input("sample_every", default=100, min=0, max=100_000, optional=True, tooltip=tooltip)
+    return io.Int.Input("sample_every", default=SAMPLE_EVERY, **span(INTERVAL), optional=True, tooltip=tooltip)
 
 
 def save_every(tooltip: str) -> io.Int.Input:
-    return io.Int.Input("save_every", default=250, min=0, max=100_000, optional=True, tooltip=tooltip)
+    return io.Int.Input("save_every", default=SAVE_EVERY, **span(INTERVAL), optional=True, tooltip=tooltip)
+
+
+def strength(name: str, tooltip: str) -> io.Float.Input:
+    """Of a LoRA or a merge, as the host's LoRA loader has it, in a range that a slider can show."""
+    return io.Float.Input(name, default=1.0, min=-10.0, max=10.0, step=0.05, tooltip=tooltip)
 
 
 def continue_from(tooltip: str) -> io.Combo.Input:

@@ -10,7 +10,7 @@ from ..ziplora_core.checks import one_of
 from ..ziplora_core.objective import OBJECTIVES
 from ..ziplora_core.solver import SOLVERS, Settings
 from . import inputs
-from .bridge.drawing.sampling import ReferenceRequest
+from .bridge.drawing.sampling import COUNT, SIDE, ReferenceRequest
 from .bridge.optimize.zipping import by_concept, check_inputs, optimize
 from .sockets import LoRAPairSocket, LossMapSocket, ReferencesSocket, ZippedLoRASocket
 
@@ -62,36 +62,29 @@ class ZipLoRAOptimize(io.ComfyNode):
                     tooltip="Reference pictures of the style, VAE-encoded: one is enough, a batch is welcome. Not "
                     "connected: the style LoRA draws some from its prompt, and the node shows them when it is done.",
                 ),
-                io.Int.Input(
+                inputs.whole(
+                    Settings,
                     "steps",
-                    default=Settings.steps,
-                    min=0,
-                    max=10_000,
-                    tooltip="Updates of the coefficients by gradient: the paper's 100 for solver gradient, 10 from the "
+                    "Updates of the coefficients by gradient: the paper's 100 for solver gradient, 10 from the "
                     "layer-wise start; solver layerwise takes none. 0 gives the direct merge.",
                 ),
-                io.Float.Input(
+                inputs.fraction(
+                    Settings,
                     "learning_rate",
-                    default=Settings.learning_rate,
-                    min=1e-8,
-                    max=10.0,
-                    step=0.001,
-                    round=False,
-                    tooltip="Adam's rate, the paper's 0.01. Coefficients move about rate x steps, so at 5e-5 nothing "
-                    "happens.",
+                    0.001,
+                    "Adam's rate, the paper's 0.01. Coefficients move about rate x steps, so at 5e-5 nothing happens.",
                 ),
-                io.Float.Input(
+                inputs.fraction(
+                    Settings,
                     "similarity_lambda",
-                    default=Settings.similarity_lambda,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.001,
-                    round=False,
-                    tooltip="Weight of the overlap between the two sets of coefficients, the paper's 0.01. "
+                    0.001,
+                    "Weight of the overlap between the two sets of coefficients, the paper's 0.01. "
                     "Higher: columns are divided more strictly between subject and style.",
                 ),
-                inputs.batch_size(
-                    "Noisy copies of each reference per step. More is steadier, slower, and takes more memory."
+                inputs.whole(
+                    Settings,
+                    "batch_size",
+                    "Noisy copies of each reference per step. More is steadier, slower, and takes more memory.",
                 ),
                 inputs.seed("Seed of the noise and timesteps: the same seed gives the same coefficients."),
                 _choice(
@@ -107,30 +100,24 @@ class ZipLoRAOptimize(io.ComfyNode):
                     "sampling fits, and draws as well as what takes longer. gradient: the paper's, from all ones; give "
                     "it 100 steps. Or the first as the second's start.",
                 ),
-                io.Float.Input(
+                inputs.fraction(
+                    Settings,
                     "ridge",
-                    default=Settings.ridge,
-                    min=1e-6,
-                    max=1e6,
-                    step=0.1,
-                    round=False,
+                    0.1,
+                    "How strongly the layer-wise solve holds on to the plain sum of both LoRAs: 0.1 less, 1 more.",
                     optional=True,
-                    tooltip="How strongly the layer-wise solve holds on to the plain sum of both LoRAs: 0.1 less, "
-                    "1 more.",
                 ),
                 io.Int.Input(
                     "drawn_references",
                     default=ReferenceRequest.count,
-                    min=1,
-                    max=64,
+                    **inputs.span(COUNT),
                     optional=True,
                     tooltip="How many references to draw for a concept without latents.",
                 ),
                 io.Int.Input(
                     "drawn_size",
                     default=ReferenceRequest.side,
-                    min=64,
-                    max=8192,
+                    **inputs.span(SIDE),
                     step=8,
                     optional=True,
                     tooltip="Side in pixels of references that are drawn: what the model draws best, 1024 for SDXL.",

@@ -6,6 +6,7 @@ import folder_paths
 from comfy_api.v0_0_2 import io
 
 from .bridge.lora import loras
+from .inputs import strength
 from .sockets import LoRAModelSocket, LoRAPairSocket
 
 
@@ -29,22 +30,14 @@ class LoadLoRAPair(io.ComfyNode):
                     options=files,
                     tooltip="LoRA of the style: how to draw it. May differ in rank.",
                 ),
-                io.Float.Input(
+                strength(
                     "content_strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="Strength at which the content LoRA alone draws its subject well. "
+                    "Strength at which the content LoRA alone draws its subject well. "
                     "The zipped model is taught to draw as the LoRA does at this strength.",
                 ),
-                io.Float.Input(
+                strength(
                     "style_strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="Strength at which the style LoRA alone draws its style well. "
+                    "Strength at which the style LoRA alone draws its style well. "
                     "To dial the style after zipping use Style Strength, which costs nothing.",
                 ),
             ],
@@ -79,7 +72,6 @@ class LoadLoRAPair(io.ComfyNode):
 class PairLoRAs(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
         return io.Schema(
             node_id="PairLoRAs",
             display_name="Pair LoRAs",
@@ -88,12 +80,8 @@ class PairLoRAs(io.ComfyNode):
             inputs=[
                 LoRAModelSocket.Input("content_lora", tooltip="LoRA of the subject."),
                 LoRAModelSocket.Input("style_lora", tooltip="LoRA of the style."),
-                io.Float.Input(
-                    "content_strength", **strength, tooltip="Strength at which the content LoRA alone draws well."
-                ),
-                io.Float.Input(
-                    "style_strength", **strength, tooltip="Strength at which the style LoRA alone draws well."
-                ),
+                strength("content_strength", "Strength at which the content LoRA alone draws well."),
+                strength("style_strength", "Strength at which the style LoRA alone draws well."),
             ],
             outputs=[LoRAPairSocket.Output(display_name="lora_pair", tooltip="Both LoRAs, for ZipLoRA Optimize.")],
         )

@@ -44,13 +44,15 @@ class TrainConceptLoRA(io.ComfyNode):
                     tooltip="The prompt that stands for them, with a rare word in it: 'a sks dog', 'a house in szn "
                     "style'. One line for all pictures, or a line for each.",
                 ),
-                inputs.training_steps(
-                    Settings.steps, "Updates, the paper's 1000. Too many, and the LoRA draws its pictures always."
+                inputs.whole(
+                    Settings, "steps", "Updates, the paper's 1000. Too many, and the LoRA draws its pictures always."
                 ),
-                inputs.training_rate("learning_rate", Settings.learning_rate, 1e-5, "Adam's rate, the paper's 5e-5."),
-                inputs.rank(Settings.rank, "Of the LoRA, the paper's 64; alpha is the rank."),
-                inputs.batch_size("Pictures per step. More is steadier, slower, and takes more memory."),
-                inputs.resolution(),
+                inputs.fraction(Settings, "learning_rate", 1e-5, "Adam's rate, the paper's 5e-5."),
+                inputs.whole(Settings, "rank", "Of the LoRA, the paper's 64; alpha is the rank."),
+                inputs.whole(
+                    Settings, "batch_size", "Pictures per step. More is steadier, slower, and takes more memory."
+                ),
+                inputs.resolution(Task.resolution),
                 io.Combo.Input(
                     "layers",
                     options=list(LAYERS),
@@ -91,17 +93,14 @@ class TrainConceptLoRA(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "class_count",
-                    default=32,
-                    min=1,
-                    max=1000,
+                    default=Task.class_count,
+                    **inputs.span(concept.CLASS_COUNT),
                     optional=True,
                     tooltip="How many class pictures the base model draws.",
                 ),
                 io.Float.Input(
                     "prior_weight",
-                    default=Settings.prior_weight,
-                    min=0.0,
-                    max=100.0,
+                    **inputs.setting(Settings, "prior_weight"),
                     step=0.1,
                     optional=True,
                     tooltip="Weight of the class pictures' loss.",
@@ -161,11 +160,11 @@ def read_task(
     layers: str,
     seed: int,
     filename_prefix: str,
-    sample_every: int = 100,
-    save_every: int = 250,
+    sample_every: int = inputs.SAMPLE_EVERY,
+    save_every: int = inputs.SAVE_EVERY,
     continue_from: str = inputs.NEW,
     class_prompt: str = "",
-    class_count: int = 32,
+    class_count: int = Task.class_count,
     prior_weight: float = Settings.prior_weight,
     second_prompt: str = "",
     **_: Any,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 from comfy_api.v0_0_2 import io
 
-from ..ziplora_core.checks import in_range
+from ..ziplora_core.checks import Range
 from ..ziplora_core.direct.blocks import UNZIPLORA_BLOCKS
-from ..ziplora_core.unzip import Settings
+from ..ziplora_core.unzip import Settings, share_range
 from . import inputs
 from .bridge.disk import provenance
 from .bridge.unzip import Task, read_blocks, unzip_picture
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
 
 _BLOCKS = {concept: ", ".join(name.rstrip(".") for name in names) for concept, names in UNZIPLORA_BLOCKS.items()}
+_SHARE = share_range(Settings.periods)
+_PERCENT = Range(100 * _SHARE.low, math.floor(1000 * _SHARE.high) / 10)  # the largest, rounded down to a tenth
 
 
 def _blocks(concept: str) -> io.String.Input:
@@ -45,43 +49,41 @@ class UnZipLoRA(io.ComfyNode):
                 ),
                 io.String.Input("content_prompt", default="", tooltip="What it shows, in the same words: 'a sks dog'."),
                 io.String.Input("style_prompt", default="", tooltip="How it shows it, in the same words: 'szn style'."),
-                inputs.training_steps(
-                    Settings.steps,
+                inputs.whole(
+                    Settings,
+                    "steps",
                     "Updates, the paper's 600. Columns are given out at the start of each third of them.",
                 ),
-                inputs.training_rate(
-                    "learning_rate", Settings.learning_rate, 1e-5, "Adam's rate for both LoRAs, the paper's 5e-5."
-                ),
-                inputs.training_rate(
-                    "merger_learning_rate",
-                    Settings.merger_rate,
-                    1e-3,
-                    "Adam's rate for the coefficients of the columns, the paper's 5e-3.",
-                ),
+                inputs.fraction(Settings, "learning_rate", 1e-5, "Adam's rate for both LoRAs, the paper's 5e-5."),
                 io.Float.Input(
-                    "similarity_lambda",
-                    default=Settings.similarity_lambda,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.1,
+                    "merger_learning_rate",
+                    **inputs.setting(Settings, "merger_rate"),
+                    step=1e-3,
                     round=False,
-                    tooltip="Weight of the overlap between the two sets of coefficients, the paper's 0.5. Only with "
+                    tooltip="Adam's rate for the coefficients of the columns, the paper's 5e-3.",
+                ),
+                inputs.fraction(
+                    Settings,
+                    "similarity_lambda",
+                    0.1,
+                    "Weight of the overlap between the two sets of coefficients, the paper's 0.5. Only with "
                     "column_separation off: else no column has two.",
                 ),
                 io.Float.Input(
                     "column_share",
                     default=100 * Settings.share,
-                    min=0.1,
-                    max=16.6,
+                    **inputs.span(_PERCENT),
                     step=1.0,
                     round=False,
                     tooltip="Percent of a layer's columns that a LoRA gets in each third of the run: the paper's 10.",
                 ),
-                inputs.rank(Settings.rank, "Of each LoRA, the paper's 64."),
-                inputs.batch_size(
-                    "Noisy copies of the picture per step. More is steadier, slower, and takes more memory."
+                inputs.whole(Settings, "rank", "Of each LoRA, the paper's 64."),
+                inputs.whole(
+                    Settings,
+                    "batch_size",
+                    "Noisy copies of the picture per step. More is steadier, slower, and takes more memory.",
                 ),
-                inputs.resolution(),
+                inputs.resolution(Task.resolution),
                 inputs.seed("Seed of the first factors, the noise and the timesteps."),
                 io.String.Input(
                     "filename_prefix",
@@ -160,16 +162,16 @@ class UnZipLoRA(io.ComfyNode):
         prompt_separation: bool = True,
         column_separation: bool = True,
         block_separation: bool = True,
-        sample_every: int = 100,
-        save_every: int = 250,
+        sample_every: int = inputs.SAMPLE_EVERY,
+        save_every: int = inputs.SAVE_EVERY,
         continue_from: str = inputs.NEW,
         trained_as_used: bool = True,
         content_blocks: str = _BLOCKS["content"],
         style_blocks: str = _BLOCKS["style"],
     ) -> io.NodeOutput:
         inputs.connected(model=model, clip=clip, vae=vae)
-        in_range("merger_learning_rate", merger_learning_rate, 1e-8, 1.0)
-        in_range("column_share", column_share, 0.1, 16.6)
+        Settings.ranges["merger_rate"].check("merger_learning_rate", merger_learning_rate)
+        _PERCENT.check("column_share", column_share)
         settings = Settings(
             steps=steps,
             learning_rate=learning_rate,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from .branch import Branch
-from .checks import in_range, one_of
+from .checks import SEED, Range, check_ranges, one_of
 from .coefficients import Coefficients
 from .lora_set import LoRASet
 from .objective import BALANCED, Objective
@@ -21,7 +21,7 @@ OWN, EMPTY, OTHER = "own", "empty", "other"  # prompts of a row: its concept's, 
 
 @dataclass(frozen=True)
 class Settings:
-    """Raises ValueError for a value out of range, naming it.
+    """Raises ValueError for a value out of range, naming it. ranges: of each number, for the node's schema too.
 
     solver: "layerwise" in closed form, which takes no steps (but 0 give the direct merge, whatever the solver);
     "gradient" from all ones, as the paper, which takes 100 at 0.01; or the first as the second's start.
@@ -37,13 +37,17 @@ class Settings:
     solver: str = SOLVERS[0]
     ridge: float = RIDGE
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "steps": Range(0, 10_000),
+        "learning_rate": Range(1e-8, 10.0),
+        "similarity_lambda": Range(0.0, 1000.0),
+        "batch_size": Range(1, 64),
+        "ridge": Range(1e-6, 1e6),
+        "seed": SEED,
+    }
+
     def __post_init__(self) -> None:
-        in_range("steps", self.steps, 0, 10_000)
-        in_range("learning_rate", self.learning_rate, 1e-8, 10.0)
-        in_range("similarity_lambda", self.similarity_lambda, 0.0, 1000.0)
-        in_range("batch_size", self.batch_size, 1, 64)
-        in_range("ridge", self.ridge, 1e-6, 1e6)
-        in_range("seed", self.seed, 0, 2**64 - 1)
+        check_ranges(self, self.ranges)
         one_of("solver", self.solver, SOLVERS)
 
     @property

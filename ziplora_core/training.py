@@ -7,14 +7,14 @@ forward and one backward pass over the rows that fit into one batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from .checks import in_range
+from .checks import SEED, Range, check_ranges
 from .draws import GOLDEN
 from .frozen import Base
 from .gradient import MAX_SKIPPED
@@ -26,7 +26,8 @@ _LARGEST_NORM = 1.0  # of the gradient, above which it is scaled down, as the di
 class Settings:
     """Raises ValueError for a value out of range, naming it. The defaults are the paper's (ZipLoRA, Sec. 4).
 
-    batch_size: rows a step, of pictures; with class pictures as many again. prior_weight: of their loss.
+    batch_size: rows a step, of pictures; with class pictures as many again. prior_weight: of their loss. ranges: of
+    each number, for the nodes' schemas too.
     """
 
     steps: int = 1000
@@ -36,13 +37,17 @@ class Settings:
     seed: int = 0
     prior_weight: float = 1.0
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "steps": Range(1, 100_000),
+        "learning_rate": Range(1e-8, 1.0),
+        "rank": Range(1, 1024),
+        "batch_size": Range(1, 64),
+        "seed": SEED,
+        "prior_weight": Range(0.0, 100.0),
+    }
+
     def __post_init__(self) -> None:
-        in_range("steps", self.steps, 1, 100_000)
-        in_range("learning_rate", self.learning_rate, 1e-8, 1.0)
-        in_range("rank", self.rank, 1, 1024)
-        in_range("batch_size", self.batch_size, 1, 64)
-        in_range("seed", self.seed, 0, 2**64 - 1)
-        in_range("prior_weight", self.prior_weight, 0.0, 100.0)
+        check_ranges(self, self.ranges)
 
 
 @dataclass(frozen=True)

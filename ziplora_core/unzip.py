@@ -31,14 +31,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import training
-from .checks import in_range
+from .checks import Range
 from .coefficients import Coefficients
 from .files import all_finite
 from .frozen import Base, frozen
@@ -71,12 +71,21 @@ class Settings(training.Settings):
     share: float = 0.1
     periods: int = 3
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **training.Settings.ranges,
+        "merger_rate": Range(1e-8, 1.0),
+        "similarity_lambda": Range(0.0, 1000.0),
+        "periods": Range(1, 100),
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        in_range("merger_rate", self.merger_rate, 1e-8, 1.0)
-        in_range("similarity_lambda", self.similarity_lambda, 0.0, 1000.0)
-        in_range("periods", self.periods, 1, 100)
-        in_range("share", self.share, 1e-3, 0.5 / self.periods)
+        share_range(self.periods).check("share", self.share)
+
+
+def share_range(periods: int) -> Range:
+    """Of `Settings.share`: after all periods the two LoRAs have no more than all columns."""
+    return Range(1e-3, 0.5 / periods)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ MUTANTS = [
             "missing = [k for k in patches if k not in applied]",
             "missing = []",
         ),
-        ("any strength is taken", 'in_range("strength", strength, -100, 100)', "pass"),
+        ("any strength is taken", 'STRENGTH.check("strength", strength)', "pass"),
     ),
     *faults(
         "nodes/bridge/lora/fitting.py",

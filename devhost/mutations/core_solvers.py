@@ -118,8 +118,8 @@ MUTANTS = [
     *faults(
         "ziplora_core/checks.py",
         SOLVER,
-        ("no lower bound", "not low <= value <= high", "not value <= high"),
-        ("the lower bound is out", "not low <= value <= high", "not low < value <= high"),
+        ("no lower bound", "self.low <= value <= self.high", "value <= self.high"),
+        ("the lower bound is out", "self.low <= value <= self.high", "self.low < value <= self.high"),
     ),
     *faults(
         "ziplora_core/layerwise.py",

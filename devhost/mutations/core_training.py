@@ -80,8 +80,8 @@ MUTANTS = [
         ("steps not told", "on_step(history[-1])", "pass"),
         (
             "no lower bound of the prior weight",
-            '"prior_weight", self.prior_weight, 0.0',
-            '"prior_weight", self.prior_weight, -1.0',
+            '"prior_weight": Range(0.0, ',
+            '"prior_weight": Range(-1.0, ',
         ),
     ),
     *faults(
@@ -156,7 +156,7 @@ MUTANTS = [
         ("every column stays on", "            self._every_column = False\n", "            pass\n"),
         ("not every column is scored", "        self._every_column = True\n", "        pass\n"),
         ("the smallest update is named", "max(sizes, key=sizes.__getitem__)", "min(sizes, key=sizes.__getitem__)"),
-        ("share out of range", "1e-3, 0.5 / self.periods", "1e-3, 1.0"),
+        ("share out of range", "1e-3, 0.5 / periods", "1e-3, 1.0"),
         ("prompts of the other", "contexts[concept].to(x)", 'contexts["content"].to(x)'),
         (
             "mergers are not trained",

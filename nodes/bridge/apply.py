@@ -10,12 +10,11 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
-from ...ziplora_core.checks import in_range
 from ...ziplora_core.lora_set import Layer
 from ...ziplora_core.merge import merged_factors
 from .lora import fitting, text_encoders
 from .lora.adapters import fits, reshapes
-from .lora.loras import LoRASource
+from .lora.loras import STRENGTH, LoRASource
 from .lora.zipped import ZippedLoRA
 from .network.bare import bare
 from .progress.bar import tell
@@ -77,7 +76,7 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     parts are merged directly, as the paper leaves them frozen; bias and norm differences follow their LoRA.
     clip may be None. Raises ValueError where the zipped pair does not belong on this model.
     """
-    in_range("strength", strength, -100, 100)
+    STRENGTH.check("strength", strength)
     if strength == 0:
         return model, clip
     names = zipped.sources.names()

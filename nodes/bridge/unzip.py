@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from ...ziplora_core import training, unzip
-from ...ziplora_core.checks import in_range
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.direct.blocks import UNZIPLORA_BLOCKS, Blocks
 from ...ziplora_core.files import read_metadata, shown
@@ -31,7 +30,7 @@ from .training.denoiser import Denoiser, picture
 from .training.layers import trained_layers
 from .training.lora_file import File, check_fits, steps_before
 from .training.pictures import TrainingImages, check_pictures, check_prompt, prepared
-from .training.run import Run, loss_line
+from .training.run import Run, check_pace, loss_line
 
 _PROMPTED = re.compile(r"\.attn2\.to_[kv]\.weight$")
 _SMALL_WORDS = frozenset(  # which a prompt may have for itself
@@ -75,9 +74,7 @@ class Unzipped:
 
 def check(model, task: Task) -> None:
     """Raises ValueError for what can be refused before anything is loaded. model: the host's BaseModel."""
-    in_range("resolution", task.resolution, 64, 4096)
-    in_range("sample_every", task.sample_every, 0, 100_000)
-    in_range("save_every", task.save_every, 0, 100_000)
+    check_pace(task)
     for name, text in task.prompts.items():
         check_prompt("prompt" if name == "full" else f"{name}_prompt", text)
     _check_words(task.prompts)

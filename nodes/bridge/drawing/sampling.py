@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ....ziplora_core.checks import in_range
+from ....ziplora_core.checks import Range
 from ..memory.retry import is_out_of_memory
 from ..network.empty_prompt import zeros
 from ..network.session import attention_with_gradient
 
 Watch = Callable[[float, Image.Image | None], None]
 STEPS, GUIDANCE, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
+COUNT, SIDE = Range(1, 64), Range(64, 8192)  # of a ReferenceRequest
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class ReferenceRequest:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range, naming the input."""
-        in_range("drawn_references", self.count, 1, 64)
-        in_range("drawn_size", self.side, 64, 8192)
+        COUNT.check("drawn_references", self.count)
+        SIDE.check("drawn_size", self.side)
 
 
 @dataclass(frozen=True)

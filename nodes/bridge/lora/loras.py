@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ....ziplora_core import formats
-from ....ziplora_core.checks import in_range
+from ....ziplora_core.checks import Range
 from ....ziplora_core.files import LoRAFileError, check_lora_file, check_tensors, read_lora_file, shown
 from ....ziplora_core.lora_set import CONCEPTS, is_pair
 from . import hashes
+
+STRENGTH = Range(-100, 100)  # of a LoRA, a merge or a dial: wider than the nodes' sliders, for the API
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def refuse_one_lora(sources: LoRASources) -> None:
 
 def _check_strengths(by_concept: Mapping[str, float]) -> None:
     for concept, strength in by_concept.items():
-        in_range(f"{concept}_strength", strength, -100, 100)
+        STRENGTH.check(f"{concept}_strength", strength)
 
 
 def load(name: str, strength: float, clip_strength: float | None = None) -> LoRASource:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from ....ziplora_core.checks import one_of
 from ....ziplora_core.files import LoRAFileError, shown
-from .loras import LoRASources, load_set
+from .loras import STRENGTH, LoRASources, load_set
 
 ROLES = "subject, style"
 _CONCEPTS = {"subject": "content", "style": "style", "other": "other"}  # role -> what its first LoRA is called
@@ -44,15 +43,15 @@ def entries(lora_stack: Any) -> list[Entry]:
             continue
         if not isinstance(name, str) or not all(map(_is_number, strengths)):
             raise ValueError(
-                f"lora_stack: place {place} is {shown(repr(entry), 60)}; expected a file's name and numbers from -100 "
-                "to 100"
+                f"lora_stack: place {place} is {shown(repr(entry), 60)}; expected a file's name and numbers from "
+                f"{STRENGTH.low:g} to {STRENGTH.high:g}"
             )
         stack.append(Entry(name, float(strengths[0]), float(strengths[-1])))
     return stack
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) <= 100
+    return isinstance(value, int | float) and not isinstance(value, bool) and STRENGTH.holds(value)
 
 
 def concepts(roles: str, count: int) -> list[str]:

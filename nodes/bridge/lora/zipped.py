@@ -8,11 +8,10 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ....ziplora_core.checks import in_range
 from ....ziplora_core.coefficients import Coefficients
 from ....ziplora_core.files import shown
 from .fitting import FittedSet
-from .loras import LoRASources, role
+from .loras import STRENGTH, LoRASources, role
 
 ZIPPED = "zipped"
 
@@ -96,6 +95,6 @@ def read_strengths(sources: LoRASources, text: str) -> dict[str, float]:
             if len(meant) > 1:
                 what = f"may be {' or '.join(meant)}"
             raise ValueError(f"strengths: '{shown(name, 60)}' {what}; there are: {', '.join(sources.by_concept)}")
-        in_range(f"strengths: {named}", number, -100, 100)
+        STRENGTH.check(f"strengths: {named}", number)
         strengths[named] = number
     return strengths

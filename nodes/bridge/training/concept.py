@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ....ziplora_core import trained_lora, training
-from ....ziplora_core.checks import in_range
+from ....ziplora_core.checks import Range
 from ....ziplora_core.direct.blocks import B_LORA_BLOCKS, Blocks
 from ..disk import paths
 from ..drawing import sampling
@@ -21,9 +21,10 @@ from .denoiser import Denoiser, picture
 from .layers import LAYERS, trained_layers
 from .lora_file import File, check_fits, steps_before
 from .pictures import Prepared, TrainingImages, check_pictures, check_prompt, encode, prepared
-from .run import Run, loss_line
+from .run import Run, check_pace, loss_line
 
-_AT_ONCE = 4  # class pictures, in one batch
+CLASS_COUNT = Range(1, 1000)  # class pictures
+_AT_ONCE = 4  # of them in one batch
 
 
 @dataclass
@@ -52,10 +53,8 @@ class Task:
 
 def check(task: Task) -> None:
     """What can be refused before anything is loaded. Raises ValueError."""
-    in_range("resolution", task.resolution, 64, 4096)
-    in_range("class_count", task.class_count, 1, 1000)
-    in_range("sample_every", task.sample_every, 0, 100_000)
-    in_range("save_every", task.save_every, 0, 100_000)
+    check_pace(task)
+    CLASS_COUNT.check("class_count", task.class_count)
     for start, images in zip(("", "second_"), task.sets, strict=False):
         check_pictures(f"{start}images", images.pictures)
         check_prompt(f"{start}prompt", "".join(images.prompts))

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ....ziplora_core import training
+from ....ziplora_core.checks import Range
 from ..network import checks
 
+RESOLUTION = Range(64, 4096)  # side of a square bucket, in pixels
 _EVERY, _MULTIPLE = 8, 64  # pixels of a latent, and what sides of buckets are multiples of
 
 

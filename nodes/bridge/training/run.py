@@ -10,9 +10,13 @@ import torch
 from PIL import Image
 
 from ....ziplora_core import training
+from ....ziplora_core.checks import Range
 from ....ziplora_core.standing import Standing
 from ..memory import retry
+from .pictures import RESOLUTION
 from .progress import TrainingProgress
+
+INTERVAL = Range(0, 100_000)  # steps between two samples or two files; 0 for never
 
 
 def loss_line(history: Sequence[training.Step]) -> str:
@@ -22,16 +26,26 @@ def loss_line(history: Sequence[training.Step]) -> str:
 
 
 class Paced(Protocol):
-    """What a training node asks of any run. sample_every, save_every: steps; 0 for never."""
+    """What a training node asks of any run. resolution: pixels. sample_every, save_every: steps; 0 for never."""
 
     @property
     def settings(self) -> training.Settings: ...
+
+    @property
+    def resolution(self) -> int: ...
 
     @property
     def sample_every(self) -> int: ...
 
     @property
     def save_every(self) -> int: ...
+
+
+def check_pace(task: Paced) -> None:
+    """Raises ValueError for a value that the API let through."""
+    RESOLUTION.check("resolution", task.resolution)
+    INTERVAL.check("sample_every", task.sample_every)
+    INTERVAL.check("save_every", task.save_every)
 
 
 class Run:
