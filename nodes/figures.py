@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ziplora_core import analysis
+from ..ziplora_core.blocks import block_name
 from ..ziplora_core.coefficients import Coefficients, owners
 from ..ziplora_core.lora_set import LoRASet
 from .bridge.progress.plots import BOTH, CONTENT, FRAME, GROUND, INK, STYLE, concept_colors
@@ -86,7 +87,7 @@ def _nothing(axes: Axes, title: str, why: str) -> None:
 def _name_blocks(axes: Axes, layers: Sequence[str]) -> None:
     """The network's blocks on the axis instead of the layers' numbers, a line between two."""
     start, ticks = 0, []
-    for name, members in groupby(layers, analysis.block_name):
+    for name, members in groupby(layers, block_name):
         count = len(list(members))
         ticks.append((start + (count - 1) / 2, name))
         if start:

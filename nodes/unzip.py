@@ -6,12 +6,12 @@ import math
 
 from comfy_api.v0_0_2 import io
 
+from ..ziplora_core.blocks import UNZIPLORA_BLOCKS, read_blocks
 from ..ziplora_core.checks import Range
-from ..ziplora_core.direct.blocks import UNZIPLORA_BLOCKS
 from ..ziplora_core.unzip import Settings, share_range
 from . import inputs
 from .bridge.disk import provenance
-from .bridge.unzip import Task, read_blocks, unzip_picture
+from .bridge.unzip import Task, unzip_picture
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
 
 _BLOCKS = {concept: ", ".join(name.rstrip(".") for name in names) for concept, names in UNZIPLORA_BLOCKS.items()}

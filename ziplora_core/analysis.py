@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from itertools import combinations
 
@@ -85,15 +84,3 @@ def energy_share(elements: Tensor, top: float) -> float:
     whole = squares.sum().item()
     count = max(1, round(top * squares.numel())) if squares.numel() else 0
     return squares.topk(count).values.sum().item() / whole if whole else 0.0
-
-
-_BLOCK = re.compile(r"^(?:diffusion_model\.)?(?P<kind>[a-z_]+?)(?:_?blocks?)?\.(?P<number>\d+)\.")
-
-
-def block_name(layer: str) -> str:
-    """A short name of the network's block that a layer belongs to: "input 4", "middle", "double 0"."""
-    match = _BLOCK.match(layer)
-    if match is None:
-        return ""
-    kind = match["kind"].replace("_", " ")
-    return kind if kind == "middle" else f"{kind} {match['number']}"

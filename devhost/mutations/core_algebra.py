@@ -54,7 +54,6 @@ MUTANTS = [
             "squares.topk(count).values.sum()",
             "elements.double().topk(count).values.square().sum()",
         ),
-        ("the middle block has a number", 'if kind == "middle"', 'if kind == "centre"'),
     ),
     *faults(
         "ziplora_core/branch.py",
@@ -163,12 +162,17 @@ MUTANTS = [
         ("NP-LoRA is the sum", "lambda loras: (soften(loras), ", "lambda loras: (loras, "),
     ),
     *faults(
+        "ziplora_core/blocks.py",
+        (*ANALYSIS, *DIRECT),
+        ("the middle block has a number", 'if kind == "middle"', 'if kind == "centre"'),
+        ("UnZipLoRA's last block", '"output_blocks.4.", "output_blocks.5."', '"output_blocks.4."'),
+    ),
+    *faults(
         "ziplora_core/direct/blocks.py",
         DIRECT,
         ("blocks swapped", "float(owner == concept)", "float(owner != concept)"),
         ("the rest is kept by both", "return elsewhere if owner is None", "return 1.0 if owner is None"),
-        ("UnZipLoRA's last block", '"output_blocks.4.", "output_blocks.5."', '"output_blocks.4."'),
-        ("blocks that are not there", "if not any(inside(name, own) for name in loras.layers)", "if not loras.layers"),
+        ("blocks that are not there", "if not any(lies_in(name, own) for name in loras.layers)", "if not loras.layers"),
     ),
     *faults(
         "ziplora_core/lora_set.py",

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import time
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...ziplora_core import training, unzip
+from ...ziplora_core.blocks import UNZIPLORA_BLOCKS, Blocks, block_owners
 from ...ziplora_core.coefficients import Coefficients
-from ...ziplora_core.direct.blocks import UNZIPLORA_BLOCKS, Blocks
 from ...ziplora_core.files import read_metadata, shown
 from ...ziplora_core.lora_set import CONCEPTS, Factors
 from .disk import paths
@@ -119,37 +118,6 @@ def _contexts(prompts: list[list]) -> tuple[list[list], list[Tensor]]:
     return [[[c, prompt[0][1]]] for c, prompt in zip(contexts, prompts, strict=True)], contexts
 
 
-def read_blocks(content: str, style: str) -> Blocks:
-    """Names of blocks, by commas or spaces, as starts of layer names."""
-    texts = {"content": content, "style": style}
-    return {c: tuple(f"{name.rstrip('.')}." for name in re.split(r"[,\s]+", text) if name) for c, text in texts.items()}
-
-
-def owners(layers: Collection[str], blocks: Blocks = UNZIPLORA_BLOCKS) -> dict[str, str]:
-    """Layer -> the concept that it belongs to alone. Raises ValueError for a block that the model has not, a layer of
-    both concepts, and a concept without a block."""
-    by_layer: dict[str, str] = {}
-    for concept in CONCEPTS:
-        if not blocks[concept]:
-            raise ValueError(f"{concept}_blocks is empty; name a block, or turn block_separation off")
-        for block in blocks[concept]:
-            inside = [name for name in layers if name.startswith(f"diffusion_model.{block}")]
-            if not inside:
-                others = ", ".join(
-                    sorted({n.removeprefix("diffusion_model.").split(".transformer_")[0] for n in layers})
-                )
-                raise ValueError(
-                    f"{concept}_blocks: this model has no attention in '{shown(block.rstrip('.'), 40)}'; name its own "
-                    f"blocks (it has {others}), or turn block_separation off"
-                )
-            if any(by_layer.get(name, concept) != concept for name in inside):
-                raise ValueError(
-                    f"'{shown(block.rstrip('.'), 40)}' is in content_blocks and in style_blocks; choose one"
-                )
-            by_layer |= dict.fromkeys(inside, concept)
-    return by_layer
-
-
 @paths.names_given_back()
 def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     """model: ModelPatcher, unchanged. Raises as `concept.train_concept`; both LoRAs are on disk whenever it ends, and
@@ -157,7 +125,7 @@ def unzip_picture(model, clip, vae, task: Task) -> Unzipped:
     check(model.model, task)
     settings = task.settings
     shapes = trained_layers(model.model, "attention")
-    belongs = owners(shapes, task.blocks) if task.blocks_apart else {}
+    belongs = block_owners(shapes, task.blocks) if task.blocks_apart else {}
     about = {**task.metadata, "ziplora_settings": repr(settings)}
     start, first = None, 0
     if task.go_on_from is not None:

@@ -7,13 +7,13 @@ import torch
 from toys import factors, of_two, toy_pair
 
 from ziplora_core.analysis import (
-    block_name,
     column_alignment,
     column_cosines,
     column_interference,
     energy_share,
     sampled_elements,
 )
+from ziplora_core.blocks import block_name
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.lora_set import Factors
 

@@ -35,7 +35,7 @@ def take_apart(pack, patcher, asked):  # noqa: F811
 )
 def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher, room, changes):  # noqa: F811
     """W0·x(full) + ΔW_c·x(content) + ΔW_s·x(style) formed densely, by ordinary autograd."""
-    core, bridge = pack.ziplora_core, pack.nodes.bridge.unzip
+    core = pack.ziplora_core
     if room is not None:
         monkeypatch.setattr(pack.nodes.bridge.memory.plan, "room_for", lambda model: room)
     train, found, told = core.training.train, {}, set()
@@ -79,7 +79,8 @@ def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher
             torch.testing.assert_close(
                 ours, theirs, rtol=1e-3, atol=2e-4 * largest, msg=lambda m, key=key: f"{key}: {m}"
             )
-    assert bridge.owners(found_layers(found)) != {}
+    blocks = core.blocks
+    assert blocks.block_owners(found_layers(found), blocks.UNZIPLORA_BLOCKS) != {}
 
 
 def found_layers(found):
@@ -166,14 +167,14 @@ def test_blocks_that_a_task_names_belong_to_one_concept(pack, patcher):  # noqa:
 
 
 def test_blocks_are_read_and_refused_by_name(pack, patcher):  # noqa: F811
-    bridge = pack.nodes.bridge.unzip
+    blocks = pack.ziplora_core.blocks
     layers = pack.nodes.bridge.training.layers.trained_layers(patcher.model, "attention")
-    said = bridge.read_blocks("output_blocks.1.1.\n middle_block", "output_blocks.0.1,output_blocks.2")
+    said = blocks.read_blocks("output_blocks.1.1.\n middle_block", "output_blocks.0.1,output_blocks.2")
     assert said == {
         "content": ("output_blocks.1.1.", "middle_block."),
         "style": ("output_blocks.0.1.", "output_blocks.2."),
     }
-    found = bridge.owners(layers, said)
+    found = blocks.block_owners(layers, said)
     assert {c for n, c in found.items() if ".middle_block.1." in n} == {"content"}
     assert {n for n in layers if ".output_blocks.2." in n} <= {n for n, c in found.items() if c == "style"}
     for content, style, says in (
@@ -184,7 +185,7 @@ def test_blocks_are_read_and_refused_by_name(pack, patcher):  # noqa: F811
         ("middle_block", "middle_block.1", "'middle_block.1' is in content_blocks and in style_blocks; choose one"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):
-            bridge.owners(layers, bridge.read_blocks(content, style))
+            blocks.block_owners(layers, blocks.read_blocks(content, style))
 
 
 def test_the_zipped_pair_is_saved_and_loaded(pack, patcher, output, monkeypatch):  # noqa: F811

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
+from ..blocks import B_LORA_BLOCKS, UNZIPLORA_BLOCKS, Blocks, lies_in
 from ..coefficients import Coefficients
 from ..lora_set import LoRASet
 from .method import Merged, Method
-
-Blocks = Mapping[str, Sequence[str]]  # "content", "style" -> starts of layer names
-B_LORA_BLOCKS: Blocks = {"content": ("output_blocks.0.1.",), "style": ("output_blocks.1.1.",)}  # arXiv 2403.14572
-UNZIPLORA_BLOCKS: Blocks = {  # arXiv 2412.04465: up_blocks.0.attentions.0 and .2; up_blocks.0.attentions.1, up_blocks.1
-    "content": ("output_blocks.0.1.", "output_blocks.2.1."),
-    "style": ("output_blocks.1.1.", "output_blocks.3.", "output_blocks.4.", "output_blocks.5."),
-}
 
 
 def by_blocks(loras: LoRASet, blocks: Blocks, elsewhere: float) -> Merged:
@@ -22,18 +14,15 @@ def by_blocks(loras: LoRASet, blocks: Blocks, elsewhere: float) -> Merged:
     Raises ValueError where the set has no layer in a block.
     """
 
-    def inside(name: str, blocks: Sequence[str]) -> bool:
-        return any(f".{block}" in name for block in blocks)
-
     for own in blocks.values():
-        if not any(inside(name, own) for name in loras.layers):
+        if not any(lies_in(name, own) for name in loras.layers):
             raise ValueError(
                 f"no layer of the pair lies in {', '.join(own)}: block presets are for SDXL; "
                 "choose another method for this model"
             )
 
     def weight(concept: str, name: str) -> float:
-        owner = next((owner for owner in (concept, *blocks) if inside(name, blocks[owner])), None)
+        owner = next((owner for owner in (concept, *blocks) if lies_in(name, blocks[owner])), None)
         return elsewhere if owner is None else float(owner == concept)
 
     ones = Coefficients.ones(loras)

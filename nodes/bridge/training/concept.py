@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ....ziplora_core import trained_lora, training
+from ....ziplora_core.blocks import B_LORA_BLOCKS, Blocks
 from ....ziplora_core.checks import Range
-from ....ziplora_core.direct.blocks import B_LORA_BLOCKS, Blocks
 from ..disk import paths
 from ..drawing import sampling
 from ..lora import fitting, loras

@@ -6,8 +6,8 @@ import re
 
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+from ....ziplora_core.blocks import B_LORA_BLOCKS, Blocks, lies_in
 from ....ziplora_core.checks import one_of
-from ....ziplora_core.direct.blocks import B_LORA_BLOCKS, Blocks
 from ..network.bare import bare
 from ..network.injection import blocks
 
@@ -46,5 +46,4 @@ def trained_layers(model, which: str, b_lora: Blocks = B_LORA_BLOCKS) -> dict[st
 
 
 def _in_b_lora(path: str, which: str, b_lora: Blocks) -> bool:
-    wanted = [block for concept in b_lora if which == "B-LoRA" or concept in which for block in b_lora[concept]]
-    return any(path.startswith(f"diffusion_model.{block}") for block in wanted)
+    return any(lies_in(path, b_lora[concept]) for concept in b_lora if which == "B-LoRA" or concept in which)
