@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.objectives import mean_square, summed_mean_products
 from benchmarks.quality_table import ORACLE
 from benchmarks.studio import core
 
@@ -120,9 +121,7 @@ def node(**settings: Any) -> Method:
 
 
 # The public training script's: squared errors, and a mean product for each layer. Its README's rate is 5e-5.
-COMMUNITY = core.objective.Objective(
-    "community", core.objective.mean_square, core.objective.summed_mean_products, relative=False
-)
+COMMUNITY = core.objective.Objective("community", mean_square, summed_mean_products, relative=False)
 
 PAPER_STEPS = {"solver": "gradient", "steps": 100, "learning_rate": 0.01}
 
@@ -201,7 +200,7 @@ ABLATION: dict[str, Method] = {
     "  lambda 0.03": node(**PAPER_STEPS, similarity_lambda=0.03),
     "  lambda from 0 to 0.02 half-way": timed(late_overlap),
     "  overlap weighted by alignment and size": timed(weighted_overlap),
-    "  squared retention": node(**PAPER_STEPS, objective=objective("squared", retention=core.objective.mean_square)),
+    "  squared retention": node(**PAPER_STEPS, objective=objective("squared", retention=mean_square)),
     "  coefficients in [0, 1]": bounded(node(**PAPER_STEPS)),
     "  rate 0.03": node(**{**PAPER_STEPS, "learning_rate": 0.03}),
     "  25 steps, rate 0.03": node(**{**PAPER_STEPS, "learning_rate": 0.03, "steps": 25}),

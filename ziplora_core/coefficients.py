@@ -44,10 +44,6 @@ class Coefficients:
         """Concept -> (columns,) of one layer."""
         return {concept: by_layer[name] for concept, by_layer in self.by_concept.items() if name in by_layer}
 
-    @property
-    def count(self) -> int:
-        return sum(m.numel() for by_layer in self.by_concept.values() for m in by_layer.values())
-
     def scaled(self, /, **strengths: float) -> Coefficients:
         """w · m by concept, 1 where none is given (the paper's style control, Fig. 7a). Costs nothing, keeps the
         original. Raises ValueError for a concept that is not there."""

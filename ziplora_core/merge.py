@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from .coefficients import Coefficients
-from .lora_set import Layer, LoRASet, column_view
+from .lora_set import Layer, column_view
 
 
 def merged_factors(layer: Layer, coefficients: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -39,9 +38,3 @@ def merged_factors(layer: Layer, coefficients: Mapping[str, Tensor] | None = Non
                 raise ValueError(f"{concept} has {factors.columns} columns in this layer but {m.numel()} coefficients")
             down[part].mul_(column_view(m.to(down), down))
     return up, down
-
-
-def merged_layers(loras: LoRASet, coefficients: Coefficients) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(layer name, up, down) of every layer of the merge: for application and export."""
-    for name, layer in loras.layers.items():
-        yield name, *merged_factors(layer, coefficients.of_layer(name))

@@ -19,11 +19,6 @@ def norm(student: Tensor, teacher: Tensor) -> Tensor:
     return rows.mean()
 
 
-def mean_square(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference over everything: what other code uses in the place of Eq. 3's norms."""
-    return (student - teacher).square().mean()
-
-
 def summed_dot_products(one: Tensor, other: Tensor, sizes: Sequence[int]) -> Tensor:
     """Σ over layers of |m_i · m_j|, the dot product of a layer's two coefficient vectors (Eq. 3 to the letter).
 
@@ -32,12 +27,6 @@ def summed_dot_products(one: Tensor, other: Tensor, sizes: Sequence[int]) -> Ten
     """
     layers = torch.split(one * other, list(sizes))
     return torch.stack([layer.sum() for layer in layers]).abs().sum()
-
-
-def summed_mean_products(one: Tensor, other: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Σ over layers of mean |m_i ⊙ m_j|: the community training script's."""
-    layers = torch.split((one * other).abs(), list(sizes))
-    return torch.stack([layer.mean() for layer in layers]).sum()
 
 
 def overlap_percent(one: Tensor, other: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from test_objective import dense_forward
 from toys import SHAPES, ToyPredictor, toy_pair, toy_references
 
+from benchmarks.objectives import mean_square
 from ziplora_core import layerwise
 from ziplora_core.branch import JoinedSet
 from ziplora_core.coefficients import Coefficients
@@ -16,7 +17,7 @@ from ziplora_core.direct.np_lora import soften
 from ziplora_core.draws import spread_batches, training_batches
 from ziplora_core.gradient import optimize
 from ziplora_core.lora_set import CONCEPTS
-from ziplora_core.objective import BALANCED, PAPER, Objective, mean_square, norm, overlap_percent
+from ziplora_core.objective import BALANCED, PAPER, Objective, norm, overlap_percent
 from ziplora_core.retention import measure_retention
 from ziplora_core.solver import SOLVERS, NotFinite, Settings
 from ziplora_core.zipper import solve

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import toy_pair
+from toys import merged_layers, toy_pair
 
 from ziplora_core import export
 from ziplora_core.coefficients import Coefficients
-from ziplora_core.merge import merged_factors, merged_layers
+from ziplora_core.merge import merged_factors
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 from toys import factors, of_two, toy_pair
 
+from benchmarks.objectives import mean_square, summed_mean_products
 from ziplora_core import scores
 from ziplora_core.coefficients import Coefficients, owners
 from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet
@@ -14,11 +15,9 @@ from ziplora_core.objective import (
     BALANCED,
     OBJECTIVES,
     PAPER,
-    mean_square,
     norm,
     overlap_percent,
     summed_dot_products,
-    summed_mean_products,
 )
 
 OWNERS = owners(CONCEPTS)

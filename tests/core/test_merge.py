@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import factors, of_two, toy_pair
+from toys import factors, merged_layers, of_two, toy_pair
 
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet
-from ziplora_core.merge import merged_factors, merged_layers
+from ziplora_core.merge import merged_factors
 
 
 def dense(f: Factors) -> torch.Tensor:
@@ -50,7 +50,8 @@ def test_ones_are_the_direct_merge_and_scaling_is_a_dial():
 def test_counts():
     pair = toy_pair()
     by_hand = (3 + 3) + (5 + 5) + (7 + 7) + 4 + 4
-    assert pair.coefficient_count == Coefficients.ones(pair).count == by_hand
+    ones = sum(m.numel() for side in Coefficients.ones(pair).by_concept.values() for m in side.values())
+    assert pair.coefficient_count == ones == by_hand
     assert pair.layer_counts() == {"both": 3, "content only": 1, "style only": 1}
     assert pair.ranks("content") == (2, 2) and pair.ranks("style") == (3, 3)
     assert LoRASet(CONCEPTS, {}).coefficient_count == 0 and LoRASet(CONCEPTS, {}).ranks("style") == (0, 0)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ziplora_core.branch import Branch
+from ziplora_core.coefficients import Coefficients
 from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet
+from ziplora_core.merge import merged_factors
 from ziplora_core.solver import Batch, References
 
 
@@ -105,3 +109,9 @@ def references_of(concepts: tuple[str, ...]) -> References:
 def toy_references() -> References:
     g = torch.Generator().manual_seed(5)
     return of_two(torch.randn(2, 3, 4, 4, generator=g), torch.randn(3, 3, 4, 4, generator=g))
+
+
+def merged_layers(loras: LoRASet, coefficients: Coefficients) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(layer name, up, down) of every layer of a merge."""
+    for name, layer in loras.layers.items():
+        yield name, *merged_factors(layer, coefficients.of_layer(name))

@@ -94,7 +94,7 @@ def test_coefficients_equal_a_written_file_in_the_stock_loader(pack, tmp_path):
     zipped = zip_pair(pack, patcher, sources)
     zipped = replace(zipped, coefficients=random_coefficients(pack, zipped.fitted.loras))
     file = {}
-    for name, up, down in pack.ziplora_core.merge.merged_layers(zipped.fitted.loras, zipped.coefficients):
+    for name, up, down in tiny.merged_layers(pack, zipped):
         key = "lora_unet_" + name.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
         file[f"{key}.lora_up.weight"], file[f"{key}.lora_down.weight"] = up.clone(), down.clone()
     save_file(file, tmp_path / "zipped.safetensors")

@@ -83,7 +83,7 @@ def test_smaller_rank_says_what_is_kept(pack, zipped, output):
     assert "cut to rank 6" in report and "of the energy is kept on the mean" in report
     ours, _ = pack.nodes.bridge.apply.apply(patcher, None, pair, 1.0)
     bare, mine, theirs = weights(patcher), weights(ours), weights(stock(patcher, tensors))
-    for name, up, down in pack.ziplora_core.merge.merged_layers(pair.fitted.loras, pair.coefficients):
+    for name, up, down in tiny.merged_layers(pack, pair):
         values = torch.linalg.svdvals(up.double() @ down.double().flatten(1))
         name = name.removeprefix("diffusion_model.")
         error = (theirs[name] - mine[name]).double().norm()
@@ -158,7 +158,7 @@ def test_diffusers_and_peft_read_the_same_update(pack, output):
     unet.fuse_lora()
     after = unet.state_dict()
     names, seen = diffusers_names(patcher.model), 0
-    for key, up, down in pack.ziplora_core.merge.merged_layers(pair.fitted.loras, pair.coefficients):
+    for key, up, down in tiny.merged_layers(pack, pair):
         name = names[key].removesuffix(".weight") + ".base_layer.weight"
         torch.testing.assert_close(after[name] - before[name], up @ down, rtol=1e-4, atol=1e-4)
         seen += 1

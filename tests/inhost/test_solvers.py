@@ -52,4 +52,5 @@ def test_keeps_both_better_than_the_direct_merge(
     assert ("layer by layer: " in report) == ("layerwise" in solver)
     layers = len(zipped.fitted.loras.layers)
     assert len(losses["loss"]) == (layers if solver == "layerwise" else 30)
-    assert zipped.coefficients.count == zipped.fitted.loras.coefficient_count
+    count = sum(m.numel() for side in zipped.coefficients.by_concept.values() for m in side.values())
+    assert count == zipped.fitted.loras.coefficient_count

@@ -88,3 +88,9 @@ def kept_for_backward(pack, patcher, pair, prompts, latents, recomputed: int) ->
     with torch.inference_mode():
         pack.nodes.bridge.network.predictor.with_predictor(patcher, pair, prompts, latents, work, recomputed=recomputed)
     return sum(storage.nbytes() for key, storage in storages.items() if key != vectors[0]._cdata)
+
+
+def merged_layers(pack, zipped):
+    """(layer name, up, down) of every layer of a zipped LoRA."""
+    for name, layer in zipped.fitted.loras.layers.items():
+        yield name, *pack.ziplora_core.merge.merged_factors(layer, zipped.coefficients.of_layer(name))
