@@ -1,4 +1,4 @@
-"""DirectMergeLoRA: a pair merged without learning, to compare with."""
+"""DirectMergeLoRA: training-free merges of a pair, to compare with."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def summed_dot_products(one: Tensor, other: Tensor, sizes: Sequence[int]) -> Ten
 
 
 def overlap_percent(one: Tensor, other: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Mean of |m_i ⊙ m_j| over all columns, in percent: 100 at the direct merge, 0 for a closed zip.
+    """Mean of |m_i ⊙ m_j| over all columns, in percent: 100 at the direct merge, 0 where no column is left to both.
 
     So with the paper's λ = 0.01 the overlap weighs 1 at the start, as much as one relative retention.
     """

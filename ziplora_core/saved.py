@@ -52,11 +52,11 @@ class SavedLoRA:
 class SavedZip:
     """Everything that makes a merge again from its LoRA files.
 
-    loras, dials: by concept, in the same order; dials: the strengths that are in the coefficients already. versions:
+    sources, dials: by concept, in the same order; dials: the strengths that are in the coefficients already. versions:
     of the pack and the host.
     """
 
-    loras: Mapping[str, SavedLoRA]
+    sources: Mapping[str, SavedLoRA]
     dials: Mapping[str, float]
     method: str
     settings: Mapping[str, Any]
@@ -67,18 +67,18 @@ class SavedZip:
         """Raises ValueError or TypeError for what a file does not say so."""
         texts = isinstance(self.method, str) and isinstance(self.report, str)
         tables = isinstance(self.settings, Mapping) and isinstance(self.versions, Mapping)
-        named = list(self.loras) == list(self.dials) and len(self.loras) > 0 and "." not in "".join(self.loras)
+        named = list(self.sources) == list(self.dials) and len(self.sources) > 0 and "." not in "".join(self.sources)
         if not (texts and tables and named and all(map(math.isfinite, self.dials.values()))):
             raise ValueError("expected dials of its LoRAs, a method, settings, versions and a report")
 
     @property
     def format(self) -> str:
-        plain = all(lora.clip_strength is None for lora in self.loras.values())
-        return FORMAT if plain and tuple(self.loras) == CONCEPTS else FORMAT_OF_ANY
+        plain = all(lora.clip_strength is None for lora in self.sources.values())
+        return FORMAT if plain and tuple(self.sources) == CONCEPTS else FORMAT_OF_ANY
 
     def as_table(self) -> dict[str, Any]:
         """What `_from_table` makes the same of."""
-        loras = {concept: lora.as_table() for concept, lora in self.loras.items()}
+        loras = {concept: lora.as_table() for concept, lora in self.sources.items()}
         named: dict[str, Any] = {"loras": loras, "dials": dict(self.dials)}
         if self.format == FORMAT:
             named = {**loras, "dials": list(self.dials.values())}
@@ -124,7 +124,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Coefficients, SavedZip]:
     """Raises LoRAFileError for a file that is cut off, no file of this pack, or of a format that it does not know."""
     with opened(path) as file:
         about = _about(file)
-        by_concept: dict[str, dict[str, torch.Tensor]] = {concept: {} for concept in about.loras}
+        by_concept: dict[str, dict[str, torch.Tensor]] = {concept: {} for concept in about.sources}
         for key, m in file.tensors():
             concept, _, name = key.partition(".")
             if not bool(torch.isfinite(m).all()):
@@ -155,7 +155,7 @@ def _about(file: OpenFile) -> SavedZip:
             raise
         raise LoRAFileError(f"'{file.name}' has broken metadata; zip the pair again and save it anew") from error
     for key, place in file.places.items():
-        named = key.partition(".")[0] in about.loras
+        named = key.partition(".")[0] in about.sources
         if not named or len(place.shape) != 1 or place.dtype != torch.float32:
             raise _unusable(file, key)
     return about

@@ -125,13 +125,13 @@ class UnZip:
         device: torch.device | str = "cpu",
     ):
         self._settings, self._apart, self._weight = settings, apart, weight
-        self.loras: dict[str, TrainedLoRA] = {}
+        self.trained: dict[str, TrainedLoRA] = {}
         self.mergers: dict[str, dict[str, Tensor]] = {}
         self.masks: dict[str, dict[str, Tensor]] = {}
         self._every_column = not apart.columns
         for number, (concept, own) in enumerate(own_layers(shapes, apart.owners).items()):
             seed = settings.seed + number * 2**31  # of a seed, torch's generator looks at the low 32 bits alone
-            self.loras[concept] = TrainedLoRA(own, settings.rank, seed, device)
+            self.trained[concept] = TrainedLoRA(own, settings.rank, seed, device)
             self.mergers[concept] = {n: torch.ones(s[1], device=device, requires_grad=True) for n, s in own.items()}
             whole = {n: not apart.columns or n in apart.owners for n in own}
             self.masks[concept] = {
@@ -141,12 +141,12 @@ class UnZip:
         self.common_layers = [name for name in shapes if name not in apart.owners]
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        factors = [p for trained in self.loras.values() for p in trained.parameters()]
+        factors = [p for trained in self.trained.values() for p in trained.parameters()]
         mergers = [m for by_layer in self.mergers.values() for m in by_layer.values()]
         return [{"params": factors, "lr": learning_rate}, {"params": mergers, "lr": self._settings.merger_rate}]
 
     def tensors(self) -> list[Tensor]:
-        parts = [p for trained in self.loras.values() for p in trained.parameters()]
+        parts = [p for trained in self.trained.values() for p in trained.parameters()]
         return parts + [t for of in (self.mergers, self.masks) for by_layer in of.values() for t in by_layer.values()]
 
     def branch(self, rows: training.Rows | None = None) -> training.Adapted:
@@ -158,7 +158,7 @@ class UnZip:
 
     def added(self, concept: str, name: str, x: Tensor) -> Tensor | None:
         """up · down · diag(m ⊙ mask) · x; None where this LoRA does nothing."""
-        trained = self.loras[concept]
+        trained = self.trained[concept]
         if name not in trained.down:
             return None
         hidden = F.linear(x, (trained.down[name] * self._effective(concept, name)).to(x.dtype))
@@ -185,7 +185,7 @@ class UnZip:
         return self._settings.similarity_lambda * torch.stack(products).mean()
 
     def largest(self) -> str | None:
-        sizes = {(c, n): size for c, trained in self.loras.items() for n, size in trained.sizes().items()}
+        sizes = {(c, n): size for c, trained in self.trained.items() for n, size in trained.sizes().items()}
         concept, name = max(sizes, key=sizes.__getitem__)
         return f"{name} ({concept})" if sizes[concept, name] else None
 
@@ -228,7 +228,7 @@ class UnZip:
     @torch.no_grad()
     def score(self, concept: str, name: str, weight: Tensor) -> Tensor:
         """(columns,): Σ over rows of |W ⊙ δW| from the gradients of the factors. weight: W0."""
-        trained, m = self.loras[concept], self.mergers[concept][name]
+        trained, m = self.trained[concept], self.mergers[concept][name]
         up, down = trained.up[name], trained.down[name]
         d_up = torch.zeros_like(up) if up.grad is None else up.grad
         d_down = torch.zeros_like(down) if down.grad is None else down.grad
@@ -242,7 +242,7 @@ class UnZip:
 
         Raises ValueError where they have other layers or another rank.
         """
-        for concept, trained in self.loras.items():
+        for concept, trained in self.trained.items():
             check_fits(halves[concept], trained.down, self._settings.rank)
             for name, f in halves[concept].items():
                 mask = self.masks[concept][name]
@@ -254,7 +254,7 @@ class UnZip:
     def pair(self) -> LoRASet:
         """The two LoRAs, on the CPU, with their mergers; zeros outside their columns."""
         layers: dict[str, dict[str, Factors]] = {}
-        for concept, trained in self.loras.items():
+        for concept, trained in self.trained.items():
             for name, factors in trained.factors().items():
                 kept = self.mergers[concept][name].cpu() * self.masks[concept][name].cpu()  # a device may be full
                 layers.setdefault(name, {})[concept] = Factors(factors.up, factors.down * kept)

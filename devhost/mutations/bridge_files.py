@@ -59,7 +59,7 @@ MUTANTS = [
         FILES,
         (
             "a file that changes while a pair is loaded goes unnoticed",
-            "if bound(source).sha256 != about.loras[concept].sha256:",
+            "if bound(source).sha256 != about.sources[concept].sha256:",
             "if False:",
         ),
         (

@@ -1,4 +1,4 @@
-"""Merges without learning, as zipped pairs."""
+"""Training-free merges, as zipped pairs."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def save(zipped: ZippedLoRA, prefix: str, metadata: dict[str, str] | None = None
     can be written.
     """
     about = saved.SavedZip(
-        loras={concept: bound(source) for concept, source in zipped.sources.by_concept.items()},
+        sources={concept: bound(source) for concept, source in zipped.sources.by_concept.items()},
         dials={concept: zipped.dial(concept) for concept in zipped.sources.by_concept},
         method=zipped.method,
         settings=zipped.settings,
@@ -104,7 +104,7 @@ def fingerprint(name: str) -> list[Any]:
     path = zipped_path(name)
     about = saved.read_about(path)
     files: list[Any] = [hashes.version(path)]
-    for wanted in about.loras.values():
+    for wanted in about.sources.values():
         alike = (loras.fingerprint(other) for other in _of_its_size(wanted))
         first = next(alike, None)
         in_place = first is not None and first.path == folder_paths.get_full_path("loras", wanted.name)
@@ -118,10 +118,10 @@ def load(model, name: str) -> ZippedLoRA:
     Raises LoRAFileError for a missing, changed or broken file, and for coefficients that do not fit the model.
     """
     coefficients, about = saved.read(zipped_path(name))
-    files = {c: (_find(wanted, name), wanted.strength, wanted.clip_strength) for c, wanted in about.loras.items()}
-    sources = loras.load_set(files)
+    files = {c: (_find(wanted, name), wanted.strength, wanted.clip_strength) for c, wanted in about.sources.items()}
+    sources = loras.load_sources(files)
     for concept, source in sources.by_concept.items():
-        if bound(source).sha256 != about.loras[concept].sha256:
+        if bound(source).sha256 != about.sources[concept].sha256:
             raise LoRAFileError(f"'{source.title}' has changed while '{shown(name, 255)}' was loaded; queue again")
     fitted = fitting.fit(sources, model.model)
     try:

@@ -192,7 +192,7 @@ def test_strengths_and_dials_are_numbers():
     _, _, about = zipped()
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="a strength"):
-            dataclasses.replace(about.loras["content"], strength=value)
+            dataclasses.replace(about.sources["content"], strength=value)
         for dials in ((value, 1.0), (1.0, value)):
             with pytest.raises(ValueError, match="expected dials"):
                 dataclasses.replace(about, dials=of_two(*dials))

@@ -35,7 +35,7 @@ def made(apart=None, **changes):
 def filled(both):
     with torch.no_grad():
         for concept in unzip.CONCEPTS:
-            for i, up in enumerate(both.loras[concept].up.values()):
+            for i, up in enumerate(both.trained[concept].up.values()):
                 up.copy_(torch.randn(up.shape, generator=torch.Generator().manual_seed(i + len(concept))))
             for i, m in enumerate(both.mergers[concept].values()):
                 m.copy_(torch.rand(m.shape, generator=torch.Generator().manual_seed(i)))
@@ -43,7 +43,7 @@ def filled(both):
 
 
 def dense(both, concept, name):
-    trained = both.loras[concept]
+    trained = both.trained[concept]
     return trained.up[name].double() @ trained.down[name].double()
 
 
@@ -61,7 +61,7 @@ def test_columns_are_given_out_apart_and_grow():
         seen.append([int(both.masks[c][n].sum()) for c in unzip.CONCEPTS for n in ("a", "b")])
         for c in unzip.CONCEPTS:
             assert all((both.masks[c][n] >= m).all() for n, m in before[c].items()), "a column was taken away"
-            assert all(p.grad is None for p in both.loras[c].parameters())
+            assert all(p.grad is None for p in both.trained[c].parameters())
     each = {"a": 2, "b": 2}  # a tenth of 20 and of 16, rounded
     assert seen == [[period * each[n] for n in ("a", "b")] * 2 for period in (1, 1, 2, 2, 3, 3)]
     for name in ("a", "b"):
@@ -144,7 +144,7 @@ def test_score_is_weight_times_what_a_step_does_to_it(fresh):
     """δW by taking the step, small, in float64."""
     both = made(unzip.Separations(columns=False)) if fresh else filled(made(unzip.Separations(columns=False)))
     both.branch().layer("a", torch.randn(5, 20), Base("a")).square().sum().backward()
-    trained, m = both.loras["content"], both.mergers["content"]["a"].detach().double()
+    trained, m = both.trained["content"], both.mergers["content"]["a"].detach().double()
     up, down, d_up, d_down = (
         t.detach().double() for t in (trained.up["a"], trained.down["a"], trained.up["a"].grad, trained.down["a"].grad)
     )
@@ -204,7 +204,7 @@ def test_goes_on_from_its_pair():
         for name, mask in first.masks[c].items():
             assert torch.equal(second.masks[c][name], mask), (c, name)
             free = ~mask
-            assert torch.equal(second.loras[c].down[name][:, free], first.loras[c].down[name][:, free])
+            assert torch.equal(second.trained[c].down[name][:, free], first.trained[c].down[name][:, free])
     with pytest.raises(ValueError, match="rank 3; expected .* of rank 4"):
         made(rank=4).load(halves)
 

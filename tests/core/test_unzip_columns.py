@@ -19,11 +19,11 @@ def both(**changes):
 def test_two_loras_begin_apart_and_their_mergers_have_a_rate_of_their_own():
     made = both(merger_rate=0.125)
     for name in ("x", "y"):
-        assert torch.isin(made.loras["content"].down[name], made.loras["style"].down[name]).float().mean() < 0.01
+        assert torch.isin(made.trained["content"].down[name], made.trained["style"].down[name]).float().mean() < 0.01
     rates = {id(p): group["lr"] for group in made.groups(1e-3) for p in group["params"]}
     mergers = [m for by_layer in made.mergers.values() for m in by_layer.values()]
     assert len(mergers) == 4 and {rates[id(m)] for m in mergers} == {0.125}
-    assert {rates[id(p)] for trained in made.loras.values() for p in trained.parameters()} == {1e-3}
+    assert {rates[id(p)] for trained in made.trained.values() for p in trained.parameters()} == {1e-3}
 
 
 def test_overlap_counts_mergers_of_opposite_signs():
@@ -54,7 +54,7 @@ def test_columns_are_given_out_at_the_start_of_each_period_and_not_after_the_las
 def test_all_columns_are_on_while_they_are_scored_and_only_a_loras_own_afterwards():
     made, seen = both(), []
     with torch.no_grad():
-        for trained in made.loras.values():
+        for trained in made.trained.values():
             for up in trained.up.values():
                 up.fill_(1.0)
 
@@ -79,13 +79,13 @@ def test_the_best_columns_are_given_out_first():
     made = both(periods=1, share=0.2)
 
     def probe():
-        for trained in made.loras.values():
+        for trained in made.trained.values():
             for name, up in trained.up.items():
                 trained.down[name].grad = torch.zeros_like(trained.down[name])
                 up.grad = torch.ones_like(up)
 
     with torch.no_grad():
-        for trained in made.loras.values():
+        for trained in made.trained.values():
             for down in trained.down.values():
                 down.copy_((torch.arange(down.shape[1]) * 7 % 10 + torch.arange(down.shape[1]) / 100).expand_as(down))
     made.before(0, probe)
@@ -99,16 +99,16 @@ def test_the_best_columns_are_given_out_first():
 def test_two_loras_go_on_at_any_scale():
     made, fresh = both(), both()
     halves = {}
-    for concept, trained in made.loras.items():
+    for concept, trained in made.trained.items():
         with torch.no_grad():
             for up in trained.up.values():
                 up.normal_()
         halves[concept] = {n: Factors(f.up * 4, f.down, 0.25) for n, f in trained.factors().items()}
     fresh.load(halves)
-    for concept, trained in made.loras.items():
+    for concept, trained in made.trained.items():
         for name, up in trained.up.items():
-            assert torch.equal(fresh.loras[concept].up[name], up)
+            assert torch.equal(fresh.trained[concept].up[name], up)
     with torch.no_grad():
-        made.loras["style"].up["y"].mul_(100)
+        made.trained["style"].up["y"].mul_(100)
     assert made.largest() == "y (style)"
     assert both().largest() is None

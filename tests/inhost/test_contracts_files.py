@@ -57,13 +57,13 @@ def test_a_file_that_changes_while_it_is_read_is_refused(pack, folders, pair, mo
 
 def test_a_file_that_changes_while_a_pair_is_loaded_is_refused(pack, folders, pair, monkeypatch):  # noqa: F811
     saved, loras = pack.nodes.bridge.saved, pack.nodes.bridge.lora.loras
-    name, real = saved.save(pair[1], "mine"), loras.load_set
+    name, real = saved.save(pair[1], "mine"), loras.load_sources
 
-    def load_set(*args, **given):
+    def load_sources(*args, **given):
         replaced(folders / "loras" / "subject.safetensors", 77, pair[0])
         return real(*args, **given)
 
-    monkeypatch.setattr(loras, "load_set", load_set)
+    monkeypatch.setattr(loras, "load_sources", load_sources)
     with pytest.raises(ValueError, match="'subject.safetensors' has changed"):
         saved.load(pair[0], name)
 

@@ -432,7 +432,7 @@ def test_a_loss_that_is_not_finite_names_the_largest_update(pack, patcher, monke
     )
     assert nothing.largest() is None
     with torch.no_grad():
-        nothing.loras["style"].up[spoiled].fill_(1.0)
+        nothing.trained["style"].up[spoiled].fill_(1.0)
     assert nothing.largest() == f"{spoiled} (style)"
 
 

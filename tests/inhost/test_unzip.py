@@ -43,7 +43,7 @@ def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher
     def instead(trained, denoiser, given, settings, on_step, first, adam):
         g = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for lora in trained.loras.values():
+            for lora in trained.trained.values():
                 for up in lora.up.values():
                     up.copy_(0.1 * torch.randn(up.shape, generator=g))
             for masks in trained.masks.values():
@@ -56,7 +56,7 @@ def test_gradient_equals_autograd_over_copied_weights(pack, monkeypatch, patcher
             expected, leaves = dense(patcher, denoiser, passes, trained)
             expected.backward()
         assert loss == pytest.approx(expected.item(), rel=1e-4)
-        for concept, lora in trained.loras.items():
+        for concept, lora in trained.trained.items():
             for name in lora.down:
                 up, down, m = leaves[concept, name]
                 found[concept, name] = [
@@ -90,7 +90,7 @@ def found_layers(found):
 def dense(patcher, denoiser, passes, trained):  # noqa: F811
     copied = test_gradient.plain_copy(patcher, torch.float32)
     leaves, weights, total, now = {}, {}, 0.0, []
-    for concept, lora in trained.loras.items():
+    for concept, lora in trained.trained.items():
         for name in lora.down:
             parts = (lora.up[name], lora.down[name], trained.mergers[concept][name])
             leaves[concept, name] = [p.detach().clone().requires_grad_() for p in parts]
@@ -101,7 +101,7 @@ def dense(patcher, denoiser, passes, trained):  # noqa: F811
 
     contexts = trained._apart.contexts
     for name in {name for _, name in leaves}:
-        own = [c for c in trained.loras if (c, name) in leaves]
+        own = [c for c in trained.trained if (c, name) in leaves]
         weight = copied.get_parameter(name)
         if contexts is not None and ".attn2.to_k." in name or contexts is not None and ".attn2.to_v." in name:
             module = copied.get_submodule(name.removesuffix(".weight"))

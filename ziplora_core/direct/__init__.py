@@ -1,4 +1,4 @@
-"""Merges that are computed at once from the factors alone: one module each, in the order of the node's menu."""
+"""Training-free merges, computed from the factors alone: one module each, in the order of the node's menu."""
 
 from __future__ import annotations
 

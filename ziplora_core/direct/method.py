@@ -1,4 +1,4 @@
-"""What a merge without learning says of itself; node, files, exports and benchmarks read it from here."""
+"""The record of a training-free merge, which node, files, exports and benchmarks read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def as_it_is(loras: LoRASet, settings: Mapping[str, Any]) -> LoRASet:
 
 @dataclass(frozen=True)
 class Method:
-    """A merge that is computed at once from the LoRAs' factors.
+    """A training-free merge, computed from the LoRAs' factors.
 
     name: in the node's menu and in files, never to be changed. words: the menu's tooltip. merge: a set of LoRAs -> the
     set that the coefficients belong to, and these. settings: what a file says beside the name. prepared: from the

@@ -100,10 +100,10 @@ def text_encoder_alone(title: str) -> LoRAFileError:
 
 def load_pair(content: str, style: str, content_strength: float, style_strength: float) -> LoRASources:
     """Read both files. Raises LoRAFileError, also where both hold the same, and ValueError for a strength."""
-    return load_set({"content": (content, content_strength), "style": (style, style_strength)})
+    return load_sources({"content": (content, content_strength), "style": (style, style_strength)})
 
 
-def load_set(files: Mapping[str, tuple[str, float] | tuple[str, float, float | None]]) -> LoRASources:
+def load_sources(files: Mapping[str, tuple[str, float] | tuple[str, float, float | None]]) -> LoRASources:
     """Read all files. files: concept -> (name, strength), and the text encoder's strength where it is another.
 
     Raises LoRAFileError, also where two hold the same, and ValueError for a strength.

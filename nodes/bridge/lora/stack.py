@@ -9,7 +9,7 @@ from typing import Any
 
 from ....ziplora_core.checks import one_of
 from ....ziplora_core.files import LoRAFileError, shown
-from .loras import STRENGTH, LoRASources, load_set
+from .loras import STRENGTH, LoRASources, load_sources
 
 ROLES = "subject, style"
 _CONCEPTS = {"subject": "content", "style": "style", "other": "other"}  # role -> what its first LoRA is called
@@ -84,4 +84,4 @@ def load(lora_stack: Any, roles: str) -> LoRASources:
     files = {concept: file for concept, file in files.items() if any(file[1:])}
     if not files:
         raise LoRAFileError("lora_stack holds no LoRA with a strength; choose a file in the stacker")
-    return load_set(files)
+    return load_sources(files)
