@@ -80,7 +80,7 @@ class JoinedSet:
 
     def shared_columns(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
         """(m_i, m_j, columns of each layer) of the columns that two LoRAs change, layer after layer, for each two that
-        share some: what overlap is made of."""
+        share some: the terms of the overlap."""
         for one, other, sizes in self._shared:
             yield flat[one], flat[other], sizes
 

@@ -28,7 +28,7 @@ _CANNOT_BE_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, err
 
 @dataclass(frozen=True)
 class _Reserved:
-    """What a reserved name is made of, and the empty file beside it that says so."""
+    """The parts of a reserved name, and the empty file beside it that says so."""
 
     stem: str
     number: int

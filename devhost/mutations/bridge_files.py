@@ -17,8 +17,8 @@ MUTANTS = [
         FILES,
         (
             "text-encoder parts ignore the dials",
-            "dialled = replace(source, strength=zipped.clip_strength(concept))",
-            "dialled = source",
+            "at_dial = replace(source, strength=zipped.clip_strength(concept))",
+            "at_dial = source",
         ),
         ("bias differences may overflow", "export.fitting(name, t, dtype)", "t.to(dtype)"),
         ("of two bias differences one is kept", "tensors[name] + scaled if name in tensors else scaled", "scaled"),

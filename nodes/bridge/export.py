@@ -124,8 +124,8 @@ def text_encoder_layers(zipped: ZippedLoRA, rank: int) -> tuple[dict[str, Export
             if not is_plain(adapter):
                 left_out.append(f"'{source.title}': text-encoder layer '{name}' is no plain LoRA and is left out")
                 continue
-            dialled = replace(source, strength=zipped.clip_strength(concept))
-            parts.setdefault(name, {})[concept] = fitting.low_rank(dialled, name, adapter)
+            at_dial = replace(source, strength=zipped.clip_strength(concept))
+            parts.setdefault(name, {})[concept] = fitting.low_rank(at_dial, name, adapter)
     layers = {}
     for name, layer in parts.items():
         layers[name] = export.cut(*merged_factors(layer), rank)

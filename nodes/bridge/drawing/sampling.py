@@ -124,7 +124,7 @@ def _at_once_or_one_by_one(sample: Callable[[slice], Tensor], count: int) -> Ten
 
 
 def thumbnails(model, latents: Tensor) -> Tensor | None:
-    """Rough small pictures of latents, an IMAGE (N, H, W, 3), from the host's colour factors; None without these."""
+    """Rough small pictures of latents, an IMAGE (N, H, W, 3), from the host's color factors; None without these."""
     form = model.get_model_object("latent_format")
     factors = getattr(form, "latent_rgb_factors", None)
     if factors is None:

@@ -45,7 +45,7 @@ class LoRASource:
 @dataclass(frozen=True, eq=False)
 class LoRASources:
     """What travels on a LORA_PAIR socket: files by concept, "content" and "style" where they are a pair, not yet
-    fitted to a model. Their order is that of everything made of them."""
+    fitted to a model. Their order is that of everything built from them."""
 
     by_concept: Mapping[str, LoRASource]
     warnings: tuple[str, ...] = ()

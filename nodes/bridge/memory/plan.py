@@ -73,7 +73,7 @@ def make(
     before = fixed + concepts * workspace
     if not settings.gradient_steps:
         return Plan(need=before, room=room, concepts=concepts)
-    rehearsed = _or_none(lambda: rehearsal.rehearse(model, loras, conditioning, latents))
+    rehearsed = _estimate(lambda: rehearsal.rehearse(model, loras, conditioning, latents))
     if rehearsed is None:
         count = len(blocks(model.model))
         return Plan(True, count, count, max(before, fixed + 2 * concepts * workspace), room, concepts)
@@ -98,7 +98,7 @@ def make_for_training(
     workspace = _workspace(model.model, dtype, rows * latents[0, 0].numel())
     with torch.inference_mode(False):
         trained = TrainedLoRA(shapes, rank, 0, "meta")
-    rehearsed = _or_none(lambda: rehearsal.rehearse_training(model, conditioning, latents, trained))
+    rehearsed = _estimate(lambda: rehearsal.rehearse_training(model, conditioning, latents, trained))
     if rehearsed is None:
         count = len(blocks(model.model))
         return Plan(None, count, count, fixed + 4 * workspace, room)
@@ -115,7 +115,7 @@ def make_for_training(
     return next((fitting[0] for fitting in fits if fitting), ways[-1])
 
 
-def _or_none(rehearse: Callable[[], rehearsal.Rehearsal]) -> rehearsal.Rehearsal | None:
+def _estimate(rehearse: Callable[[], rehearsal.Rehearsal]) -> rehearsal.Rehearsal | None:
     try:
         return rehearse()
     except management.InterruptProcessingException:

@@ -132,7 +132,7 @@ class _Predictor(_WithoutMemory, predictor.HostPredictor):
 
 def _fill(empty: torch.nn.Module, model: torch.nn.Module) -> None:
     """Parameters of a BaseModel in its copy without memory, where the host makes them only as it loads a file: of
-    quantised layers, and of all linear ones where it pages weights."""
+    quantized layers, and of all linear ones where it pages weights."""
     for path, module in bare(model).named_modules():
         twin = empty.get_submodule(path)
         for name, parameter in module.named_parameters(recurse=False):

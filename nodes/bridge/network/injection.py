@@ -1,6 +1,6 @@
 """Gradients through the host's layers without ever keeping a weight.
 
-The host's weights are inference tensors, may be fp8, quantised, patched by other LoRAs, or on another device.
+The host's weights are inference tensors, may be fp8, quantized, patched by other LoRAs, or on another device.
 Each layer therefore runs the host's own forward without gradient, and its backward casts the weight again.
 """
 

@@ -55,7 +55,7 @@ class Network:
     """A loaded, injected BaseModel and its prompts; lives inside one `CFGGuider.sample` call.
 
     The raw prediction is recovered from the host's x0 through the model's own `calculate_denoised`, which is
-    affine in it for every parameterisation (eps, v, flow).
+    affine in it for every parameterization (eps, v, flow).
     """
 
     attention = staticmethod(attention_with_gradient)

@@ -1,4 +1,4 @@
-"""A layer's weight as the host would use it: cast, patched, dequantised."""
+"""A layer's weight as the host would use it: cast, patched, dequantized."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cast(module: Any, like: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
 
 
 def _whole(module: torch.nn.Module, weight: Tensor) -> Tensor:
-    """What a layer multiplies its input with: dequantised, with the scales that its forward uses apart from it."""
+    """What a layer multiplies its input with: dequantized, with the scales that its forward uses apart from it."""
     weight = dequantized(weight)
     scale, smoothing = (getattr(module, name, None) for name in ("scale_weight", "pre_quant_scale"))
     weight = weight if scale is None else weight * scale.to(weight)

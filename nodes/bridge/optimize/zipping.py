@@ -108,10 +108,10 @@ def optimize(
             raise FloatingPointError(f"{error}; {_rescue(outcome, error.kept)}") from error
     outcome = replace(solved, plan=used, again=used != planned)
     outcome = replace(outcome, alignment=_alignment(outcome))
-    zipped, shown = _zipped(outcome), _shown(model, outcome)
+    zipped, thumbnails = _zipped(outcome), _thumbnails(model, outcome)
     lines = verdict.lines(outcome)
-    progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, shown, sources.by_concept))
-    return zipped, outcome.loss_map, zipped.report, _pictures(shown)
+    progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, thumbnails, sources.by_concept))
+    return zipped, outcome.loss_map, zipped.report, _pictures(thumbnails)
 
 
 def _solve(
@@ -202,11 +202,11 @@ def _explained(model, sources: loras.LoRASources, conditioning: dict[str, list])
         raise
 
 
-def _shown(model, outcome: Outcome) -> dict[str, Tensor]:
+def _thumbnails(model, outcome: Outcome) -> dict[str, Tensor]:
     """Rough pictures of the references that were drawn, by concept."""
-    shown = {concept: sampling.thumbnails(model, drawn.latents) for concept, drawn in outcome.drawn.items()}
-    return {concept: pictures for concept, pictures in shown.items() if pictures is not None}
+    thumbnails = {concept: sampling.thumbnails(model, drawn.latents) for concept, drawn in outcome.drawn.items()}
+    return {concept: pictures for concept, pictures in thumbnails.items() if pictures is not None}
 
 
-def _pictures(shown: dict[str, Tensor]) -> Tensor | None:
-    return torch.cat(list(shown.values())) if shown else None
+def _pictures(thumbnails: dict[str, Tensor]) -> Tensor | None:
+    return torch.cat(list(thumbnails.values())) if thumbnails else None

@@ -55,16 +55,16 @@ def layer_picture(solved: Sequence[SolvedLayer]) -> Image.Image:
 
 
 def plotted(curves: dict[str, list[float]], length: int, high: float, words: dict[int, tuple[str, str]]) -> Image.Image:
-    """curves: colour -> values, of which there will be `length`. words: x -> text and its colour."""
+    """curves: color -> values, of which there will be `length`. words: x -> text and its color."""
     width, height = SIZE
     image = Image.new("RGB", SIZE, GROUND)
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = 12, 34, width - 12, height - 12
     draw.rectangle((left, top, right, bottom), outline=FRAME)
     across, up = (right - left) / max(length - 1, 1), (bottom - top) / (high or 1.0)
-    for colour, values in curves.items():
+    for color, values in curves.items():
         points = [(left + i * across, bottom - value * up) for i, value in enumerate(values)]
-        draw.line(points if len(points) > 1 else points * 2, fill=colour, width=2)
-    for x, (text, colour) in words.items():
-        draw.text((x, 10), text, fill=colour)
+        draw.line(points if len(points) > 1 else points * 2, fill=color, width=2)
+    for x, (text, color) in words.items():
+        draw.text((x, 10), text, fill=color)
     return image

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ....ziplora_core import training
 from ....ziplora_core.checks import Range
-from ....ziplora_core.standing import Standing
+from ....ziplora_core.standing import TrainingState
 from ..memory import retry
 from .pictures import RESOLUTION
 from .progress import TrainingProgress
@@ -59,7 +59,7 @@ class Run:
         self.first = first
         self.history: list[training.Step] = []
         self.unwritten: str | None = None
-        self._standing: Standing | None = None
+        self._state: TrainingState | None = None
 
     @property
     def done(self) -> int:
@@ -69,19 +69,19 @@ class Run:
         """The loss of each step, and the step's number."""
         return {"loss": [step.loss for step in self.history], "step": [float(step.index) for step in self.history]}
 
-    def _take_up(self, trained: training.Trainable, adam: torch.optim.Adam) -> None:
+    def _resume(self, trained: training.Trainable, adam: torch.optim.Adam) -> None:
         """Go on from what the try before has left, or start anew where it could leave nothing."""
-        standing, self._standing = self._standing, None
-        if standing is None:
+        state, self._state = self._state, None
+        if state is None:
             self.history.clear()
         else:
-            standing.restore(trained, adam)
+            state.restore(trained, adam)
             logging.info("ZipLoRA: training goes on from step %d.", self.done)
 
-    def _leave(self, trained: training.Trainable, adam: torch.optim.Adam) -> None:
+    def _keep_state(self, trained: training.Trainable, adam: torch.optim.Adam) -> None:
         """For the next try. Where there is no memory for that either, it starts anew."""
         try:
-            self._standing = Standing.of(trained, adam)
+            self._state = TrainingState.of(trained, adam)
         except (RuntimeError, MemoryError) as error:
             logging.warning("ZipLoRA: the next try starts anew: %s", error)
 
@@ -96,14 +96,13 @@ class Run:
     ) -> None:
         """`training.train` to the end, with progress and samples on the node and files on the way.
 
-        write: of the number of steps done, returns which
-        file has how many; called on the way, at the end, and where a try ends early, if it can be done: what ended it
-        is the error to be seen. A disk that takes no file ends no run: it is tried again at the next time of writing,
-        twice at the end.
+        write: writes the file at so many steps and returns which file has how many; called on the way, at the end, and
+        where a try ends early, if it can be done: what ended it is the error to be seen. A disk that takes no file ends
+        no run: it is tried again at the next time of writing, twice at the end.
         """
         settings = task.settings
         adam = torch.optim.Adam(trained.groups(settings.learning_rate))
-        self._take_up(trained, adam)
+        self._resume(trained, adam)
         progress = TrainingProgress(self.done, settings.steps)
 
         def on_step(step: training.Step) -> None:
@@ -112,7 +111,7 @@ class Run:
             if task.sample_every and done % task.sample_every == 0:
                 progress.sample = sample()
             if task.save_every and done % task.save_every == 0 and done < settings.steps:
-                _written(write, done)
+                _try_to_write(write, done)
             progress.step(step)
 
         try:
@@ -121,13 +120,13 @@ class Run:
             if self.done > self.first:
                 _rescue(write, self.done)
                 if retry.is_out_of_memory(error):
-                    self._leave(trained, adam)
+                    self._keep_state(trained, adam)
             raise
-        self.unwritten = _written(write, settings.steps) and _written(write, settings.steps)
+        self.unwritten = _try_to_write(write, settings.steps) and _try_to_write(write, settings.steps)
 
 
-def _written(write: Callable[[int], str], steps: int) -> str | None:
-    """None, or why the disk took no file."""
+def _try_to_write(write: Callable[[int], str], steps: int) -> str | None:
+    """Write; None, or why the disk took no file."""
     try:
         write(steps)
     except OSError as error:
