@@ -91,7 +91,7 @@ class Coefficients:
         }
 
     def ownership_by_layer(self, threshold: float = 0.5) -> dict[str, dict[str, float]]:
-        """The same for each layer that several LoRAs change, in the set's order."""
+        """As `ownership`, of each layer that several LoRAs change, in the set's order."""
         *_, several, neither = owners(self.by_concept)
         by_layer = {}
         for name in dict.fromkeys(name for vectors in self.by_concept.values() for name in vectors):

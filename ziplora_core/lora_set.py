@@ -81,7 +81,7 @@ class LoRASet:
         object.__setattr__(self, "layers", layers)
 
     def _checked(self, name: str, layer: Layer) -> Layer:
-        """The same in the order of the concepts."""
+        """The layer in the order of the concepts. Raises ValueError as the class does."""
         ordered = {concept: layer[concept] for concept in self.concepts if concept in layer}
         if not ordered or len(ordered) < len(layer):
             known, given = ", ".join(self.concepts), ", ".join(layer) or "neither"

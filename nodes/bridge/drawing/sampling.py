@@ -112,7 +112,7 @@ def _callback(model, watch: Watch | None, before: float, mine: float) -> Callabl
 
 
 def _at_once_or_one_by_one(sample: Callable[[slice], Tensor], count: int) -> Tensor:
-    """The same pictures where memory runs out for all of them together, in more time."""
+    """All pictures in one batch or, where memory runs out for that, one after another: the same pictures."""
     try:
         return sample(slice(None))
     except Exception as error:

@@ -109,7 +109,7 @@ class Hashes:
         return digest
 
     def checked(self, path: str) -> str:
-        """The same; raises LoRAFileError also where the file cannot be read."""
+        """As `of`, but raises LoRAFileError also where the file cannot be read."""
         try:
             return self.of(path)
         except OSError as error:

@@ -36,7 +36,7 @@ class ZippedLoRA:
         return self.dials.get(concept, 1.0)
 
     def dialled(self, strengths: dict[str, float]) -> ZippedLoRA:
-        """The same with dials turned, by concept: times so much of what they are. Costs nothing.
+        """A copy with the dials multiplied by these strengths, by concept. Costs nothing.
 
         Raises ValueError for a concept that is not there.
         """
@@ -45,7 +45,7 @@ class ZippedLoRA:
         return replace(self, coefficients=coefficients, dials=dials)
 
     def clip_strength(self, concept: str) -> float:
-        """The same of its text-encoder part, which a stack may say apart."""
+        """`strength` of its text-encoder part, for which a stack may give another number."""
         apart = self.sources[concept].clip_strength
         return self.strength(concept) if apart is None else apart * self.dial(concept)
 

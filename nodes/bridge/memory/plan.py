@@ -91,7 +91,7 @@ def make(
 def make_for_training(
     model, shapes: dict[str, tuple[int, int]], conditioning: list, latents: Tensor, rank: int, rows: int, room: int
 ) -> Plan:
-    """The same for training a LoRA of these layers, layer -> (out, in). latents: the largest, (1, C, *space)."""
+    """As `make`, for training a LoRA of these layers, layer -> (out, in). latents: the largest, (1, C, *space)."""
     dtype = compute_dtype(model.model)
     numbers = sum(rank * (out + columns) for out, columns in shapes.values())
     fixed = _TRAINED * numbers

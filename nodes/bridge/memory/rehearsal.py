@@ -91,7 +91,7 @@ class _Kept:
 
 
 def _meta(tensor: Tensor) -> Tensor:
-    """The same without memory."""
+    """A tensor of the same shape and dtype without memory."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
@@ -171,7 +171,7 @@ class MetaModel:
 
 
 class MetaSet(MetaModel):
-    """The same with a set of LoRAs on it, their prompts and their references' shapes."""
+    """A MetaModel with a set of LoRAs on it, their prompts and their references' shapes."""
 
     def __init__(self, model, loras: LoRASet, conditioning: dict[str, list], latents: dict[str, Tensor]):
         super().__init__(model, loras.layers, {concept: conditioning[concept] for concept in loras.concepts})

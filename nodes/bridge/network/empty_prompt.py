@@ -6,7 +6,7 @@ import torch
 
 
 def zeros(conditioning: list) -> list:
-    """The same prompt emptied, as Conditioning Zero Out does it."""
+    """A prompt with all its numbers set to zero, as Conditioning Zero Out does it."""
     pairs = []
     for context, options in conditioning:
         pooled = options.get("pooled_output")
