@@ -129,7 +129,7 @@ def record(joined: Any, predictor: Any, references: Any, seed: int, moments: Mom
     """Teacher passes in which the moments of every layer are added up, on the noise of the core's layer-wise solve."""
     moments = moments or Moments()
     layerwise = core.layerwise
-    for batches in core.draws.spread_batches(references, predictor, seed + layerwise._SEED, layerwise.DRAWS):
+    for batches in core.draws.spread_batches(references, predictor, seed + layerwise.SEED, layerwise.DRAWS):
         for batch in batches:
             predictor(batch, MomentsBranch(joined, batch.concept_index, moments))
     return moments

@@ -124,6 +124,13 @@ class Update:
         return self.layer.coefficient_gradient(d_down, m)
 
 
+def project(x: Tensor, down: Tensor, convolution: Mapping[str, Any]) -> Tensor:
+    """What a layer's down factors see of its input: (..., R), the rank axis last, in the dtype of x."""
+    if down.ndim == 2:
+        return F.linear(x, down.to(x.dtype))
+    return _CONVOLUTION[x.ndim](x, down.to(x.dtype), **convolution).movedim(1, -1)
+
+
 def _add_product(y: Tensor, h: Tensor, matrix: Tensor) -> None:
     """y += h · matrixᵀ, in one pass over y where its memory lies so. h: (..., R), matrix: (n, R), y: (..., n)."""
     if y.is_contiguous() and y.dtype == h.dtype:

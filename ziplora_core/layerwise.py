@@ -23,7 +23,7 @@ from .shares import SolvedLayer
 from .solver import Predictor, References, Settings
 
 DRAWS = 8  # passes over the references, spread over the timesteps
-_SEED = 0x1A7E  # added to the seed: noise apart from training's and from measuring's
+SEED = 0x1A7E  # added to the seed: noise apart from training's and from measuring's
 
 
 @dataclass
@@ -68,7 +68,7 @@ class RecordingBranch(Branch):
 def record(joined: JoinedSet, predictor: Predictor, references: References, seed: int, draws: int = DRAWS) -> Activity:
     """Teacher passes over the references, `draws` of them on noise of their own. What a predictor raises ends them."""
     activity = Activity()
-    for batches in spread_batches(references, predictor, seed + _SEED, draws):
+    for batches in spread_batches(references, predictor, seed + SEED, draws):
         for batch in batches:
             predictor(batch, RecordingBranch(joined, batch.concept_index, activity))
     return activity

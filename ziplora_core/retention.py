@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .branch import JoinedSet
+from .branch import Branch, JoinedSet
 from .coefficients import Coefficients
 from .draws import spread_batches
 from .objective import norm
@@ -29,7 +29,7 @@ def measure_retention(
     joined: JoinedSet,
     predictor: Predictor,
     references: References,
-    candidates: Sequence[Coefficients],
+    candidates: Sequence[Coefficients | Branch],
     seed: int,
     draws: int = DRAWS,
     retention: Callable[[Tensor, Tensor], Tensor] = norm,
@@ -39,18 +39,19 @@ def measure_retention(
 
     Mean over `draws` timesteps spread over the schedule of ‖student − teacher‖₂ (Eq. 3, all terms but the last).
     Returns concept -> float per candidate; 0 means "draws exactly as its own LoRA".
-    merged: the set that the candidates are coefficients of, where it is not `joined`, whose LoRAs are the teachers.
+    candidates: coefficients, or students of their own. merged: the set that the coefficients are of, where it is not
+    `joined`, whose LoRAs are the teachers.
     """
     merged = merged or joined
     totals = [dict.fromkeys(joined.concepts, 0.0) for _ in candidates]
     with torch.inference_mode(False), torch.no_grad():
-        flats = [merged.flatten(c) for c in candidates]
+        students = [c if isinstance(c, Branch) else merged.student(merged.flatten(c)) for c in candidates]
         for batches in spread_batches(references, predictor, seed + _HELD_OUT, draws):
             for batch in batches:
                 rows = joined.rows(batch.concept_index)
                 teacher = predictor(batch, joined.teacher(batch.concept_index))
-                for total, flat in zip(totals, flats, strict=True):
-                    student = predictor(batch, merged.student(flat))
+                for total, branch in zip(totals, students, strict=True):
+                    student = predictor(batch, branch)
                     for concept, loss in retentions(student, teacher, rows, retention).items():
                         total[concept] += loss.item() / draws
     return totals

@@ -15,10 +15,15 @@ import torch
 from .coefficients import Coefficients
 from .files import LoRAFileError, OpenFile, opened, shown
 from .lora_set import CONCEPTS, LoRASet
+from .routing import Routing
 from .writing import write_tensors
 
 FORMAT = "ziplora 1"  # of a content and a style LoRA, each of one strength
 FORMAT_OF_ANY = "ziplora 2"  # of any others: the same tensors; LoRAs and dials by concept, under "loras" and "dials"
+FORMAT_ROUTED = "ziplora 3"  # of method ROUTED: as the one before, and a matrix (R, R) `routing.<layer>` of each layer
+FORMATS = (FORMAT, FORMAT_OF_ANY, FORMAT_ROUTED)
+ROUTED = "routed"
+_ROUTING = "routing"
 _KEY = "ziplora"  # in the file's metadata: everything but the numbers, as JSON
 
 
@@ -68,11 +73,14 @@ class SavedZip:
         texts = isinstance(self.method, str) and isinstance(self.report, str)
         tables = isinstance(self.settings, Mapping) and isinstance(self.versions, Mapping)
         named = list(self.sources) == list(self.dials) and len(self.sources) > 0 and "." not in "".join(self.sources)
+        named = named and _ROUTING not in self.sources
         if not (texts and tables and named and all(map(math.isfinite, self.dials.values()))):
             raise ValueError("expected dials of its LoRAs, a method, settings, versions and a report")
 
     @property
     def format(self) -> str:
+        if self.method == ROUTED:
+            return FORMAT_ROUTED
         plain = all(lora.clip_strength is None for lora in self.sources.values())
         return FORMAT if plain and tuple(self.sources) == CONCEPTS else FORMAT_OF_ANY
 
@@ -104,13 +112,15 @@ def write(
     coefficients: Coefficients,
     about: SavedZip,
     metadata: Mapping[str, str] | None = None,
+    routing: Routing | None = None,
 ) -> Path:
-    """Write a file atomically: float32 vectors `<concept>.<layer>`. metadata: more of it.
+    """Write a file atomically: float32 vectors `<concept>.<layer>`, matrices `routing.<layer>`. metadata: more of it.
 
     Returns where it is, and raises OSError, as `atomic_write` does.
     """
     by_concept = coefficients.by_concept
     tensors = {f"{concept}.{name}": m.float() for concept, of in by_concept.items() for name, m in of.items()}
+    tensors |= {f"{_ROUTING}.{name}": matrix.float() for name, matrix in (routing or {}).items()}
     return write_tensors(path, tensors, {**(metadata or {}), _KEY: json.dumps(about.as_table())})
 
 
@@ -120,17 +130,21 @@ def read_about(path: str | os.PathLike[str]) -> SavedZip:
         return _about(file)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Coefficients, SavedZip]:
-    """Raises LoRAFileError for a file that is cut off, no file of this pack, or of a format that it does not know."""
+def read(path: str | os.PathLike[str]) -> tuple[Coefficients, Routing, SavedZip]:
+    """Coefficients, matrices of a routed merge (none of others), and what the file says of itself.
+
+    Raises LoRAFileError for a file that is cut off, no file of this pack, or of a format that it does not know.
+    """
     with opened(path) as file:
         about = _about(file)
-        by_concept: dict[str, dict[str, torch.Tensor]] = {concept: {} for concept in about.sources}
+        vectors: dict[str, dict[str, torch.Tensor]] = {concept: {} for concept in about.sources}
+        matrices: dict[str, torch.Tensor] = {}
         for key, m in file.tensors():
-            concept, _, name = key.partition(".")
+            owner, _, name = key.partition(".")
             if not bool(torch.isfinite(m).all()):
                 raise _unusable(file, key)
-            by_concept[concept][name] = m
-    return Coefficients(by_concept), about
+            (matrices if owner == _ROUTING else vectors[owner])[name] = m
+    return Coefficients(vectors), matrices, about
 
 
 def _unusable(file: OpenFile, key: str) -> LoRAFileError:
@@ -144,10 +158,10 @@ def _about(file: OpenFile) -> SavedZip:
         raise LoRAFileError(f"'{file.name}' is no zipped pair: choose a file that Save Zipped LoRA wrote")
     try:
         table = json.loads(file.metadata[_KEY])
-        if table["format"] not in (FORMAT, FORMAT_OF_ANY):
+        if table["format"] not in FORMATS:
             raise LoRAFileError(
-                f"'{file.name}' has format '{shown(str(table['format']))}', this version reads '{FORMAT}' and "
-                f"'{FORMAT_OF_ANY}'; update the pack"
+                f"'{file.name}' has format '{shown(str(table['format']))}', this version reads "
+                f"{', '.join(repr(known) for known in FORMATS)}; update the pack"
             )
         about = _from_table(table)
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
@@ -155,8 +169,11 @@ def _about(file: OpenFile) -> SavedZip:
             raise
         raise LoRAFileError(f"'{file.name}' has broken metadata; zip the pair again and save it anew") from error
     for key, place in file.places.items():
-        named = key.partition(".")[0] in about.sources
-        if not named or len(place.shape) != 1 or place.dtype != torch.float32:
+        owner = key.partition(".")[0]
+        square = len(place.shape) == 2 and place.shape[0] == place.shape[1]
+        matrix = owner == _ROUTING and about.method == ROUTED and square
+        vector = owner in about.sources and len(place.shape) == 1
+        if not (matrix or vector) or place.dtype != torch.float32:
             raise _unusable(file, key)
     return about
 

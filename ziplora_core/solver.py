@@ -23,7 +23,8 @@ OWN, EMPTY, OTHER = "own", "empty", "other"  # prompts of a row: its concept's, 
 class Settings:
     """Raises ValueError for a value out of range, naming it. ranges: of each number, for the node's schema too.
 
-    solver: "layerwise" in closed form, which takes no steps (but 0 give the direct merge, whatever the solver);
+    solver: "layerwise" in closed form, by columns for two LoRAs and by routing for more, which takes no steps (but 0
+    give the direct merge, whatever the solver);
     "gradient" from all ones, as the paper, which takes 100 at 0.01; or the first as the second's start.
     ridge: pull of the layer-wise solve towards the direct merge, in parts of each layer's mean diagonal (`shares`).
     """
@@ -116,12 +117,14 @@ class Result:
     """Coefficients, the losses of each step, why they ended.
 
     relative_error: layer -> its error as a share of the direct merge's, of the layer-wise solve; empty without it.
+    routing: layer -> (R, R), where the rank axis was mixed instead; then all coefficients are one (`routing`).
     """
 
     coefficients: Coefficients
     history: list[Step] = field(default_factory=list)
     stopped: str = "all steps done"
     relative_error: dict[str, float] = field(default_factory=dict)
+    routing: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class NotFinite(FloatingPointError):

@@ -1,12 +1,13 @@
-"""From a set of LoRAs to its coefficients, by the solver that the settings name."""
+"""From a set of LoRAs to its merge, by the solver that the settings name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 
-from . import gradient, layerwise, solver
+from . import gradient, layerwise, routing, solver
 from .branch import JoinedSet
+from .coefficients import Coefficients
 from .lora_set import LoRASet
 from .shares import SolvedLayer
 
@@ -26,9 +27,9 @@ def solve(
     on_step: Callable[[solver.Step], None] | None = None,
     on_layer: Callable[[SolvedLayer], None] | None = None,
 ) -> solver.Result:
-    """Find the coefficients of every LoRA. No steps give the direct merge, and one LoRA itself, whatever the solver.
+    """Find the coefficients of every LoRA, or how inputs of three and more are routed.
 
-    `on_step` hears of each gradient step, `on_layer` of each layer that is solved in closed form; what they or the
+    No steps give the direct merge, and one LoRA itself, whatever the solver. `on_step` hears of each gradient step, `on_layer` of each layer that is solved in closed form; what they or the
     predictor raise ends the run. Raises FloatingPointError where what the LoRAs do in a layer is not finite,
     NotFinite where a loss is not.
     """
@@ -44,6 +45,10 @@ def solve(
         if on_layer is not None:
             on_layer(layer)
 
+    if settings.solver == "layerwise" and len(joined.concepts) > 2:
+        matrices = routing.merge(joined, predictor, references, settings.seed, solved, settings.ridge)
+        ones, how = Coefficients.ones(joined.loras), "routed layer by layer, in closed form"
+        return solver.Result(ones, stopped=how, relative_error=relative_error, routing=matrices)
     start = layerwise.merge(joined, predictor, references, settings.seed, solved, settings.ridge)
     if settings.solver == "layerwise":
         return solver.Result(start, stopped="solved layer by layer, in closed form", relative_error=relative_error)

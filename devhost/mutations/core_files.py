@@ -67,8 +67,8 @@ MUTANTS = [
         ),
         (
             "sides swapped in reading",
-            "return Coefficients(by_concept), about",
-            "return Coefficients(dict(zip(by_concept, [*by_concept.values()][::-1]))), about",
+            "return Coefficients(vectors), matrices",
+            "return Coefficients(dict(zip(vectors, [*vectors.values()][::-1]))), matrices",
         ),
         ("dials swapped", "dict(zip(CONCEPTS, table.pop", "dict(zip(CONCEPTS[::-1], table.pop"),
         (
@@ -76,7 +76,7 @@ MUTANTS = [
             "{c: table.pop(c) for c in CONCEPTS}",
             "dict(zip(CONCEPTS, [table.pop(c) for c in CONCEPTS[::-1]]))",
         ),
-        ("format of another version", 'if table["format"] not in (FORMAT, FORMAT_OF_ANY)', 'if not table["format"]'),
+        ("format of another version", 'if table["format"] not in FORMATS', 'if not table["format"]'),
         ("NaN accepted", "not bool(torch.isfinite(m).all())", "m is None"),
         ("too few columns accepted", "if here != there", "if here > there"),
         ("more layers accepted", "for layer in [*expected, *given]", "for layer in expected"),
@@ -86,6 +86,8 @@ MUTANTS = [
         ("dials NaN accepted", " and all(map(math.isfinite, self.dials.values()))", ""),
         ("numbers in half precision", "m.float() for concept, of", "m.half() for concept, of"),
         ("numbers as they come", "m.float() for concept, of", "m for concept, of"),
+        ("routing left out", "(routing or {}).items()", "{}.items()"),
+        ("routing of any method", "owner == _ROUTING and about.method == ROUTED and square", "owner == _ROUTING"),
     ),
     *faults(
         "ziplora_core/writing.py",

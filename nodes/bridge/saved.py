@@ -45,7 +45,7 @@ def save(zipped: ZippedLoRA, prefix: str, metadata: dict[str, str] | None = None
     )
     folder = os.path.join(folder_paths.get_output_directory(), FOLDER)
     path = paths.reserve(prefix, folder, ".safetensors")
-    return os.path.relpath(saved.write(path, zipped.coefficients, about, metadata), folder)
+    return os.path.relpath(saved.write(path, zipped.coefficients, about, metadata, zipped.routing), folder)
 
 
 def _of_its_size(wanted: saved.SavedLoRA) -> Iterator[str]:
@@ -117,7 +117,7 @@ def load(model, name: str) -> ZippedLoRA:
 
     Raises LoRAFileError for a missing, changed or broken file, and for coefficients that do not fit the model.
     """
-    coefficients, about = saved.read(zipped_path(name))
+    coefficients, matrices, about = saved.read(zipped_path(name))
     files = {c: (_find(wanted, name), wanted.strength, wanted.clip_strength) for c, wanted in about.sources.items()}
     sources = loras.load_sources(files)
     for concept, source in sources.by_concept.items():

@@ -192,7 +192,7 @@ def test_a_file_of_three_is_read_as_it_was_written_and_one_of_two_has_the_first_
         )  # fmt: skip
         path = saved.write(tmp_path / "z.safetensors", m, about)
         assert f'"format": "{form}"' in files.read_metadata(path)["ziplora"]
-        found, said = saved.read(path)
+        found, _, said = saved.read(path)
         assert said == saved.read_about(path) == about and list(said.sources) == list(loras.concepts)
         assert differences(found, m) == 0 and tuple(found.by_concept) == loras.concepts
         saved.check_fits("z", found, loras)

@@ -129,7 +129,7 @@ def test_a_zipped_pair_is_read_as_it_was_written(tmp_path):
     pair, m, about = zipped()
     path = tmp_path / "z.safetensors"
     saved.write(path, m, about, {"workflow": "{}"})
-    found, said = saved.read(path)
+    found, _, said = saved.read(path)
     assert said == saved.read_about(path) == about
     for concept in ("content", "style"):
         side = found[concept]

@@ -10,6 +10,7 @@ from typing import Any
 
 from ....ziplora_core.coefficients import Coefficients
 from ....ziplora_core.files import shown
+from ....ziplora_core.routing import Routing
 from .fitting import FittedSet
 from .loras import STRENGTH, LoRASources, role
 
@@ -21,7 +22,8 @@ class ZippedLoRA:
     """What travels on a ZIPPED_LORA socket: the LoRAs, their coefficients, and the dials already turned.
 
     dials: concept -> strength that is in the coefficients already, 1 where none is said. method, settings: how it came
-    about, for the file that it may be saved to.
+    about, for the file that it may be saved to. routing: what mixed the rank axis of the files' LoRAs where `fitted`
+    are routed ones; the same for the file.
     """
 
     sources: LoRASources
@@ -31,6 +33,7 @@ class ZippedLoRA:
     report: str = ""
     method: str = ZIPPED
     settings: dict[str, Any] = field(default_factory=dict)
+    routing: Routing = field(default_factory=dict, repr=False)
 
     def dial(self, concept: str) -> float:
         return self.dials.get(concept, 1.0)
