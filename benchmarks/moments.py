@@ -128,10 +128,7 @@ class MomentsBranch(core.branch.Branch):
 def record(joined: Any, predictor: Any, references: Any, seed: int, moments: Moments | None = None) -> Moments:
     """Teacher passes in which the moments of every layer are added up, on the noise of the core's layer-wise solve."""
     moments = moments or Moments()
-    layerwise = core.layerwise
-    for batches in core.draws.spread_batches(references, predictor, seed + layerwise.SEED, layerwise.DRAWS):
-        for batch in batches:
-            predictor(batch, MomentsBranch(joined, batch.concept_index, moments))
+    core.layerwise.teach(predictor, references, seed, lambda index: MomentsBranch(joined, index, moments))
     return moments
 
 

@@ -23,7 +23,7 @@ from .shares import SolvedLayer
 from .solver import Predictor, References, Settings
 
 DRAWS = 8  # passes over the references, spread over the timesteps
-SEED = 0x1A7E  # added to the seed: noise apart from training's and from measuring's
+_SEED = 0x1A7E  # added to the seed: noise apart from training's and from measuring's
 
 
 @dataclass
@@ -65,12 +65,20 @@ class RecordingBranch(Branch):
         return super().layer(name, x, base, **convolution)
 
 
-def record(joined: JoinedSet, predictor: Predictor, references: References, seed: int, draws: int = DRAWS) -> Activity:
-    """Teacher passes over the references, `draws` of them on noise of their own. What a predictor raises ends them."""
-    activity = Activity()
-    for batches in spread_batches(references, predictor, seed + SEED, draws):
+def teach(
+    predictor: Predictor, references: References, seed: int, teacher: Callable[[Tensor], Branch], draws: int = DRAWS
+) -> None:
+    """Passes over the references, `draws` of them, on noise that neither training nor measuring sees. What a predictor
+    raises ends them. teacher: a batch's concept_index -> its branch."""
+    for batches in spread_batches(references, predictor, seed + _SEED, draws):
         for batch in batches:
-            predictor(batch, RecordingBranch(joined, batch.concept_index, activity))
+            predictor(batch, teacher(batch.concept_index))
+
+
+def record(joined: JoinedSet, predictor: Predictor, references: References, seed: int, draws: int = DRAWS) -> Activity:
+    """Teacher passes that add up how active features are."""
+    activity = Activity()
+    teach(predictor, references, seed, lambda index: RecordingBranch(joined, index, activity), draws)
     return activity
 
 

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from . import layerwise
 from .branch import Branch, JoinedSet
-from .draws import spread_batches
 from .frozen import Base, Update, project
 from .lora_set import Layer, LoRASet
 from .merge import merged_factors
@@ -120,11 +119,9 @@ class SeeingBranch(Branch):
 
 
 def record(joined: JoinedSet, predictor: Predictor, references: References, seed: int) -> Seen:
-    """Teacher passes over the references, with the noise of `layerwise`. What a predictor raises ends them."""
+    """The passes of `layerwise`, in which what LoRAs see is added up."""
     seen = Seen()
-    for batches in spread_batches(references, predictor, seed + layerwise.SEED, layerwise.DRAWS):
-        for batch in batches:
-            predictor(batch, SeeingBranch(joined, batch.concept_index, seen))
+    layerwise.teach(predictor, references, seed, lambda index: SeeingBranch(joined, index, seen))
     return seen
 
 

@@ -45,11 +45,12 @@ def solve(
         if on_layer is not None:
             on_layer(layer)
 
+    given = joined, predictor, references, settings.seed, solved, settings.ridge
     if settings.solver == "layerwise" and len(joined.concepts) > 2:
-        matrices = routing.merge(joined, predictor, references, settings.seed, solved, settings.ridge)
+        matrices = routing.merge(*given)
         ones, how = Coefficients.ones(joined.loras), "routed layer by layer, in closed form"
         return solver.Result(ones, stopped=how, relative_error=relative_error, routing=matrices)
-    start = layerwise.merge(joined, predictor, references, settings.seed, solved, settings.ridge)
+    start = layerwise.merge(*given)
     if settings.solver == "layerwise":
         return solver.Result(start, stopped="solved layer by layer, in closed form", relative_error=relative_error)
     learned = gradient.optimize(joined, predictor, references, settings, on_step, start)

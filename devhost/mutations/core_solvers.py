@@ -6,6 +6,7 @@ from . import faults
 
 SOLVER = ("tests/core/test_solver.py", "tests/core/test_objective.py", "tests/core/test_descent.py")
 LAYERWISE = ("tests/core/test_layerwise.py",)
+ROUTING = ("tests/core/test_routing.py",)
 ZIPPER = ("tests/core/test_solver.py", "tests/core/test_descent.py")
 
 MUTANTS = [
@@ -33,6 +34,26 @@ MUTANTS = [
         ("passes joined against the predictor's word", "if joins else number", "if True else number"),
     ),
     *faults(
+        "ziplora_core/routing.py",
+        ROUTING,
+        ("the ridge for one LoRA", "ridge / len(layer)", "ridge"),
+        ("the ridge pulls to zero", "aimed = pull.clone()", "aimed = torch.zeros_like(pull)"),
+        ("references count alike", "aimed[part] += weights[r] * seen[r][part]", "aimed[part] += seen[r][part]"),
+        ("a LoRA disturbs itself", "if k != r", "if k == r"),
+        ("who disturbs most counts least", "{r: weight / total if", "{r: (total - weight) / total if"),
+        ("error without the ups", "off.T @ ups @ off", "off.T @ off"),
+        ("no reference is apart", "off[part, part] -= torch.eye", "off -= torch.eye(len(m)).double() + 0 * torch.eye"),
+        ("matrices transposed", "torch.tensordot(matrix.to(rows)", "torch.tensordot(matrix.T.to(rows)"),
+        ("branch without routing", "if name in self._routing:", "if name in ():"),
+        ("added up as they come", "rows = rows.to(torch.promote_types(z.dtype, torch.float32))", "rows = rows * 1"),
+        ("another seed", "layerwise.teach(predictor, references, seed,", "layerwise.teach(predictor, references, 0,"),
+        ("any number of ranks", "<= LARGEST", "> 0"),
+        ("not finite goes on", "if not all(bool(g.isfinite().all())", "if not all(True"),
+        ("layers not told", "on_layer(SolvedLayer", "str(SolvedLayer"),
+        ("layers not counted", "layers.items(), 1)", "layers.items(), 0)"),
+        ("ranks not checked", "if matrix.shape != (sum(ranks), sum(ranks)) or not ranks", "if not ranks"),
+    ),
+    *faults(
         "ziplora_core/retention.py",
         SOLVER,
         (
@@ -43,8 +64,8 @@ MUTANTS = [
         ("measured sum, not mean", "total[concept] += loss.item() / draws", "total[concept] += loss.item()"),
         (
             "measured without the merged pair",
-            "student = predictor(batch, merged.student(flat))",
-            "student = predictor(batch, joined.student(flat))",
+            "else merged.student(merged.flatten(c))",
+            "else joined.student(joined.flatten(c))",
         ),
         (
             "measured against the merged pair's LoRAs",
