@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import faults
 
 DRAWN = ("tests/inhost/test_contracts_drawn.py",)
+REPORT = ("tests/inhost/test_report.py",)
 
 MUTANTS = [
     *faults(
@@ -39,14 +40,49 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/bridge/optimize/outcome.py",
+        "nodes/bridge/optimize/report.py",
         DRAWN,
         (
             "the share is of what zipping left",
             "after[concept] / before[concept]:.0%",
             "before[concept] / after[concept]:.0%",
         ),
+    ),
+    *faults(
+        "nodes/bridge/optimize/outcome.py",
+        DRAWN,
         ("the overlap in the loss map lacks its weight", "weight * losses.overlap for", "losses.overlap for"),
-        ("no help is reported as help", "if sum(after.values()) >= sum(before.values()):", "if False:"),
+    ),
+    *faults(
+        "nodes/bridge/optimize/verdict.py",
+        DRAWN,
+        (
+            "no help is reported as help",
+            'if sum(after.values()) >= sum(before.values()):\n        return "Z',
+            'if False:\n        return "Z',
+        ),
+    ),
+    *faults(
+        "nodes/bridge/optimize/verdict.py",
+        REPORT,
+        (
+            "what is left is taken for what is gone",
+            "100 * (1 - share_left(before, after))",
+            "100 * share_left(before, after)",
+        ),
+        ("a dial is advised that gains nothing", ".values()) - _GAIN:", ".values()) + 1:"),
+        ("the dial that gains least is advised", "best = min(outcome.tried", "best = max(outcome.tried"),
+        ("lines run out of the picture", "if parts and font.getlength(longer) <= width:", "if parts:"),
+    ),
+    *faults(
+        "nodes/bridge/optimize/outcome.py",
+        REPORT,
+        ("dials are tried under prompts that wake nothing", "or self.asleep or not", "or not"),
+        ("the LoRA that is kept best is turned up", "worst = max(left", "worst = min(left"),
+    ),
+    *faults(
+        "nodes/bridge/optimize/zipping.py",
+        ("tests/inhost/test_contracts_host.py",),
+        ("LoRAs are blamed for the model's own numbers", "            _check_bare(error", "            bool(error"),
     ),
 ]

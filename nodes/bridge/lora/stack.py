@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-from ....ziplora_core.checks import one_of
 from ....ziplora_core.files import LoRAFileError, shown
 from .loras import LoRASources, load_set
 
 ROLES = "subject, style"
 _CONCEPTS = {"subject": "content", "style": "style", "other": "other"}  # role -> what its first LoRA is called
 _ROLES = {concept: role for role, concept in _CONCEPTS.items()}
-_NO_FILE = (None, "", "None")  # what stackers leave in a slot that is not used
+_NO_FILE = ("", "none")  # what stackers leave, in any case, in a slot that is not used; or nothing
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def entries(lora_stack: Any) -> list[Entry]:
                 "clip strength"
             )
         name, *strengths = entry
-        if name in _NO_FILE:
+        if name is None or isinstance(name, str) and name.strip().lower() in _NO_FILE:
             continue
         if not isinstance(name, str) or not all(map(_is_number, strengths)):
             raise ValueError(
@@ -52,7 +51,8 @@ def entries(lora_stack: Any) -> list[Entry]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) <= 100
+    """Also one of numpy's, which are no int or float."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) <= 100
 
 
 def concepts(roles: str, count: int) -> list[str]:
@@ -63,7 +63,11 @@ def concepts(roles: str, count: int) -> list[str]:
     said = [role.strip().lower() for role in re.split(r"[,，\n]", roles) if role.strip()]
     said = [_ROLES.get(role, role) for role in said]
     for role in said:
-        one_of("roles", role, _CONCEPTS)
+        if role not in _CONCEPTS:
+            raise ValueError(
+                f"roles is '{shown(role, 40)}'; expected one of: {', '.join(_CONCEPTS)} for each LoRA, with commas "
+                "between them"
+            )
     names: list[str] = []
     for role in [*said[:count], *["other"] * (count - len(said))]:
         earlier = sum(re.sub(r" \d+$", "", name) == _CONCEPTS[role] for name in names)
