@@ -180,7 +180,7 @@ class Bench:
             *_, report, _ = BRIDGE.optimize.zipping.optimize(
                 self.model, self.sources, self.conditioning, self.latents, CORE.solver.Settings(**settings)
             )
-        lines = [line for line in report.splitlines() if line.startswith(("time:", "memory:"))]
+        lines = [line for line in report.splitlines() if line.startswith("cost:")]
         return {"seconds": now() - began, "peak": peak.bytes, "report": lines}
 
     def training(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The nodes, in the order of a graph."""
 
 from .apply import ApplyZippedLoRA
+from .bridge.lora import routes
 from .bridge.saved import register_folder
 from .direct import DirectMergeLoRA
 from .export import ExportMergedLoRA
@@ -17,6 +18,7 @@ from .training import TrainConceptLoRA
 from .unzip import UnZipLoRA
 
 register_folder()
+routes.register()
 
 NODES = [
     LoadLoRAPair,

@@ -19,8 +19,8 @@ class ExportMergedLoRA(io.ComfyNode):
             node_id="ExportMergedLoRA",
             display_name="Export Merged LoRA",
             category="ZipLoRA",
-            description="Writes a zipped pair, with its dials as they are, as one ordinary LoRA file that other "
-            "programs load too.",
+            description="Writes a zipped pair, with its dials as they are, as one ordinary LoRA file, for ComfyUI "
+            "and most other programs (kohya) or for diffusers.",
             is_output_node=True,
             inputs=[
                 ZippedLoRASocket.Input("zipped_lora", tooltip="A zipped pair, with its dials as they are."),
@@ -47,7 +47,8 @@ class ExportMergedLoRA(io.ComfyNode):
                     "format",
                     options=list(export.FORMATS),
                     default="kohya",
-                    tooltip="kohya: for ComfyUI, Forge, A1111 and most others. diffusers: peft's names, for diffusers.",
+                    tooltip="kohya: for ComfyUI, Forge, A1111 and most others. diffusers: peft's names, for diffusers; "
+                    "ComfyUI's own loaders do not read them.",
                 ),
             ],
             hidden=[io.Hidden.prompt],

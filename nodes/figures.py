@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PANEL = (10.0, 4.2)  # inches
 _DPI = 100
+_INSIDE = 4  # lines of a legend that find room in a panel; more stand beside it
 
 
 class Subject:
@@ -74,8 +75,12 @@ def _label(axes: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
     axes.set_title(title, color=INK, fontsize=12, loc="left")
     axes.set_xlabel(x, color=INK, fontsize=10)
     axes.set_ylabel(y, color=INK, fontsize=10)
-    if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(facecolor=GROUND, edgecolor=FRAME, labelcolor=INK, fontsize=9, loc="upper right")
+    lines = len(axes.get_legend_handles_labels()[0])
+    if legend and lines:
+        place: dict[str, Any] = {"loc": "upper right", "fontsize": 9}
+        if lines > _INSIDE:
+            place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "fontsize": 8}
+        axes.legend(facecolor=GROUND, edgecolor=FRAME, labelcolor=INK, **place)
 
 
 def _nothing(axes: Axes, title: str, why: str) -> None:
@@ -97,19 +102,21 @@ def _name_blocks(axes: Axes, layers: Sequence[str]) -> None:
     axes.set_xlim(-0.5, max(start, 1) - 0.5)
 
 
-_NO_LAYER = "no layer is changed by both LoRAs"
+def _nothing_shared(subject: Subject) -> str:
+    words = {1: "one LoRA alone: there is no other to share a layer with", 2: "no layer is changed by both LoRAs"}
+    return words.get(len(subject.colors), "no layer is changed by two of the LoRAs")
 
 
-def _count(subject: Subject) -> str:
-    return "two " if len(subject.colors) == 2 else ""
+def _of_all(subject: Subject) -> str:
+    return {1: "the LoRA's", 2: "the two LoRAs'"}.get(len(subject.colors), "the LoRAs'")
 
 
 def interference(axes: Axes, subject: Subject) -> None:
-    title = f"Interference of the {_count(subject)}LoRAs' columns, layer by layer (as the paper's Fig. 3b)"
+    title = f"Interference of {_of_all(subject)} columns, layer by layer (as the paper's Fig. 3b)"
     before = analysis.column_interference(subject.loras, Coefficients.ones(subject.loras))
     after = analysis.column_interference(subject.loras, subject.coefficients)
     if not before:
-        return _nothing(axes, title, _NO_LAYER)
+        return _nothing(axes, title, _nothing_shared(subject))
     layers = range(len(before))
     axes.plot(layers, list(before.values()), color=STYLE, linewidth=1.2, label="direct merge")
     axes.plot(layers, list(after.values()), color=CONTENT, linewidth=1.2, label="this merge")
@@ -119,7 +126,7 @@ def interference(axes: Axes, subject: Subject) -> None:
 
 
 def elements(axes: Axes, subject: Subject) -> None:
-    title = "Elements of the LoRAs' updates ΔW (the paper's Fig. 3a)"
+    title = f"Elements of {_of_all(subject)} updates ΔW (the paper's Fig. 3a)"
     found = {concept: analysis.sampled_elements(subject.loras, concept) for concept in subject.colors}
     found = {concept: values for concept, values in found.items() if len(values)}
     width = max((values.double().square().mean().sqrt().item() for values in found.values()), default=0.0) * 6
@@ -176,7 +183,7 @@ def ownership(axes: Axes, subject: Subject) -> None:
     title = "Who owns the columns of each layer (|coefficient| at least 0.5)"
     shares = subject.coefficients.ownership_by_layer()
     if not shares:
-        return _nothing(axes, title, _NO_LAYER)
+        return _nothing(axes, title, _nothing_shared(subject))
     who = owners(subject.colors)
     stacks = [[layer[owner] for layer in shares.values()] for owner in who]
     colours = [*subject.colors.values(), BOTH, FRAME]

@@ -11,7 +11,7 @@ from ..ziplora_core.objective import OBJECTIVES
 from ..ziplora_core.solver import SOLVERS, Settings
 from . import inputs
 from .bridge.drawing.sampling import COUNT, SIDE, ReferenceRequest
-from .bridge.optimize.zipping import by_concept, check_inputs, optimize
+from .bridge.optimize.zipping import by_concept, check_inputs, check_prompts, optimize
 from .sockets import LoRAPairSocket, LossMapSocket, ReferencesSocket, ZippedLoRASocket
 
 _NOT_CONNECTED = object()  # None stands for latents that are connected and not computed yet
@@ -46,7 +46,9 @@ class ZipLoRAOptimize(io.ComfyNode):
                 io.Conditioning.Input(
                     "style_positive",
                     lazy=True,
-                    tooltip="The prompt that the style LoRA was trained with, e.g. 'a house in szn style'.",
+                    optional=True,
+                    tooltip="The prompt that the style LoRA was trained with, e.g. 'a house in szn style'. One LoRA "
+                    "alone needs none.",
                 ),
                 io.Latent.Input(
                     "content_latents",
@@ -141,8 +143,8 @@ class ZipLoRAOptimize(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="What was found: layers, ranks, retention before and after on noise "
-                    "that was not trained on, whether each prompt wakes its LoRA, overlap, time.",
+                    tooltip="Whether zipping helped, how well each LoRA is kept, what to try and what it cost; below, "
+                    "every detail: layers, ranks, retention on noise that was not trained on, prompts, overlap.",
                 ),
             ],
         )
@@ -153,7 +155,7 @@ class ZipLoRAOptimize(io.ComfyNode):
         model,
         lora_pair,
         content_positive,
-        style_positive,
+        style_positive=_NOT_CONNECTED,
         content_latents=_NOT_CONNECTED,
         style_latents=_NOT_CONNECTED,
         references=(),
@@ -166,6 +168,8 @@ class ZipLoRAOptimize(io.ComfyNode):
         if references is None:  # of whichever number: told apart when they are there
             check_inputs(model, lora_pair, {})
             return ["references"]
+        prompts = by_concept(lora_pair, (content_positive, style_positive), [r.positive for r in references])
+        check_prompts(lora_pair, [concept for concept, made in prompts.items() if made is _NOT_CONNECTED])
         of = by_concept(lora_pair, list(latents.values()), [reference.latents for reference in references])
         check_inputs(model, lora_pair, {c: given for c, given in of.items() if given is not _NOT_CONNECTED})
         missing = [name for name, given in latents.items() if given is None]
@@ -177,7 +181,7 @@ class ZipLoRAOptimize(io.ComfyNode):
         model,
         lora_pair,
         content_positive,
-        style_positive,
+        style_positive=None,
         content_latents=None,
         style_latents=None,
         references=(),

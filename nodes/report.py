@@ -18,7 +18,7 @@ class ZippedLoRAReport(io.ComfyNode):
             node_id="ZippedLoRAReport",
             display_name="Zipped LoRA Report",
             category="ZipLoRA",
-            description="Draws what a merge did: how far the two LoRAs' columns interfere in each layer before and "
+            description="Draws what a merge did: how far the LoRAs' columns interfere in each layer before and "
             "after, how their elements are distributed, the losses, where the coefficients ended and who owns the "
             "columns.",
             is_output_node=True,

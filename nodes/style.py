@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.checks import in_range
+from .bridge.lora.loras import role
 from .bridge.lora.zipped import read_strengths
 from .inputs import connected
 from .sockets import ZippedLoRASocket
@@ -21,7 +24,8 @@ class StyleStrength(io.ComfyNode):
             node_id="StyleStrength",
             display_name="Style Strength",
             category="ZipLoRA",
-            description="Dials style and subject of a zipped pair up or down. Free: nothing is optimised again.",
+            description="Dials style and subject of a zipped pair up or down, or all styles and subjects of a set. "
+            "Free: nothing is optimised again.",
             inputs=[
                 ZippedLoRASocket.Input("zipped_lora", tooltip="A zipped pair."),
                 _dial("style_strength", "Multiplies the style's coefficients: 0 none, 1 as zipped, up to 2."),
@@ -35,8 +39,18 @@ class StyleStrength(io.ComfyNode):
         connected(zipped_lora=zipped_lora)
         in_range("style_strength", style_strength, -100, 100)
         in_range("content_strength", content_strength, -100, 100)
-        dials = {"content": content_strength, "style": style_strength}
-        return io.NodeOutput(zipped_lora.dialled({c: dial for c, dial in dials.items() if dial != 1}))
+        sources = zipped_lora.sources
+        turned: dict[str, float] = {}
+        for kind, dial in (("content", content_strength), ("style", style_strength)):
+            meant = [concept for concept in sources.by_concept if re.fullmatch(rf"{kind}( \d+)?", concept)]
+            if dial != 1 and not meant:
+                there = ", ".join(f"{role(concept)} '{source.title}'" for concept, source in sources.by_concept.items())
+                raise ValueError(
+                    f"{kind}_strength is {dial:g}, but none of these LoRAs is a {role(kind)} ({there}): leave it at 1, "
+                    "and use Concept Strengths to turn one by its name"
+                )
+            turned |= dict.fromkeys(meant, dial)
+        return io.NodeOutput(zipped_lora.dialled({c: dial for c, dial in turned.items() if dial != 1}))
 
 
 class ConceptStrengths(io.ComfyNode):
@@ -53,8 +67,8 @@ class ConceptStrengths(io.ComfyNode):
                     "strengths",
                     multiline=True,
                     default="content: 1.0\nstyle: 1.0",
-                    tooltip="A line for each: a concept as the report calls it, or its file's name, a colon and a "
-                    "number. 0 none, 1 as zipped. LoRAs that are not named stay as they are.",
+                    tooltip="A line for each, or one line with commas: a concept as the report calls it, or its file's "
+                    "name, a colon and a number. 0 none, 1 as zipped. LoRAs that are not named stay as they are.",
                 ),
             ],
             outputs=[ZippedLoRASocket.Output(display_name="zipped_lora", tooltip="The set with the dials turned.")],

@@ -5,6 +5,14 @@ from __future__ import annotations
 from . import faults
 
 DRAWN = ("tests/inhost/test_contracts_drawn.py",)
+REPORT = tuple(
+    f"tests/inhost/test_report.py::{test}"
+    for test in (
+        "test_a_dial_is_advised_only_where_it_was_measured_to_help",
+        "test_shares_are_those_of_the_losses",
+        "test_long_lines_stay_in_the_picture",
+    )
+)
 
 MUTANTS = [
     *faults(
@@ -39,14 +47,49 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/bridge/optimize/outcome.py",
+        "nodes/bridge/optimize/report.py",
         DRAWN,
         (
             "the share is of what zipping left",
             "after[concept] / before[concept]:.0%",
             "before[concept] / after[concept]:.0%",
         ),
+    ),
+    *faults(
+        "nodes/bridge/optimize/outcome.py",
+        DRAWN,
         ("the overlap in the loss map lacks its weight", "weight * losses.overlap for", "losses.overlap for"),
-        ("no help is reported as help", "if sum(after.values()) >= sum(before.values()):", "if False:"),
+    ),
+    *faults(
+        "nodes/bridge/optimize/verdict.py",
+        DRAWN,
+        (
+            "no help is reported as help",
+            'if sum(after.values()) >= sum(before.values()):\n        return "Z',
+            'if False:\n        return "Z',
+        ),
+    ),
+    *faults(
+        "nodes/bridge/optimize/verdict.py",
+        REPORT,
+        (
+            "what is left is taken for what is gone",
+            "100 * (1 - share_left(before, after))",
+            "100 * share_left(before, after)",
+        ),
+        ("a dial is advised that gains nothing", ".values()) - _GAIN:", ".values()) + 1:"),
+        ("the dial that gains least is advised", "best = min(outcome.tried", "best = max(outcome.tried"),
+        ("lines run out of the picture", "if parts and font.getlength(longer) <= width:", "if parts:"),
+    ),
+    *faults(
+        "nodes/bridge/optimize/outcome.py",
+        REPORT,
+        ("dials are tried under prompts that wake nothing", "or self.asleep or not", "or not"),
+        ("the LoRA that is kept best is turned up", "worst = max(left", "worst = min(left"),
+    ),
+    *faults(
+        "nodes/bridge/optimize/zipping.py",
+        ("tests/inhost/test_report.py::test_numbers_of_a_spoiled_model_are_not_the_loras_fault",),
+        ("LoRAs are blamed for the model's own numbers", "            _check_bare(error", "            bool(error"),
     ),
 ]

@@ -117,7 +117,7 @@ def export() -> Graph:
     parts = Parts(
         "ziplora_export",
         "# Keep it, and take it elsewhere\n\n**Save Zipped LoRA** keeps the coefficients alone, a few megabytes, bound "
-        "to the two files. **Export Merged LoRA** writes one ordinary LoRA for any program, here at half the rank; the "
+        "to the two files. **Export Merged LoRA** writes one ordinary LoRA, here at half the rank; the "
         "picture is drawn with it through the stock *Load LoRA Model*, which has no clip: **Apply Zipped LoRA** is "
         "here for that." + _REPLACE,
     )

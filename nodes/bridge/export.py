@@ -1,4 +1,4 @@
-"""A zipped pair as one LoRA file that any program loads."""
+"""A zipped pair as one LoRA file, in the names of kohya or of diffusers."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NODE = "window.app.graph.nodes.find(node => node.type === 'ZipLoRAOptimize')"
 # Width and height of each picture on the node.
 SHOWN = f"() => {NODE}.imgs?.map(image => [image.naturalWidth, image.naturalHeight])"
-SAID = f"() => {NODE}.widgets.map(widget => String(widget.value)).find(text => text.includes('% of the direct merge'))"
+SAID = f"() => {NODE}.widgets.map(widget => String(widget.value)).find(text => / kept .* stacking, style /.test(text))"
 
 
 def test_references_and_verdict_are_the_last_thing_on_the_node(
@@ -33,7 +33,7 @@ def test_references_and_verdict_are_the_last_thing_on_the_node(
     assert history["status"]["status_str"] == "success", history["status"]
     frontend.page.wait_for_function(f"() => ({SAID})()", timeout=20_000)
     said = frontend.page.evaluate(SAID)
-    assert said.startswith("content: ") and "style: " in said
+    assert said.startswith("Zipping ") and "\nsubject kept " in said
     # One picture, higher than the loss curves (512 x 288), and not the bare references (256 x 256 each).
     frontend.page.wait_for_function(f"() => ({SHOWN})()?.some(([width, height]) => height > 400)", timeout=20_000)
     sizes = frontend.page.evaluate(SHOWN)

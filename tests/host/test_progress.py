@@ -56,8 +56,10 @@ def test_the_time_that_is_left_is_on_the_node_and_in_the_log(drawn: Result) -> N
 
 def test_the_verdict_is_the_last_word_and_the_last_picture(drawn: Result) -> None:
     kept = drawn.said("optimise")[-1].splitlines()
-    assert re.fullmatch(r"content: \d+% of the direct merge's loss is left", kept[0])
-    assert re.fullmatch(r"style: \d+% of the direct merge's loss is left", kept[1])
+    assert kept[0].startswith("Zipping ") and kept[0].endswith(".")
+    change = r"(\d+ % (better|worse)|the same)"
+    assert re.fullmatch(rf"subject kept {change} (than|as by) stacking, style ({change}|\d+ %)", kept[1])
+    assert kept == [line.rstrip() for line in drawn.text("report").partition("cost: ")[0].splitlines()]
     own = [event for event in drawn.events if event.type in ("progress", "preview")]
     assert own[-1].type == "preview" or own[-2].type == "preview", "no picture came with the end of the bar"
 

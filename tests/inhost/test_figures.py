@@ -66,6 +66,56 @@ def test_a_solver_without_steps_and_a_single_lora_are_drawn_too(pack, zipped):
     assert len(figures["draw"](subject, True)) == 5
 
 
+def many(pack, count: int, shared: bool = True):
+    """A subject for the figures: this many random LoRAs, of one layer or of one each."""
+    core, figures = pack.ziplora_core, pack.nodes.report.draw.__globals__
+    g = torch.Generator().manual_seed(0)
+    names = tuple(f"other {i}" for i in range(count))
+    factors = {n: core.lora_set.Factors(*(torch.randn(s, generator=g) for s in ((16, 2), (2, 16)))) for n in names}
+    layers = {"all": factors} if shared else {n: {n: f} for n, f in factors.items()}
+    loras = core.lora_set.LoRASet(names, layers)
+    return figures["Subject"](loras, core.coefficients.Coefficients.ones(loras), None), figures
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_a_legend_of_many_stands_beside_its_panel(pack, count):
+    """Where its lines would hide the curves; all of it is on the picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    subject, figures = many(pack, count)
+    for panel in ("elements", "histogram", "ownership"):
+        figure = Figure(figsize=figures["_PANEL"], layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        figures[panel](axes, subject)
+        canvas.draw()
+        legend, plot = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        beside = len(axes.get_legend_handles_labels()[0]) > 4
+        assert (legend.x0 >= plot.x1) == beside, panel
+        assert 0 <= legend.x0 and legend.x1 <= figure.bbox.x1 and 0 <= legend.y0 and legend.y1 <= figure.bbox.y1
+        assert plot.width > 0.4 * figure.bbox.width
+
+
+@pytest.mark.parametrize(
+    ("count", "says"),
+    [
+        (1, "one LoRA alone: there is no other to share a layer with"),
+        (2, "no layer is changed by both LoRAs"),
+        (3, "no layer is changed by two of the LoRAs"),
+    ],
+)
+def test_what_is_not_shared_is_said_by_its_number(pack, count, says):
+    from matplotlib.figure import Figure
+
+    subject, figures = many(pack, count, shared=False)
+    for panel in ("interference", "ownership"):
+        axes = Figure().subplots()
+        figures[panel](axes, subject)
+        assert [text.get_text() for text in axes.texts] == [says]
+    assert len(figures["draw"](subject, True)) == 5
+
+
 def test_the_loss_map_is_the_losses(pack, zipped):
     losses = zipped[1]
     assert set(losses) == {"loss", "content", "style", "overlap"} and len(losses["loss"]) == 3

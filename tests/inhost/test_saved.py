@@ -435,7 +435,7 @@ def test_a_name_with_line_breaks_is_one_line_of_a_report(pack, folders, pair):
     """As file systems allow them: of every kind that Python, or a table's reader, takes for one."""
     odd = "a\u2028b\u2029c\x85d\ne\x0bf\x1cg\u202eh"
     rename(folders, "subject.safetensors", f"{odd}.safetensors")
-    lora, report = pack.nodes.bridge.lora, pack.nodes.bridge.optimize.outcome
+    lora, optimize = pack.nodes.bridge.lora, pack.nodes.bridge.optimize
     sources = lora.loras.load_pair(f"{odd}.safetensors", "style.safetensors", 1.0, 1.0)
     tensors = {**sources["content"].tensors, f"{odd}.lora_up.weight": torch.ones(1, 1)}
     content = replace(sources["content"], tensors=tensors)
@@ -443,7 +443,8 @@ def test_a_name_with_line_breaks_is_one_line_of_a_report(pack, folders, pair):
     fitted = pack.nodes.bridge.lora.fitting.fit(sources, pair[0].model)
     ones = pack.ziplora_core.coefficients.Coefficients.ones(fitted.loras)
     solver = pack.ziplora_core.solver
-    text = report.report(report.Outcome(sources, fitted, solver.Settings(), ones, solver.Result(ones)))
+    outcome = optimize.outcome.Outcome(sources, fitted, solver.Settings(), ones, solver.Result(ones))
+    text = optimize.report.report(outcome)
     lines = text.split("  \n")
     assert (
         all(line.isprintable() for line in lines)

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -63,16 +64,21 @@ def merged(pack, patcher, stack=THREE, roles=ROLES, method="sum"):
 def test_stackers_write_lists_of_tuples(pack):
     """As Efficiency Nodes, Comfyroll and Easy-Use hand them on: empty slots, lists for tuples, one strength for two."""
     entries = pack.nodes.bridge.lora.stack.entries
-    found = entries([("a.safetensors", 1, 0.5), ("None", 1.0, 1.0), ["b", 0.0, 0.0], ("c", 0.25), (None, 1)])
+    unused = [("None", 1.0, 1.0), ("none", 1, 1), (" NONE ", 1, 1), ("", 1), (None, 1)]
+    found = entries([("a.safetensors", 1, 0.5), *unused, ["b", 0.0, 0.0], ("c", 0.25)])
     on = [e for e in found if e.strength or e.clip_strength]
     assert [(e.name, e.strength, e.clip_strength) for e in on] == [("a.safetensors", 1.0, 0.5), ("c", 0.25, 0.25)]
     assert [e.name for e in found] == ["a.safetensors", "b", "c"]
+    (theirs,) = entries([("a", np.float32(0.5), np.int64(2))])
+    assert (theirs.strength, theirs.clip_strength) == (0.5, 2.0) and type(theirs.strength) is float
     for wrong, says in (
         ("a.safetensors", "lora_stack is no list"),
         (None, "lora_stack is no list"),
         ([("a", 1.0), "b"], "place 2 is 'b'; expected a file"),
         ([("a", "strong", 1.0)], "place 1 is .*numbers from -100"),
         ([("a", float("nan"), 1.0)], "place 1 is"),
+        ([("a", np.float32("inf"), 1.0)], "place 1 is"),
+        ([("a", np.bool_(True), 1.0)], "place 1 is"),
         ([(3, 1.0, 1.0)], "place 1 is"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -95,8 +101,10 @@ def test_stackers_write_lists_of_tuples(pack):
 )
 def test_roles_name_the_concepts(pack, roles, count, names):
     assert pack.nodes.bridge.lora.stack.concepts(roles, count) == names
-    with pytest.raises(ValueError, match="roles is 'hat'; expected one of: subject, style, other"):
-        pack.nodes.bridge.lora.stack.concepts("subject, hat", 2)
+    for wrong, found in (("subject, hat", "hat"), ("subject style", "subject style")):
+        says = f"roles is '{found}'; expected one of: subject, style, other for each LoRA, with commas between them"
+        with pytest.raises(ValueError, match=says):
+            pack.nodes.bridge.lora.stack.concepts(wrong, 2)
 
 
 def test_turning_one_off_renames_no_other(pack, folder):
@@ -118,9 +126,17 @@ def test_strengths_are_for_the_lora_that_is_meant(pack, folder):
     assert read(sources, "dog.safetensors: 0") == {"content": 0.0}
     assert read(sources, "x/dog.safetensors: 0.5\nOIL = 2") == {"style": 0.5, "other": 2.0}
     assert read(sources, "subject：0.25\nstyle: 1") == {"content": 0.25, "style": 1.0}
+    for line in ("subject: 0.25, style: 0.8", "subject:0.25,style=0.8,", "subject=.25；style：8e-1"):
+        assert read(sources, line) == {"content": 0.25, "style": 0.8}
+    assert read(sources, "x/dog.safetensors: 1, oil: -1\nsubject: 0") == {"style": 1.0, "other": -1.0, "content": 0.0}
+    commas = sources.by_concept | {"other": replace(sources["other"], name="a: 1, b.safetensors")}
+    assert read(replace(sources, by_concept=commas), "a: 1, b: 0.5") == {"other": 0.5}, "a file is called so"
     for line, says in (
         ("dog: 0.5", "'dog' may be content or style; there are: content, style, other"),
         ("content: 1\nsubject: 1", "'subject' stands there twice"),
+        ("content: 1, subject: 1", "'subject' stands there twice"),
+        ("style: 0,8", "'style: 0,8' is no line as 'style: 0.8', nor several of these with commas"),
+        ("style 0.8, subject: 1", "'style 0.8, subject' names no LoRA of this set"),
         ("cat: 1", "'cat' names no LoRA of this set"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -232,6 +248,29 @@ def test_three_are_optimized_from_the_sockets(pack, patcher, folder, solver):
     assert moved and largest_difference(weights(patcher), before) == 0
 
 
+def test_style_strength_turns_every_style_or_says_what_does(pack, patcher, folder):
+    turn = pack.nodes.StyleStrength.execute
+    several = merged(pack, patcher, roles="style, subject, style")
+    assert turn(several, 0.5, 1.0).args[0].dials == {"content": 1.0, "style": 0.5, "style 2": 0.5}
+    alone = merged(pack, patcher, files(("oil", 1, 1)), "style")
+    assert turn(alone, 0.5, 1.0).args[0].dials == {"style": 0.5}
+    says = "content_strength is 0.5, but none of these LoRAs is a subject (style 'oil.safetensors'): leave it at 1"
+    with pytest.raises(ValueError, match=re.escape(says) + ".* Concept Strengths"):
+        turn(alone, 1.0, 0.5)
+    with pytest.raises(ValueError, match="style_strength is 2, but none of these LoRAs is a style"):
+        turn(merged(pack, patcher, files(("dog", 1, 1)), "subject"), 2.0, 1.0)
+
+
+def test_a_direct_merge_says_of_what(pack, patcher, folder):
+    for method, says in (("sum", "Plain stacking"), ("shared columns", "nothing was measured")):
+        above, details = merged(pack, patcher, method=method).report.split("  \ndetails  \n")
+        assert says in above and not re.search("column|coefficient|content", above)
+        for line in (f"merge: {method}", "content: dog.safetensors (rank 2)", "other: hat.safetensors (rank 4)"):
+            assert line in details
+    one = merged(pack, patcher, files(("dog", 1, 1)), "subject").report
+    assert one.startswith("One LoRA alone") and "only" not in one
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_references_are_as_many_as_other_loras(pack, patcher, folder, count):
     sources = pack.nodes.stack.LoadLoRAStack.execute(THREE, ROLES).args[0]
@@ -245,20 +284,56 @@ def test_references_are_as_many_as_other_loras(pack, patcher, folder, count):
     ) == ["references"]  # fmt: skip
 
 
+def test_references_that_are_for_no_lora_are_to_be_disconnected(pack, patcher, folder):
+    given = {"steps": 2, "learning_rate": 0.01, "similarity_lambda": 0.01, "batch_size": 1, "seed": 0}
+    node = pack.nodes.ZipLoRAOptimize
+    for stack in (THREE[:2], THREE[:1]):
+        sources = pack.nodes.stack.LoadLoRAStack.execute(stack, "style, subject").args[0]
+        for ask in (node.execute, node.check_lazy_status):
+            with pytest.raises(ValueError, match="references has 1 .*hat.safetensors.*: disconnect references"):
+                ask(patcher, sources, None, None, references=references(pack, 1), **given)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_prompt_that_is_missing_is_named_before_work(pack, patcher, folder, late, monkeypatch):
+    """style_positive is optional for one LoRA alone; of more, each needs its own. late: where nothing asks early."""
+    given = {"steps": 2, "learning_rate": 0.01, "similarity_lambda": 0.01, "batch_size": 1, "seed": 0}
+    node, prompt = pack.nodes.ZipLoRAOptimize, tiny.prompts()["content"]
+    monkeypatch.setattr(pack.nodes.bridge.lora.fitting, "fit", lambda *_: pytest.fail("work has begun"))
+    for stack, roles in ((THREE[:2], "style, subject"), (THREE, "style, subject"), (THREE[:2], "style, style")):
+        sources = pack.nodes.stack.LoadLoRAStack.execute(stack, roles).args[0]
+        second = list(sources.by_concept.values())[1]
+        says = f"style_positive is not connected; .*'{second.name}' \\(style( 2)?\\) was trained with"
+        more = {"references": references(pack, len(stack) - 2)}
+        with pytest.raises(ValueError, match=says):
+            (node.execute if late else node.check_lazy_status)(patcher, sources, prompt, **more, **given)
+
+
 def test_one_lora_comes_out_as_it_is_and_nothing_is_loaded(pack, patcher, folder, stacked, monkeypatch):
     zipping = pack.nodes.bridge.optimize.zipping
     monkeypatch.setattr(zipping, "_solve", lambda *_: pytest.fail("something is computed"))
     sources = pack.nodes.stack.LoadLoRAStack.execute(files(("dog", 0.7, 0.7)), "subject").args[0]
     given = {"steps": 2, "learning_rate": 0.01, "similarity_lambda": 0.01, "batch_size": 1, "seed": 0}
     prompt = tiny.prompts()["content"]
-    zipped, _, report = pack.nodes.ZipLoRAOptimize.execute(patcher, sources, prompt, prompt, **given).args
-    assert "one LoRA alone stays as it is" in report
+    node = pack.nodes.ZipLoRAOptimize
+    assert node.check_lazy_status(patcher, sources, None, **given) == ["content_positive"]
+    zipped, _, report = node.execute(patcher, sources, prompt, **given).args
+    assert report == node.execute(patcher, sources, prompt, prompt, **given).args[2], "a second prompt changes nothing"
+    assert "one LoRA alone stays as it is" in report and report.startswith("One LoRA alone: it comes out as it is")
     ours = weights(pack.nodes.bridge.apply.apply(patcher, None, zipped, 1.0)[0])
     assert largest_difference(ours, weights(stock(patcher, stacked["dog"], 0.7))) < 1e-5
 
 
 def test_a_file_that_stands_twice_is_named(pack, folder):
-    with pytest.raises(
-        ValueError, match="'dog.safetensors' and 'dog.safetensors' hold the same LoRA; take one of them"
-    ):
-        pack.nodes.stack.LoadLoRAStack.execute(files(("dog", 1, 1), ("oil", 1, 1), ("dog", 0.5, 0.5)), ROLES)
+    """And not in words of Load LoRA Pair, also where they are a subject and a style, by name or by what they hold."""
+    shutil.copyfile(folder / "loras" / "dog.safetensors", folder / "loras" / "copy.safetensors")
+    stacks = {
+        "dog": files(("dog", 1, 1), ("oil", 1, 1), ("dog", 0.5, 0.5)),
+        "copy": files(("dog", 1, 1), ("copy", 1, 1)),
+    }
+    stacks |= {"dog ": files(("dog", 1, 1), ("dog", 1, 1))}
+    for other, stack in stacks.items():
+        says = f"'dog.safetensors' and '{other.strip()}.safetensors' hold the same LoRA; take one of them out"
+        with pytest.raises(ValueError, match=says) as caught:
+            pack.nodes.stack.LoadLoRAStack.execute(stack, "subject, style")
+        assert "content_lora" not in str(caught.value)

@@ -99,7 +99,7 @@ def test_report_and_apply_say_where_a_text_encoder_part_is_left_out(pack, miniat
     )
 
     outcome = bridge.optimize.outcome.Outcome(sources, fitted, core.solver.Settings(), ones, core.solver.Result(ones))
-    report = bridge.optimize.outcome.report(outcome)
+    report = bridge.optimize.report.report(outcome)
     assert f"'rich.safetensors' also changes the text encoder ({len(known)} layers)" in report
     assert "a prompt does not tell which text encoder made it" in report and "'p.safetensors' also" not in report
 
@@ -117,7 +117,7 @@ def test_nothing_is_said_of_files_without_one(pack, miniature, caplog):
     fitted = bridge.lora.fitting.fit(sources, patcher.model)
     ones = core.coefficients.Coefficients.ones(fitted.loras)
     outcome = bridge.optimize.outcome.Outcome(sources, fitted, core.solver.Settings(), ones, core.solver.Result(ones))
-    assert "text encoder" not in bridge.optimize.outcome.report(outcome)
+    assert "text encoder" not in bridge.optimize.report.report(outcome)
     bridge.apply.apply(patcher, None, bridge.lora.zipped.ZippedLoRA(sources, fitted, ones), 1.0)
     assert "clip is not connected" not in caplog.text
 

@@ -52,7 +52,8 @@ def draw(
         ) from None
     if drawn is None:
         raise FloatingPointError(
-            f"the {concept} LoRA alone draws no picture (its latents are not finite): look at the file, load "
-            f"the model in bf16 or fp32, or connect {sources.input_name(concept, 'latents')}"
+            f"the {concept} LoRA alone draws no picture (its latents are not finite): look at the file and at what "
+            "other nodes have put on the model, load the model in bf16 or fp32, or connect "
+            f"{sources.input_name(concept, 'latents')}"
         )
     return drawn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -100,36 +100,40 @@ def text_encoder_alone(title: str) -> LoRAFileError:
 
 def load_pair(content: str, style: str, content_strength: float, style_strength: float) -> LoRASources:
     """Read both files. Raises LoRAFileError, also where both hold the same, and ValueError for a strength."""
-    return load_sources({"content": (content, content_strength), "style": (style, style_strength)})
+    files = {"content": (content, content_strength), "style": (style, style_strength)}
+    return load_sources(files, of_inputs=True)
 
 
-def load_sources(files: Mapping[str, tuple[str, float] | tuple[str, float, float | None]]) -> LoRASources:
+def load_sources(
+    files: Mapping[str, tuple[str, float] | tuple[str, float, float | None]], of_inputs: bool = False
+) -> LoRASources:
     """Read all files. files: concept -> (name, strength), and the text encoder's strength where it is another.
+    of_inputs: whether they were chosen in content_lora and style_lora, which errors then name.
 
     Raises LoRAFileError, also where two hold the same, and ValueError for a strength.
     """
     _check_strengths({concept: strength for concept, (_, strength, *_) in files.items()})
-    refuse_one_file(*(name for name, *_ in files.values()), concepts=files)
+    refuse_one_file(*(name for name, *_ in files.values()), of_inputs=of_inputs)
     sources = LoRASources({concept: load(*file) for concept, file in files.items()})
     same = _hold_the_same(sources)
     if same is not None:
         one, other = (files[concept][0] for concept in same)
-        raise _same_file(one, other, files)
+        raise _same_file(one, other, of_inputs)
     return sources
 
 
-def refuse_one_file(*names: str, concepts: Iterable[str] = CONCEPTS) -> None:
-    """Raises LoRAFileError where two names lead to one file, or one to none. Reads nothing. concepts: that they are
-    for."""
+def refuse_one_file(*names: str, of_inputs: bool = True) -> None:
+    """Raises LoRAFileError where two names lead to one file, or one to none. Reads nothing. of_inputs: as of
+    `load_sources`."""
     paths = [lora_path(name) for name in names]
     for (one, path), (other, other_path) in combinations(zip(names, paths, strict=True), 2):
         if hashes.is_one_file(path, other_path):
-            raise _same_file(one, other, concepts)
+            raise _same_file(one, other, of_inputs)
 
 
-def _same_file(one: str, other: str, concepts: Iterable[str] = CONCEPTS) -> LoRAFileError:
+def _same_file(one: str, other: str, of_inputs: bool = True) -> LoRAFileError:
     first, second = shown(one, 255), shown(other, 255)
-    if not is_pair(concepts):
+    if not of_inputs:
         return LoRAFileError(f"'{first}' and '{second}' hold the same LoRA; take one of them out")
     which = f"'{first}' is" if one == other else f"'{first}' and '{second}' hold the same LoRA, which would be"
     return LoRAFileError(

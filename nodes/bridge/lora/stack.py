@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-from ....ziplora_core.checks import one_of
 from ....ziplora_core.files import LoRAFileError, shown
 from .loras import STRENGTH, LoRASources, load_sources
 
 ROLES = "subject, style"
 _CONCEPTS = {"subject": "content", "style": "style", "other": "other"}  # role -> what its first LoRA is called
 _ROLES = {concept: role for role, concept in _CONCEPTS.items()}
-_NO_FILE = (None, "", "None")  # what stackers leave in a slot that is not used
+_NO_FILE = ("", "none")  # what stackers leave, in any case, in a slot that is not used; or nothing
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def entries(lora_stack: Any) -> list[Entry]:
                 "clip strength"
             )
         name, *strengths = entry
-        if name in _NO_FILE:
+        if name is None or isinstance(name, str) and name.strip().lower() in _NO_FILE:
             continue
         if not isinstance(name, str) or not all(map(_is_number, strengths)):
             raise ValueError(
@@ -51,7 +51,8 @@ def entries(lora_stack: Any) -> list[Entry]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and STRENGTH.holds(value)
+    """Also one of numpy's, which are no int or float."""
+    return isinstance(value, Real) and not isinstance(value, bool) and STRENGTH.holds(float(value))
 
 
 def concepts(roles: str, count: int) -> list[str]:
@@ -62,7 +63,11 @@ def concepts(roles: str, count: int) -> list[str]:
     said = [role.strip().lower() for role in re.split(r"[,，\n]", roles) if role.strip()]
     said = [_ROLES.get(role, role) for role in said]
     for role in said:
-        one_of("roles", role, _CONCEPTS)
+        if role not in _CONCEPTS:
+            raise ValueError(
+                f"roles is '{shown(role, 40)}'; expected one of: {', '.join(_CONCEPTS)} for each LoRA, with commas "
+                "between them"
+            )
     names: list[str] = []
     for role in [*said[:count], *["other"] * (count - len(said))]:
         earlier = sum(re.sub(r" \d+$", "", name) == _CONCEPTS[role] for name in names)

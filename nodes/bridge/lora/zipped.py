@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,22 +75,45 @@ def _names(sources: LoRASources) -> dict[str, list[str]]:
     return known
 
 
+_ONE = re.compile(r"\s*(.+?)\s*[:：=]\s*([^\s,，;；]+)\s*(?:[,，;；]|$)")
+
+
+def _said(text: str, known: Collection[str]) -> Iterator[tuple[str, float]]:
+    """(name, number) of all lines. known: names in small letters: a file's may hold what else parts one from the next.
+
+    Raises ValueError for what is none.
+    """
+    for line in filter(None, map(str.strip, text.splitlines())):
+        whole = re.fullmatch(r"(.+)\s*[:：=]\s*([^\s,，;；]+)", line)
+        if whole is not None and whole[1].strip().lower() in known:
+            parts = [(whole[1].strip(), whole[2])]
+        else:
+            parts, place = [], 0
+            while place < len(line):
+                one = _ONE.match(line, place)
+                parts.append((one[1], one[2]) if one else (line[place:], ""))
+                place = one.end() if one else len(line)
+        for name, number in parts:
+            try:
+                strength = float(number)
+            except ValueError:
+                raise ValueError(
+                    f"strengths: '{shown(line, 60)}' is no line as 'style: 0.8', nor several of these with commas "
+                    "between them"
+                ) from None
+            yield name, strength
+
+
 def read_strengths(sources: LoRASources, text: str) -> dict[str, float]:
-    """Concept -> strength, from lines `name: number`; a name is a concept's or its file's, with or without its ending.
+    """Concept -> strength, from lines `name: number`, or several of these on a line with commas between; a name is a
+    concept's or its file's, with or without its ending.
 
     Raises ValueError for a line that says no such thing, an unknown name, one that is given twice, and a strength out
     of range.
     """
     known = _names(sources)
     strengths: dict[str, float] = {}
-    for line in filter(None, map(str.strip, text.splitlines())):
-        parts = re.fullmatch(r"(.+?)\s*[:：=]\s*(\S+)", line)
-        try:
-            name, number = ("", math.nan) if parts is None else (parts[1], float(parts[2]))
-        except ValueError:
-            name, number = "", math.nan
-        if not name:
-            raise ValueError(f"strengths: '{shown(line, 60)}' is no line as 'style: 0.8'")
+    for name, number in _said(text, known):
         meant = known.get(name.lower(), [])
         named = meant[0] if len(meant) == 1 else None
         if named is None or named in strengths:

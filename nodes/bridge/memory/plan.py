@@ -43,10 +43,11 @@ class Plan:
 
     def line(self) -> str:
         every = "both" if self.concepts == 2 else "all"
-        ways = {True: f"{every} references in one pass, ", False: "one reference at a time, ", None: ""}
-        passes = ways[self.together]
-        again = f"{self.recomputed} of {self.blocks} transformer blocks run again in backward"
-        return f"memory: about {self.need / GB:.1f} of {self.room / GB:.1f} GB beside the weights; {passes}{again}"
+        ways = {True: f"{every} references in one pass", False: "one reference at a time", None: ""}
+        again = f"{self.recomputed} of {self.blocks} transformer blocks run again in backward" if self.blocks else ""
+        how = ", ".join(filter(None, [ways[self.together], again]))
+        room = f"memory: about {self.need / GB:.1f} of {self.room / GB:.1f} GB beside the weights"
+        return "; ".join(filter(None, [room, how]))
 
     def least(self) -> Plan | None:
         """What needs least, for a second try; None where this is it."""

@@ -1,25 +1,37 @@
-"""What the optimisation did, in words."""
+"""What came of an optimization, as figures: what was found, what was measured of it, and who is kept how well."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ....ziplora_core.coefficients import Coefficients
 from ....ziplora_core.prompts import PromptEffect
-from ....ziplora_core.solver import EMPTY, OWN, Result, Settings
+from ....ziplora_core.solver import Result, Settings
 from ..drawing.sampling import GeneratedReferences
-from ..lora import text_encoders
 from ..lora.fitting import FittedSet
 from ..lora.loras import LoRASources
 from ..memory.plan import Plan
+
+DIALS = (1.2, 1.4)  # strengths that are tried for the LoRA that is kept much worse than the others
+_MUCH = 0.2  # by so much of the direct merge's loss
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A dial that was measured: a concept, its strength, and the retention of every concept with it."""
+
+    concept: str
+    strength: float
+    retention: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Everything a report tells. retention and alignment: [direct merge, zipped]. drawn, prompts: by concept.
 
-    again: memory ran out, and this is the second run.
+    tried: dials that were measured of what was found. again: memory ran out, and this is the second run.
     """
 
     sources: LoRASources
@@ -32,6 +44,7 @@ class Outcome:
     alignment: list[dict[str, float]] = field(default_factory=list)
     drawn: dict[str, GeneratedReferences] = field(default_factory=dict)
     prompts: dict[str, PromptEffect] = field(default_factory=dict)
+    tried: list[Tried] = field(default_factory=list)
     plan: Plan = field(default_factory=Plan)
     again: bool = False
 
@@ -49,90 +62,46 @@ class Outcome:
             "overlap": [weight * losses.overlap for losses in steps],
         }
 
+    @property
+    def shared(self) -> bool:
+        """Whether two of the LoRAs change one layer, so that there is something to settle between them."""
+        return any(True for _ in self.fitted.loras.common_layers())
 
-def _mean(values: dict[str, float]) -> float:
-    return sum(values.values()) / len(values) if values else 0.0
+    @property
+    def finite(self) -> bool:
+        """Whether every retention is a number."""
+        return all(math.isfinite(loss) for losses in self.retention for loss in losses.values())
 
+    @property
+    def asleep(self) -> list[str]:
+        """Concepts whose own prompt does not wake their LoRA."""
+        return [concept for concept, effect in self.prompts.items() if not effect.fires]
 
-def _ranks(low: int, high: int) -> str:
-    return f"rank {low}" if low == high else f"ranks {low} to {high}"
+    @property
+    def swapped(self) -> bool:
+        """Whether each of two LoRAs is woken by the other's prompt."""
+        return bool(self.prompts) and all(effect.swapped for effect in self.prompts.values())
 
+    def left(self, retention: Mapping[str, float]) -> dict[str, float]:
+        """By concept, a retention in parts of the direct merge's: 0 where nothing is lost, 1 where as much is."""
+        return {concept: share_left(loss, retention[concept]) for concept, loss in self.retention[0].items()}
 
-def report(outcome: Outcome) -> str:
-    """A few lines of plain text for a note or preview node."""
-    loras, settings, result = outcome.fitted.loras, outcome.settings, outcome.result
-    layers = ", ".join(f"{n} {kind}" for kind, n in loras.layer_counts().items() if n)
-    lines = [
-        *(f"{c}: {source.title} ({_ranks(*loras.ranks(c))})" for c, source in outcome.sources.by_concept.items()),
-        f"layers: {layers}; {loras.coefficient_count:,} coefficients",
-        f"solver: {settings.solver}, seed {settings.seed}; {result.stopped}",
-    ]
-    lines.extend(drawn.line(concept) for concept, drawn in outcome.drawn.items())
-    if result.relative_error:
-        lines.append(
-            f"layer by layer: {_mean(result.relative_error):.0%} of the direct merge's error is left on the mean, "
-            f"ridge {settings.ridge:g}"
-        )
-    if result.history:
-        lines.append(
-            f"steps: {len(result.history)} of {settings.steps} at rate {settings.learning_rate:g}, objective "
-            f"{settings.objective.name}, lambda {settings.similarity_lambda:g}, batch {settings.batch_size}"
-        )
-    if outcome.seconds:
-        lines.append(f"time: {outcome.seconds:.1f} s")
-        lines.append(outcome.plan.line() + ("; it ran out at first, this is the second run" if outcome.again else ""))
-    lines.extend(_retention_lines(outcome))
-    lines.extend(_prompt_lines(outcome))
-    after = result.coefficients
-    lines.append(f"overlap of coefficients: {outcome.before.overlap():.3f} direct merge, {after.overlap():.3f} zipped")
-    if outcome.alignment:
-        lines.append(
-            f"mean column alignment: {_mean(outcome.alignment[0]):+.4f} direct merge, "
-            f"{_mean(outcome.alignment[1]):+.4f} zipped"
-        )
-    owners = after.ownership()
-    lines.append("columns owned by: " + ", ".join(f"{who} {share:.0%}" for who, share in owners.items()))
-    notes = [*outcome.fitted.notes, *text_encoders.notes(outcome.sources, zipped=settings.steps > 0)]
-    lines.extend(f"note: {note}" for note in notes)
-    return "  \n".join(lines)  # a line break in Markdown too, which Preview as Text renders
+    @property
+    def dials_to_try(self) -> list[tuple[str, float]]:
+        """(concept, strength) of dials that are worth a measurement: of the LoRA that is kept much worse than the
+        others, where the figures can be trusted."""
+        if not (self.retention and self.finite) or self.asleep or not self.shared:
+            return []
+        left = self.left(self.retention[1])
+        worst = max(left, key=left.__getitem__)
+        others = [share for concept, share in left.items() if concept != worst]
+        if not others or not left[worst] - sum(others) / len(others) >= _MUCH:
+            return []
+        return [(worst, strength) for strength in DIALS]
 
 
-def _retention_lines(outcome: Outcome) -> list[str]:
-    if not outcome.retention:
-        return []
-    before, after = outcome.retention
-    lines = []
-    for concept in before:
-        finite = math.isfinite(before[concept]) and math.isfinite(after[concept])
-        share = f" ({after[concept] / before[concept]:.0%})" if finite and before[concept] else ""
-        lines.append(
-            f"{concept} retention loss on held-out noise: {before[concept]:.4g} direct merge, "
-            f"{after[concept]:.4g} zipped{share}"
-        )
-    if not all(map(math.isfinite, [*before.values(), *after.values()])):
-        lines.append("These losses are not finite, so they say nothing: load the model in bf16 or fp32.")
-    elif sum(after.values()) >= sum(before.values()):
-        these, every = ("this pair", "both concepts") if len(before) == 2 else ("these LoRAs", "what they draw")
-        lines.append(f"Zipping did not help {these}: the direct merge keeps {every} as well or better.")
-    return lines
-
-
-def _prompt_lines(outcome: Outcome) -> list[str]:
-    """How much each LoRA does under its own prompt and under an empty one, and where its own does not wake it."""
-    lines = []
-    for concept, effect in outcome.prompts.items():
-        lines.append(
-            f"{concept} prompt: with its LoRA the model predicts its references better than bare by "
-            f"{effect.gain[OWN]:.0%}, by {effect.gain[EMPTY]:.0%} with an empty prompt; the LoRA changes the "
-            f"prediction by {effect.change[OWN]:.0%} and {effect.change[EMPTY]:.0%}"
-        )
-        if not effect.fires:
-            lines.append(
-                f"The {concept} prompt does not seem to wake its LoRA: it does about as much for its references as an "
-                "empty prompt. Are these the words, trigger word included, that the LoRA was trained with? (A LoRA "
-                "without a trigger, that acts on every prompt, looks like this too.) The losses above say how well it "
-                "is kept under this prompt, whether it is the right one or not."
-            )
-    if outcome.prompts and all(effect.swapped for effect in outcome.prompts.values()):
-        lines.append("Each LoRA is woken by the other's prompt: the two prompts seem to be swapped.")
-    return lines
+def share_left(before: float, after: float) -> float:
+    """after / before; 1 where neither loses anything, infinite where only the first does not."""
+    if before > 0:
+        return after / before
+    return 1.0 if after <= 0 else math.inf

@@ -1,4 +1,4 @@
-"""What came of a zip, in a few lines: the last thing that the node shows, with the references that were drawn."""
+"""What came of a zip in plain words, and the last thing that the node shows: references that were drawn, then these."""
 
 from __future__ import annotations
 
@@ -9,37 +9,142 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ....ziplora_core.prompts import PromptEffect
+from ....ziplora_core.lora_set import is_pair
+from ..lora.described import ALONE
+from ..lora.loras import role
 from ..progress.plots import GROUND, concept_colors
-from .outcome import Outcome
+from .outcome import Outcome, Tried, share_left
 
 _WIDTH, _LINE, _MARGIN, _GAP = 512, 28, 10, 6
 _TEXT = "white"
-
-
-def kept(concept: str, before: float, after: float) -> str:
-    """What is left of the direct merge's loss, where both are numbers."""
-    if not (math.isfinite(before) and math.isfinite(after)):
-        return f"{concept}: the loss of the merge is not finite"
-    if before <= 0:
-        return f"{concept}: the direct merge loses nothing"
-    return f"{concept}: {after / before:.0%} of the direct merge's loss is left"
-
-
-def prompt_warnings(effects: Mapping[str, PromptEffect]) -> list[str]:
-    """A line for each prompt that does not seem to wake its LoRA."""
-    if effects and all(effect.swapped for effect in effects.values()):
-        return ["The two prompts seem to be swapped: each wakes the other LoRA."]
-    return [f"The {c} prompt does not seem to wake its LoRA." for c, effect in effects.items() if not effect.fires]
+_Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+_GAIN = 0.05  # a dial is advised where the worst share of the direct merge's loss falls by so much
 
 
 def lines(outcome: Outcome) -> list[str]:
-    """The verdict, a sentence each."""
-    found = []
+    """The verdict with its warnings, how well each LoRA is kept, and advice where there is some: a line each."""
+    found = [" ".join([verdict(outcome), *warnings(outcome)])]
     if outcome.retention:
-        before, after = outcome.retention
-        found = [kept(concept, before[concept], after[concept]) for concept in before]
-    return found + prompt_warnings(outcome.prompts)
+        found.append(kept(*outcome.retention))
+    return [*found, *advice(outcome)]
+
+
+def verdict(outcome: Outcome) -> str:
+    """One sentence."""
+    if len(outcome.sources.by_concept) == 1:
+        return ALONE
+    if not outcome.retention:
+        if outcome.settings.steps == 0:
+            return "Nothing was learned, as steps is 0: this is plain stacking, as LoRA loaders in a row do it."
+        return "The run stopped before its end: this is what it had learned last, and nothing was measured of it."
+    if not outcome.finite:
+        return "It cannot be told whether zipping helped: what was measured is not finite."
+    if not outcome.shared:
+        return "These LoRAs share no layer of the model, so there is little to settle between them."
+    before, after = outcome.retention
+    if sum(after.values()) >= sum(before.values()):
+        return "Zipping did not help: on the whole, plain stacking keeps these LoRAs as well or better."
+    change = {concept: _percent(loss, after[concept]) for concept, loss in before.items()}
+    better = [role(concept) for concept, percent in change.items() if percent > 0]
+    worse = [role(concept) for concept, percent in change.items() if percent < 0]
+    if worse:
+        return f"Zipping helped on the whole, but {_these(worse, 'is', 'are')} kept worse than by plain stacking."
+    if not better:
+        return "Zipping changed next to nothing: these LoRAs are kept as by plain stacking."
+    if len(better) < len(change):
+        return f"Zipping helped: {_these(better, 'is', 'are')} kept better than by plain stacking, and none is worse."
+    every = f"all {len(better)} LoRAs are" if len(better) > 2 else f"{' and '.join(better)} are both"
+    return f"Zipping helped: {every} kept better than by plain stacking."
+
+
+def warnings(outcome: Outcome) -> list[str]:
+    """Of prompts, a sentence at the most: the figures were taken under these."""
+    if outcome.swapped:
+        return ["But the two prompts seem to be swapped: each wakes the other LoRA."]
+    asleep = [role(concept) for concept in outcome.asleep]
+    if not asleep:
+        return []
+    one = len(asleep) == 1
+    return [
+        f"But the {_listed(asleep)} {'prompt does' if one else 'prompts do'} not seem to wake "
+        f"{'its LoRA' if one else 'their LoRAs'}."
+    ]
+
+
+def kept(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """How much of what plain stacking loses of each LoRA is gone, in percent: "worse" where it has grown."""
+    change = {}
+    for concept, loss in before.items():
+        finite = math.isfinite(loss) and math.isfinite(after[concept])
+        change[role(concept)] = _percent(loss, after[concept]) if finite else None
+    known = {who: percent for who, percent in change.items() if percent is not None}
+    one_way = all(percent > 0 for percent in known.values()) or all(percent < 0 for percent in known.values())
+    said: list[str] = []
+    for who, percent in known.items():
+        how = _much(percent)
+        if not said:
+            how = f"kept {how} {'than' if percent else 'as by'} stacking"
+        elif one_way and math.isfinite(percent):
+            how = f"{abs(percent):.0f} %"
+        said.append(f"{who} {how}")
+    said += [f"{who} not measured (not finite)" for who, percent in change.items() if percent is None]
+    return ", ".join(said)
+
+
+def advice(outcome: Outcome) -> list[str]:
+    """One line on what to do next, where something measured says so."""
+    if len(outcome.sources.by_concept) == 1:
+        return []
+    if not outcome.retention:
+        return ["Try steps 1 or more, to have it learned."] if outcome.settings.steps == 0 else []
+    if not outcome.finite:
+        return ["Try the model in bf16 or fp32."]
+    if outcome.swapped:
+        return ["Try the two prompts the other way round, and zip again."]
+    if outcome.asleep:
+        return ["Try the words, trigger word included, that the LoRA was trained with, and zip again."]
+    before, after = outcome.retention
+    if outcome.shared and sum(after.values()) >= sum(before.values()):
+        return ["Try plain stacking for these: LoRA loaders in a row."]
+    return _dial(outcome)
+
+
+def _dial(outcome: Outcome) -> list[str]:
+    """The best of the dials that were measured, where it is clearly better than none."""
+
+    def worst(tried: Tried) -> float:
+        shares = outcome.left(tried.retention).values()
+        return max(shares) if all(map(math.isfinite, shares)) else math.inf
+
+    best = min(outcome.tried, key=worst, default=None)
+    if best is None or not worst(best) <= max(outcome.left(outcome.retention[1]).values()) - _GAIN:
+        return []
+    if is_pair(outcome.sources.by_concept):
+        how = f"{best.concept}_strength {best.strength:g} in Style Strength"
+    else:
+        how = f"'{role(best.concept)}: {best.strength:g}' in Concept Strengths"
+    return [f"Try {how}: measured so, {kept(outcome.retention[0], best.retention)}."]
+
+
+def _percent(before: float, after: float) -> float:
+    """How much of a loss is gone: whole percent, below 0 where it has grown."""
+    gone = 100 * (1 - share_left(before, after))
+    return float(round(gone)) + 0.0 if math.isfinite(gone) else gone
+
+
+def _much(percent: float) -> str:
+    way = "better" if percent > 0 else "worse"
+    if not percent:
+        return "the same"
+    return f"{abs(percent):.0f} % {way}" if math.isfinite(percent) else way
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _these(names: Sequence[str], one: str, several: str) -> str:
+    return f"the {_listed(names)} {one if len(names) == 1 else several}"
 
 
 def picture(
@@ -47,24 +152,38 @@ def picture(
 ) -> Image.Image:
     """The lines below the references that were drawn, or below the losses where a user brought all of them.
 
-    drawn: pictures (N, H, W, 3) in 0..1 of each concept whose references were drawn, as a row each. concepts: all
-    that there are, in their order, where others have none.
+    said: broken where they are wider than the picture. drawn: pictures (N, H, W, 3) in 0..1 of each concept whose
+    references were drawn, as a row each. concepts: all that there are, in their order, where others have none.
     """
     colors = concept_colors(dict.fromkeys([*concepts, *drawn]))
     rows = [_row(concept, colors[concept], pictures) for concept, pictures in drawn.items()] or (
         [curves] if curves else []
     )
     width = _WIDTH if drawn or not rows else rows[0].width
-    height = sum(row.height for row in rows) + _LINE * len(said) + 2 * _MARGIN
+    font = _font()
+    broken = [part for line in said for part in _broken(line, width - 2 * _MARGIN, font)]
+    height = sum(row.height for row in rows) + _LINE * len(broken) + 2 * _MARGIN
     whole = Image.new("RGB", (width, height), GROUND)
     top = 0
     for row in rows:
         whole.paste(row, (0, top))
         top += row.height
-    draw, font = ImageDraw.Draw(whole), _font()
-    for number, line in enumerate(said):
+    draw = ImageDraw.Draw(whole)
+    for number, line in enumerate(broken):
         draw.text((_MARGIN, top + _MARGIN + number * _LINE), line, fill=_TEXT, font=font)
     return whole
+
+
+def _broken(line: str, width: int, font: _Font) -> list[str]:
+    """A line between its words, in parts of at most so many pixels; a word alone may be wider."""
+    parts: list[str] = []
+    for word in line.split():
+        longer = f"{parts[-1]} {word}" if parts else word
+        if parts and font.getlength(longer) <= width:
+            parts[-1] = longer
+        else:
+            parts.append(word)
+    return parts
 
 
 def _row(concept: str, color: str, pictures: Tensor) -> Image.Image:
@@ -75,7 +194,7 @@ def _row(concept: str, color: str, pictures: Tensor) -> Image.Image:
     side = min(side, _WIDTH // 3)
     tall = max(1, round(side * pictures.shape[1] / pictures.shape[2]))
     row = Image.new("RGB", (_WIDTH, _MARGIN + _LINE + lines_of_pictures * (tall + _GAP)), GROUND)
-    heading = f"{concept} references, drawn by its LoRA"
+    heading = f"{role(concept)} references, drawn by its LoRA"
     ImageDraw.Draw(row).text((_MARGIN, _MARGIN), heading, fill=color, font=_font())
     for number, shown in enumerate(pictures):
         pixels = Image.fromarray((shown.float().clamp(0, 1) * 255).round().cpu().numpy().astype(np.uint8))
@@ -84,7 +203,7 @@ def _row(concept: str, color: str, pictures: Tensor) -> Image.Image:
     return row
 
 
-def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def _font() -> _Font:
     """Pillow's own, in a size that can be read on a node; small where this Pillow has one size only."""
     try:
         return ImageFont.load_default(20)

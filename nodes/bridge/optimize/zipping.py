@@ -14,7 +14,7 @@ import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
-from ....ziplora_core import analysis, prompts, retention, solver, zipper
+from ....ziplora_core import analysis, draws, prompts, retention, solver, zipper
 from ....ziplora_core.branch import JoinedSet
 from ....ziplora_core.coefficients import Coefficients
 from .. import saved
@@ -24,8 +24,9 @@ from ..lora.zipped import ZippedLoRA
 from ..memory import plan, retry
 from ..network import checks, predictor
 from . import verdict
-from .outcome import Outcome, report
+from .outcome import Outcome, Tried
 from .progress import Progress
+from .report import report
 
 T = TypeVar("T")
 
@@ -33,10 +34,15 @@ T = TypeVar("T")
 def by_concept(sources: loras.LoRASources, given: Sequence[T], more: Sequence[T]) -> dict[str, T]:
     """What is given of each concept: of the first two by the node's own inputs, of the others by its references.
 
-    Raises ValueError where there are not as many references as other LoRAs.
+    Raises ValueError where there are not as many references as other LoRAs, which says what to do.
     """
     concepts = list(sources.by_concept)
     wanted = max(0, len(concepts) - len(given))
+    if more and not wanted:
+        raise ValueError(
+            f"references has {len(more)} ZipLoRA Reference nodes, but there is no LoRA after the first two "
+            f"({sources.names()}): disconnect references"
+        )
     if len(more) != wanted:
         named = ", ".join(f"{concept} '{source.title}'" for concept, source in sources.by_concept.items())
         raise ValueError(
@@ -44,6 +50,15 @@ def by_concept(sources: loras.LoRASources, given: Sequence[T], more: Sequence[T]
             f"two, in this order: {named}"
         )
     return dict(zip(concepts, [*given, *more], strict=False))
+
+
+def check_prompts(sources: loras.LoRASources, without: Sequence[str]) -> None:
+    """Raises ValueError for the first of the concepts that have no prompt. One LoRA alone needs the first alone."""
+    for concept in without:
+        raise ValueError(
+            f"{sources.input_name(concept, 'positive')} is not connected; connect a text encode node with the prompt "
+            f"that '{sources[concept].title}' ({loras.role(concept)}) was trained with"
+        )
 
 
 def check_inputs(model, sources: loras.LoRASources, latents: dict[str, dict | None]) -> None:
@@ -75,6 +90,7 @@ def optimize(
     out twice; interrupts pass through.
     """
     loras.refuse_one_lora(sources)
+    check_prompts(sources, [concept for concept, given in conditioning.items() if given is None])
     samples: dict[str, Tensor] = {}
     for concept, given in latents.items():
         if given is not None:
@@ -129,7 +145,11 @@ def _solve(
         began = time.monotonic()
         progress.start()
         counted = progress.counted(predict)
-        result = zipper.solve(joined, counted, references, settings, progress.step, progress.layer)
+        try:
+            result = zipper.solve(joined, counted, references, settings, progress.step, progress.layer)
+        except FloatingPointError as error:
+            _check_bare(error, joined, predict, references, settings.seed)
+            raise
         seconds = time.monotonic() - began
         progress.measuring()
         candidates = [outcome.before, result.coefficients]
@@ -137,7 +157,14 @@ def _solve(
         solved = replace(outcome, result=result, seconds=seconds, retention=measured)
         _check_finite(solved)
         progress.prompts()
-        return replace(solved, prompts=prompts.measure(joined, counted, references, settings.seed))
+        solved = replace(solved, prompts=prompts.measure(joined, counted, references, settings.seed))
+        dials = solved.dials_to_try
+        candidates = [result.coefficients.scaled(**{concept: strength}) for concept, strength in dials]
+        if not candidates:
+            return solved
+        measured = retention.measure_retention(joined, counted, references, candidates, settings.seed)
+        tried = [Tried(*dial, kept) for dial, kept in zip(dials, measured, strict=True)]
+        return replace(solved, tried=tried)
 
     return predictor.with_predictor(
         model,
@@ -149,6 +176,28 @@ def _solve(
         planned.recomputed,
         planned.need,
     )
+
+
+def _check_bare(
+    error: FloatingPointError,
+    joined: JoinedSet,
+    predict: solver.Predictor,
+    references: solver.References,
+    seed: int,
+) -> None:
+    """Raises FloatingPointError where a run that gained nothing failed on the model's own numbers, not the LoRAs'."""
+    if isinstance(error, solver.NotFinite) and error.kept is not None:
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        bare = joined.flatten(Coefficients.ones(joined.loras)).zero_()
+        batches = next(draws.spread_batches(references, predict, seed, 1))
+        if all(bool(predict(batch, joined.student(bare)).isfinite().all()) for batch in batches):
+            return
+    seen = str(error).partition(";")[0]
+    raise FloatingPointError(
+        f"the model that is connected gives numbers that are not finite without these LoRAs too (seen first: {seen}); "
+        "take off what other nodes have put on it, or load it in bf16 or fp32"
+    ) from error
 
 
 def _alignment(outcome: Outcome) -> list[dict[str, float]]:
