@@ -25,10 +25,17 @@ _INSIDE = 4  # lines of a legend that find room in a panel; more stand beside it
 
 
 class Subject:
-    """What is drawn: a set of LoRAs, its coefficients, and the losses of the run where they are known."""
+    """What is drawn: a set of LoRAs, its coefficients, the losses of the run where they are known, and whether ranks
+    were mixed in the place of columns."""
 
-    def __init__(self, loras: LoRASet, coefficients: Coefficients, losses: Mapping[str, Sequence[float]] | None):
-        self.loras, self.coefficients, self.losses = loras, coefficients, losses or {}
+    def __init__(
+        self,
+        loras: LoRASet,
+        coefficients: Coefficients,
+        losses: Mapping[str, Sequence[float]] | None,
+        routed: bool = False,
+    ):
+        self.loras, self.coefficients, self.losses, self.routed = loras, coefficients, losses or {}, routed
         self.colors = concept_colors(loras.concepts)
 
 
@@ -111,8 +118,13 @@ def _of_all(subject: Subject) -> str:
     return {1: "the LoRA's", 2: "the two LoRAs'"}.get(len(subject.colors), "the LoRAs'")
 
 
+_ROUTED = "this merge mixes ranks: it has no coefficient for each column"
+
+
 def interference(axes: Axes, subject: Subject) -> None:
     title = f"Interference of {_of_all(subject)} columns, layer by layer (as the paper's Fig. 3b)"
+    if subject.routed:
+        return _nothing(axes, title, _ROUTED)
     before = analysis.column_interference(subject.loras, Coefficients.ones(subject.loras))
     after = analysis.column_interference(subject.loras, subject.coefficients)
     if not before:
@@ -167,6 +179,9 @@ def losses(axes: Axes, subject: Subject) -> None:
 
 
 def histogram(axes: Axes, subject: Subject) -> None:
+    title = "Where the coefficients ended (1 is the direct merge)"
+    if subject.routed:
+        return _nothing(axes, title, _ROUTED)
     for name, by_layer in subject.coefficients.by_concept.items():
         values = torch.cat([torch.empty(0), *by_layer.values()])
         if len(values):
@@ -176,12 +191,14 @@ def histogram(axes: Axes, subject: Subject) -> None:
                 np.linspace(-0.5, 2.0, 101), counts.numpy(), color=subject.colors[name], linewidth=1.2, label=label
             )
     axes.set_ylim(bottom=0)
-    _label(axes, "Where the coefficients ended (1 is the direct merge)", "coefficient", "share of columns")
+    _label(axes, title, "coefficient", "share of columns")
 
 
 def ownership(axes: Axes, subject: Subject) -> None:
     title = "Who owns the columns of each layer (|coefficient| at least 0.5)"
     shares = subject.coefficients.ownership_by_layer()
+    if subject.routed:
+        return _nothing(axes, title, _ROUTED)
     if not shares:
         return _nothing(axes, title, _nothing_shared(subject))
     who = owners(subject.colors)

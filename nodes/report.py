@@ -40,6 +40,6 @@ class ZippedLoRAReport(io.ComfyNode):
     @classmethod
     def execute(cls, zipped_lora, layout: str, loss_map=None) -> io.NodeOutput:
         connected(zipped_lora=zipped_lora)
-        subject = Subject(zipped_lora.fitted.loras, zipped_lora.coefficients, loss_map)
+        subject = Subject(zipped_lora.fitted.loras, zipped_lora.coefficients, loss_map, bool(zipped_lora.routing))
         image = draw(subject, layout == _APART)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

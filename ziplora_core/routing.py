@@ -60,22 +60,28 @@ def routed(loras: LoRASet, routing: Routing) -> LoRASet:
 
 
 class RoutedBranch(Branch):
-    """The merge in a forward pass, without a gradient and without a second copy of the factors."""
+    """The merge in a forward pass, without a gradient and without a second copy of the factors.
 
-    def __init__(self, joined: JoinedSet, routing: Routing):
+    dials: concept -> strength of its LoRA after the merge, 1 where none is said.
+    """
+
+    def __init__(self, joined: JoinedSet, routing: Routing, dials: Mapping[str, float] | None = None):
         super().__init__(joined.layers, coefficients={})
-        self._routing = routing
+        self._routing, self._dials = routing, dials or {}
 
     def layer(self, name: str, x: Tensor, base: Base, **convolution: Any) -> Tensor:
         layer = self._layers[name]
-        down = layer.down
+        wide = torch.promote_types(layer.down.dtype, torch.float32)
+        down = layer.down.to(wide)
         if name in self._routing:
-            wide = torch.promote_types(down.dtype, torch.float32)
-            matrix = self._routing[name].to(down.device, wide)
-            down = torch.tensordot(matrix, down.to(wide), 1).to(down.dtype)
+            down = torch.tensordot(self._routing[name].to(down), down, 1)
+        if self._dials:
+            strengths = [self._dials.get(concept, 1.0) for concept in layer.ranks]
+            each = torch.tensor(strengths).repeat_interleave(torch.tensor([*layer.ranks.values()]))
+            down = down * each.to(down).view(-1, *[1] * (down.ndim - 1))
         with torch.no_grad():
             y = base.forward(x)
-            Update(layer, convolution).add(y, x, layer.up, down)
+            Update(layer, convolution).add(y, x, layer.up, down.to(layer.down.dtype))
             return y
 
 

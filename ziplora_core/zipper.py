@@ -29,9 +29,9 @@ def solve(
 ) -> solver.Result:
     """Find the coefficients of every LoRA, or how inputs of three and more are routed.
 
-    No steps give the direct merge, and one LoRA itself, whatever the solver. `on_step` hears of each gradient step, `on_layer` of each layer that is solved in closed form; what they or the
-    predictor raise ends the run. Raises FloatingPointError where what the LoRAs do in a layer is not finite,
-    NotFinite where a loss is not.
+    No steps give the direct merge, and one LoRA itself, whatever the solver. `on_step` hears of each gradient step,
+    `on_layer` of each layer that is solved in closed form; what they or the predictor raise ends the run. Raises
+    FloatingPointError where what the LoRAs do in a layer is not finite, NotFinite where a loss is not.
     """
     unlearned = without_learning(joined.loras, settings)
     if unlearned is not None:

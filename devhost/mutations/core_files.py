@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import faults
 
 FILES = ("tests/core/test_files.py", "tests/core/test_file_numbers.py")
-SAVED = ("tests/core/test_file_numbers.py",)
+SAVED = ("tests/core/test_file_numbers.py", "tests/core/test_routing.py")
 WRITING = ("tests/core/test_writing.py",)
 
 MUTANTS = [

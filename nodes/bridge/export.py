@@ -17,6 +17,7 @@ from ...ziplora_core.direct import METHODS
 from ...ziplora_core.export import ExportLayer
 from ...ziplora_core.lora_set import Factors
 from ...ziplora_core.merge import merged_factors
+from ...ziplora_core.saved import ROUTED
 from ...ziplora_core.writing import write_tensors
 from .disk import paths
 from .lora import fitting
@@ -32,7 +33,8 @@ _ARCHITECTURES = {  # modelspec's names, by the host's
     "Flux": "flux-1-dev",
     "FluxSchnell": "flux-1-schnell",
 }
-_LEARNED = {ZIPPED: "ZipLoRA", "UnZipLoRA": "UnZipLoRA's pair"}  # how learned merges are called, by method
+# How learned merges are called, by method.
+_LEARNED = {ZIPPED: "ZipLoRA", ROUTED: "ZipLoRA, routed", "UnZipLoRA": "UnZipLoRA's pair"}
 _KOHYA_BASES = {"SDXL": "sdxl_base_v1-0", "SD15": "sd_v1", "SD3": "sd3", "Flux": "flux1", "FluxSchnell": "flux1"}
 
 

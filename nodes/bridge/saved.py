@@ -11,7 +11,7 @@ from typing import Any
 import comfy.model_management
 import folder_paths
 
-from ...ziplora_core import direct, saved
+from ...ziplora_core import direct, routing, saved
 from ...ziplora_core.files import LoRAFileError, shown
 from .disk import paths
 from .disk.provenance import bound, versions
@@ -126,9 +126,12 @@ def load(model, name: str) -> ZippedLoRA:
     fitted = fitting.fit(sources, model.model)
     try:
         fitted = replace(fitted, loras=direct.prepared(fitted.loras, about.method, about.settings))
+        saved.check_fits(name, coefficients, fitted.loras)
+        fitted = replace(fitted, loras=routing.routed(fitted.loras, matrices))
+    except LoRAFileError:
+        raise
     except ValueError as error:
         raise LoRAFileError(f"'{name}' has broken metadata ({error}); merge the pair again and save it anew") from error
-    saved.check_fits(name, coefficients, fitted.loras)
     return ZippedLoRA(
-        sources, fitted, coefficients, dict(about.dials), about.report, about.method, dict(about.settings)
+        sources, fitted, coefficients, dict(about.dials), about.report, about.method, dict(about.settings), matrices
     )

@@ -259,3 +259,32 @@ def test_matrices_of_other_ranks_are_refused():
         routing.routed(loras, {"first": torch.eye(2)})
     with pytest.raises(ValueError, match="layer 'of another model'"):
         routing.routed(loras, {"of another model": torch.eye(2)})
+
+
+@pytest.mark.parametrize("dials", [{}, {"style": 0.4}, {"content": 0.0, "other": 2.0}])
+def test_the_branch_turns_loras_up_and_down_by_name(dials):
+    loras = toy_set(3)
+    matrices = merged(loras)[1]
+    plain = JoinedSet(routing.routed(loras, matrices), dtype=torch.float64)
+    turned = plain.student(plain.flatten(Coefficients.ones(plain.loras).scaled(**dials)))
+    mine = routing.RoutedBranch(JoinedSet(loras, dtype=torch.float64), matrices, dials)
+    for name in ("conv", "second"):
+        shape = SHAPES[name]
+        x = torch.randn(2, shape[1], *([4, 4] if len(shape) > 2 else []), dtype=torch.float64)
+        options = {"padding": 1} if x.ndim == 4 else {}
+        drawn = [branch.layer(name, x, Dense(ToyPredictor().weights[name]), **options) for branch in (mine, turned)]
+        torch.testing.assert_close(*drawn)
+
+
+def test_each_layer_is_told_of_by_its_number():
+    loras = toy_set(3)
+    told = merged(loras)[2]
+    assert [(s.name, s.index, s.layers) for s in told] == [(n, i, len(SHAPES)) for i, n in enumerate(SHAPES, 1)]
+    assert all(s.relative_error == 1 for s in told if len(loras.layers[s.name]) == 1)
+
+
+def test_the_seed_is_the_passes_own():
+    loras = toy_set(3)
+    joined, references = JoinedSet(loras, dtype=torch.float64), references_of(loras.concepts)
+    one, same, other = (routing.merge(joined, ToyPredictor(), references, seed)["first"] for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)

@@ -245,7 +245,32 @@ def test_three_are_optimized_from_the_sockets(pack, patcher, folder, solver):
     if solver != "layerwise":
         assert set(loss_map) == {"loss", "content", "style", "other", "overlap"}
     moved = [m for of in zipped.coefficients.by_concept.values() for m in of.values() if not bool((m == 1).all())]
-    assert moved and largest_difference(weights(patcher), before) == 0
+    assert bool(moved) != (solver == "layerwise") and bool(zipped.routing) == (solver == "layerwise")
+    assert largest_difference(weights(patcher), before) == 0
+
+
+def test_three_that_are_routed_are_applied_saved_and_exported_as_one(pack, patcher, folder):
+    """By default: ranks mixed, so that a file of LoRAs is loaded as it was drawn, and its export by the stock loader."""
+    sources = pack.nodes.stack.LoadLoRAStack.execute(THREE, ROLES).args[0]
+    prompts, latents = tiny.prompts(), tiny.latents()
+    given = {"steps": 10, "learning_rate": 0.01, "similarity_lambda": 0.01, "batch_size": 1, "seed": 0}
+    with torch.inference_mode():
+        zipped = pack.nodes.ZipLoRAOptimize.execute(
+            patcher, sources, prompts["content"], prompts["style"], latents["content"], latents["style"],
+            references(pack, 1), **given,
+        ).args[0].dialled({"style": 0.5})  # fmt: skip
+    bridge = pack.nodes.bridge
+    ours = weights(bridge.apply.apply(patcher, None, zipped, 1.0)[0])
+    plain = weights(bridge.apply.apply(patcher, None, merged(pack, patcher).dialled({"style": 0.5}), 1.0)[0])
+    assert largest_difference(ours, plain) > 0.01, "near the sum the comparison shows little"
+    again = bridge.saved.load(patcher, bridge.saved.save(zipped, "routed"))
+    assert again.method == "routed" and again.routing.keys() == zipped.routing.keys() != set()
+    assert largest_difference(weights(bridge.apply.apply(patcher, None, again, 1.0)[0]), ours) == 0
+    _, _, name = bridge.export.export_file(zipped, "routed", 0, "fp32", "kohya")
+    exported = load_file(folder / "output" / name)
+    assert largest_difference(weights(stock(patcher, exported)), ours) < 1e-4
+    panels = pack.nodes.ZippedLoRAReport.execute(zipped, "a picture for each panel").args[0]
+    assert len(panels) == len(pack.nodes.figures.PANELS)
 
 
 def test_style_strength_turns_every_style_or_says_what_does(pack, patcher, folder):

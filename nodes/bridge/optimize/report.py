@@ -93,6 +93,8 @@ def _column_lines(outcome: Outcome) -> list[str]:
         return []
     if not outcome.shared:
         return ["no layer is changed by two of these LoRAs, so no column is shared"]
+    if outcome.result.routing:
+        return []
     lines = [f"overlap of coefficients: {outcome.before.overlap():.3f} direct merge, {after.overlap():.3f} zipped"]
     if outcome.alignment:
         direct, zipped = (round(_mean(found), 4) + 0.0 for found in outcome.alignment)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TypeVar
@@ -17,10 +17,12 @@ from torch import Tensor
 from ....ziplora_core import analysis, draws, prompts, retention, solver, zipper
 from ....ziplora_core.branch import JoinedSet
 from ....ziplora_core.coefficients import Coefficients
+from ....ziplora_core.routing import RoutedBranch
+from ....ziplora_core.saved import ROUTED
 from .. import saved
 from ..drawing import references, sampling
 from ..lora import fitting, loras
-from ..lora.zipped import ZippedLoRA
+from ..lora.zipped import ZIPPED, ZippedLoRA
 from ..memory import plan, retry
 from ..network import checks, predictor
 from . import verdict
@@ -152,14 +154,14 @@ def _solve(
             raise
         seconds = time.monotonic() - began
         progress.measuring()
-        candidates = [outcome.before, result.coefficients]
+        candidates = [outcome.before, _student(joined, result)]
         measured = retention.measure_retention(joined, counted, references, candidates, settings.seed)
         solved = replace(outcome, result=result, seconds=seconds, retention=measured)
         _check_finite(solved)
         progress.prompts()
         solved = replace(solved, prompts=prompts.measure(joined, counted, references, settings.seed))
         dials = solved.dials_to_try
-        candidates = [result.coefficients.scaled(**{concept: strength}) for concept, strength in dials]
+        candidates = [_student(joined, result, {concept: strength}) for concept, strength in dials]
         if not candidates:
             return solved
         measured = retention.measure_retention(joined, counted, references, candidates, settings.seed)
@@ -176,6 +178,15 @@ def _solve(
         planned.recomputed,
         planned.need,
     )
+
+
+def _student(
+    joined: JoinedSet, result: solver.Result, dials: Mapping[str, float] | None = None
+) -> Coefficients | RoutedBranch:
+    """What came of a run, with these dials, as its retention is measured."""
+    if result.routing:
+        return RoutedBranch(joined, result.routing, dials)
+    return result.coefficients.scaled(**(dials or {}))
 
 
 def _check_bare(
@@ -204,16 +215,24 @@ def _alignment(outcome: Outcome) -> list[dict[str, float]]:
     """Of the columns of both LoRAs, by layer: [direct merge, zipped]."""
     alignments = []
     with torch.inference_mode(False):
-        for coefficients in (outcome.before, outcome.result.coefficients):
+        merges = ((outcome.fitted.loras, outcome.before), (outcome.merged, outcome.result.coefficients))
+        for loras_of_it, coefficients in merges:
             throw_exception_if_processing_interrupted()
-            alignments.append(analysis.column_alignment(outcome.fitted.loras, coefficients))
+            alignments.append(analysis.column_alignment(loras_of_it, coefficients))
     return alignments
 
 
 def _zipped(outcome: Outcome) -> ZippedLoRA:
-    settings = {**asdict(outcome.settings), "objective": outcome.settings.objective.name}
-    coefficients = outcome.result.coefficients
-    return ZippedLoRA(outcome.sources, outcome.fitted, coefficients, report=report(outcome), settings=settings)
+    result, settings = outcome.result, {**asdict(outcome.settings), "objective": outcome.settings.objective.name}
+    return ZippedLoRA(
+        outcome.sources,
+        replace(outcome.fitted, loras=outcome.merged),
+        result.coefficients,
+        report=report(outcome),
+        method=ROUTED if result.routing else ZIPPED,
+        settings=settings,
+        routing=result.routing,
+    )
 
 
 def _check_finite(outcome: Outcome) -> None:
