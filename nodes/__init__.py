@@ -15,10 +15,12 @@ from .stack import LoadLoRAStack
 from .style import ConceptStrengths, StyleStrength
 from .training import TrainConceptLoRA
 from .unzip import UnZipLoRA
+from .zip import ZipLoRAs
 
 register_folder()
 
 NODES = [
+    ZipLoRAs,
     LoadLoRAPair,
     ZipLoRAOptimize,
     DirectMergeLoRA,

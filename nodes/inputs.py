@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import folder_paths
 from comfy_api.v0_0_2 import io
 
 NEW = "[None]"  # of continue_from, as the host's own Train LoRA calls it
+_Input = TypeVar("_Input", bound=io.Input)
 
 
 def connected(**sockets: Any) -> None:
@@ -15,6 +16,19 @@ def connected(**sockets: Any) -> None:
     for name, value in sockets.items():
         if value is None or isinstance(value, str | int | float | list | dict):
             raise ValueError(f"{name} is not connected; link a node's output to it")
+
+
+def advanced(made: _Input) -> _Input:
+    """The same input, out of sight until a user asks for more of them.
+
+    Where the host's schema has no word for this, the frontend is told beside it. web/advanced.js hides them where the
+    frontend leaves them on the canvas.
+    """
+    if hasattr(made, "advanced"):
+        made.advanced = True
+    else:
+        made.extra_dict["advanced"] = True
+    return made
 
 
 def seed(tooltip: str) -> io.Int.Input:
