@@ -1,6 +1,7 @@
 """The nodes, in the order of a graph."""
 
 from .apply import ApplyZippedLoRA
+from .bridge.lora import routes
 from .bridge.saved import register_folder
 from .direct import DirectMergeLoRA
 from .export import ExportMergedLoRA
@@ -18,6 +19,7 @@ from .unzip import UnZipLoRA
 from .zip import ZipLoRAs
 
 register_folder()
+routes.register()
 
 NODES = [
     ZipLoRAs,

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -33,6 +33,7 @@ def browser() -> Iterator[Browser]:
 
 
 PUBLISH = bool(os.environ.get("ZIPLORA_PUBLISH"))  # write the README's and the help pages' pictures
+AS_JPEG: dict[str, Any] = {"quality": 62, "optimize": True, "progressive": True}  # the archive has room for no more
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def kept() -> Callable[..., None]:
             image = image.crop((left, top, image.width - left, image.height - top))
             size = (width, round(width * image.height / image.width))
             (ROOT / publish).parent.mkdir(parents=True, exist_ok=True)
-            image.resize(size, Image.Resampling.LANCZOS).save(ROOT / publish, quality=75, optimize=True)
+            image.resize(size, Image.Resampling.LANCZOS).save(ROOT / publish, **AS_JPEG)
 
     return keep
 

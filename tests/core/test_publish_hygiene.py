@@ -31,10 +31,10 @@ HOST_MODULES = {
 DRAWN_WITH = {"nodes/figures.py": {"matplotlib"}}  # the pack's own dependencies
 CLIENT = "ziplora_batch/"  # a program beside the pack: nothing of the pack or the host, and the host nothing of it
 CLIENT_MAY_IMPORT = {"aiohttp", "tqdm", "PIL"}
-COMES_WITH_THE_HOST = CORE_MAY_IMPORT | HOST_MODULES | {"PIL"}
+COMES_WITH_THE_HOST = CORE_MAY_IMPORT | HOST_MODULES | {"PIL", "aiohttp"}
 BANNED_MODULES = {"ctypes", "http", "pip", "pickle", "requests", "shelve", "socket", "subprocess", "urllib", "venv"}
 BANNED_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "torch.load"}
-SUFFIXES = {".py", ".json", ".jpg", ".md"}
+SUFFIXES = {".py", ".json", ".jpg", ".md", ".js"}
 LARGEST = 2_000_000  # bytes of the whole archive: no weights, no demo
 LONGEST = 350  # lines of a module: what does more than one thing is several
 

@@ -18,7 +18,7 @@ from ....ziplora_core import formats
 from ....ziplora_core.files import LoRAFileError, all_finite, shown
 from ....ziplora_core.lora_set import Factors, LoRASet
 from ..network.weights import dequantized
-from . import keys
+from . import base_models, keys
 from .adapters import all_used, fits, is_low_rank, is_plain, kind_of, reshapes
 from .loras import LoRASource, LoRASources, text_encoder_alone
 
@@ -244,7 +244,7 @@ def fit(sources: LoRASources, model) -> FittedSet:
 
 
 def _fit(sources: LoRASources, model) -> FittedSet:
-    notes = list(sources.warnings)
+    notes = [*sources.warnings, *base_models.notes(sources, model)]
     fitted = {}
     for concept, source in sources.by_concept.items():
         fitted[concept] = fit_one(source, model)

@@ -108,6 +108,12 @@ def prepare(model, clip, vae, task: Task) -> Prepared:
     return made
 
 
+def _prompt(task: Task) -> dict[str, str]:
+    """The prompt of all pictures as metadata, by which it is offered where the file is chosen; none of several."""
+    prompts = {prompt for shown in task.sets for prompt in shown.prompts}
+    return {"ziplora_prompt": prompts.pop()} if len(prompts) == 1 else {}
+
+
 @paths.names_given_back()
 def train_concept(model, clip, vae, task: Task) -> Trained:
     """One LoRA from one concept's pictures, or two concepts' (joint training).
@@ -124,7 +130,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
         start = fitting.fit_one(loras.load(task.go_on_from, 1.0), model.model).factors
         check_fits(task.go_on_from, start, shapes, settings)
         first = steps_before(task.go_on_from, settings)
-    about = {**task.made_by, "ziplora_settings": repr(settings), "ziplora_layers": task.layers}
+    about = {**task.made_by, **_prompt(task), "ziplora_settings": repr(settings), "ziplora_layers": task.layers}
     file = File(model, task.prefix, about)
     made = prepare(model, clip, vae, task)
     training_run = Run(first)
