@@ -21,8 +21,8 @@ def connected(**sockets: Any) -> None:
 def advanced(made: _Input) -> _Input:
     """The same input, out of sight until a user asks for more of them.
 
-    Where the host's schema has no word for this, the frontend is told beside it. web/ziplora_advanced.js hides them where the
-    frontend leaves them on the canvas.
+    Where the host's schema has no word for this, the frontend is told beside it. web/ziplora_advanced.js hides them
+    where the frontend leaves them on the canvas.
     """
     if hasattr(made, "advanced"):
         made.advanced = True
