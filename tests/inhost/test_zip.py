@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from test_apply import largest_difference, weights
 from test_text_encoder import with_text_encoder
@@ -311,9 +313,23 @@ def test_an_interrupt_passes_through_and_leaves_model_and_clip(pack, miniature, 
 
 
 def test_what_a_model_draws_best_is_asked_of_its_family(pack, miniature):
-    import families
-    import tiny
-
     side = pack.nodes.bridge.drawing.sampling.best_side
     assert side(miniature.model) == 128 and side(tiny.tiny_patcher()) == 1024
-    del families
+    assert side(FAMILIES["SD 1.5"].patcher()) == 512 and side(FAMILIES["Flux"].patcher()) == 1024
+
+
+def test_advanced_inputs_are_said_in_the_hosts_own_way(pack):
+    """Of hosts whose schema has a word for them, and of those that hand on what it has not."""
+
+    class Input:
+        def __init__(self, **own):
+            self.extra_dict = {}
+            self.__dict__.update(own)
+
+    advanced = pack.nodes.inputs.advanced
+    assert vars(advanced(Input(advanced=None))) == {"extra_dict": {}, "advanced": True}
+    assert vars(advanced(Input())) == {"extra_dict": {"advanced": True}}
+    said = {i.id: i.as_dict().get("advanced", False) for i in pack.nodes.ZipLoRAs.define_schema().inputs}
+    assert [name for name, hidden in said.items() if not hidden] == [
+        "model", "clip", "subject_lora", "subject_prompt", "style_lora", "style_prompt", "quality", "seed",
+    ]  # fmt: skip
