@@ -159,7 +159,7 @@ class ZipLoRAs(io.ComfyNode):
         """Which inputs to make next: what can be refused is refused before a checkpoint is loaded."""
         listed = _listed(**given)
         names = ["model", "clip"]
-        if zipping.QUALITIES[quality] is not None:
+        if zipping.QUALITIES.get(quality) is not None:
             zipping.prompts(listed)
             zipping.check_connected(listed, given)
             names += [*_PICTURES, "vae"]

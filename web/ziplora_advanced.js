@@ -7,31 +7,40 @@ const WORDS = {
   zh: { more: "更多选项", fewer: "收起选项" },
 };
 
+const NO_ROOM = () => [0, -4]; // what a frontend that draws a widget no more still leaves for it, taken back
+
 const isOurs = (node) => node.constructor?.nodeData?.category?.startsWith("ZipLoRA");
 
 function words() {
   return WORDS[app.extensionManager?.setting?.get?.("Comfy.Locale")] ?? WORDS.en;
 }
 
-/** A button that the frontend does not have for it; in no file and in no queue. */
-function addButton(node) {
-  const label = () => words()[node.showAdvanced ? "fewer" : "more"];
-  const button = node.addWidget("button", label(), null, () => node.toggleAdvanced(), { serialize: false });
+/** With a button, which the frontend does not have for it; in no file and in no queue. */
+function hide(node, widgets) {
+  const sizes = new Map(widgets.map((widget) => [widget, widget.computeSize]));
+  const button = node.addWidget("button", "", null, () => node.toggleAdvanced(), { serialize: false });
   button.serialize = false;
+  const update = () => {
+    button.label = words()[node.showAdvanced ? "fewer" : "more"];
+    for (const [widget, size] of sizes) widget.computeSize = node.showAdvanced ? size : NO_ROOM;
+  };
   const toggle = node.toggleAdvanced;
   node.toggleAdvanced = function () {
-    const wasShown = node.showAdvanced;
+    const free = node.size[1] - node.computeSize()[1];
     toggle.apply(this);
-    button.label = label();
-    if (wasShown) node.setSize([node.size[0], node.computeSize()[1]]);
+    update();
+    node.setSize([node.size[0], node.computeSize()[1] + Math.max(free, 0)]);
   };
   const configure = node.onConfigure;
   node.onConfigure = function (saved) {
     const answer = configure?.apply(this, arguments);
     node.showAdvanced = Boolean(saved?.showAdvanced);
-    button.label = label();
+    update();
     return answer;
   };
+  for (const widget of widgets) widget.advanced = true;
+  update();
+  node.setSize([node.size[0], node.computeSize()[1]]);
 }
 
 app.registerExtension({
@@ -39,9 +48,6 @@ app.registerExtension({
   nodeCreated(node) {
     if (!isOurs(node)) return;
     const left = node.widgets?.filter((widget) => widget.options?.advanced && !widget.advanced) ?? [];
-    if (!left.length || !node.toggleAdvanced) return;
-    for (const widget of left) widget.advanced = true;
-    addButton(node);
-    node.setSize([node.size[0], node.computeSize()[1]]);
+    if (left.length && node.toggleAdvanced) hide(node, left);
   },
 });

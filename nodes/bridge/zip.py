@@ -58,7 +58,7 @@ class Prompt:
     source: str
 
     def line(self, concept: str) -> str:
-        return f"{loras.role(concept)} prompt: '{shown(self.text, 255)}' ({self.source})"
+        return f"prompt used for {loras.role(concept)}: '{shown(self.text, 255)}' ({self.source})"
 
 
 def check_files(**chosen: str | None) -> str | None:
@@ -226,4 +226,4 @@ def _in_our_words() -> Iterator[None]:
         said = str(error)
         for theirs, ours in _OTHERS.items():
             said = said.replace(theirs, ours)
-        raise type(error)(said) from None
+        raise (LoRAFileError if isinstance(error, LoRAFileError) else ValueError)(said) from None

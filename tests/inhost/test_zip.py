@@ -142,7 +142,7 @@ def test_two_are_the_expert_route(pack, miniature, folder, kind):
     assert ours.ui is not None, "the drawn references are not shown"
     report = ours.args[3]
     assert report == ours.args[2].report
-    assert f"subject prompt: '{words[0]}' (as written on the node)" in report
+    assert f"prompt used for subject: '{words[0]}' (as written on the node)" in report
     assert ("own prompt was encoded with it" in report) == bool(kind)
     assert "a prompt does not tell" not in report
     assert ("a prompt does not tell" in theirs[3]) == bool(kind)
@@ -188,7 +188,7 @@ def test_three_are_the_expert_route(pack, miniature, folder, own):
     assert_same(ours, theirs, miniature)
     assert len(ours.args[2].coefficients.by_concept) == 3
     last = list(ours.args[2].coefficients.by_concept)[-1]
-    assert f"{last} prompt: '{WORDS['dusk']}' (as written on the node)" in ours.args[3]
+    assert f"prompt used for {last}: '{WORDS['dusk']}' (as written on the node)" in ours.args[3]
 
 
 def test_fast_looks_at_the_files_alone(pack, miniature, folder, monkeypatch):
