@@ -52,7 +52,7 @@ function encoder(pair, input) {
 }
 
 async function ask(name) {
-  if (typeof name !== "string" || !name) return undefined;
+  if (typeof name !== "string" || !/\.\w+$/.test(name)) return undefined; // no file is chosen
   try {
     const answer = await api.fetchApi(`/ziplora/lora?name=${encodeURIComponent(name)}`);
     return answer.ok ? { name, ...(await answer.json()) } : undefined;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,9 @@ def texts(page: Frontend, node: int, *names: str) -> list[list[str]]:
     return found
 
 
-def test_placeholders_button_and_picture_of_a_node_with_prompts(page: Frontend) -> None:
+def test_placeholders_button_and_picture_of_a_node_with_prompts(
+    page: Frontend, tmp_path: Path, kept: Callable[..., None]
+) -> None:
     node = add(page, "ZipLoRAs", subject_lora=SUBJECT, style_lora=STYLE)
     has(page, node, BUTTON)
     prompts = ("subject_prompt", "style_prompt")
@@ -102,6 +104,8 @@ def test_placeholders_button_and_picture_of_a_node_with_prompts(page: Frontend) 
     page.page.wait_for_function(f"() => document.querySelector(\"img[alt='{STYLE}']\").naturalWidth > 0")
     assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [256, 171]
     assert page.page.locator(f"img[alt='{SUBJECT}']").count() == 0
+    shown = page.close_up("ZipLoRAs", tmp_path / "triggers.png")
+    kept(shown, "triggers", ".dev/reports/screens/triggers.jpg", 1200)
     # What is shown is no input, and no file remembers it.
     (queued,) = page.api().values()
     assert not {BUTTON, "ziplora_pictures"} & set(queued["inputs"])

@@ -238,6 +238,64 @@ def test_project_file_says_what_the_registry_asks_for() -> None:
     assert comfy["requires-comfyui"].startswith(">=0.3.")
 
 
+def test_addresses_are_one_repositorys_and_its_owner_is_the_readmes() -> None:
+    """Either all name the placeholder, and say that it is one, or none does."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    project, readme = tomllib.loads(text), (ROOT / "README.md").read_text(encoding="utf-8")
+    urls, comfy = project["project"]["urls"], project["tool"]["comfy"]
+    (home,) = re.findall(r"git clone (https://github\.com/[\w-]+/[\w-]+)", readme)
+    assert urls["Repository"] == home and urls["Documentation"].startswith(home)
+    assert urls["Bug Tracker"] == urls["Issues"] == f"{home}/issues"  # comfy-cli reads the second
+    raw = home.replace("github.com", "raw.githubusercontent.com") + "/main/"
+    assert (comfy["Icon"], comfy["Banner"]) == (f"{raw}docs/icon.png", f"{raw}docs/banner.jpg")
+    workflow = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
+    owner = home.split("/")[-2]
+    assert f"github.repository_owner == '{owner}'" in workflow and "branches: [main]" in workflow
+    assert [
+        said.count("OWNER` is a placeholder") + said.count("OWNER is a placeholder") for said in (text, readme)
+    ] == [owner == "OWNER"] * 2
+
+
+# What the registry takes, as `comfy node validate` of comfy-cli 1.23.0 checks it.
+REGISTRY_SYSTEMS = ("Microsoft", "POSIX", "MacOS", "OS Independent")
+REGISTRY_ACCELERATORS = {"GPU :: NVIDIA CUDA", "GPU :: AMD ROCm", "GPU :: Intel Arc", "NPU :: Huawei Ascend"} | {
+    "GPU :: Apple Metal"
+}
+
+
+def test_classifiers_are_the_registrys() -> None:
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["classifiers"]
+    for classifier in said:
+        kind, _, value = classifier.partition(" :: ")
+        assert value in REGISTRY_ACCELERATORS if kind == "Environment" else value.startswith(REGISTRY_SYSTEMS)
+        assert kind in ("Environment", "Operating System")
+    assert len(said) == len(set(said)) > 1
+
+
+def test_icon_and_banner_are_as_the_registry_wants_them_and_drawn_by_the_script() -> None:
+    import numpy as np
+    from PIL import Image
+
+    from demo import emblem
+
+    with Image.open(emblem.ICON) as icon, Image.open(emblem.BANNER) as banner:
+        assert icon.size == (400, 400) and icon.format == "PNG"
+        assert banner.width * 9 == banner.height * 21 and banner.format == "JPEG"
+        for kept, drawn in ((icon, emblem.icon()), (banner, emblem.banner())):
+            one, other = (np.asarray(image.convert("RGBA"), float) for image in (kept, drawn))
+            assert np.abs(one - other).mean() < 2
+    for path in (emblem.ICON, emblem.BANNER):
+        assert path.stat().st_size < 60_000
+        assert path.relative_to(ROOT).as_posix() not in shipped_files()
+
+
+def test_what_ships_leads_to_no_tool_that_does_not() -> None:
+    """The registry shows the README, and Manager's users have the archive alone."""
+    for name in ("README.md", *(n for n in shipped_files() if n.startswith(("web/docs/", "ziplora_batch/")))):
+        if name.endswith((".md", ".py")):
+            assert "recipes/" not in (ROOT / name).read_text(encoding="utf-8"), name
+
+
 def test_every_graph_has_a_thumbnail() -> None:
     # The template browser of ComfyUI looks for a .jpg of the same name.
     graphs = sorted((ROOT / "workflows").glob("*.json"))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pathspec
 
 from devhost.base import FOLDERS, NODES, PACK
+from devhost.host import current_host
 from devhost.server import ComfyServer
 
 
@@ -37,3 +41,41 @@ def test_the_archive_works_in_a_bare_host(root: Path, tmp_path: Path) -> None:
         assert "ziplora_sdxl" in str(server.get("workflow_templates").get(PACK))
     said = subprocess.run([sys.executable, "-m", "ziplora_batch", "--help"], cwd=pack, capture_output=True, text=True)
     assert said.returncode == 0 and "again" in said.stdout, said.stderr
+
+
+def asked_for(requirements: Path) -> set[str]:
+    """Distributions that a requirements file names, as packaging compares names."""
+    names = re.findall(r"^[A-Za-z0-9][\w.-]*", requirements.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+
+
+def imported(folder: Path) -> set[str]:
+    """First names of all absolute imports below a folder, inside functions too."""
+    found = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            found |= {name.partition(".")[0] for name in names}
+    return found - sys.stdlib_module_names
+
+
+def test_the_host_and_the_shipped_requirements_bring_every_import(root: Path, tmp_path: Path) -> None:
+    """Not what happens to be installed here: what the host's own list and ours ask for."""
+    unpack(root, tmp_path)
+    tree = current_host().tree
+    ours = asked_for(tmp_path / "requirements.txt")
+    assert ours == {"matplotlib"}
+    there = asked_for(tree / "requirements.txt") | ours
+    of_tree = {path.stem for path in tree.iterdir() if path.suffix == ".py" or (path.is_dir() and path.name[0] != ".")}
+    brought = packages_distributions()
+    missing, used = {}, set()
+    for folder in ("nodes", "ziplora_core"):
+        for name in imported(tmp_path / folder) - of_tree:
+            by = {re.sub(r"[-_.]+", "-", distribution).lower() for distribution in brought.get(name, [])}
+            used |= by
+            if not by & there:
+                missing[name] = by
+    assert not missing
+    assert ours <= used, "a requirement that nothing imports"
