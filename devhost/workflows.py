@@ -80,7 +80,7 @@ def ui_text(graph: Graph, info: ObjectInfo) -> str:
 
 
 def in_lines(ui: Mapping[str, Any]) -> str:
-    """A UI graph as JSON with a line for each node, link and group: small differences, and half the bytes of indents."""
+    """A UI graph as JSON with a line for each node, link and group: small differences in few bytes."""
     parts = []
     for name, value in ui.items():
         entries = [json.dumps(entry, ensure_ascii=False) for entry in (value if isinstance(value, list) else ())]
