@@ -192,7 +192,7 @@ def test_three_are_the_expert_route(pack, miniature, folder, own):
 
 
 def test_fast_looks_at_the_files_alone(pack, miniature, folder, monkeypatch):
-    monkeypatch.setattr(pack.nodes.bridge.zip.triggers, "of_file", lambda _: pytest.fail("a prompt is asked for"))
+    monkeypatch.setattr(pack.nodes.bridge.zip, "prompts", lambda _: pytest.fail("a prompt is asked for"))
     monkeypatch.setattr(pack.nodes.bridge.zip, "_encoded", lambda *_: pytest.fail("a prompt is encoded"))
     inputs = given(file("te_mushroom"), file("ember"), quality="fast", seed=0)
     with torch.inference_mode():
