@@ -63,7 +63,7 @@ class Frontend:
         self.page: Page = self.context.new_page()
         self.page.route("**/*", self.keep_local)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(server.url, wait_until="domcontentloaded")
+        self.page.goto(server.url, wait_until="domcontentloaded", timeout=120_000)
         self.page.wait_for_function(READY, timeout=120_000)
 
     def keep_local(self, route: Route) -> None:
