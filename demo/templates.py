@@ -28,6 +28,7 @@ from devhost.workflows import FOLDER, api_file
 
 PAIRS = (("mushroom", "ember"), ("icecream", "dusk"))  # a subject and a style each
 PLACES = ("left", "top", "right")
+ZIPPED = ("subject", "style")
 NEW_STYLE, NEW_SUBJECT = "flat", "a red star"  # of the base's own words
 TRAINING = {  # what the miniature learns well with, from one picture; its blocks are not SDXL's
     "TrainConceptLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 200},
@@ -78,6 +79,9 @@ def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt
         if node["class_type"] == "KSampler":
             node["inputs"] |= {"steps": steps, "cfg": CFG}
         node["inputs"] |= TRAINING.get(node["class_type"], {})
+        if node["class_type"] == "ZipLoRAs":  # whose files name no trigger words
+            prompt_of = {one.learned.file: one.learned.prompt for one in (*world.subjects, *world.styles)}
+            node["inputs"] |= {f"{which}_prompt": prompt_of[node["inputs"][f"{which}_lora"]] for which in ZIPPED}
         if node["class_type"] == "ExportMergedLoRA":
             node["inputs"]["rank"] = 16
     return made

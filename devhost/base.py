@@ -19,6 +19,7 @@ MINIATURE = "ziplora-miniature"
 CHECKPOINT = "miniature_sdxl.safetensors"
 
 NODES = (
+    "ZipLoRAs",
     "LoadLoRAPair",
     "ZipLoRAOptimize",
     "DirectMergeLoRA",

@@ -12,8 +12,15 @@ from .host import ROOT
 
 CONTRACT = ROOT / "tests" / "host" / "object_info.json"
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
-_FILES = {"content_lora", "style_lora", "lora", "zipped", "continue_from"}  # choices that are a folder's files
-_TEXTS = {"tooltip", "display_name"}
+_FILES = {
+    "subject_lora",
+    "content_lora",
+    "style_lora",
+    "lora",
+    "zipped",
+    "continue_from",
+}  # choices that are a folder's files
+_TEXTS = {"tooltip", "display_name", "placeholder"}
 
 ObjectInfo = Mapping[str, Any]
 

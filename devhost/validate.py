@@ -23,6 +23,8 @@ from .workflows import api_file, ui_files
 CLI = DEV / "venv-comfy-cli"
 CHOICES = {  # input -> what stands in the graphs
     ("CheckpointLoaderSimple", "ckpt_name"): [MODEL],
+    ("ZipLoRAs", "subject_lora"): list(SUBJECTS),
+    ("ZipLoRAs", "style_lora"): list(STYLES),
     ("LoadLoRAPair", "content_lora"): list(SUBJECTS),
     ("LoadLoRAPair", "style_lora"): list(STYLES),
     ("LoadImage", "image"): ["my_subject.png", "my_style.png", *PICTURES, WHOLE],

@@ -13,7 +13,9 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from . import snapshot
 from .answers import Prompt
@@ -74,7 +76,17 @@ def main() -> int:
 
 def ui_text(graph: Graph, info: ObjectInfo) -> str:
     """The UI file's text of a described graph."""
-    return json.dumps(graph.ui(info), indent=2, ensure_ascii=False) + "\n"
+    return in_lines(graph.ui(info))
+
+
+def in_lines(ui: Mapping[str, Any]) -> str:
+    """A UI graph as JSON with a line for each node, link and group: small differences in few bytes."""
+    parts = []
+    for name, value in ui.items():
+        entries = [json.dumps(entry, ensure_ascii=False) for entry in (value if isinstance(value, list) else ())]
+        text = "[\n" + ",\n".join(entries) + "\n]" if entries else json.dumps(value, ensure_ascii=False)
+        parts.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def renew(target: Path, text: str, check: bool) -> bool:

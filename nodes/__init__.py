@@ -16,11 +16,13 @@ from .stack import LoadLoRAStack
 from .style import ConceptStrengths, StyleStrength
 from .training import TrainConceptLoRA
 from .unzip import UnZipLoRA
+from .zip import ZipLoRAs
 
 register_folder()
 routes.register()
 
 NODES = [
+    ZipLoRAs,
     LoadLoRAPair,
     ZipLoRAOptimize,
     DirectMergeLoRA,

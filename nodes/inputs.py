@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import folder_paths
 from comfy_api.v0_0_2 import io
@@ -16,6 +16,7 @@ NEW = "[None]"  # of continue_from, as the host's own Train LoRA calls it
 SAMPLE_EVERY, SAVE_EVERY = 100, 250  # steps
 
 Settings = type[solver.Settings] | type[training.Settings]
+_Input = TypeVar("_Input", bound=io.Input)
 
 
 def connected(**sockets: Any) -> None:
@@ -43,6 +44,19 @@ def whole(settings: Settings, name: str, tooltip: str) -> io.Int.Input:
 def fraction(settings: Settings, name: str, step: float, tooltip: str, **options: Any) -> io.Float.Input:
     """A setting of the core that may be any number, under its own name; not rounded to `step`."""
     return io.Float.Input(name, **setting(settings, name), step=step, round=False, tooltip=tooltip, **options)
+
+
+def advanced(given: _Input) -> _Input:
+    """The same input, out of sight until a user asks for more of them.
+
+    Where the host's schema has no word for this, the frontend is told beside it. web/ziplora_advanced.js hides them
+    where the frontend leaves them on the canvas.
+    """
+    if hasattr(given, "advanced"):
+        given.advanced = True
+    else:
+        given.extra_dict["advanced"] = True
+    return given
 
 
 def seed(tooltip: str) -> io.Int.Input:

@@ -24,6 +24,7 @@ class MiniatureSDXL(comfy.supported_models.SDXL):
         "use_temporal_attention": False,
     }
     unet_extra_config = {"num_heads": -1, "num_head_channels": 16}
+    picture_side = 128  # pixels: what it was trained on, asked for by Zip LoRAs
 
     def process_vae_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """The checkpoint stores the autoencoder without its zeros: back to the 64-wide TAESD layout."""

@@ -13,6 +13,7 @@ from .graph import Graph
 
 SKETCHES: tuple[Callable[[], Graph], ...] = (sketches.load_zipped, sketches.sparsify, sketches.direct_merge)
 TEMPLATES: tuple[Callable[[], Graph], ...] = (
+    zipped.start,
     zipped.no_pictures,
     zipped.style_strength,
     zipped.each_alone,

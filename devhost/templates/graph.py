@@ -9,6 +9,7 @@ from typing import Any
 ObjectInfo = Mapping[str, Any]
 
 _WIDTH, _GAP, _LINE = 340, 60, 26
+_VIEW = {"scale": 0.7, "offset": [600, 270]}  # as a graph opens: the note and the first columns, large enough to read
 _WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 _TALL = {  # of nodes that show something when they have run, or a picture
     "SaveImage": 460,
@@ -17,6 +18,7 @@ _TALL = {  # of nodes that show something when they have run, or a picture
     "BlindABSheet": 560,
     "LoadImage": 340,
     "ZipLoRAOptimize": 660,
+    "ZipLoRAs": 720,
     "TrainConceptLoRA": 840,
     "UnZipLoRA": 920,
 }
@@ -92,7 +94,7 @@ class Graph:
                 for number, heading in enumerate(self.headings)
             ],
             "config": {},
-            "extra": {},
+            "extra": {"ds": _VIEW},
             "version": 0.4,
         }
 

@@ -4,12 +4,56 @@ from __future__ import annotations
 
 from .graph import Graph, Link
 from .parts import Parts
-from .words import CLIP, CONTEXTS, DINO, STYLE, STYLES, SUBJECT, SUBJECTS, drawn
+from .words import CLIP, CONTEXTS, DINO, MODEL, SIDE, STYLE, STYLES, SUBJECT, SUBJECTS, drawn
 
 _REPLACE = (
     "\n\n## What to choose\nThe checkpoint, the LoRA files and the words of their training prompts: what stands here "
     "is made up. No pictures are needed: each LoRA draws its own references."
 )
+
+
+def start() -> Graph:
+    """The shortest way: one node between the checkpoint and the sampler."""
+    graph = Graph(
+        "Zip two LoRAs (start here)",
+        "# Zip two LoRAs\n\nDraws the subject of one LoRA in the style of another.\n\n1. **Checkpoint**: the model "
+        "that both LoRAs were made for.\n2. **LoRAs**: the subject's file and the style's. Leave a prompt empty to use "
+        "the trigger words that the file names; where it names none, write the prompt that the LoRA was trained "
+        "with, such as `a sks dog` or `a house in szn style`.\n3. **What to draw**: with the words of both.\n4. "
+        "**Run**. The first time takes about as long as some pictures; every picture after it as long as any.\n\n"
+        "**Is it better than two LoRA loaders?** The report says so. If the style is too weak or too strong: template "
+        "*ziplora_style_strength*.\n\nMore: select a node, then the **i** above it.",
+    )
+    graph.column("Model and LoRAs")
+    checkpoint = graph.add("CheckpointLoaderSimple", "1 Checkpoint", ckpt_name=MODEL)
+    zipped = graph.add(
+        "ZipLoRAs",
+        "2 LoRAs to zip",
+        model=checkpoint[0],
+        clip=checkpoint[1],
+        subject_lora=SUBJECT,
+        style_lora=STYLE,
+    )
+    graph.column("Picture")
+    positive = graph.add("CLIPTextEncode", "3 What to draw", clip=zipped[1], text=drawn(SUBJECT, STYLE))
+    negative = graph.add("CLIPTextEncode", "What not to draw", clip=zipped[1], text="")
+    empty = graph.add("EmptyLatentImage", "Size of the picture", width=SIDE, height=SIDE, batch_size=1)
+    sampled = graph.add(
+        "KSampler",
+        model=zipped[0],
+        positive=positive[0],
+        negative=negative[0],
+        latent_image=empty[0],
+        steps=30,
+        cfg=5.0,
+        sampler_name="euler",
+        scheduler="normal",
+    )
+    graph.column("Result")
+    picture = graph.add("VAEDecode", samples=sampled[0], vae=checkpoint[2])
+    graph.add("SaveImage", "Picture", images=picture[0], filename_prefix="ziplora/zipped")
+    graph.add("PreviewAny", "Report", source=zipped[3])
+    return graph
 
 
 def no_pictures() -> Graph:

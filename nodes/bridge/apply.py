@@ -63,6 +63,13 @@ def _text_encoder(clip, source: LoRASource, strength: float) -> None:
     clip.add_patches(good, strength)
 
 
+def with_text_encoder(clip, source: LoRASource, strength: float):
+    """A clone of a CLIP with one LoRA's text-encoder part on it, as Load LoRA puts it there."""
+    clip = clip.clone()
+    _text_encoder(clip, source, strength)
+    return clip
+
+
 def _fits(text_encoder, key: str, patch) -> bool:
     weight = fitting.parameter(text_encoder, key)
     return weight is not None and not reshapes(patch) and fits(patch, weight.shape)

@@ -28,9 +28,10 @@ def test_prompts_to_draw_are_encoded_with_the_clip_of_apply(file: Path) -> None:
     prompt: Prompt = json.loads(file.read_text(encoding="utf-8"))
     found = drawn_prompts(prompt)
     assert found
+    gives = {("ApplyZippedLoRA", 1), ("ZipLoRAs", 1)}  # a clip with both files' parts
     for where, (node, slot) in found:
         applied = prompt[node]
-        assert (applied["class_type"], slot) == ("ApplyZippedLoRA", 1), f"{where}: {applied['class_type']}"
+        assert (applied["class_type"], slot) in gives, f"{where}: {applied['class_type']}"
         checkpoint, clip = applied["inputs"]["clip"]
         assert (prompt[checkpoint]["class_type"], clip) == ("CheckpointLoaderSimple", 1)
 
@@ -50,3 +51,30 @@ def test_each_picture_has_the_clip_of_its_own_dials(file: Path) -> None:
         if node["class_type"] == "KSampler" and prompt[node["inputs"]["model"][0]]["class_type"] == "ApplyZippedLoRA":
             encode = prompt[node["inputs"]["positive"][0]]
             assert dials(encode["inputs"]["clip"][0]) == dials(node["inputs"]["model"][0])
+
+
+def test_the_first_graph_is_small_and_opens_large_enough_to_read() -> None:
+    (file,) = FOLDER.parent.glob("Zip two*.json")
+    graph = json.loads(file.read_text(encoding="utf-8"))
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert len(nodes) <= 10
+    left = min(node["pos"][0] for node in nodes.values())
+    assert max(node["pos"][0] + node["size"][0] for node in nodes.values()) - left <= 2000
+    places = [(node["pos"][0], node["pos"][1]) for _, node in sorted(nodes.items())]
+    assert places == sorted(places), "the numbers are not in the order of reading"
+    for node in nodes.values():
+        (x, y), (wide, high) = node["pos"], node["size"]
+        inside = [
+            group["title"]
+            for group in graph["groups"]
+            for gx, gy, gw, gh in [group["bounding"]]
+            if gx <= x and x + wide <= gx + gw and gy <= y - 30 and y + high <= gy + gh
+        ]
+        assert len(inside) == (node["type"] != "MarkdownNote"), node["type"]
+    view = graph["extra"]["ds"]
+    assert view["scale"] >= 0.7
+    for width, height in ((1600, 900), (1280, 720)):  # pixels, of which the menus take some at the left and the top
+        for node in (nodes[1], nodes[2], nodes[3]):  # the note, the checkpoint and the LoRAs
+            x, y = ((place + by) * view["scale"] for place, by in zip(node["pos"], view["offset"], strict=True))
+            assert 60 <= x and x + node["size"][0] * view["scale"] <= width
+            assert 60 <= y <= height / 2

@@ -250,7 +250,7 @@ def test_three_are_optimized_from_the_sockets(pack, patcher, folder, solver):
 
 
 def test_three_that_are_routed_are_applied_saved_and_exported_as_one(pack, patcher, folder):
-    """By default: ranks mixed, so that a file of LoRAs is loaded as it was drawn, and its export by the stock loader."""
+    """By default: ranks are mixed; a file is loaded as it was drawn, and its export by the stock loader."""
     sources = pack.nodes.stack.LoadLoRAStack.execute(THREE, ROLES).args[0]
     prompts, latents = tiny.prompts(), tiny.latents()
     given = {"steps": 10, "learning_rate": 0.01, "similarity_lambda": 0.01, "batch_size": 1, "seed": 0}

@@ -45,16 +45,24 @@ class LoRASource:
 @dataclass(frozen=True, eq=False)
 class LoRASources:
     """What travels on a LORA_PAIR socket: files by concept, "content" and "style" where they are a pair, not yet
-    fitted to a model. Their order is that of everything built from them."""
+    fitted to a model. Their order is that of everything built from them.
+
+    inputs: (concept, "positive" or "latents") -> how the node that asks for it calls it, where that is not ZipLoRA
+    Optimize. own_text_encoders: that node encodes each prompt with its LoRA's own text-encoder part.
+    """
 
     by_concept: Mapping[str, LoRASource]
     warnings: tuple[str, ...] = ()
+    inputs: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    own_text_encoders: bool = False
 
     def __getitem__(self, concept: str) -> LoRASource:
         return self.by_concept[concept]
 
     def input_name(self, concept: str, what: str) -> str:
-        """How ZipLoRA Optimize calls what a concept is given: its own inputs are for the first two."""
+        """How a node calls what a concept is given; the inputs of ZipLoRA Optimize are for the first two."""
+        if (concept, what) in self.inputs:
+            return self.inputs[concept, what]
         place = list(self.by_concept).index(concept)
         return f"{CONCEPTS[place]}_{what}" if place < len(CONCEPTS) else f"{what} of {concept} (in references)"
 

@@ -14,14 +14,20 @@ def parts(source: LoRASource) -> int:
 
 def notes(sources: LoRASources, zipped: bool) -> list[str]:
     """What a report says of them, for each file and for all. zipped: whether prompts were looked at."""
-    counts = [(source.title, parts(source)) for source in sources.by_concept.values()]
+    counted = [(source.title, parts(source)) for source in sources.by_concept.values()]
+    where = (
+        "the LoRA's own prompt was encoded with it, and what is drawn has it where its prompts are encoded with the "
+        "clip that comes out"
+        if sources.own_text_encoders
+        else "it counts where clip is connected to Apply Zipped LoRA and the prompts to draw are encoded with the clip "
+        "that comes out of it"
+    )
     lines = [
-        f"'{title}' also changes the text encoder ({count} layers). This part is not zipped: it counts where clip is "
-        "connected to Apply Zipped LoRA and the prompts to draw are encoded with the clip that comes out of it"
-        for title, count in counts
+        f"'{title}' also changes the text encoder ({count} layers). This part is not zipped: {where}"
+        for title, count in counted
         if count
     ]
-    if lines and zipped:
+    if lines and zipped and not sources.own_text_encoders:
         lines.append(
             "a prompt does not tell which text encoder made it: where the two prompts for zipping were encoded with "
             "the checkpoint's own clip, as in the graphs that ship, each LoRA was looked at without its text-encoder "

@@ -1,0 +1,230 @@
+"""Zip LoRAs in one call: from files, prompts and pictures to a model with the zipped LoRAs on it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ziplora_core.checks import in_range, one_of
+from ...ziplora_core.direct.shared_columns import METHOD as SHARED_COLUMNS
+from ...ziplora_core.files import LoRAFileError, shown
+from ...ziplora_core.objective import OBJECTIVES
+from ...ziplora_core.solver import Settings
+from . import direct
+from .apply import apply, with_text_encoder
+from .drawing import references, sampling
+from .lora import loras, stack, triggers
+from .lora.zipped import ZippedLoRA
+from .optimize import zipping
+from .training import pictures
+
+NO_FILE = "[None]"
+# None: from the weights alone.
+QUALITIES: dict[str, Settings | None] = {
+    "balanced": Settings(),
+    "fast": None,
+    "paper": Settings(steps=100, objective=OBJECTIVES["paper"], solver="gradient"),
+}
+_OTHERS = {"content_lora": "subject_lora", "content_strength": "subject_strength"}  # ours for what errors may say
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a user says of one LoRA. asked: the input that its prompt is written in. pictures: the one for pictures of
+    it, "" where there is none."""
+
+    name: str
+    strength: float
+    clip_strength: float
+    prompt: str
+    asked: str
+    pictures: str = ""
+
+    @property
+    def title(self) -> str:
+        return shown(self.name, 255)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a LoRA's examples are drawn and looked at with, and where it comes from."""
+
+    text: str
+    source: str
+
+    def line(self, concept: str) -> str:
+        return f"prompt used for {loras.role(concept)}: '{shown(self.text, 255)}' ({self.source})"
+
+
+def check_files(**chosen: str | None) -> str | None:
+    """One sentence on why files of the node's own two inputs cannot be used, or None. Reads headers alone.
+
+    None as a name: another node makes it, and it is not known yet.
+    """
+    names = {which: name for which, name in chosen.items() if name not in (None, NO_FILE)}
+    checked = {which: loras.check(name) for which, name in names.items()}
+    problems = [f"{which}: {problem}" for which, problem in checked.items() if problem]
+    if not problems:
+        try:
+            with _in_our_words():
+                loras.refuse_one_file(*names.values())
+        except LoRAFileError as error:
+            return str(error)
+    return "; ".join(problems) or None
+
+
+def fingerprint(*chosen: tuple[str | None, str | None]) -> list[Any]:
+    """Changes where a file does, or what is known of its prompt where none is written. chosen: file and prompt."""
+    return [
+        (loras.fingerprint(name), "" if prompt and prompt.strip() else triggers.of_file(name).prompt)
+        for name, prompt in chosen
+        if name not in (None, NO_FILE)
+    ]
+
+
+def by_concept(own: Mapping[str, Given], lora_stack: Any, stack_prompts: str) -> dict[str, Given]:
+    """All LoRAs by concept, in the order of everything made of them: the node's own, then those of a stack.
+
+    own: "subject" and "style", those that are chosen. lora_stack: None where none is connected. Those of a stack alone
+    are the subject, the style, and others; one that is turned off keeps its place and its line of stack_prompts.
+    Raises ValueError for what is no stack, LoRAFileError where there are not enough LoRAs.
+    """
+    listed = [] if lora_stack is None else stack.entries(lora_stack)
+    if lora_stack is None and len(own) < 2:
+        missing = next(role for role in ("subject", "style") if role not in own)
+        raise LoRAFileError(f"{missing}_lora is {NO_FILE}; choose a file, or connect more LoRAs to lora_stack")
+    lines = stack_prompts.rstrip().splitlines()
+    if len(lines) > len(listed):
+        raise ValueError(
+            f"stack_prompts has {len(lines)} lines, lora_stack {len(listed)} LoRAs; write one line for each, an empty "
+            "one for the trigger words that its file names"
+        )
+    lines += [""] * (len(listed) - len(lines))
+    given = list(own.values()) + [
+        Given(entry.name, entry.strength, entry.clip_strength, line, f"line {place} of stack_prompts")
+        for place, (entry, line) in enumerate(zip(listed, lines, strict=True), 1)
+    ]
+    names = stack.concepts(", ".join([*own, *["other"] * len(listed)] if own else [stack.ROLES]), len(given))
+    ordered = {names[place]: given[place] for place in stack.in_order(names)}
+    found = {c: g for c, g in ordered.items() if g in own.values() or g.strength or g.clip_strength}
+    if not found:
+        raise LoRAFileError("lora_stack holds no LoRA with a strength; choose a file in the stacker")
+    return found
+
+
+def prompts(given: Mapping[str, Given]) -> dict[str, Prompt]:
+    """Each LoRA's prompt: what is written, or what its file and the files beside it say. From headers alone.
+
+    Raises ValueError where there is neither, naming the LoRA and the input.
+    """
+    found = {concept: _prompt(of) for concept, of in given.items()}
+    missing = [of for concept, of in given.items() if not found[concept].text]
+    if missing:
+        said = " and ".join(f"{of.asked} for '{of.title}'" for of in missing)
+        raise ValueError(
+            f"{said} {'is' if len(missing) == 1 else 'are'} empty, and no trigger words are known from the file: write "
+            "the prompt that the LoRA was trained with, trigger word included, such as 'a sks dog' or 'a house in szn "
+            "style' (its download page says it), or choose quality fast, which needs none"
+        )
+    return found
+
+
+def _prompt(of: Given) -> Prompt:
+    if of.prompt.strip():
+        pictures.check_prompt(of.asked, of.prompt)
+        return Prompt(of.prompt, "as written on the node")
+    known = triggers.of_file(of.name)
+    return Prompt(known.prompt.strip(), f"empty on the node; trigger words from {known.source}")
+
+
+def zip_loras(
+    model,
+    clip,
+    given: Mapping[str, Given],
+    quality: str,
+    seed: int,
+    images: Mapping[str, Tensor],
+    vae=None,
+    drawn_size: int = 0,
+) -> tuple[Any, Any, ZippedLoRA, str, Tensor | None]:
+    """(model, clip, zipped, report, rough pictures of what was drawn as a reference or None).
+
+    model: ModelPatcher; it and clip are unchanged. images: by input, IMAGEs (N, H, W, 3) of any size. drawn_size: in
+    pixels, of pictures that are drawn or encoded; 0 for what the model draws best. Every check comes before anything is
+    loaded. Raises as `optimize` does.
+    """
+    one_of("quality", quality, QUALITIES)
+    settings, written = QUALITIES[quality], {}
+    if settings is not None:
+        settings, written = replace(settings, seed=seed), prompts(given)
+        in_range("drawn_size", drawn_size, 0, 8192)
+        check_connected(given, [*images, *(["vae"] if vae is not None else [])])
+        for name, made in images.items():
+            pictures.check_pictures(name, [made])
+    sources = _sources(given)
+    if settings is None:
+        zipped, drawn = direct.merge(model, sources, SHARED_COLUMNS.name), None
+    else:
+        zipping.check_inputs(model, sources, {})
+        side = drawn_size or sampling.best_side(model)
+        conditioning = {c: _encoded(clip, source, written[c].text) for c, source in sources.by_concept.items()}
+        latents = {
+            c: _latents(model, vae, images[of.pictures], side) if of.pictures in images else None
+            for c, of in given.items()
+        }
+        asked = replace(references.DEFAULT, side=side)
+        zipped, _, _, drawn = zipping.optimize(model, sources, conditioning, latents, settings, asked)
+    lines = [zipped.report, *(prompt.line(concept) for concept, prompt in written.items())]
+    zipped = replace(zipped, report="  \n".join(lines))
+    return (*apply(model, clip, zipped, 1.0), zipped, zipped.report, drawn)
+
+
+def check_connected(given: Mapping[str, Given], connected: Collection[str]) -> None:
+    """Raises ValueError for pictures without a LoRA or a VAE. connected: the inputs that something is connected to."""
+    own = {of.pictures for of in given.values()}
+    for name in (name for name in connected if name.endswith("_images")):
+        if name not in own:
+            file = name.replace("images", "lora")
+            raise ValueError(f"{name} is connected, but {file} is {NO_FILE}; choose a file, or take the pictures away")
+        if "vae" not in connected:
+            raise ValueError(f"{name} has to be encoded; connect the checkpoint's VAE to vae")
+
+
+def _sources(given: Mapping[str, Given]) -> loras.LoRASources:
+    with _in_our_words():
+        files = {c: (of.name, of.strength, of.clip_strength) for c, of in given.items()}
+        sources = loras.load_sources(files, of_inputs=all(of.pictures for of in given.values()))
+    inputs = {(concept, "positive"): of.asked for concept, of in given.items()}
+    elsewhere = "its latents to ZipLoRA Optimize, which takes what Load LoRA Stack gives"
+    inputs |= {(concept, "latents"): of.pictures or elsewhere for concept, of in given.items()}
+    return replace(sources, inputs=inputs, own_text_encoders=True)
+
+
+def _encoded(clip, source: loras.LoRASource, text: str) -> list:
+    """A prompt as CLIP Text Encode makes it, with one LoRA's own text-encoder part on: what its user sees."""
+    strength = source.strength if source.clip_strength is None else source.clip_strength
+    own = with_text_encoder(clip, source, strength)
+    conditioning: list = own.encode_from_tokens_scheduled(own.tokenize(text))
+    return conditioning
+
+
+def _latents(model, vae, images: Tensor, side: int) -> dict[str, Tensor]:
+    """Pictures as a LATENT, each encoded alone: autoencoders of video models take several for frames of one."""
+    return {"samples": torch.cat([pictures.encode(model, vae, frame[None], side) for frame in images])}
+
+
+@contextlib.contextmanager
+def _in_our_words() -> Iterator[None]:
+    """Errors of files and strengths by the names of this node's inputs."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error)
+        for theirs, ours in _OTHERS.items():
+            said = said.replace(theirs, ours)
+        raise (LoRAFileError if isinstance(error, LoRAFileError) else ValueError)(said) from None
