@@ -17,7 +17,7 @@ from benchmarks.methods import Case, Merge, Method
 from benchmarks.studio import core
 
 Coefficients = core.coefficients.Coefficients
-Rule = Callable[[Tensor, Tensor], Tensor]
+Rule = Callable[..., Tensor]  # of the updates of one layer, one for each LoRA
 
 
 def dense(rule: Rule) -> Method:
@@ -31,7 +31,7 @@ def dense(rule: Rule) -> Method:
                 continue
             updates = (f.scale * f.up.double() @ f.down.double() for f in layer.values())
             merged = rule(*updates).float()
-            layers[name] = {"content": core.lora_set.Factors(merged, torch.eye(merged.shape[1]))}
+            layers[name] = {next(iter(layer)): core.lora_set.Factors(merged, torch.eye(merged.shape[1]))}
         merged_set = replace(case.fitted.loras, layers=layers)
         ones = Coefficients.ones(merged_set)
         return Merge(replace(case.fitted, loras=merged_set), ones, time.monotonic() - began)
@@ -55,8 +55,8 @@ def _agreeing(updates: Tensor, sign: Tensor) -> Tensor:
 def ties(share: float = 0.2, scale: float = 1.0) -> Rule:
     """TIES (arXiv 2306.01708): trim to the largest `share`, elect signs by total size, mean of those that agree."""
 
-    def rule(content: Tensor, style: Tensor) -> Tensor:
-        trimmed = torch.stack([_kept_largest(update, share) for update in (content, style)])
+    def rule(*updates: Tensor) -> Tensor:
+        trimmed = torch.stack([_kept_largest(update, share) for update in updates])
         return scale * _agreeing(trimmed, trimmed.sum(0).sign())
 
     return rule

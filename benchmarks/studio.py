@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,15 +74,16 @@ class Studio:
         pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255
         return self.vae.encode(torch.from_numpy(pixels)[None])
 
-    def sources(self, content: Trained, style: Trained, strengths: tuple[float, float] = (1.0, 1.0)):
-        folder = self.files.loras[0].parent
-        tensors = [core.files.read_lora_file(folder / c.learned.file) for c in (content, style)]
+    def set_of(self, concepts: Mapping[str, Trained], strengths: Mapping[str, float] | None = None):
+        """LoRAs by concept, each at 1 or at its strength."""
+        folder, strengths = self.files.loras[0].parent, strengths or {}
+        tensors = {c: core.files.read_lora_file(folder / t.learned.file) for c, t in concepts.items()}
         return loras.LoRASources(
-            {
-                "content": loras.LoRASource(content.name, tensors[0], strengths[0]),
-                "style": loras.LoRASource(style.name, tensors[1], strengths[1]),
-            }
+            {c: loras.LoRASource(t.name, tensors[c], strengths.get(c, 1.0)) for c, t in concepts.items()}
         )
+
+    def sources(self, content: Trained, style: Trained, strengths: tuple[float, float] = (1.0, 1.0)):
+        return self.set_of({"content": content, "style": style}, {"content": strengths[0], "style": strengths[1]})
 
     def other_references(self, content: Trained, style: Trained, seed: int):
         """Latents of more renderings of both concepts, for the same prompts: pictures that no LoRA was trained on."""
@@ -114,15 +115,18 @@ class Studio:
         return zipped.dialled({"style": style_strength})
 
     def zip(self, pair, content: Trained, style: Trained, work: Callable, prompt: str = "", latents=None) -> Any:
+        """`zip_set` for a pair."""
+        return self.zip_set(pair, {"content": content, "style": style}, work, prompt, latents)
+
+    def zip_set(self, fitted, concepts: Mapping[str, Trained], work: Callable, prompt: str = "", latents=None) -> Any:
         """What `work(predictor, joined, references)` returns on the loaded model, with each concept's prompt and first
         picture.
 
-        prompt, latents: for both concepts instead.
+        prompt, latents: for all concepts instead.
         """
-        concepts = (("content", content), ("style", style))
-        conditioning = {c: self.prompt(prompt or t.learned.prompt) for c, t in concepts}
-        latents = {c: self.latents(t) if latents is None else latents for c, t in concepts}
-        return predictor.with_predictor(self.model, pair, conditioning, latents, work)
+        conditioning = {c: self.prompt(prompt or t.learned.prompt) for c, t in concepts.items()}
+        latents = {c: self.latents(t) if latents is None else latents for c, t in concepts.items()}
+        return predictor.with_predictor(self.model, fitted, conditioning, latents, work)
 
     @torch.inference_mode()
     def draw(self, zipped, prompts: Sequence[str], seed: int, by_step: Sequence | None = None) -> torch.Tensor:
