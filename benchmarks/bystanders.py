@@ -1,4 +1,4 @@
-"""Three to five LoRAs at once, of which the prompt asks for one or two: do the others stay silent?
+"""Whether LoRAs that the prompt does not ask for stay silent: three and five at once, one or two of them asked for.
 
     python3 dev.py run benchmarks/bystanders.py confirm final       sets of LoRAs that hold alone: two hours
     python3 dev.py run benchmarks/bystanders.py confirm final --table    only what the results file holds
@@ -144,7 +144,11 @@ def _judged(studio: Any, asked: Set, zipped: Any) -> Record:
         "subject": [subject.gates["alone"]] * KINDS["subject"],
         "style": [style.gates["unseen_shapes"].format(shape=s, colour=rng.choice(world.colours)) for s in shapes],
     }
-    wanted = {"both": ([asked.subject], [asked.style]), "subject": ([asked.subject], None), "style": (shapes, [asked.style])}
+    wanted = {
+        "both": ([asked.subject], [asked.style]),
+        "subject": ([asked.subject], None),
+        "style": (shapes, [asked.style]),
+    }
     drawn = studio.draw(zipped, [p for group in prompts.values() for p in group], 1000)
     record = {}
     for kind, pictures in zip(prompts, drawn.split(list(KINDS.values())), strict=True):

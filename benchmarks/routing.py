@@ -31,14 +31,20 @@ def weights_of(layer: Any, means: dict[str, Tensor]) -> dict[str, float]:
     for concept, factors in layer.items():
         update = factors.scale * factors.up.double() @ factors.down.double()
         others = [c for c in layer if c != concept]
-        seen = sum((means[c] for c in others), torch.zeros_like(next(iter(means.values())))) if others else means[concept]
+        seen = (
+            sum((means[c] for c in others), torch.zeros_like(next(iter(means.values())))) if others else means[concept]
+        )
         sizes[concept] = float((update @ seen * update).sum())
     total = sum(sizes.values())
     return {c: size / total if total > 0 else 1 / len(sizes) for c, size in sizes.items()}
 
 
 def regmean(
-    ridge: float = 0.1, pull: float = 1.0, routed: bool = False, rest: str = "columns", to_columns: bool = False,
+    ridge: float = 0.1,
+    pull: float = 1.0,
+    routed: bool = False,
+    rest: str = "columns",
+    to_columns: bool = False,
     prompts: bool = False,
 ) -> Method:
     """rest: layers that are no matrices get shared columns by activity ("columns") or the plain sum ("sum").

@@ -3,7 +3,8 @@
     python3 dev.py run benchmarks/several.py [--counts 2,3,5,8] [--rank 64] [--size 1024] [--small-only]
 
 SDXL: a step (teacher, student, backward) with a row for each LoRA, counted on torch's meta device; bytes of the joined
-factors in half precision, of coefficients in float32 and Adam's two, and of what one row of the student keeps. Small:
+factors in half precision, of coefficients in float32 and Adam's two, of what one row of the student keeps, and of the
+matrices that routing adds up (in the processor's memory) and of those that come of it. Small:
 SDXL in every joint and 32 channels wide, random weights, latents of 16 x 16, on this machine's CPU.
 """
 
@@ -42,7 +43,8 @@ def fitted(model, count: int, rank: int):
 
 
 def of_sdxl(model, count: int, rank: int, size: int) -> list[float]:
-    """TFLOP of a step; MB of the factors, of coefficients with Adam's, of what one row keeps."""
+    """TFLOP of a step; MB of the factors, of coefficients with Adam's, of what one row keeps, of routing's sums and of
+    its matrices."""
     loras = fitted(model, count, rank)
     prompts = {c: full_size.random_prompt(i) for i, c in enumerate(loras.concepts)}
     latents = {c: full_size.random_latents(size // 8, i)["samples"] for i, c in enumerate(loras.concepts)}
@@ -56,12 +58,14 @@ def of_sdxl(model, count: int, rank: int, size: int) -> list[float]:
             (student - teacher).norm().backward()
     kept = BRIDGE.memory.rehearsal.rehearse(model, loras, prompts, latents).kept(0)
     factors = sum(2 * (layer.up.numel() + layer.down.numel()) for layer in stage.joined.layers.values())
-    sizes = (factors, 3 * 4 * loras.coefficient_count, kept)
+    routed = [layer for layer in loras.layers.values() if CORE.routing.routable(layer) and count > 2]
+    matrices = sum(4 * sum(f.rank for f in layer.values()) ** 2 for layer in routed)
+    sizes = (factors, 3 * 4 * loras.coefficient_count, kept, count * matrices, matrices)
     return [counter.get_total_flops() / 1e12, *(size / 1e6 for size in sizes)]
 
 
 def of_small(model, count: int) -> list[float]:
-    """Seconds of a gradient step, of the layer-wise solve, of shared columns."""
+    """Seconds of a gradient step, of the layer-wise solve as set (columns of two, routing of more), of shared columns."""
     loras = fitted(model, count, 16)
     prompts = {c: full_size.random_prompt(i, width=96) for i, c in enumerate(loras.concepts)}
     latents = {c: full_size.random_latents(16, i)["samples"] for i, c in enumerate(loras.concepts)}
@@ -71,7 +75,7 @@ def of_small(model, count: int) -> list[float]:
         settings = CORE.solver.Settings(solver="gradient", steps=6, objective=CORE.objective.PAPER)
         CORE.gradient.optimize(joined, predict, references, settings, lambda _: marks.append(time.monotonic()))
         began = time.monotonic()
-        CORE.layerwise.merge(joined, predict, references, 0)
+        CORE.zipper.solve(joined, predict, references, CORE.solver.Settings())
         solved = time.monotonic()
         CORE.shares.merge(loras)
         steps = sorted(b - a for a, b in zip(marks, marks[1:], strict=False))
@@ -96,8 +100,11 @@ def main() -> int:
         print(f"| {count} | " + " | ".join(f"{seconds:.3f}" for seconds in of_small(small, count)) + " |", flush=True)
     if not given.small_only:
         sdxl = ModelPatcher(full_size.sdxl_model(torch.float16, device="meta"), cpu, cpu)
-        print("\n| LoRAs | TFLOP of a step | factors, MB | coefficients and Adam, MB | kept for a row, MB |")
-        print("|---|---|---|---|---|")
+        print(
+            "\n| LoRAs | TFLOP of a step | factors, MB | coefficients and Adam, MB | kept for a row, MB "
+            "| routing's sums, MB | its matrices, MB |"
+        )
+        print("|---|---|---|---|---|---|---|")
         for count in counts:
             figures = of_sdxl(sdxl, count, given.rank, given.size)
             print(f"| {count} | " + " | ".join(f"{figure:.1f}" for figure in figures) + " |", flush=True)
