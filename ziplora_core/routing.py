@@ -1,7 +1,8 @@
 """A merge of several LoRAs without backpropagation: an input is routed to the LoRA whose reference it looks like.
 
-So those whose concept nobody asked for stay silent. With A the rows of all LoRAs of a layer, one LoRA after another, z = A x what they see of its input, and B their ups
-with scales, P_r the identity on the rows of LoRA r and zero elsewhere, the merge is ΔW = B M A with
+So those whose concept nobody asked for stay silent. With A the rows of all LoRAs of a layer, one LoRA after another,
+z = A x what they see of its input, B their ups with scales, P_r the identity on the rows of LoRA r and zero elsewhere,
+the merge is ΔW = B M A with
 
     min over M of  Σ_r w_r E_r‖M z − P_r z‖²  +  λ ‖(M − 1) A‖²
     M = (Σ_r w_r P_r G_r + λ A Aᵀ) (Σ_r w_r G_r + λ A Aᵀ)⁻¹,        G_r = E_r[z zᵀ]
