@@ -146,7 +146,7 @@ def _printable(text: str) -> str:
 
 
 def _prompt(said: Any) -> str:
-    """A text as a prompt: in one line, without HTML and what loads networks (`<lora:…>`), cut at a comma or a space where it is long."""
+    """A text as a prompt: in one line, without HTML and `<lora:…>`, cut at a comma or a space where it is long."""
     if not isinstance(said, str):
         return ""
     text = _MARKUP.sub(" ", html.unescape(said[: 20 * LONGEST]))

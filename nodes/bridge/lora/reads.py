@@ -30,7 +30,7 @@ _BY_NODE: dict[str, _Reads] = {}
 
 
 def _of_this_node() -> _Reads:
-    """By the node's id, which the host tells in fingerprints too, unlike hidden inputs; where no graph runs, nobody's."""
+    """By the node's id, told in fingerprints too, as hidden inputs are not. Nobody's where no graph runs."""
     running = get_executing_context()
     return _Reads() if running is None else _BY_NODE.setdefault(running.node_id, _Reads())
 
