@@ -99,14 +99,16 @@ class ZipLoRAOptimize(io.ComfyNode):
                     "solver",
                     SOLVERS,
                     "layerwise: in closed form from a few forward passes, without backpropagation: fits wherever "
-                    "sampling fits, and draws as well as what takes longer. gradient: the paper's, from all ones; give "
-                    "it 100 steps. Or the first as the second's start.",
+                    "sampling fits, and draws as well as what takes longer; of three LoRAs and more it mixes ranks "
+                    "instead of weighing columns. gradient: the paper's, from all ones; give it 100 steps. Or the "
+                    "first as the second's start.",
                 ),
                 inputs.fraction(
                     Settings,
                     "ridge",
                     0.1,
-                    "How strongly the layer-wise solve holds on to the plain sum of both LoRAs: 0.1 less, 1 more.",
+                    "How strongly the layer-wise solve holds on to the plain sum of the LoRAs: 0.1 less, 1 more. Of "
+                    "three and more it is divided by their number.",
                     optional=True,
                 ),
                 io.Int.Input(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from .bridge.lora import stack
+from .bridge.lora import reads, stack
 from .sockets import LoRAPairSocket, LoRAStackSocket
 
 
@@ -34,6 +34,10 @@ class LoadLoRAStack(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_) -> int:
+        return reads.changes()
 
     @classmethod
     def execute(cls, lora_stack, roles: str) -> io.NodeOutput:

@@ -1,12 +1,15 @@
-// Trigger words on nodes that choose LoRA files: as placeholders of the prompts, by a button, and the files' pictures.
+// Trigger words on nodes that choose LoRA files: as placeholders of their own prompts, by a button, and pictures.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
-// By node: the widgets that choose files, and where the prompt of each is written.
+// By node: the widgets that choose files, and where the prompt of each is written. isOwn: whether those are the node's
+// own, in which nothing stands for the file's words, so that a placeholder may say so; an empty CLIP Text Encode means
+// an empty prompt.
 const NODES = {
   ZipLoRAs: {
     files: ["subject_lora", "style_lora"],
+    isOwn: true,
     prompts: (node) => ["subject_prompt", "style_prompt"].map((name) => written(node, name)),
   },
   LoadLoRAPair: {
@@ -141,7 +144,7 @@ async function refresh(node, kind) {
   const names = kind.files.map((name) => written(node, name)?.value);
   const known = await Promise.all(names.map(ask));
   if (node.ziploraAsked !== asked || !node.graph) return; // another file since, or the node is gone
-  placeholders(kind.prompts(node), known);
+  if (kind.isOwn) placeholders(kind.prompts(node), known);
   show(node, kind, known);
 }
 

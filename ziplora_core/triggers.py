@@ -30,6 +30,28 @@ _BASES = ("ss_base_model_version", "modelspec.architecture", "ss_base_model", "b
 _PROMPTS_BESIDE = ("activation text", "trainedWords", "TrainedWords", "trigger_words", "instance_prompt")
 _BASES_BESIDE = ("baseModel", "BaseModel", "base_model", "sd version")
 _NOT_KNOWN = ("", "unknown", "other", "none", "undefined", "null", "n/a")
+# What a text has that tells of a LoRA instead of being its trigger words.
+_NO_END = (
+    "".join(rf"(?<!\b{short})" for short in "st mr mrs ms dr jr sr vs mt no vol ft feat".split()) + r"(?<!\b[^\W\d])"
+)
+_PROSE = re.compile(
+    rf"\w{_NO_END}\.['\"’”)]*\s+\w"  # a sentence, and another one; names have a "!" in them, as Love Live! has
+    r"|[。！？]\s*\w|https?://|\bwww\.|\w@\w|©|\b(?:please|licen[cs]e[ds]?|copyright)\b"
+    r"|\btrained (?:by|on|with|for|at|using)\b",
+    re.IGNORECASE,
+)
+_LONGEST_CLAUSE = 20  # words without a comma between: more is a sentence
+_HTML = (
+    "a|abbr|article|audio|b|big|blockquote|body|br|button|center|code|dd|del|details|div|dl|dt|em|embed|figcaption|"
+    "figure|font|footer|form|h[1-6]|head|header|hr|html|i|iframe|img|input|ins|kbd|li|link|mark|meta|nav|ol|p|picture|"
+    "pre|s|samp|script|section|small|span|strike|strong|sub|summary|sup|svg|table|tbody|td|tfoot|th|thead|tr|tt|u|ul|"
+    "video|wbr"
+)
+# Not other words in angle brackets, which are trigger words themselves: `<sks>`, `<s0><s1>`.
+_MARKUP = re.compile(
+    rf"<(?:(?:lora|lyco|hypernet):[^<>]*|/?(?:{_HTML})(?:[\s/][^<>]*)?|!--[^<>]*--|\w+[\s/][^<>=]*=[^<>]*)>",
+    re.IGNORECASE,
+)
 _HINTS = (
     r"(?:trigger|activation)(?: ?words?| ?phrases?| ?tokens?| ?tags?)?(?: is| are)? ?[:=] ?(.+)",
     r"(?:trigger|key) ?words?(?: is| are)? ?[:=]? ?['\"‘“](.+?)['\"’”]",
@@ -63,7 +85,8 @@ def known(metadata: Mapping[str, Any], beside: Mapping[str, Any]) -> Triggers:
     """What a file's header and the files beside it say; thumbnail and notes are the caller's. Raises nothing.
 
     metadata: the header's `__metadata__`. beside: kind of file ("civitai.info", "txt", …) -> its text or its parsed
-    JSON; the first that says something counts, and before the header, since people and sites keep them up to date.
+    JSON; the first that says something counts, tables before the header, since people and sites keep them up to date.
+    A plain text, which may as well be a note to read, comes after the header's explicit phrases.
 
     In a header an explicit phrase comes before a usage hint that names one, and both before tag counts. Of the base
     model, ss_sd_model_name (the checkpoint's file) says only the line: trainers write SDXL for all of its lines.
@@ -86,13 +109,14 @@ def _base_model(metadata: Mapping[str, Any], beside: Mapping[str, Any]) -> str:
 
 def _prompts(metadata: Mapping[str, Any], beside: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for kind, found in beside.items():
-        if isinstance(found, str):
-            yield kind, _prompt(found)
         for table in _tables(found):
             for key in _PROMPTS_BESIDE:
                 yield kind, _words(table.get(key))
     for key in _PROMPTS:
         yield key, _words(metadata.get(key))
+    for kind, found in beside.items():
+        if isinstance(found, str) and not is_prose(found):
+            yield kind, _prompt(found)
     hint = _prompt(metadata.get("modelspec.usage_hint"))
     found = next(filter(None, (re.search(pattern, hint, re.IGNORECASE) for pattern in _HINTS)), None)
     yield "modelspec.usage_hint", _prompt(found[1].strip(" '\"‘’“”.")) if found else ""
@@ -125,7 +149,7 @@ def _prompt(said: Any) -> str:
     """A text as a prompt: in one line, without HTML and `<lora:…>`, cut at a comma or a space where it is long."""
     if not isinstance(said, str):
         return ""
-    text = re.sub(r"<[^<>]*>", " ", html.unescape(said[: 20 * LONGEST]))
+    text = _MARKUP.sub(" ", html.unescape(said[: 20 * LONGEST]))
     text = re.sub(r"\s*,[\s,]*", ", ", " ".join(_printable(text).split())).strip(" ,;")
     if text.lower() in _NOT_KNOWN:
         return ""
@@ -133,6 +157,13 @@ def _prompt(said: Any) -> str:
         head = text[:LONGEST]
         text = head.rpartition(",")[0] or head.rpartition(" ")[0] or head
     return text.strip(" ,;")
+
+
+def is_prose(text: str) -> bool:
+    """Whether a text beside a LoRA reads as sentences, such as a license, and not as words to write in a prompt."""
+    text = _MARKUP.sub(" ", text[: 20 * LONGEST])
+    clauses = re.split(r"[,;\n]", text)
+    return bool(_PROSE.search(text)) or any(len(clause.split()) > _LONGEST_CLAUSE for clause in clauses)
 
 
 def _words(said: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,8 +19,9 @@ from ...ziplora_core.solver import Settings
 from . import direct
 from .apply import apply, with_text_encoder
 from .drawing import references, sampling
-from .lora import loras, stack, triggers
+from .lora import loras, reads, stack, triggers
 from .lora.zipped import ZippedLoRA
+from .memory.retry import LESS, is_out_of_memory
 from .optimize import zipping
 from .training import pictures
 
@@ -30,7 +32,9 @@ QUALITIES: dict[str, Settings | None] = {
     "fast": None,
     "paper": Settings(steps=100, objective=OBJECTIVES["paper"], solver="gradient"),
 }
-_OTHERS = {"content_lora": "subject_lora", "content_strength": "subject_strength"}  # ours for what errors may say
+# What errors say to users of the other nodes, and what this one's can do. Whole words, never inside quotes.
+_OTHERS = {"content_lora": "subject_lora", "content_strength": "subject_strength", "content": "subject"}
+_EASIER = {"balanced": "choose quality fast", "paper": "choose quality balanced or fast"}
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,14 @@ class Given:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a LoRA's examples are drawn and looked at with, and where it comes from."""
+    """What a LoRA's examples are drawn and looked at with, and where it comes from. title: of the LoRA's file."""
 
     text: str
     source: str
+    title: str
 
     def line(self, concept: str) -> str:
-        return f"prompt used for {loras.role(concept)}: '{shown(self.text, 255)}' ({self.source})"
+        return f"prompt used for {loras.role(concept)}: '{shown(self.text, 255)}' ({self.source}); LoRA: '{self.title}'"
 
 
 def check_files(**chosen: str | None) -> str | None:
@@ -71,7 +76,7 @@ def check_files(**chosen: str | None) -> str | None:
     problems = [f"{which}: {problem}" for which, problem in checked.items() if problem]
     if not problems:
         try:
-            with _in_our_words():
+            with _in_our_words(*names.values()):
                 loras.refuse_one_file(*names.values())
         except LoRAFileError as error:
             return str(error)
@@ -79,12 +84,20 @@ def check_files(**chosen: str | None) -> str | None:
 
 
 def fingerprint(*chosen: tuple[str | None, str | None]) -> list[Any]:
-    """Changes where a file does, or what is known of its prompt where none is written. chosen: file and prompt."""
-    return [
-        (loras.fingerprint(name), "" if prompt and prompt.strip() else triggers.of_file(name).prompt)
+    """Changes where a file does, or what is known of its prompt where none is written; also of what a link names.
+
+    chosen: file and prompt of the node's own two inputs.
+    """
+    own = [
+        (loras.fingerprint(name), "" if prompt and prompt.strip() else _known_prompt(name))
         for name, prompt in chosen
         if name not in (None, NO_FILE)
     ]
+    return [*own, reads.changes()]
+
+
+def _known_prompt(name: str) -> str:
+    return triggers.of_file(name).prompt
 
 
 def by_concept(own: Mapping[str, Given], lora_stack: Any, stack_prompts: str) -> dict[str, Given]:
@@ -137,9 +150,9 @@ def prompts(given: Mapping[str, Given]) -> dict[str, Prompt]:
 def _prompt(of: Given) -> Prompt:
     if of.prompt.strip():
         pictures.check_prompt(of.asked, of.prompt)
-        return Prompt(of.prompt, "as written on the node")
+        return Prompt(of.prompt, "as written on the node", of.title)
     known = triggers.of_file(of.name)
-    return Prompt(known.prompt.strip(), f"empty on the node; trigger words from {known.source}")
+    return Prompt(known.prompt.strip(), f"empty on the node; trigger words from {known.source}", of.title)
 
 
 def zip_loras(
@@ -161,24 +174,28 @@ def zip_loras(
     one_of("quality", quality, QUALITIES)
     settings, written = QUALITIES[quality], {}
     if settings is not None:
+        for of in given.values():
+            if not of.prompt.strip():
+                reads.remember(_known_prompt, of.name)
         settings, written = replace(settings, seed=seed), prompts(given)
         in_range("drawn_size", drawn_size, 0, 8192)
         check_connected(given, [*images, *(["vae"] if vae is not None else [])])
         for name, made in images.items():
             pictures.check_pictures(name, [made])
-    sources = _sources(given)
-    if settings is None:
-        zipped, drawn = direct.merge(model, sources, SHARED_COLUMNS.name), None
-    else:
-        zipping.check_inputs(model, sources, {})
-        side = drawn_size or sampling.best_side(model)
-        conditioning = {c: _encoded(clip, source, written[c].text) for c, source in sources.by_concept.items()}
-        latents = {
-            c: _latents(model, vae, images[of.pictures], side) if of.pictures in images else None
-            for c, of in given.items()
-        }
-        asked = replace(references.DEFAULT, side=side)
-        zipped, _, _, drawn = zipping.optimize(model, sources, conditioning, latents, settings, asked)
+    with _in_our_words(*(of.name for of in given.values()), easier=_EASIER.get(quality, "")):
+        sources = _sources(given)
+        if settings is None:
+            zipped, drawn = direct.merge(model, sources, SHARED_COLUMNS.name), None
+        else:
+            zipping.check_inputs(model, sources, {})
+            side = drawn_size or sampling.best_side(model)
+            conditioning = {c: _encoded(clip, source, written[c].text) for c, source in sources.by_concept.items()}
+            latents = {
+                c: _latents(model, vae, images[of.pictures], side) if of.pictures in images else None
+                for c, of in given.items()
+            }
+            asked = replace(references.DEFAULT, side=side)
+            zipped, _, _, drawn = zipping.optimize(model, sources, conditioning, latents, settings, asked)
     lines = [zipped.report, *(prompt.line(concept) for concept, prompt in written.items())]
     zipped = replace(zipped, report="  \n".join(lines))
     return (*apply(model, clip, zipped, 1.0), zipped, zipped.report, drawn)
@@ -196,9 +213,8 @@ def check_connected(given: Mapping[str, Given], connected: Collection[str]) -> N
 
 
 def _sources(given: Mapping[str, Given]) -> loras.LoRASources:
-    with _in_our_words():
-        files = {c: (of.name, of.strength, of.clip_strength) for c, of in given.items()}
-        sources = loras.load_sources(files, of_inputs=all(of.pictures for of in given.values()))
+    files = {c: (of.name, of.strength, of.clip_strength) for c, of in given.items()}
+    sources = loras.load_sources(files, of_inputs=all(of.pictures for of in given.values()))
     inputs = {(concept, "positive"): of.asked for concept, of in given.items()}
     elsewhere = "its latents to ZipLoRA Optimize, which takes what Load LoRA Stack gives"
     inputs |= {(concept, "latents"): of.pictures or elsewhere for concept, of in given.items()}
@@ -219,12 +235,28 @@ def _latents(model, vae, images: Tensor, side: int) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _in_our_words() -> Iterator[None]:
-    """Errors of files and strengths by the names of this node's inputs."""
+def _in_our_words(*names: str, easier: str = "") -> Iterator[None]:
+    """Errors by the names of this node's inputs, with what its users can change. names: of the files in question.
+    easier: what to choose where a run needs too much memory, or fails on its numbers."""
     try:
         yield
-    except ValueError as error:
-        said = str(error)
-        for theirs, ours in _OTHERS.items():
-            said = said.replace(theirs, ours)
-        raise (LoRAFileError if isinstance(error, LoRAFileError) else ValueError)(said) from None
+    except Exception as error:
+        kinds = (LoRAFileError, ValueError, FloatingPointError)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), None)
+        if kind is None and not is_out_of_memory(error):
+            raise
+        said = _translated(str(error), names, easier)
+        if said == str(error):
+            raise
+        raise (kind or type(error))(said) from None
+
+
+def _translated(said: str, names: Collection[str], easier: str) -> str:
+    """Word for word, but for what stands in quotes: names of files, which may have quotes of their own, and layers."""
+    words = dict(_OTHERS)
+    if easier:
+        words |= {LESS: f"lower drawn_size, or {easier}", references.LESS: "drawn_size"}
+        words["lower learning_rate or"] = f"{easier}, or"
+    quoted = [rf"'{re.escape(shown(name, 255))}'" for name in names] + [r"(?<!\w)'.*?'(?!\w)"]
+    ours = [rf"(?<!\w){re.escape(word)}(?!\w)" for word in sorted(words, key=len, reverse=True)]
+    return re.sub("|".join([*ours, *quoted]), lambda found: words.get(found[0], found[0]), said)

@@ -144,6 +144,7 @@ def test_the_pairs_button_fills_the_prompts_that_its_zip_is_given(page: Frontend
     pair = add(page, "LoadLoRAPair", content_lora=SUBJECT, style_lora=STYLE)
     zip_ = add(page, "ZipLoRAOptimize")
     prompts = {name: add(page, "CLIPTextEncode") for name in ("content_positive", "style_positive")}
+    ordinary = texts(page, prompts["content_positive"], "text")[0][1]
     link = """([from, to, name]) => {
         const graph = window.app.graph, target = graph.getNodeById(to)
         graph.getNodeById(from).connect(0, target, target.inputs.findIndex(input => input.name === name)) }"""
@@ -151,6 +152,8 @@ def test_the_pairs_button_fills_the_prompts_that_its_zip_is_given(page: Frontend
     for name, node in prompts.items():
         page.page.evaluate(link, [node, zip_, name])
     has(page, pair, BUTTON)
+    # An empty CLIP Text Encode encodes nothing: no placeholder may look as if it encoded the words.
+    assert all(texts(page, node, "text") == [["", ordinary]] for node in prompts.values())
     page.page.evaluate(PRESS, pair)
     said = [texts(page, node, "text")[0][0] for node in prompts.values()]
     assert said == ["sks dog", "szn style"]

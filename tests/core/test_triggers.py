@@ -232,6 +232,56 @@ def test_other_kinds_of_values_in_files_beside_are_passed_over(found: dict[str, 
     assert len(known.prompt) <= triggers.LONGEST and len(known.base_model) <= 120 and known.strength is None
 
 
+@pytest.mark.parametrize(
+    ("said", "prompt"),
+    [
+        ("a photo of <s0><s1>", "a photo of <s0><s1>"),
+        ("a <sks> dog, <cat-toy> in <style>", "a <sks> dog, <cat-toy> in <style>"),
+        ("<lora:dog:0.8> sks dog <lyco:a> <hypernet:b:1>", "sks dog"),
+        ("<LoRA:dog> sks<br/>dog", "sks dog"),
+        ("<p class='x'>sks <strong>dog</strong></p>", "sks dog"),
+        ("sks dog <svg/onload=alert(1)>", "sks dog"),
+    ],
+)
+def test_of_angle_brackets_only_markup_goes(said: str, prompt: str) -> None:
+    assert triggers.known({}, {"civitai.info": {"trainedWords": [said]}}).prompt == prompt
+    assert triggers.known({"modelspec.trigger_phrase": said}, {}).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "This LoRA was trained by me. License: CC-BY. Please do not sell.",
+        "Use it at 0.8. Good luck",
+        "Please credit me",
+        "see https://example.test/x for the words",
+        "我的模型。请勿出售",
+        "it draws a dog that I photographed on many a long walk at the sea and which has become quite famous since",
+    ],
+)
+def test_a_text_to_read_is_no_prompt(said: str) -> None:
+    assert triggers.known({}, {"txt": said}) == triggers.Triggers()
+    counted = triggers.known({"ss_tag_frequency": '{"1_sks dog": {"sks dog": 5}}'}, {"txt": said})
+    assert (counted.prompt, counted.source) == ("sks dog", "ss_tag_frequency")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "A photo of sks dog.",
+        "St. Bernard dog, v1.0 style",
+        "art by h. r. giger",
+        "love live! school idol project, 1girl",
+    ]
+    + ["mrs. smith", "@artist, k-on! yui"],
+)
+def test_a_text_of_words_is_a_prompt_behind_the_headers_own(said: str) -> None:
+    found = triggers.known({"ss_tag_frequency": '{"1_x": {"x": 5}}'}, {"txt": said})
+    assert (found.prompt, found.source) == (said, "txt")
+    found = triggers.known({"modelspec.trigger_phrase": "phrase"}, {"txt": said})
+    assert (found.prompt, found.source) == ("phrase", "modelspec.trigger_phrase")
+
+
 def test_a_prompt_is_one_printable_line() -> None:
     words = "dog\u202e\x00,\n\ncat &amp; <script>x</script>"
     assert triggers.known({}, {"txt": words}).prompt == "dog, cat & x"

@@ -184,8 +184,10 @@ def test_links_out_of_the_folder_are_not_followed(folder: Path) -> None:
         ("json", b'{"activation text": "x", "pad": "' + b"x" * (5 * 2**20) + b'"}'),
         ("txt", b"word " * 400),
         ("txt", b"x" * 100_000),
+        ("txt", b"My first LoRA. Do not sell it."),
+        ("txt", b"tag, " * 70),
     ],
-    ids=["cut off", "a list", "no text", "deep", "large", "long", "too large"],
+    ids=["cut off", "a list", "no text", "deep", "large", "long", "too large", "sentences", "long list"],
 )
 def test_broken_files_beside_are_passed_over_with_a_note(folder: Path, ending: str, said: bytes) -> None:
     write(folder, "a.safetensors", {"modelspec.trigger_phrase": "phrase"})
@@ -282,6 +284,7 @@ def test_lines_of_sdxl_are_told_apart_by_the_checkpoints_name(folder: Path, sdxl
     pony = {"ss_base_model_version": "sdxl_base_v1-0", "ss_sd_model_name": "ponyDiffusionV6XL.safetensors"}
     (note,) = notes(folder, sdxl, monkeypatch, pony, "sd_xl_base_1.0.safetensors")
     assert "Pony" in note and "sd_xl_base_1.0.safetensors" in note
+    assert note.endswith("best is a checkpoint of the same line, for every LoRA"), "there may be one LoRA, or five"
     assert notes(folder, sdxl, monkeypatch, pony, "models/ponyRealism_v22.safetensors") == []
     assert len(notes(folder, sdxl, monkeypatch, pony)) == 1
     assert notes(folder, sdxl, monkeypatch, KOHYA, "sd_xl_base_1.0.safetensors") == []

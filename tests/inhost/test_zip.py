@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,88 @@ def test_what_can_be_refused_is_refused_before_work(pack, miniature, folder, mon
     save_file(alien, folder / "alien.safetensors")
     with pytest.raises(ValueError, match="alien.safetensors.*has no layer that fits this model"):
         zipped_by(pack, miniature, **{**given(file("alien"), b), **words})
+
+
+def test_errors_name_this_nodes_inputs_and_leave_names_of_files(pack, miniature, folder):
+    """Whole words, and nothing in quotes, whatever a file is called."""
+    ours = "my_content_lora.safetensors", "a 'content' dog's content_lora.safetensors"
+    for name in ours:
+        (folder / name).write_bytes((folder / file("mushroom")).read_bytes())
+    with pytest.raises(ValueError) as refused:
+        zipped_by(pack, miniature, **given(*ours, subject_prompt="x", style_prompt="y"))
+    rest = (
+        "both the subject and the style LoRA, so there is nothing to zip; choose the subject's file in subject_lora "
+        "and the style's in style_lora"
+    )
+    assert str(refused.value) == f"'{ours[0]}' and '{ours[1]}' hold the same LoRA, which would be {rest}"
+    assert pack.nodes.ZipLoRAs.validate_inputs(ours[0], ours[0]) == f"'{ours[0]}' is {rest}"
+
+
+@pytest.mark.parametrize(("quality", "easier"), [("balanced", "quality fast"), ("paper", "quality balanced or fast")])
+def test_out_of_memory_says_what_users_of_this_node_can_change(pack, miniature, folder, monkeypatch, quality, easier):
+    import comfy.model_management as management
+
+    zipping = pack.nodes.bridge.optimize.zipping
+    inputs = given(file("mushroom"), file("ember"), subject_prompt="x", style_prompt="y", quality=quality)
+    theirs = r"learning_rate|drawn_references|batch_size|solver|latents|\bcontent\b"
+
+    def fails(*given):
+        raise management.OOM_EXCEPTION("Allocation on device")
+
+    def says(kind: type[Exception]) -> str:
+        with pytest.raises(kind) as failed, torch.inference_mode():
+            zipped_by(pack, miniature, **inputs)
+        assert not re.search(theirs, str(failed.value)), str(failed.value)
+        return str(failed.value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipping, "_solve", fails)
+        said = says(management.OOM_EXCEPTION)
+        assert said.startswith("not enough memory to zip: about") and "GB were there" in said
+        assert said.endswith(f"; lower drawn_size, or choose {easier}")
+
+        def not_finite(*given):
+            raise zipping.solver.NotFinite("the loss is not finite", 1, given[4].before, given[4].before, None)
+
+        patch.setattr(zipping, "_solve", not_finite)
+        assert f"; choose {easier}, or load the model in bf16 or fp32; " in says(FloatingPointError)
+    monkeypatch.setattr(pack.nodes.bridge.drawing.references, "draw_plain", fails)
+    said = says(management.OOM_EXCEPTION)
+    assert re.match(r"not enough memory to draw \d+ subject references of 128 x 128 pixels; lower drawn_size, or", said)
+    assert said.endswith("connect subject_images")
+
+
+def test_words_of_a_stacks_files_are_a_part_of_the_fingerprint(pack, miniature, folder):
+    """Where their prompts are empty. The host gives the stack itself to no fingerprint."""
+    from comfy_execution.utils import CurrentNodeContext
+
+    node, stack = pack.nodes.ZipLoRAs, [(file(name), 1.0, 1.0) for name in NAMES[:2]]
+    for name in NAMES[:2]:
+        (folder / f"{name}.txt").write_text(WORDS[name], encoding="utf-8")
+    inputs = given(NO_FILE, NO_FILE)
+
+    def fingerprint(running: str) -> list:
+        with CurrentNodeContext("prompt", running):
+            return node.fingerprint_inputs(**inputs, lora_stack=None)
+
+    def run(running: str, **more) -> None:
+        with CurrentNodeContext("prompt", running), torch.inference_mode():
+            zipped_by(pack, miniature, **{**inputs, **more}, lora_stack=stack)
+
+    before = fingerprint("empty")
+    run("empty")
+    run("written", stack_prompts="one\ntwo")
+    assert fingerprint("empty") == before == fingerprint("written") == fingerprint("other")
+    (folder / f"{NAMES[1]}.txt").write_text("other words", encoding="utf-8")
+    after = fingerprint("empty")
+    assert after != before == fingerprint("written") == fingerprint("other")
+    run("empty")
+    assert fingerprint("empty") == after
+    save_file(load_file(folder / file("dusk")), folder / file(NAMES[0]))
+    assert fingerprint("empty") not in (before, after) and fingerprint("written") != before
+    (folder / file(NAMES[1])).unlink()
+    gone = fingerprint("written")
+    assert gone == fingerprint("written") and gone != before
 
 
 def test_files_are_checked_while_the_prompt_is_queued(pack, folder):

@@ -13,6 +13,7 @@ from ..memory.retry import is_out_of_memory
 from .sampling import GeneratedReferences, ReferenceRequest, Watch, draw_plain
 
 DEFAULT = ReferenceRequest()
+LESS = "drawn_references or drawn_size"  # inputs that make it need less memory
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def draw(
             raise
         raise type(error)(
             f"not enough memory to draw {request.count} {concept} references of {request.side} x {request.side} "
-            f"pixels; lower drawn_references or drawn_size, or connect {sources.input_name(concept, 'latents')}"
+            f"pixels; lower {LESS}, or connect {sources.input_name(concept, 'latents')}"
         ) from None
     if drawn is None:
         raise FloatingPointError(

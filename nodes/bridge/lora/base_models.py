@@ -59,8 +59,8 @@ def _notes(source: LoRASource, said: triggers.Triggers, family: str, checkpoints
         f"the checkpoint '{shown(checkpoints[0], 120)}'" if len(checkpoints) == 1 else "a checkpoint of another line"
     )
     return [
-        f"{base}{line}; on {which} its words and strength may do less: best is a checkpoint of the same line, for both "
-        "LoRAs"
+        f"{base}{line}; on {which} its words and strength may do less: best is a checkpoint of the same line, for "
+        "every LoRA"
     ]
 
 

@@ -16,7 +16,7 @@ from ....ziplora_core import formats
 from ....ziplora_core.checks import Range
 from ....ziplora_core.files import LoRAFileError, check_lora_file, check_tensors, read_lora_file, shown
 from ....ziplora_core.lora_set import CONCEPTS, is_pair
-from . import hashes
+from . import hashes, reads
 
 STRENGTH = Range(-100, 100)  # of a LoRA, a merge or a dial: wider than the nodes' sliders, for the API
 
@@ -200,6 +200,7 @@ def _check_strengths(by_concept: Mapping[str, float]) -> None:
 def load(name: str, strength: float, clip_strength: float | None = None) -> LoRASource:
     """Read one file, and its hash in the same pass where it is not known. Raises LoRAFileError."""
     path = lora_path(name)
+    reads.remember(fingerprint, name)
     file, version = hashes.key(path), fingerprint(name)
     known = hashes.HASHES.known(file)
     digest = hashlib.sha256() if known is None else None

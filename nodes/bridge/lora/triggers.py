@@ -21,7 +21,6 @@ __all__ = ["Triggers", "of_file"]
 _LARGEST_HEADER = 16 * 2**20  # bytes: a LoRA's own takes one, tag counts of a large training some more
 _LARGEST_TABLE = 4 * 2**20  # bytes of a JSON file beside it
 _LARGEST_TEXT = 64 * 2**10  # bytes of a text beside it
-_WORDS = 1000  # characters: a longer text beside a LoRA is no list of trigger words
 
 # What stands in place of, or behind, the ending of a LoRA's name, in the order in which they count: what users write
 # in AUTOMATIC1111's page or by hand, then what managers keep and users edit there, then what was downloaded.
@@ -87,10 +86,8 @@ def _beside(path: str, notes: list[str]) -> Iterator[tuple[str, Any]]:
             if text is None:
                 continue
             found = text if ending == ".txt" else parsed(text)
-            if ending == ".txt" and len(text) > _WORDS:
-                notes.append(
-                    f"'{_title(place)}' is too long for trigger words ({len(text):,} characters); it is ignored"
-                )
+            if ending == ".txt" and (len(text.strip()) > triggers.LONGEST or triggers.is_prose(text)):
+                notes.append(f"'{_title(place)}' is long or holds sentences, not trigger words; it is ignored")
             elif not isinstance(found, dict | str):
                 notes.append(f"'{_title(place)}' is no JSON table; it is ignored")
             else:

@@ -12,13 +12,13 @@ from .plan import GB, Plan
 
 T = TypeVar("T")
 
-_LESS = (
+LESS = (
     "connect smaller latents (drawn_size where none are connected), lower batch_size, or choose solver 'layerwise', "
     "which needs no backward pass"
 )
 
 
-def carry_out(plan: Plan, attempt: Callable[[Plan], T], what: str = "zip", less: str = _LESS) -> tuple[Plan, T]:
+def carry_out(plan: Plan, attempt: Callable[[Plan], T], what: str = "zip", less: str = LESS) -> tuple[Plan, T]:
     """Run it; where memory runs out, once more with the least. Returns the plan that worked, and what it gave.
 
     what, less: for the message when that is not enough either: what was tried, and what would need less. Raises
