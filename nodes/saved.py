@@ -8,16 +8,18 @@ from comfy_api.v0_0_2 import io
 from .bridge import saved
 from .bridge.disk import provenance
 from .inputs import connected
+from .schema import Schema
 from .sockets import ZippedLoRASocket
 
 
 class SaveZippedLoRA(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="SaveZippedLoRA",
             display_name="Save Zipped LoRA",
-            category="ZipLoRA",
+            category="ZipLoRA/files",
+            search_aliases=["keep zip"],
             description="Saves the coefficients of a zipped pair alone: a few megabytes, bound to the LoRA files by "
             "hash. Load Zipped LoRA makes the pair again. For other programs use Export Merged LoRA.",
             is_output_node=True,
@@ -43,11 +45,12 @@ class SaveZippedLoRA(io.ComfyNode):
 
 class LoadZippedLoRA(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="LoadZippedLoRA",
             display_name="Load Zipped LoRA",
-            category="ZipLoRA",
+            category="ZipLoRA/files",
+            search_aliases=["open zip"],
             description="Makes a zipped pair again from its saved coefficients and the two LoRA files, which are found "
             "by their contents, whatever they are called now.",
             inputs=[
