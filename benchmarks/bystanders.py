@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -186,13 +187,15 @@ def interval(values: Sequence[Sequence[float]], figure: Callable[[Sequence[float
     """A figure of columns' means, and its 95 % interval: rows are drawn again, with replacement (percentiles)."""
     table = torch.tensor(values, dtype=torch.float64)
     picks = torch.randint(len(table), (ROUNDS, len(table)), generator=torch.Generator().manual_seed(0))
-    again = torch.tensor([figure(row) for row in table[picks].mean(1).tolist()], dtype=torch.float64)
-    low, high = again[again.isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return figure(table.mean(0).tolist()), low, high
+    again = sorted(f for row in table[picks].mean(1).tolist() if not math.isnan(f := figure(row)))
+    if not again:
+        return math.nan, math.nan, math.nan
+    return figure(table.mean(0).tolist()), again[int(0.025 * len(again))], again[int(0.975 * len(again))]
 
 
 def ratio(means: Sequence[float]) -> float:
-    return means[0] / means[1] if means[1] else float("inf")
+    """Of the first to the second; no number where both are zero."""
+    return means[0] / means[1] if means[1] else math.inf if means[0] else math.nan
 
 
 def table(records: Sequence[Record], against: str = "stack at 1") -> list[str]:
@@ -200,9 +203,9 @@ def table(records: Sequence[Record], against: str = "stack at 1") -> list[str]:
     bystanders cost as a share of what they cost there."""
     by: dict[tuple[str, int, str], Mapping[str, float]] = {(r["method"], r["count"], r["set"]): r for r in records}
     lines = [
-        f"| LoRAs | method | sets | both right | subject alone | style alone | all three | times {against}'s | lost to "
-        "bystanders | of that method's loss |",
-        "|---" * 10 + "|",
+        f"| LoRAs | method | sets | both right | subject alone | style alone | all three | less {against}'s | in parts "
+        "of it | lost to bystanders | in parts of that one's loss |",
+        "|---" * 11 + "|",
     ]
 
     def mean_of(key: tuple[str, int, str]) -> float:
@@ -216,8 +219,12 @@ def table(records: Sequence[Record], against: str = "stack at 1") -> list[str]:
             rows = [by[method, count, n] for n in names]
             cells = [f"{statistics.mean(r[kind] for r in rows):.2f}" for kind in KINDS]
             mine, theirs = ([mean_of((m, count, n)) for n in names] for m in (method, against))
-            more = interval(list(zip(mine, theirs, strict=True)), ratio)
-            cells += [f"{statistics.mean(mine):.2f}", "" if method == against else _shown(more)]
+            pairs = list(zip(mine, theirs, strict=True))
+            cells.append(f"{statistics.mean(mine):.2f}")
+            cells += [
+                "" if method == against else _shown(interval(pairs, figure))
+                for figure in (lambda means: means[0] - means[1], ratio)
+            ]
             alone = [n for n in names if (method, 2, n) in by and (against, 2, n) in by]
             if count > 2 and alone:
                 lost = [
@@ -236,7 +243,7 @@ def table(records: Sequence[Record], against: str = "stack at 1") -> list[str]:
 
 
 def _shown(found: tuple[float, ...]) -> str:
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*found)
+    return "" if math.isnan(found[0]) else "{:.2f} [{:.2f}, {:.2f}]".format(*found)
 
 
 def main() -> int:

@@ -6,16 +6,18 @@ from comfy_api.v0_0_2 import io
 
 from . import inputs
 from .bridge.apply import apply
+from .schema import Schema
 from .sockets import ZippedLoRASocket
 
 
 class ApplyZippedLoRA(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="ApplyZippedLoRA",
             display_name="Apply Zipped LoRA",
             category="ZipLoRA",
+            search_aliases=["load zip", "use zip"],
             description="Puts a zipped pair on a model, as one LoRA. Other LoRAs may go before or after it.",
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the two LoRAs."),

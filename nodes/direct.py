@@ -7,16 +7,18 @@ from comfy_api.v0_0_2 import io
 from ..ziplora_core.direct import METHODS
 from .bridge.direct import merge
 from .inputs import connected
+from .schema import Schema
 from .sockets import LoRAPairSocket, ZippedLoRASocket
 
 
 class DirectMergeLoRA(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="DirectMergeLoRA",
             display_name="Direct Merge LoRA",
             category="ZipLoRA",
+            search_aliases=["merge without training", "add loras"],
             description="Merges a pair at once, without pictures or prompts: to compare with a zipped pair, and "
             "wherever a zipped pair goes.",
             inputs=[

@@ -9,16 +9,18 @@ from ..ziplora_core.export import DTYPES
 from .bridge import export
 from .bridge.disk import provenance
 from .inputs import connected
+from .schema import Schema
 from .sockets import LoRAModelSocket, ZippedLoRASocket
 
 
 class ExportMergedLoRA(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="ExportMergedLoRA",
             display_name="Export Merged LoRA",
-            category="ZipLoRA",
+            category="ZipLoRA/files",
+            search_aliases=["kohya", "diffusers lora", "save lora file"],
             description="Writes a zipped pair, with its dials as they are, as one ordinary LoRA file, for ComfyUI "
             "and most other programs (kohya) or for diffusers.",
             is_output_node=True,

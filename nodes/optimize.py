@@ -12,6 +12,7 @@ from ..ziplora_core.solver import SOLVERS, Settings
 from . import inputs
 from .bridge.drawing.sampling import COUNT, SIDE, ReferenceRequest
 from .bridge.optimize.zipping import by_concept, check_inputs, check_prompts, optimize
+from .schema import Schema
 from .sockets import LoRAPairSocket, LossMapSocket, ReferencesSocket, ZippedLoRASocket
 
 _NOT_CONNECTED = object()  # None stands for latents that are connected and not computed yet
@@ -25,11 +26,12 @@ def _choice(name: str, options: Iterable[str], tooltip: str) -> io.Combo.Input:
 
 class ZipLoRAOptimize(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="ZipLoRAOptimize",
             display_name="ZipLoRA Optimize",
             category="ZipLoRA",
+            search_aliases=["merge by training"],
             description="Learns one coefficient per column of both LoRAs so that the merged model draws the subject "
             "as the content LoRA does and the style as the style LoRA does (ZipLoRA, arXiv 2311.13600).",
             inputs=[

@@ -7,17 +7,19 @@ from comfy_api.v0_0_2 import io
 
 from .bridge.lora import loras
 from .inputs import strength
-from .sockets import LoRAModelSocket, LoRAPairSocket
+from .schema import Schema
+from .sockets import LoRAModelSocket, LoRAPairSocket, LoRAStackSocket
 
 
 class LoadLoRAPair(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls) -> Schema:
         files = folder_paths.get_filename_list("loras")
-        return io.Schema(
+        return Schema(
             node_id="LoadLoRAPair",
             display_name="Load LoRA Pair",
             category="ZipLoRA",
+            search_aliases=["two loras", "load two loras"],
             description="Loads a content (subject) LoRA and a style LoRA of the same base model, to be zipped.",
             inputs=[
                 io.Combo.Input(
@@ -41,7 +43,13 @@ class LoadLoRAPair(io.ComfyNode):
                     "To dial the style after zipping use Style Strength, which costs nothing.",
                 ),
             ],
-            outputs=[LoRAPairSocket.Output(display_name="lora_pair", tooltip="Both LoRAs, for ZipLoRA Optimize.")],
+            outputs=[
+                LoRAPairSocket.Output(display_name="lora_pair", tooltip="Both LoRAs, for ZipLoRA Optimize."),
+                LoRAStackSocket.Output(
+                    display_name="lora_stack",
+                    tooltip="The same files as a plain stack, for any pack's LoRA stacker or loader: to stack them.",
+                ),
+            ],
         )
 
     @classmethod
@@ -66,16 +74,19 @@ class LoadLoRAPair(io.ComfyNode):
     def execute(
         cls, content_lora: str, style_lora: str, content_strength: float, style_strength: float
     ) -> io.NodeOutput:
-        return io.NodeOutput(loras.load_pair(content_lora, style_lora, content_strength, style_strength))
+        sources = loras.load_pair(content_lora, style_lora, content_strength, style_strength)
+        plain = [(content_lora, content_strength), (style_lora, style_strength)]
+        return io.NodeOutput(sources, [(name, strength, strength) for name, strength in plain])
 
 
 class PairLoRAs(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="PairLoRAs",
             display_name="Pair LoRAs",
-            category="ZipLoRA",
+            category="ZipLoRA/train",
+            search_aliases=["two loras"],
             description="Makes a pair of two LoRAs that other nodes made, such as Train Concept LoRA, to be zipped.",
             inputs=[
                 LoRAModelSocket.Input("content_lora", tooltip="LoRA of the subject."),

@@ -5,13 +5,14 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from .bridge.drawing.references import Reference
+from .schema import Schema
 from .sockets import ReferencesSocket
 
 
 class ZipLoRAReference(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="ZipLoRAReference",
             display_name="ZipLoRA Reference",
             category="ZipLoRA",

@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from .figures import Subject, draw
 from .inputs import connected
+from .schema import Schema
 from .sockets import LossMapSocket, ZippedLoRASocket
 
 _ONE, _APART = "one picture", "a picture for each panel"
@@ -13,11 +14,12 @@ _ONE, _APART = "one picture", "a picture for each panel"
 
 class ZippedLoRAReport(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="ZippedLoRAReport",
             display_name="Zipped LoRA Report",
-            category="ZipLoRA",
+            category="ZipLoRA/compare",
+            search_aliases=["plot merge"],
             description="Draws what a merge did: how far the LoRAs' columns interfere in each layer before and "
             "after, how their elements are distributed, the losses, where the coefficients ended and who owns the "
             "columns.",

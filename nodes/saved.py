@@ -8,16 +8,18 @@ from comfy_api.v0_0_2 import io
 from .bridge import saved
 from .bridge.disk import provenance
 from .inputs import connected
+from .schema import Schema
 from .sockets import ZippedLoRASocket
 
 
 class SaveZippedLoRA(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="SaveZippedLoRA",
             display_name="Save Zipped LoRA",
-            category="ZipLoRA",
+            category="ZipLoRA/files",
+            search_aliases=["keep zip"],
             description="Saves what was learned of the LoRAs, not the LoRAs: a few megabytes of two, of three and more "
             "that are routed a matrix for each layer (83 MB of three of rank 64 on SDXL, more with rank and number). "
             "Bound to the LoRA files by hash; Load Zipped LoRA makes the set again. For other programs use Export "
@@ -45,11 +47,12 @@ class SaveZippedLoRA(io.ComfyNode):
 
 class LoadZippedLoRA(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="LoadZippedLoRA",
             display_name="Load Zipped LoRA",
-            category="ZipLoRA",
+            category="ZipLoRA/files",
+            search_aliases=["open zip"],
             description="Makes a zipped set again from what was saved of it and its LoRA files, which are found by "
             "their contents, whatever they are called now.",
             inputs=[

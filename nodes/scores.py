@@ -11,15 +11,17 @@ from . import inputs, sheet
 from .bridge.disk.paths import write_output
 from .bridge.scores import score
 from .bridge.training.pictures import check_pictures
+from .schema import Schema
 
 
 class ZipLoRAScores(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="ZipLoRAScores",
             display_name="ZipLoRA Scores",
-            category="ZipLoRA",
+            category="ZipLoRA/compare",
+            search_aliases=["clip score", "dino score"],
             description="Scores pictures as the ZipLoRA paper's Table 2: style alignment (CLIP), subject alignment "
             "(DINO) and text alignment (CLIP), each a mean cosine between features.",
             inputs=[
@@ -59,11 +61,12 @@ class ZipLoRAScores(io.ComfyNode):
 
 class BlindABSheet(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="BlindABSheet",
             display_name="Blind A/B Sheet",
-            category="ZipLoRA",
+            category="ZipLoRA/compare",
+            search_aliases=["ab test", "vote"],
             description="Two methods' pictures side by side in random order, beside the references, as in the ZipLoRA "
             "paper's user study. Which is which stands in a file of its own.",
             is_output_node=True,

@@ -8,16 +8,18 @@ from comfy_api.v0_0_2 import io
 from .bridge.lora import loras
 from .bridge.sparse import sparsify
 from .inputs import connected
+from .schema import Schema
 from .sockets import LoRAModelSocket
 
 
 class SparsifyLoRA(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="SparsifyLoRA",
             display_name="Sparsify LoRA",
-            category="ZipLoRA",
+            category="ZipLoRA/files",
+            search_aliases=["prune lora", "shrink lora"],
             description="Keeps the largest elements of each of a LoRA's updates and sets the rest to zero, as the "
             "ZipLoRA paper does to show how few of them matter.",
             inputs=[

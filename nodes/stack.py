@@ -5,16 +5,18 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from .bridge.lora import reads, stack
+from .schema import Schema
 from .sockets import LoRAPairSocket, LoRAStackSocket
 
 
 class LoadLoRAStack(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="LoadLoRAStack",
             display_name="Load LoRA Stack",
             category="ZipLoRA",
+            search_aliases=["more loras", "many loras"],
             description="Loads the LoRAs of a LORA_STACK, one or many, of the same base model, to be zipped.",
             inputs=[
                 LoRAStackSocket.Input(

@@ -10,6 +10,7 @@ from ..ziplora_core.checks import in_range
 from .bridge.lora.loras import role
 from .bridge.lora.zipped import read_strengths
 from .inputs import connected
+from .schema import Schema
 from .sockets import ZippedLoRASocket
 
 
@@ -19,11 +20,12 @@ def _dial(name: str, default_tooltip: str):
 
 class StyleStrength(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="StyleStrength",
             display_name="Style Strength",
             category="ZipLoRA",
+            search_aliases=["style dial", "style weight"],
             description="Dials style and subject of a zipped pair up or down, or all styles and subjects of a set. "
             "Free: nothing is optimised again.",
             inputs=[
@@ -55,11 +57,12 @@ class StyleStrength(io.ComfyNode):
 
 class ConceptStrengths(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="ConceptStrengths",
             display_name="Concept Strengths",
             category="ZipLoRA",
+            search_aliases=["lora weights", "style of each"],
             description="Dials any LoRA of a zipped set up or down by its name. Free: nothing is optimised again.",
             inputs=[
                 ZippedLoRASocket.Input("zipped_lora", tooltip="A zipped pair, or a set of any number."),

@@ -14,16 +14,18 @@ from .bridge.training import concept
 from .bridge.training.concept import Task
 from .bridge.training.layers import LAYERS
 from .bridge.training.pictures import TrainingImages
+from .schema import Schema
 from .sockets import LoRAModelSocket, LossMapSocket
 
 
 class TrainConceptLoRA(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="TrainConceptLoRA",
             display_name="Train Concept LoRA",
-            category="ZipLoRA",
+            category="ZipLoRA/train",
+            search_aliases=["dreambooth", "lora from pictures"],
             description="Trains a LoRA of a subject or of a style from one to five pictures and a prompt, as the "
             "ZipLoRA paper does (DreamBooth), in little memory. The model stays as it is.",
             is_output_node=True,

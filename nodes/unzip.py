@@ -12,6 +12,7 @@ from ..ziplora_core.unzip import Settings, share_range
 from . import inputs
 from .bridge.disk import provenance
 from .bridge.unzip import Task, unzip_picture
+from .schema import Schema
 from .sockets import LoRAPairSocket, LossMapSocket, ZippedLoRASocket
 
 _BLOCKS = {concept: ", ".join(name.rstrip(".") for name in names) for concept, names in UNZIPLORA_BLOCKS.items()}
@@ -31,11 +32,12 @@ def _blocks(concept: str) -> io.String.Input:
 
 class UnZipLoRA(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="UnZipLoRA",
             display_name="UnZip LoRA",
-            category="ZipLoRA",
+            category="ZipLoRA/train",
+            search_aliases=["split picture", "lora from one picture"],
             description="Takes one picture apart into a content LoRA and a style LoRA, trained together so that they "
             "stay apart (UnZipLoRA, arXiv 2412.04465). Both are ordinary files; together they are a zipped pair.",
             is_output_node=True,

@@ -9,6 +9,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from . import inputs
 from .bridge import zip as zipping
+from .schema import Schema
 from .sockets import LoRAStackSocket, ZippedLoRASocket
 
 _NOT_CONNECTED = object()  # None stands for what is connected and not made yet
@@ -61,11 +62,20 @@ def _images(name: str, what: str) -> io.Image.Input:
 
 class ZipLoRAs(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="ZipLoRAs",
             display_name="Zip LoRAs",
             category="ZipLoRA",
+            search_aliases=[
+                "merge",
+                "merge lora",
+                "merge loras",
+                "combine loras",
+                "combine",
+                "mix loras",
+                "subject and style",
+            ],
             description="Merges a subject LoRA and a style LoRA, trained apart, so that the model draws your subject "
             "in your style. It goes between the checkpoint and KSampler, where two LoRA loaders would stand.",
             inputs=[

@@ -362,3 +362,25 @@ def test_a_file_that_stands_twice_is_named(pack, folder):
         with pytest.raises(ValueError, match=says) as caught:
             pack.nodes.stack.LoadLoRAStack.execute(stack, "subject, style")
         assert "content_lora" not in str(caught.value)
+
+
+def test_a_pair_hands_on_the_plain_stack_of_its_files(pack, patcher, folder):
+    """The stock loader, entry by entry, gives what the two files give when they are simply added; a stack again reads
+    as the same pair."""
+    import nodes as host
+
+    names = ("dog.safetensors", "oil.safetensors")
+    pair, plain = pack.nodes.LoadLoRAPair.execute(*names, 0.8, -0.5).args
+    assert plain == [("dog.safetensors", 0.8, 0.8), ("oil.safetensors", -0.5, -0.5)]
+    model = patcher
+    for name, strength, clip_strength in plain:
+        model, _ = host.LoraLoader().load_lora(model, None, name, strength, clip_strength)
+    summed = pack.nodes.DirectMergeLoRA.execute(patcher, pair, "sum").args[0]
+    ours = pack.nodes.ApplyZippedLoRA.execute(patcher, summed, 1.0).args[0]
+    bare, stacked = weights(patcher), weights(model)
+    assert largest_difference(bare, stacked) > 1e-3
+    assert largest_difference(weights(ours), stacked) < 1e-6
+    again = pack.nodes.stack.LoadLoRAStack.execute(plain, "subject, style").args[0]
+    assert {c: (s.name, s.strength) for c, s in again.by_concept.items()} == {
+        c: (s.name, s.strength) for c, s in pair.by_concept.items()
+    }

@@ -154,7 +154,7 @@ def _solve(
             raise
         seconds = time.monotonic() - began
         progress.measuring()
-        candidates: list[Coefficients | Branch] = [outcome.before, _student(joined, result)]
+        candidates = [outcome.before, _student(joined, result)]
         measured = retention.measure_retention(joined, counted, references, candidates, settings.seed)
         solved = replace(outcome, result=result, seconds=seconds, retention=measured)
         _check_finite(solved)
@@ -180,10 +180,14 @@ def _solve(
     )
 
 
-def _student(joined: JoinedSet, result: solver.Result, dials: Mapping[str, float] | None = None) -> Branch:
+def _student(
+    joined: JoinedSet, result: solver.Result, dials: Mapping[str, float] | None = None
+) -> Coefficients | Branch:
     """What came of a run, with these dials, as its retention is measured."""
-    student = joined.student(joined.flatten(result.coefficients.scaled(**(dials or {}))))
-    return RoutedBranch(student, result.routing) if result.routing else student
+    coefficients = result.coefficients.scaled(**(dials or {}))
+    if not result.routing:
+        return coefficients
+    return RoutedBranch(joined.student(joined.flatten(coefficients)), result.routing)
 
 
 def _check_bare(
