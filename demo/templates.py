@@ -73,10 +73,10 @@ def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt
     for node in made.values():
         for name, value in node["inputs"].items():
             if isinstance(value, str):
-                node["inputs"][name] = ours.get(value, value)
+                node["inputs"][name] = "\n".join(ours.get(line, line) for line in value.split("\n"))
             elif value == words.SIDE:
                 node["inputs"][name] = world.size
-        if node["class_type"] == "KSampler":
+        if node["class_type"] in ("KSampler", "CompareMerges"):
             node["inputs"] |= {"steps": steps, "cfg": CFG}
         node["inputs"] |= TRAINING.get(node["class_type"], {})
         if node["class_type"] == "ZipLoRAs":  # whose files name no trigger words
