@@ -60,8 +60,8 @@ def zipped_or_stacked() -> Graph:
     """Whether zipping is worth it for a pair: seen, with one seed."""
     graph = Graph(
         "Zipped or stacked",
-        "# Zipped or stacked?\n\nDraws the same prompts with the same seed in several ways, as one labelled strip: each "
-        "LoRA alone, both stacked (as two LoRA loaders do), and zipped with less, as much and more style.\n\n1. "
+        "# Zipped or stacked?\n\nDraws the same prompts with the same seed in several ways, as one labelled strip: "
+        "each LoRA alone, both stacked (as two LoRA loaders do), and zipped with less, as much and more style.\n\n1. "
         "**Checkpoint**: the model that both LoRAs were made for.\n2. **LoRAs**: the subject's file and the style's, "
         "each with the prompt that it was trained with; empty for the trigger words that the file names.\n3. "
         "**Compare**: what to draw, a row of pictures for each line, with the words of both.\n4. **Run**.\n\n**What to "
