@@ -11,12 +11,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .bridge.progress.lettering import Font, shortened
 from .bridge.progress.lettering import font as font_of
+from .bridge.progress.lettering import shortened
 
 _CELL, _GAP, _HEAD, _NUMBER, _FONT = 384, 8, 40, 48, 22
 _HEADINGS = ("subject", "style", "left", "right")
 _GROUND, _INK, _FAINT = "#ffffff", "#202024", "#60606a"
+_LABEL, _LARGE = 50, 32  # of a strip: height of a line of text, and its font
 _LARGEST, _LONGEST = 512, 16_000  # of a strip: side of a picture; of the whole, which WebP ends at 16,383
 
 
@@ -31,7 +32,8 @@ def sides(count_a: int, count_b: int, seed: int) -> list[bool]:
 def draw(a: Tensor, b: Tensor, subject: Tensor, style: Tensor, a_is_left: Sequence[bool]) -> Tensor:
     """IMAGE (1, H, W, 3): a numbered row for each pair: subject, style, left, right. All IMAGE (N, H, W, 3) in 0..1."""
     rows = len(a_is_left)
-    page, pen, font = _page(_NUMBER + 4 * (_CELL + _GAP), _HEAD + rows * (_CELL + _GAP))
+    page, pen = _page(_NUMBER + 4 * (_CELL + _GAP), _HEAD + rows * (_CELL + _GAP))
+    font = font_of(_FONT)
     for column, heading in enumerate(_HEADINGS):
         pen.text((_NUMBER + column * (_CELL + _GAP), 8), heading, fill=_INK, font=font)
     for row, left in enumerate(a_is_left):
@@ -49,23 +51,24 @@ def strip(headings: Sequence[str], prompts: Sequence[str], pictures: Tensor) -> 
     pictures: IMAGE (N, H, W, 3), row by row, of one size. Texts that are too long are shortened.
     """
     columns, rows = len(headings), len(prompts)
-    side = min(_LARGEST, (_LONGEST - _GAP) // columns - _GAP, (_LONGEST - _HEAD) // rows - _HEAD - _GAP)
+    side = min(_LARGEST, (_LONGEST - _GAP) // columns - _GAP, (_LONGEST - _LABEL) // rows - _LABEL - _GAP)
     wide, high = _cell(pictures[0], side).size
-    page, pen, font = _page(_GAP + columns * (wide + _GAP), _HEAD + rows * (_HEAD + high + _GAP))
+    page, pen = _page(_GAP + columns * (wide + _GAP), _LABEL + rows * (_LABEL + high + _GAP))
+    font = font_of(_LARGE)
     for column, heading in enumerate(headings):
         pen.text((_GAP + column * (wide + _GAP), 8), shortened(heading, wide, font), fill=_INK, font=font)
     for row, prompt in enumerate(prompts):
-        top = _HEAD + row * (_HEAD + high + _GAP)
+        top = _LABEL + row * (_LABEL + high + _GAP)
         pen.text((_GAP, top + 8), shortened(prompt, page.width - 2 * _GAP, font), fill=_FAINT, font=font)
         for column in range(columns):
-            place = (_GAP + column * (wide + _GAP), top + _HEAD)
+            place = (_GAP + column * (wide + _GAP), top + _LABEL)
             page.paste(_cell(pictures[row * columns + column], side), place)
     return _image(page)
 
 
-def _page(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw, Font]:
+def _page(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     page = Image.new("RGB", (width, height), _GROUND)
-    return page, ImageDraw.Draw(page), font_of(_FONT)
+    return page, ImageDraw.Draw(page)
 
 
 def _image(page: Image.Image) -> Tensor:

@@ -64,7 +64,7 @@ def zipped_or_stacked() -> Graph:
         "each LoRA alone, both stacked (as two LoRA loaders do), and zipped with less, as much and more style.\n\n1. "
         "**Checkpoint**: the model that both LoRAs were made for.\n2. **LoRAs**: the subject's file and the style's, "
         "each with the prompt that it was trained with; empty for the trigger words that the file names.\n3. "
-        "**Compare**: what to draw, a row of pictures for each line, with the words of both.\n4. **Run**.\n\n**What to "
+        "**What to draw**: a row of pictures for each line, with the words of both.\n4. **Run**.\n\n**What to "
         "look at**: the subject as in its own column, the style as in its own. If *stacked* is as good, use two LoRA "
         "loaders. If a *zipped* one is best, give its number to *Style Strength*.\n\nMore: select a node, then the "
         "**i** above it.",

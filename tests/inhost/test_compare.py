@@ -210,10 +210,10 @@ def test_a_strip_shortens_what_is_too_long_and_ends_where_webp_does(pack):
     sheet = pack.nodes.sheet
     plain = torch.full((4, 64, 64, 3), 0.5)
     strip = sheet.strip(["x" * 500, "b"], ["word " * 500, "c"], plain)
-    assert strip.shape[1:] == (40 + 2 * (40 + 512 + 8), 8 + 2 * (512 + 8), 3)
+    assert strip.shape[1:] == (50 + 2 * (50 + 512 + 8), 8 + 2 * (512 + 8), 3)
     ink = (strip[0] < 0.45).any(-1)
-    assert ink[:40, 8:520].any() and not ink[:40, 520:528].any()
-    assert ink[40:80].any() and not ink[:, -8:].any()
+    assert ink[:50, 8:520].any() and not ink[:50, 520:528].any()
+    assert ink[50:100].any() and not ink[:, -8:].any()
     for columns, rows in ((24, 1), (1, 64)):
         strip = sheet.strip(["a"] * columns, ["b"] * rows, plain[:1].expand(columns * rows, -1, -1, -1))
         assert max(strip.shape) <= 16_000
