@@ -84,11 +84,12 @@ def scaled(picture: np.ndarray, longest: int = 400) -> Image.Image:
     return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
 
 
-def write(image: Image.Image, path: Path) -> Path:
-    """Write a picture whole or not at all."""
+def write(image: Image.Image, path: Path, quality: int = 90) -> Path:
+    """Write a picture whole or not at all. quality: of a JPG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG" if path.suffix == ".jpg" else "PNG", **({"quality": 90} if path.suffix == ".jpg" else {}))
+    as_jpeg = {"quality": quality, "optimize": True, "progressive": True} if path.suffix == ".jpg" else {}
+    image.save(buffer, "JPEG" if as_jpeg else "PNG", **as_jpeg)
     temporary = path.with_suffix(path.suffix + ".part")
     temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)

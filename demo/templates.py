@@ -27,6 +27,7 @@ from devhost.templates import TEMPLATES, words, zipped
 from devhost.workflows import FOLDER, api_file
 
 PAIRS = (("mushroom", "ember"), ("icecream", "dusk"))  # a subject and a style each
+QUALITY = 80  # of thumbnails: the archive has room for no more
 PLACES = ("left", "top", "right")
 ZIPPED = ("subject", "style")
 NEW_STYLE, NEW_SUBJECT = "flat", "a red star"  # of the base's own words
@@ -73,10 +74,10 @@ def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt
     for node in made.values():
         for name, value in node["inputs"].items():
             if isinstance(value, str):
-                node["inputs"][name] = ours.get(value, value)
+                node["inputs"][name] = "\n".join(ours.get(line, line) for line in value.split("\n"))
             elif value == words.SIDE:
                 node["inputs"][name] = world.size
-        if node["class_type"] == "KSampler":
+        if node["class_type"] in ("KSampler", "CompareMerges"):
             node["inputs"] |= {"steps": steps, "cfg": CFG}
         node["inputs"] |= TRAINING.get(node["class_type"], {})
         if node["class_type"] == "ZipLoRAs":  # whose files name no trigger words
@@ -100,7 +101,7 @@ def main() -> int:
             prompt = json.loads(api_file(file).read_text(encoding="utf-8"))
             done = server.run(on_the_miniature(prompt, world))
             (saver,) = (k for k, node in prompt.items() if node["class_type"] == "SaveImage")
-            print(picture.write(picture.scaled(done.images(saver)[0]), file.with_suffix(".jpg")), flush=True)
+            print(picture.write(picture.scaled(done.images(saver)[0]), file.with_suffix(".jpg"), QUALITY), flush=True)
     return 0
 
 

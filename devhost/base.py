@@ -25,6 +25,7 @@ NODES = (
     "DirectMergeLoRA",
     "StyleStrength",
     "ApplyZippedLoRA",
+    "CompareMerges",
     "ZippedLoRAReport",
     "SaveZippedLoRA",
     "LoadZippedLoRA",

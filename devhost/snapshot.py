@@ -20,6 +20,7 @@ _FILES = {
     "zipped",
     "continue_from",
 }  # choices that are a folder's files
+_SAMPLING = {"sampler_name": "samplers", "scheduler": "schedulers"}  # choices that are the host's
 _TEXTS = {"tooltip", "display_name", "placeholder"}
 
 ObjectInfo = Mapping[str, Any]
@@ -41,6 +42,9 @@ def contract(info: ObjectInfo) -> dict[str, Any]:
             kind = spec[0]
             if name in _FILES and (isinstance(kind, list) or kind == "COMBO"):
                 kind = "files"
+                options.pop("options", None)
+            elif name in _SAMPLING and (isinstance(kind, list) or kind == "COMBO"):
+                kind = _SAMPLING[name]
                 options.pop("options", None)
             inputs[name] = {"type": kind, "required": must, **options}
         found[node] = {

@@ -3,6 +3,7 @@
 from .apply import ApplyZippedLoRA
 from .bridge.lora import routes
 from .bridge.saved import register_folder
+from .compare import CompareMerges
 from .direct import DirectMergeLoRA
 from .export import ExportMergedLoRA
 from .optimize import ZipLoRAOptimize
@@ -28,6 +29,7 @@ NODES = [
     DirectMergeLoRA,
     StyleStrength,
     ApplyZippedLoRA,
+    CompareMerges,
     ZippedLoRAReport,
     SaveZippedLoRA,
     LoadZippedLoRA,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import folder_paths
@@ -13,6 +14,7 @@ from .bridge.training.pictures import RESOLUTION
 from .bridge.training.run import INTERVAL
 
 NEW = "[None]"  # of continue_from, as the host's own Train LoRA calls it
+_NOT_CONNECTED = object()  # None stands for what is connected and not made yet
 SAMPLE_EVERY, SAVE_EVERY = 100, 250  # steps
 
 Settings = type[solver.Settings] | type[training.Settings]
@@ -24,6 +26,11 @@ def connected(**sockets: Any) -> None:
     for name, value in sockets.items():
         if value is None or isinstance(value, str | int | float | list | dict):
             raise ValueError(f"{name} is not connected; link a node's output to it")
+
+
+def not_made(names: Iterable[str], given: Mapping[str, Any]) -> list[str]:
+    """Of lazy inputs those that are connected and not made yet, for `check_lazy_status`."""
+    return [name for name in names if given.get(name, _NOT_CONNECTED) is None]
 
 
 def span(bounds: Range) -> dict[str, Any]:

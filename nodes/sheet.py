@@ -1,4 +1,4 @@
-"""A sheet for a blind comparison, and its key."""
+"""Sheets of pictures with labels: for a blind comparison, with its key, and a strip of merges side by side."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from .bridge.progress.lettering import font as font_of
+from .bridge.progress.lettering import shortened
 
 _CELL, _GAP, _HEAD, _NUMBER, _FONT = 384, 8, 40, 48, 22
 _HEADINGS = ("subject", "style", "left", "right")
-_GROUND, _INK = "#ffffff", "#202024"
+_GROUND, _INK, _FAINT = "#ffffff", "#202024", "#60606a"
+_LABEL, _LARGE = 50, 32  # of a strip: height of a line of text, and its font
+_LARGEST, _LONGEST = 512, 16_000  # of a strip: side of a picture; of the whole, which WebP ends at 16,383
 
 
 def sides(count_a: int, count_b: int, seed: int) -> list[bool]:
@@ -27,9 +32,8 @@ def sides(count_a: int, count_b: int, seed: int) -> list[bool]:
 def draw(a: Tensor, b: Tensor, subject: Tensor, style: Tensor, a_is_left: Sequence[bool]) -> Tensor:
     """IMAGE (1, H, W, 3): a numbered row for each pair: subject, style, left, right. All IMAGE (N, H, W, 3) in 0..1."""
     rows = len(a_is_left)
-    size = (_NUMBER + 4 * (_CELL + _GAP), _HEAD + rows * (_CELL + _GAP))
-    page = Image.new("RGB", size, _GROUND)
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(_FONT)
+    page, pen = _page(_NUMBER + 4 * (_CELL + _GAP), _HEAD + rows * (_CELL + _GAP))
+    font = font_of(_FONT)
     for column, heading in enumerate(_HEADINGS):
         pen.text((_NUMBER + column * (_CELL + _GAP), 8), heading, fill=_INK, font=font)
     for row, left in enumerate(a_is_left):
@@ -37,16 +41,47 @@ def draw(a: Tensor, b: Tensor, subject: Tensor, style: Tensor, a_is_left: Sequen
         pen.text((10, top + _CELL // 2), str(row + 1), fill=_INK, font=font)
         pair = (a[row], b[row]) if left else (b[row], a[row])
         for column, picture in enumerate((subject[0], style[0], *pair)):
-            page.paste(_cell(picture), (_NUMBER + column * (_CELL + _GAP), top))
+            page.paste(_cell(picture, _CELL), (_NUMBER + column * (_CELL + _GAP), top))
+    return _image(page)
+
+
+def strip(headings: Sequence[str], prompts: Sequence[str], pictures: Tensor) -> Tensor:
+    """IMAGE (1, H, W, 3): a column below each heading, a row below each prompt; no side of it over 16,000 pixels.
+
+    pictures: IMAGE (N, H, W, 3), row by row, of one size. Texts that are too long are shortened.
+    """
+    columns, rows = len(headings), len(prompts)
+    side = min(_LARGEST, (_LONGEST - _GAP) // columns - _GAP, (_LONGEST - _LABEL) // rows - _LABEL - _GAP)
+    wide, high = _cell(pictures[0], side).size
+    page, pen = _page(_GAP + columns * (wide + _GAP), _LABEL + rows * (_LABEL + high + _GAP))
+    font = font_of(_LARGE)
+    for column, heading in enumerate(headings):
+        pen.text((_GAP + column * (wide + _GAP), 8), shortened(heading, wide, font), fill=_INK, font=font)
+    for row, prompt in enumerate(prompts):
+        top = _LABEL + row * (_LABEL + high + _GAP)
+        pen.text((_GAP, top + 8), shortened(prompt, page.width - 2 * _GAP, font), fill=_FAINT, font=font)
+        for column in range(columns):
+            place = (_GAP + column * (wide + _GAP), top + _LABEL)
+            page.paste(_cell(pictures[row * columns + column], side), place)
+    return _image(page)
+
+
+def _page(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    page = Image.new("RGB", (width, height), _GROUND)
+    return page, ImageDraw.Draw(page)
+
+
+def _image(page: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(page).astype(np.float32) / 255)[None]
 
 
-def _cell(picture: Tensor) -> Image.Image:
-    pixels = (picture[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+def _cell(picture: Tensor, side: int) -> Image.Image:
+    """A picture whose longer side is this."""
+    pixels = (picture[..., :3].nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     image = Image.fromarray(pixels)
-    image.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
-    if max(image.size) < _CELL:  # thumbnail only makes smaller
-        factor = _CELL / max(image.size)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    if max(image.size) < side:  # thumbnail only makes smaller
+        factor = side / max(image.size)
         image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
     return image
 

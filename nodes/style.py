@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.checks import in_range
-from .bridge.lora.loras import role
+from .bridge.lora.loras import of_kind, role
 from .bridge.lora.zipped import read_strengths
 from .inputs import connected
 from .schema import Schema
@@ -44,7 +42,7 @@ class StyleStrength(io.ComfyNode):
         sources = zipped_lora.sources
         turned: dict[str, float] = {}
         for kind, dial in (("content", content_strength), ("style", style_strength)):
-            meant = [concept for concept in sources.by_concept if re.fullmatch(rf"{kind}( \d+)?", concept)]
+            meant = of_kind(kind, sources.by_concept)
             if dial != 1 and not meant:
                 there = ", ".join(f"{role(concept)} '{source.title}'" for concept, source in sources.by_concept.items())
                 raise ValueError(

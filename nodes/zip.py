@@ -12,7 +12,6 @@ from .bridge import zip as zipping
 from .schema import Schema
 from .sockets import LoRAStackSocket, ZippedLoRASocket
 
-_NOT_CONNECTED = object()  # None stands for what is connected and not made yet
 _EMPTY = "empty: the trigger words that the file names"
 _OWN = ("subject", "style")
 _PICTURES = tuple(f"{role}_images" for role in _OWN)
@@ -173,7 +172,7 @@ class ZipLoRAs(io.ComfyNode):
             zipping.prompts(listed)
             zipping.check_connected(listed, given)
             names += [*_PICTURES, "vae"]
-        return [name for name in names if given.get(name, _NOT_CONNECTED) is None]
+        return inputs.not_made(names, given)
 
     @classmethod
     def execute(cls, model, clip, quality: str, seed: int, vae=None, drawn_size: int = 0, **given) -> io.NodeOutput:

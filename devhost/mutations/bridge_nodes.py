@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import faults
 
 NODES = ("tests/inhost/test_contracts_nodes.py",)
+COMPARED = ("tests/inhost/test_compare.py",)
 
 MUTANTS = [
     *faults(
@@ -76,5 +77,22 @@ MUTANTS = [
             "analysis.column_interference(subject.loras, Coefficients.ones(subject.loras))",
             "analysis.column_interference(subject.loras, subject.coefficients)",
         ),
+    ),
+    *faults(
+        "nodes/bridge/compare.py",
+        COMPARED,
+        (
+            "pictures stand under the wrong heading",
+            "pictures[column * len(rows) + row]",
+            "pictures[row * len(across) + column]",
+        ),
+        ("all prompts by the checkpoint's own text encoder", "[column.put(model, clip)[1] for", "[clip for"),
+        (
+            "a stack's text-encoder strength is forgotten",
+            "source.strength if source.clip_strength is None else source.clip_strength",
+            "source.strength",
+        ),
+        ("stacked is the last LoRA alone", "in sources:\n            of_clip", "in sources[-1:]:\n            of_clip"),
+        ("the dial is not turned", "zipped.dialled(dict.fromkeys(styles, dial))", "zipped.dialled({})"),
     ),
 ]

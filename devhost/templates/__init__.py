@@ -14,6 +14,7 @@ from .graph import Graph
 SKETCHES: tuple[Callable[[], Graph], ...] = (sketches.load_zipped, sketches.sparsify, sketches.direct_merge)
 TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.start,
+    zipped.zipped_or_stacked,
     zipped.no_pictures,
     zipped.style_strength,
     zipped.each_alone,

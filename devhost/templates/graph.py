@@ -19,6 +19,7 @@ _TALL = {  # of nodes that show something when they have run, or a picture
     "LoadImage": 340,
     "ZipLoRAOptimize": 660,
     "ZipLoRAs": 720,
+    "CompareMerges": 720,
     "TrainConceptLoRA": 840,
     "UnZipLoRA": 920,
 }
@@ -52,9 +53,14 @@ class Graph:
     note: str
     nodes: list[Node] = field(default_factory=list)
     headings: list[str] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
 
-    def column(self, heading: str) -> None:
+    def column(self, heading: str, width: int = _WIDTH) -> None:
         self.headings.append(heading)
+        self.widths.append(width)
+
+    def _left(self, column: int) -> int:
+        return sum(width + _GAP for width in self.widths[:column])
 
     def add(self, kind: str, title: str | None = None, **inputs: Any) -> Node:
         node = Node(len(self.nodes) + 2, kind, title, len(self.headings) - 1, inputs)
@@ -69,7 +75,7 @@ class Graph:
         targets: dict[tuple[int, int], list[int]] = {}
         for node in self.nodes:
             entry = self._node(node, info[node.kind], links, targets)
-            entry["pos"] = [node.column * (_WIDTH + _GAP), height.get(node.column, 0)]
+            entry["pos"] = [self._left(node.column), height.get(node.column, 0)]
             height[node.column] = entry["pos"][1] + entry["size"][1] + 70
             nodes.append(entry)
         for entry in nodes:
@@ -86,7 +92,7 @@ class Graph:
                 {
                     "id": number + 1,
                     "title": heading,
-                    "bounding": [number * (_WIDTH + _GAP) - 20, -80, _WIDTH + 40, height.get(number, 0) + 60],
+                    "bounding": [self._left(number) - 20, -80, self.widths[number] + 40, height.get(number, 0) + 60],
                     "color": "#3f789e" if number % 2 else "#88A",
                     "font_size": 24,
                     "flags": {},
@@ -154,7 +160,7 @@ class Graph:
             "id": node.number,
             "type": node.kind,
             "pos": [0, 0],
-            "size": [_WIDTH, max(_TALL.get(node.kind, 0), 20 + _LINE * lines + tall)],
+            "size": [self.widths[node.column], max(_TALL.get(node.kind, 0), 20 + _LINE * lines + tall)],
             "flags": {},
             "order": node.number - 1,
             "mode": 0,

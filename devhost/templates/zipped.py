@@ -56,6 +56,46 @@ def start() -> Graph:
     return graph
 
 
+def zipped_or_stacked() -> Graph:
+    """Whether zipping is worth it for a pair: seen, with one seed."""
+    graph = Graph(
+        "Zipped or stacked",
+        "# Zipped or stacked?\n\nDraws the same prompts with the same seed in several ways, as one labelled strip: "
+        "each LoRA alone, both stacked (as two LoRA loaders do), and zipped with less, as much and more style.\n\n1. "
+        "**Checkpoint**: the model that both LoRAs were made for.\n2. **LoRAs**: the subject's file and the style's, "
+        "each with the prompt that it was trained with; empty for the trigger words that the file names.\n3. "
+        "**What to draw**: a row of pictures for each line, with the words of both.\n4. **Run**.\n\n**What to "
+        "look at**: the subject as in its own column, the style as in its own. If *stacked* is as good, use two LoRA "
+        "loaders. If a *zipped* one is best, give its number to *Style Strength*.\n\nMore: select a node, then the "
+        "**i** above it.",
+    )
+    graph.column("Model and LoRAs")
+    checkpoint = graph.add("CheckpointLoaderSimple", "1 Checkpoint", ckpt_name=MODEL)
+    zipped = graph.add(
+        "ZipLoRAs",
+        "2 LoRAs to zip",
+        model=checkpoint[0],
+        clip=checkpoint[1],
+        subject_lora=SUBJECT,
+        style_lora=STYLE,
+    )
+    graph.column("Compare")
+    compared = graph.add(
+        "CompareMerges",
+        "3 What to draw",
+        model=checkpoint[0],
+        clip=checkpoint[1],
+        vae=checkpoint[2],
+        zipped_lora=zipped[2],
+        prompts=f"{drawn(SUBJECT, STYLE)}\n{drawn(SUBJECT, STYLE, CONTEXTS[0])}",
+        steps=30,
+    )
+    graph.column("Result", 640)
+    graph.add("SaveImage", "Side by side", images=compared[0], filename_prefix="ziplora/compared")
+    graph.add("PreviewAny", "Report", source=zipped[3])
+    return graph
+
+
 def no_pictures() -> Graph:
     parts = Parts(
         "ziplora_no_pictures",

@@ -24,11 +24,13 @@ class ZippedAdapter(LoRAAdapter):
     """One layer of a merge as the host's LoRA of the sum of its ranks, computed whenever the host reads it.
 
     weights: a function that computes them, or the weights, as the host copies an adapter that it moves to a device.
+    layer: whose merge it is; None for such a copy.
     """
 
-    def __init__(self, loaded_keys: set[str], weights: Callable[[], tuple] | tuple):
+    def __init__(self, loaded_keys: set[str], weights: Callable[[], tuple] | tuple, layer: Layer | None = None):
         self.loaded_keys = loaded_keys
         self._weights = weights
+        self.layer = layer
 
     @property
     def weights(self) -> tuple:
@@ -40,7 +42,16 @@ def _adapter(layer: Layer, coefficients: dict[str, Tensor]) -> ZippedAdapter:
     def merged() -> tuple:
         return (*merged_factors(layer, coefficients), None, None, None, None)
 
-    return ZippedAdapter(set(), merged)
+    return ZippedAdapter(set(), merged, layer)
+
+
+def is_on(model, zipped: ZippedLoRA) -> bool:
+    """Whether a model carries this zipped pair already, with whatever dials. model: ModelPatcher."""
+    layers = zipped.fitted.loras.layers
+    adapters = ((key, entry[1]) for key, entries in model.patches.items() for entry in entries)
+    return any(
+        isinstance(a, ZippedAdapter) and a.layer is not None and a.layer is layers.get(key) for key, a in adapters
+    )
 
 
 def _patch(patcher, patches: dict, strength: float, names: str):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 START = "Zip two LoRAs (start here)"
 CLOSE_UPS = {
     START: ("ZipLoRAs",),
+    "Zipped or stacked": ("CompareMerges",),
     "ziplora_no_pictures": ("LoadLoRAPair", "ZipLoRAOptimize", "ZippedLoRAReport", "ApplyZippedLoRA"),
     "ziplora_style_strength": ("StyleStrength",),
     "ziplora_export": ("SaveZippedLoRA", "ExportMergedLoRA"),
@@ -109,7 +110,7 @@ def test_template_runs_to_the_end(
     (saver,) = (node for node, made in shipped.items() if made["class_type"] == "SaveImage")
     (saved,) = history["outputs"][saver]["images"]
     assert server.view(saved).std() > 5
-    long = {node for node, made in shipped.items() if made["class_type"] in (*ZIPS, *TRAINS)}
+    long = {node for node, made in shipped.items() if made["class_type"] in (*ZIPS, *TRAINS, "CompareMerges")}
     events = frontend.page.evaluate("() => window.seenProgress")
     seen = {(value, most) for node, value, most in events if node in long}
     assert len(seen) > 10, "the progress of the long work did not move"

@@ -27,7 +27,11 @@ def drawn_prompts(prompt: Prompt) -> list[tuple[str, list[Any]]]:
 def test_prompts_to_draw_are_encoded_with_the_clip_of_apply(file: Path) -> None:
     prompt: Prompt = json.loads(file.read_text(encoding="utf-8"))
     found = drawn_prompts(prompt)
-    assert found
+    compared = [node["inputs"] for node in prompt.values() if node["class_type"] == "CompareMerges"]
+    assert found or compared
+    for inputs in compared:  # it puts the LoRAs on by itself, each variant's own
+        for slot, socket in enumerate(("model", "clip", "vae")):
+            assert prompt[inputs[socket][0]]["class_type"] == "CheckpointLoaderSimple" and inputs[socket][1] == slot
     gives = {("ApplyZippedLoRA", 1), ("ZipLoRAs", 1)}  # a clip with both files' parts
     for where, (node, slot) in found:
         applied = prompt[node]
@@ -53,8 +57,9 @@ def test_each_picture_has_the_clip_of_its_own_dials(file: Path) -> None:
             assert dials(encode["inputs"]["clip"][0]) == dials(node["inputs"]["model"][0])
 
 
-def test_the_first_graph_is_small_and_opens_large_enough_to_read() -> None:
-    (file,) = FOLDER.parent.glob("Zip two*.json")
+@pytest.mark.parametrize("name", ["Zip two LoRAs (start here)", "Zipped or stacked"])
+def test_the_first_graphs_are_small_and_open_large_enough_to_read(name: str) -> None:
+    file = FOLDER.parent / f"{name}.json"
     graph = json.loads(file.read_text(encoding="utf-8"))
     nodes = {node["id"]: node for node in graph["nodes"]}
     assert len(nodes) <= 10

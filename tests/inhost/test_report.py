@@ -248,10 +248,9 @@ def test_long_lines_stay_in_the_picture(pack):
     assert shown.width == bare.width and shown.height > bare.height + 4 * 20
     pixels = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).reshape(shown.height, shown.width, 3)
     assert (pixels[bare.height :, -10:].amax(-1) < 100).all(), "a line runs out of the picture"
-    assert (
-        verdict._broken(line, 492, verdict._font())
-        and " ".join(verdict._broken(line, 492, verdict._font())) == line.strip()
-    )
+    lettering = pack.nodes.bridge.progress.lettering
+    parts = lettering.broken(line, 492, lettering.font(20))
+    assert parts and " ".join(parts) == line.strip()
 
 
 def test_prompts_for_zipping_are_compared_with_the_hosts_own_zeros(pack):

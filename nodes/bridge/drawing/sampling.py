@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import comfy.latent_formats
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import latent_preview
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ....ziplora_core.checks import Range
+from ....ziplora_core.checks import SEED, Range, one_of
 from ..memory.retry import is_out_of_memory
 from ..network.empty_prompt import zeros
 from ..network.session import attention_with_gradient
@@ -22,6 +23,8 @@ from ..network.session import attention_with_gradient
 Watch = Callable[[float, Image.Image | None], None]
 STEPS, GUIDANCE, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
 COUNT, SIDE = Range(1, 64), Range(64, 8192)  # of a ReferenceRequest
+SAMPLERS, SCHEDULERS = tuple(comfy.samplers.KSampler.SAMPLERS), tuple(comfy.samplers.KSampler.SCHEDULERS)
+DRAWING_STEPS, CFG, DRAWN = Range(1, 10_000), Range(0, 100), Range(16, 16384)  # of a Drawing: as the host's nodes
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,55 @@ def draw_plain(
 
     samples = _at_once_or_one_by_one(sample, request.count)
     return GeneratedReferences(samples, seed, guidance) if bool(torch.isfinite(samples).all()) else None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How to draw a picture, as the host's KSampler calls it; width and height in pixels."""
+
+    seed: int
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range, naming the input."""
+        SEED.check("seed", self.seed)
+        DRAWING_STEPS.check("steps", self.steps)
+        CFG.check("cfg", self.cfg)
+        one_of("sampler_name", self.sampler_name, SAMPLERS)
+        one_of("scheduler", self.scheduler, SCHEDULERS)
+        DRAWN.check("width", self.width)
+        DRAWN.check("height", self.height)
+
+
+def draw_one(model, positive: list, negative: list, drawing: Drawing, watch: Watch) -> Tensor:
+    """Latents of one picture: bit for bit what Empty Latent Image and KSampler make. model: ModelPatcher, unchanged.
+
+    watch: as of `draw_plain`.
+    """
+    ratio = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
+    shape = (1, 4, drawing.height // ratio, drawing.width // ratio)
+    empty = torch.zeros(shape, device=comfy.model_management.intermediate_device())
+    latents = comfy.sample.fix_empty_latent_channels(model, empty)
+    samples: Tensor = comfy.sample.sample(
+        model,
+        comfy.sample.prepare_noise(latents, drawing.seed),
+        drawing.steps,
+        drawing.cfg,
+        drawing.sampler_name,
+        drawing.scheduler,
+        positive,
+        negative,
+        latents,
+        callback=_callback(model, watch, 0.0, 1.0),
+        disable_pbar=True,
+        seed=drawing.seed,
+    )
+    return samples
 
 
 def _callback(model, watch: Watch | None, before: float, mine: float) -> Callable[..., None]:

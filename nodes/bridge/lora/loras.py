@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -74,6 +74,11 @@ class LoRASources:
 def role(concept: str) -> str:
     """A concept as a stranger to the paper calls it."""
     return re.sub(r"^content\b", "subject", concept)
+
+
+def of_kind(kind: str, concepts: Iterable[str]) -> list[str]:
+    """The concepts that are of one kind, "content" or "style": the first, and those with a number."""
+    return [concept for concept in concepts if re.fullmatch(rf"{kind}( \d+)?", concept)]
 
 
 def lora_path(name: str) -> str:

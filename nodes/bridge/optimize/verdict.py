@@ -6,18 +6,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ....ziplora_core.lora_set import is_pair
 from ..lora.described import ALONE
 from ..lora.loras import role
+from ..progress import lettering
 from ..progress.plots import GROUND, concept_colors
 from .outcome import Outcome, Tried, share_left
 
-_WIDTH, _LINE, _MARGIN, _GAP = 512, 28, 10, 6
+_WIDTH, _LINE, _MARGIN, _GAP, _FONT = 512, 28, 10, 6, 20
 _TEXT = "white"
-_Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 _GAIN = 0.05  # a dial is advised where the worst share of the direct merge's loss falls by so much
 
 
@@ -160,8 +160,8 @@ def picture(
         [curves] if curves else []
     )
     width = _WIDTH if drawn or not rows else rows[0].width
-    font = _font()
-    broken = [part for line in said for part in _broken(line, width - 2 * _MARGIN, font)]
+    font = lettering.font(_FONT)
+    broken = [part for line in said for part in lettering.broken(line, width - 2 * _MARGIN, font)]
     height = sum(row.height for row in rows) + _LINE * len(broken) + 2 * _MARGIN
     whole = Image.new("RGB", (width, height), GROUND)
     top = 0
@@ -174,18 +174,6 @@ def picture(
     return whole
 
 
-def _broken(line: str, width: int, font: _Font) -> list[str]:
-    """A line between its words, in parts of at most so many pixels; a word alone may be wider."""
-    parts: list[str] = []
-    for word in line.split():
-        longer = f"{parts[-1]} {word}" if parts else word
-        if parts and font.getlength(longer) <= width:
-            parts[-1] = longer
-        else:
-            parts.append(word)
-    return parts
-
-
 def _row(concept: str, color: str, pictures: Tensor) -> Image.Image:
     """Pictures beside each other, as wide as the whole, below a heading."""
     columns = min(len(pictures), 4)
@@ -195,17 +183,9 @@ def _row(concept: str, color: str, pictures: Tensor) -> Image.Image:
     tall = max(1, round(side * pictures.shape[1] / pictures.shape[2]))
     row = Image.new("RGB", (_WIDTH, _MARGIN + _LINE + lines_of_pictures * (tall + _GAP)), GROUND)
     heading = f"{role(concept)} references, drawn by its LoRA"
-    ImageDraw.Draw(row).text((_MARGIN, _MARGIN), heading, fill=color, font=_font())
+    ImageDraw.Draw(row).text((_MARGIN, _MARGIN), heading, fill=color, font=lettering.font(_FONT))
     for number, shown in enumerate(pictures):
         pixels = Image.fromarray((shown.float().clamp(0, 1) * 255).round().cpu().numpy().astype(np.uint8))
         left = _MARGIN + number % columns * (side + _GAP)
         row.paste(pixels.resize((side, tall)), (left, _MARGIN + _LINE + number // columns * (tall + _GAP)))
     return row
-
-
-def _font() -> _Font:
-    """Pillow's own, in a size that can be read on a node; small where this Pillow has one size only."""
-    try:
-        return ImageFont.load_default(20)
-    except (TypeError, ImportError):
-        return ImageFont.load_default()
