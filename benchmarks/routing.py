@@ -1,12 +1,14 @@
 """Merges that mix a layer's rank axis, so that an input reaches the LoRA whose references it looks like.
 
-With x the input of a layer, C_r = E_r[x xᵀ] under reference r and ΔW_r = B_r A_r, the linear map that is nearest to what
-each LoRA alone does under its own reference, and nearest to `pull` times the plain sum where no reference says anything,
+With x the input of a layer, C_r = E_r[x xᵀ] under reference r and ΔW_r = B_r A_r, the linear map that is nearest to
+what each LoRA alone does under its own reference, and nearest to `pull` times the plain sum where no reference says
+anything,
 
     min over ΔW of  Σ_r w_r E_r‖(ΔW − ΔW_r) x‖²  +  ridge · q · ‖ΔW − pull · Σ_r ΔW_r‖²
 
-is ΔW = Σ_r B_r A_r (w_r C_r + ridge · q · pull) S⁻¹, S = Σ_r w_r C_r + ridge · q (RegMean, arXiv 2212.09849, with a ridge).
-Its rank is the sum of the LoRAs'. `routed` sees z = A x alone, of all LoRAs' rows A, in the place of x.
+is ΔW = Σ_r B_r A_r (w_r C_r + ridge · q · pull) S⁻¹, S = Σ_r w_r C_r + ridge · q (RegMean, arXiv 2212.09849, with a
+ridge). Its rank is the sum of the LoRAs'. `routed` sees z = A x alone, of all LoRAs' rows A, in the place of x. The
+pack's own is `ziplora_core/routing.py`; these were tried beside it.
 """
 
 from __future__ import annotations

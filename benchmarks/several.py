@@ -58,14 +58,14 @@ def of_sdxl(model, count: int, rank: int, size: int) -> list[float]:
             (student - teacher).norm().backward()
     kept = BRIDGE.memory.rehearsal.rehearse(model, loras, prompts, latents).kept(0)
     factors = sum(2 * (layer.up.numel() + layer.down.numel()) for layer in stage.joined.layers.values())
-    routed = [layer for layer in loras.layers.values() if CORE.routing.routable(layer) and count > 2]
+    routed = [loras.layers[name] for name in (CORE.routing.routable(loras) if count > 2 else ())]
     matrices = sum(4 * sum(f.rank for f in layer.values()) ** 2 for layer in routed)
     sizes = (factors, 3 * 4 * loras.coefficient_count, kept, count * matrices, matrices)
     return [counter.get_total_flops() / 1e12, *(size / 1e6 for size in sizes)]
 
 
 def of_small(model, count: int) -> list[float]:
-    """Seconds of a gradient step, of the layer-wise solve as set (columns of two, routing of more), of shared columns."""
+    """Seconds of a gradient step, of the default solve (columns of two, routing of more), of shared columns."""
     loras = fitted(model, count, 16)
     prompts = {c: full_size.random_prompt(i, width=96) for i, c in enumerate(loras.concepts)}
     latents = {c: full_size.random_latents(16, i)["samples"] for i, c in enumerate(loras.concepts)}

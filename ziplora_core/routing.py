@@ -13,37 +13,47 @@ references of the others, in the mean, and λ = ridge / n of n LoRAs times the m
 A Aᵀ: the more LoRAs, the less their plain sum is worth. Convolutions are the same, with z what their down kernels give.
 
 The rank and the files stay, ups and strengths too: each LoRA's down is M_r A. What is kept between passes is one R x R
-matrix of a layer and reference, R the sum of the ranks.
+matrix of a layer and reference, R the sum of the ranks. Layers of too many ranks are shared out by columns, as
+`layerwise` does it. A reference counts in the layers that its own LoRA changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import layerwise
+from . import layerwise, shares
 from .branch import Branch, JoinedSet
+from .coefficients import Coefficients
 from .frozen import Base, Update, project
 from .lora_set import Layer, LoRASet
 from .merge import merged_factors
 from .shares import RIDGE, SolvedLayer
 from .solver import Predictor, References
 
-LARGEST = 1024  # ranks of a layer, summed; where updates come dense, they have more, and their sum stays
+LARGEST = 1024  # ranks of a layer, summed: where updates come dense, they have more
+ROOM = 4_000_000_000  # bytes of all that is added up; layers of the most ranks are left out first
 Routing = Mapping[str, Tensor]  # layer -> M (R, R) float32 on the CPU, of the layers that several LoRAs change
 
 
-def routable(layer: Layer) -> bool:
-    """Whether several LoRAs change a layer, and by few enough ranks."""
-    return len(layer) > 1 and sum(factors.rank for factors in layer.values()) <= LARGEST
+def routable(loras: LoRASet) -> list[str]:
+    """Layers that several LoRAs change, by few enough ranks each and together."""
+    ranks = {name: sum(f.rank for f in layer.values()) for name, layer in loras.layers.items() if len(layer) > 1}
+    chosen, room = [], ROOM
+    for name in sorted(ranks, key=ranks.__getitem__):
+        room -= 4 * len(loras.layers[name]) * ranks[name] ** 2
+        if ranks[name] > LARGEST or room < 0:
+            break
+        chosen.append(name)
+    return chosen
 
 
 def routed(loras: LoRASet, routing: Routing) -> LoRASet:
-    """The set that draws as the merge does, all coefficients one: each LoRA's down is M_r A.
+    """The set that the merge's coefficients belong to: in layers with a matrix each LoRA's down is M_r A.
 
     Raises ValueError, naming the layer, where a matrix is not one of the set's ranks there.
     """
@@ -53,7 +63,7 @@ def routed(loras: LoRASet, routing: Routing) -> LoRASet:
         ranks = [factors.rank for factors in layer.values()]
         if matrix.shape != (sum(ranks), sum(ranks)) or not ranks:
             raise ValueError(f"layer '{name}': a matrix {tuple(matrix.shape)} does not route {sum(ranks)} ranks")
-        rows = torch.cat([f.down.to(torch.promote_types(f.down.dtype, torch.float32)) for f in layer.values()])
+        _, rows = merged_factors(layer)
         parts = torch.tensordot(matrix.to(rows), rows, 1).split(ranks)
         layers[name] = {c: replace(f, down=part) for (c, f), part in zip(layer.items(), parts, strict=True)}
     return replace(loras, layers=layers)
@@ -62,26 +72,21 @@ def routed(loras: LoRASet, routing: Routing) -> LoRASet:
 class RoutedBranch(Branch):
     """The merge in a forward pass, without a gradient and without a second copy of the factors.
 
-    dials: concept -> strength of its LoRA after the merge, 1 where none is said.
+    student: of the LoRAs as they are, with the merge's coefficients.
     """
 
-    def __init__(self, joined: JoinedSet, routing: Routing, dials: Mapping[str, float] | None = None):
-        super().__init__(joined.layers, coefficients={})
-        self._routing, self._dials = routing, dials or {}
+    def __init__(self, student: Branch, routing: Routing):
+        super().__init__(student._layers, coefficients=student._coefficients)
+        self._routing = routing
 
     def layer(self, name: str, x: Tensor, base: Base, **convolution: Any) -> Tensor:
-        layer = self._layers[name]
-        wide = torch.promote_types(layer.down.dtype, torch.float32)
-        down = layer.down.to(wide)
+        layer, coefficients = self._layers[name], (self._coefficients or {})[name]
         if name in self._routing:
-            down = torch.tensordot(self._routing[name].to(down), down, 1)
-        if self._dials:
-            strengths = [self._dials.get(concept, 1.0) for concept in layer.ranks]
-            each = torch.tensor(strengths).repeat_interleave(torch.tensor([*layer.ranks.values()]))
-            down = down * each.to(down).view(-1, *[1] * (down.ndim - 1))
+            down = layer.down.to(torch.promote_types(layer.down.dtype, torch.float32))
+            layer = replace(layer, down=torch.tensordot(self._routing[name].to(down), down, 1))
         with torch.no_grad():
             y = base.forward(x)
-            Update(layer, convolution).add(y, x, layer.up, down.to(layer.down.dtype))
+            Update(layer, convolution).add(y, x, layer.up, layer.scaled_down(coefficients, x.dtype))
             return y
 
 
@@ -101,34 +106,30 @@ class Seen:
         self.sums[key] = self.sums[key] + products if key in self.sums else products
         self.counts[key] = self.counts.get(key, 0) + len(rows)
 
-    def of(self, name: str, layer: Layer) -> dict[str, Tensor] | None:
-        """Concept -> G_r float64 of a layer; None where it took no part in a pass of theirs."""
+    def pop(self, name: str, layer: Layer) -> dict[str, Tensor] | None:
+        """Concept -> G_r float64 of a layer, kept here no longer; None where it took no part in a pass of theirs."""
         if any((name, concept) not in self.sums for concept in layer):
             return None
-        return {c: self.sums[name, c].double() / self.counts[name, c] for c in layer}
+        return {c: self.sums.pop((name, c)).double() / self.counts[name, c] for c in layer}
 
 
-class SeeingBranch(Branch):
-    """A teacher that adds up what all LoRAs see of its rows' input."""
+class SeeingBranch(layerwise.RecordingBranch):
+    """A teacher that adds up what all LoRAs see of its rows' input, in the layers that are routed; in the others how
+    active their features are."""
 
-    def __init__(self, joined: JoinedSet, concept_index: Tensor, seen: Seen):
-        super().__init__(joined.layers, rows=joined.rows(concept_index))
-        self._loras, self._seen = joined.loras, seen
+    def __init__(
+        self, joined: JoinedSet, concept_index: Tensor, names: Collection[str], seen: Seen, activity: layerwise.Activity
+    ):
+        super().__init__(joined, concept_index, activity)
+        self._loras, self._names, self._seen = joined.loras, names, seen
 
     def layer(self, name: str, x: Tensor, base: Base, **convolution: Any) -> Tensor:
-        if routable(self._loras.layers[name]):
-            down = self._layers[name].down
-            for concept, mine in self.own(x).items():
-                if len(mine) and concept in self._loras.layers[name]:
-                    self._seen.add(name, concept, project(mine, down, convolution))
-        return super().layer(name, x, base, **convolution)
-
-
-def record(joined: JoinedSet, predictor: Predictor, references: References, seed: int) -> Seen:
-    """The passes of `layerwise`, in which what LoRAs see is added up."""
-    seen = Seen()
-    layerwise.teach(predictor, references, seed, lambda index: SeeingBranch(joined, index, seen))
-    return seen
+        if name not in self._names:
+            return super().layer(name, x, base, **convolution)
+        for concept, mine in self.own(x).items():
+            if len(mine) and concept in self._loras.layers[name]:
+                self._seen.add(name, concept, project(mine, self._layers[name].down, convolution))
+        return Branch.layer(self, name, x, base, **convolution)
 
 
 def matrix_of(layer: Layer, seen: Mapping[str, Tensor], ridge: float = RIDGE) -> tuple[Tensor, float]:
@@ -137,7 +138,8 @@ def matrix_of(layer: Layer, seen: Mapping[str, Tensor], ridge: float = RIDGE) ->
 
     seen: concept -> G_r (R, R) float64.
     """
-    up, down = (factor.double() for factor in merged_factors(layer))
+    device = next(iter(seen.values())).device
+    up, down = (factor.to(device, torch.float64) for factor in merged_factors(layer))
     ups, rows = up.T @ up, down.flatten(1)
     ranks = [factors.rank for factors in layer.values()]
     ends = torch.tensor([0, *ranks]).cumsum(0).tolist()
@@ -152,24 +154,21 @@ def matrix_of(layer: Layer, seen: Mapping[str, Tensor], ridge: float = RIDGE) ->
     total = sum(weights.values())
     weights = {r: weight / total if total > 0 else 1 / len(weights) for r, weight in weights.items()}
     whole = torch.stack([weights[r] * seen[r] for r in layer]).sum(0)
-    pull = rows @ rows.T
-    size = float(pull.diagonal().sum())
-    pull = pull * (ridge / len(layer) * float(whole.diagonal().sum()) / size if size > 0 else 0.0)
-    aimed = pull.clone()
+    own = torch.zeros_like(whole)  # Σ_r w_r P_r G_r
     for r, part in parts.items():
-        aimed[part] += weights[r] * seen[r][part]
-    matrix = aimed @ torch.linalg.pinv(whole + pull, hermitian=True)
-
-    def error(m: Tensor) -> float:
-        parted = 0.0
-        for r, part in parts.items():
-            off = m.clone()
-            off[part, part] -= torch.eye(ranks[list(parts).index(r)], dtype=m.dtype)
-            parted += weights[r] * float(torch.sum((off.T @ ups @ off) * seen[r]))
-        return parted
-
-    direct = error(torch.eye(len(matrix), dtype=matrix.dtype))
-    return matrix, max(error(matrix), 0.0) / direct if direct > 0 else 1.0
+        own[part] = weights[r] * seen[r][part]
+    pull = rows @ rows.T
+    size, seen_at_all = float(pull.diagonal().sum()), float(whole.diagonal().sum())
+    if not size or not seen_at_all:
+        return torch.eye(len(whole), dtype=whole.dtype), 1.0
+    pull *= ridge / len(layer) * seen_at_all / size
+    both = whole + pull
+    both.diagonal().add_(1e-12 * float(both.diagonal().mean()))  # ranks that depend on each other
+    matrix = torch.linalg.solve(both, own.T + pull).T
+    at_zero = sum(float((ups[part, part] * own[part, part]).sum()) for part in parts.values())
+    direct = float((ups * (whole - 2 * own)).sum()) + at_zero
+    error = float(((ups @ matrix) * (matrix @ whole - 2 * own)).sum()) + at_zero
+    return matrix, max(error, 0.0) / direct if direct > 0 else 1.0
 
 
 def merge(
@@ -179,26 +178,39 @@ def merge(
     seed: int,
     on_layer: Callable[[SolvedLayer], None] | None = None,
     ridge: float = RIDGE,
-) -> Routing:
-    """M of every layer that several LoRAs change, from `layerwise.DRAWS` passes over the references.
+) -> tuple[Routing, Coefficients]:
+    """M of every layer that is routed, the coefficients of the others, from `layerwise.DRAWS` passes over the
+    references; all ones where M is.
 
-    A layer that took no part in a pass, or of too many ranks, stays the sum. `on_layer` is called after each layer;
-    what it or the predictor raises ends the run. Deterministic for a seed. Raises FloatingPointError where a layer's
-    numbers are not finite.
+    A layer that took no part in a pass stays the sum. `on_layer` is called after each layer; what it or the predictor
+    raises ends the run. Deterministic for a seed. Raises FloatingPointError where a layer's numbers are not finite.
     """
-    layers, routing = joined.loras.layers, {}
+    loras, names, seen, activity = joined.loras, set(routable(joined.loras)), Seen(), layerwise.Activity()
+    device = torch.device("cpu") if joined.device.type == "mps" else joined.device  # which has no float64
+    routing, coefficients = {}, {c: dict(of) for c, of in Coefficients.ones(loras).by_concept.items()}
     with torch.inference_mode(False), torch.no_grad():
-        seen = record(joined, predictor, references, seed)
-        for index, (name, layer) in enumerate(layers.items(), 1):
-            measured, error = seen.of(name, layer), 1.0
-            if measured is not None and routable(layer):
-                if not all(bool(g.isfinite().all()) for g in measured.values()):
-                    raise FloatingPointError(
-                        f"layer {name}: what the LoRAs see there is not finite; look at the LoRA's numbers, or load "
-                        "the model in bf16 or fp32"
-                    )
-                matrix, error = matrix_of(layer, measured, ridge)
-                routing[name] = matrix.float()
+        layerwise.teach(predictor, references, seed, lambda index: SeeingBranch(joined, index, names, seen, activity))
+        for index, (name, layer) in enumerate(loras.layers.items(), 1):
+            error = 1.0
+            if name in names:
+                measured = seen.pop(name, layer)
+                if measured is not None:
+                    _check_finite(name, measured)
+                    matrix, error = matrix_of(layer, {c: g.to(device) for c, g in measured.items()}, ridge)
+                    routing[name] = matrix.to("cpu", torch.float32)
+            else:
+                solved = shares.share_layer(name, layer, ridge, activity.of(name, list(layer)), device)
+                error = solved.relative_error
+                for concept, m in zip(layer, solved.coefficients, strict=True):
+                    coefficients[concept][name] = m
             if on_layer is not None:
-                on_layer(SolvedLayer(name, index, len(layers), error))
-    return routing
+                on_layer(SolvedLayer(name, index, len(loras.layers), error))
+    return routing, Coefficients(coefficients)
+
+
+def _check_finite(name: str, measured: Mapping[str, Tensor]) -> None:
+    if not all(bool(g.isfinite().all()) for g in measured.values()):
+        raise FloatingPointError(
+            f"layer {name}: what the LoRAs see there is not finite; look at the LoRA's numbers, or load the model in "
+            "bf16 or fp32"
+        )

@@ -23,6 +23,7 @@ FORMAT_OF_ANY = "ziplora 2"  # of any others: the same tensors; LoRAs and dials 
 FORMAT_ROUTED = "ziplora 3"  # of method ROUTED: as the one before, and a matrix (R, R) `routing.<layer>` of each layer
 FORMATS = (FORMAT, FORMAT_OF_ANY, FORMAT_ROUTED)
 ROUTED = "routed"
+ROUTED_LAYERS = "routed_layers"  # among its settings: how many matrices there are
 _ROUTING = "routing"
 _KEY = "ziplora"  # in the file's metadata: everything but the numbers, as JSON
 
@@ -144,6 +145,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Coefficients, Routing, SavedZip]
             if not bool(torch.isfinite(m).all()):
                 raise _unusable(file, key)
             (matrices if owner == _ROUTING else vectors[owner])[name] = m
+    if about.settings.get(ROUTED_LAYERS, len(matrices)) != len(matrices):
+        raise LoRAFileError(f"'{shown(os.path.basename(path))}' lacks matrices; zip the LoRAs again and save it anew")
     return Coefficients(vectors), matrices, about
 
 

@@ -108,16 +108,23 @@ def merge(
     by_concept: dict[str, dict[str, Tensor]] = {concept: {} for concept in loras.concepts}
     with torch.inference_mode(False), torch.no_grad():
         for index, (name, layer) in enumerate(loras.layers.items(), 1):
-            factors = [Factors(f.up.to(device), f.down.to(device), f.scale) for f in layer.values()]
-            measured = active(name, layer)
-            solved = share(factors, ridge, None if measured is None else measured.to(device))
-            if not all(m.isfinite().all() for m in solved.coefficients):
-                raise FloatingPointError(
-                    f"layer {name}: what the LoRAs do there is not finite; look at the LoRA's numbers, or load the "
-                    "model in bf16 or fp32"
-                )
+            solved = share_layer(name, layer, ridge, active(name, layer), device)
             for concept, m in zip(layer, solved.coefficients, strict=True):
                 by_concept[concept][name] = m
             if on_layer is not None:
                 on_layer(SolvedLayer(name, index, len(loras.layers), solved.relative_error))
     return Coefficients(by_concept)
+
+
+def share_layer(
+    name: str, layer: Layer, ridge: float, active: Tensor | None, device: torch.device | str
+) -> SharedLayer:
+    """`share` of a set's layer, computed on a device. Raises FloatingPointError as `merge` does."""
+    factors = [Factors(f.up.to(device), f.down.to(device), f.scale) for f in layer.values()]
+    solved = share(factors, ridge, None if active is None else active.to(device))
+    if not all(m.isfinite().all() for m in solved.coefficients):
+        raise FloatingPointError(
+            f"layer {name}: what the LoRAs do there is not finite; look at the LoRA's numbers, or load the model in "
+            "bf16 or fp32"
+        )
+    return solved

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from . import gradient, layerwise, routing, solver
 from .branch import JoinedSet
-from .coefficients import Coefficients
 from .lora_set import LoRASet
 from .shares import SolvedLayer
 
@@ -17,6 +16,11 @@ def without_learning(loras: LoRASet, settings: solver.Settings) -> solver.Result
     if settings.steps == 0:
         return solver.direct_merge(loras)
     return solver.direct_merge(loras, "one LoRA alone stays as it is") if len(loras.concepts) == 1 else None
+
+
+def _drawing(loras: LoRASet) -> int:
+    """How many of the LoRAs change anything: one whose text-encoder part alone is on does not."""
+    return len({concept for layer in loras.layers.values() for concept, f in layer.items() if f.scale})
 
 
 def solve(
@@ -46,10 +50,10 @@ def solve(
             on_layer(layer)
 
     given = joined, predictor, references, settings.seed, solved, settings.ridge
-    if settings.solver == "layerwise" and len(joined.concepts) > 2:
-        matrices = routing.merge(*given)
-        ones, how = Coefficients.ones(joined.loras), "routed layer by layer, in closed form"
-        return solver.Result(ones, stopped=how, relative_error=relative_error, routing=matrices)
+    if settings.solver == "layerwise" and _drawing(joined.loras) > 2:
+        matrices, coefficients = routing.merge(*given)
+        how = "routed layer by layer, in closed form"
+        return solver.Result(coefficients, stopped=how, relative_error=relative_error, routing=matrices)
     start = layerwise.merge(*given)
     if settings.solver == "layerwise":
         return solver.Result(start, stopped="solved layer by layer, in closed form", relative_error=relative_error)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import NAMES, SHAPES, Dense, ToyPredictor, factors, references_of, toy_pair, toy_set
 
-from ziplora_core import routing, saved, zipper
+from ziplora_core import layerwise, routing, saved, zipper
 from ziplora_core.branch import JoinedSet
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.files import LoRAFileError
@@ -51,7 +51,8 @@ def several(loras):
 
 def flat(f):
     """ΔW (out, in · kernel)."""
-    return f.scale * f.up @ f.down.flatten(1)
+    wide = torch.float64 if f.down.dtype == torch.float64 else torch.float32
+    return f.scale * f.up.to(wide) @ f.down.to(wide).flatten(1)
 
 
 def updates(loras):
@@ -63,8 +64,14 @@ def merged(loras, ridge=RIDGE):
     """(what its layers saw, the merge, what was told of each layer)"""
     predictor, told = Watched(), []
     joined = JoinedSet(loras, dtype=torch.float64)
-    matrices = routing.merge(joined, predictor, references_of(loras.concepts), 3, told.append, ridge)
+    matrices, _ = routing.merge(joined, predictor, references_of(loras.concepts), 3, told.append, ridge)
     return predictor, matrices, told
+
+
+def branch_of(loras, matrices, dials=None, coefficients=None):
+    joined = JoinedSet(loras, dtype=torch.float64)
+    coefficients = (coefficients or Coefficients.ones(loras)).scaled(**(dials or {}))
+    return routing.RoutedBranch(joined.student(joined.flatten(coefficients)), matrices)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -161,7 +168,7 @@ def test_the_branch_draws_as_the_routed_set_does():
     matrices = merged(loras)[1]
     plain = JoinedSet(routing.routed(loras, matrices), dtype=torch.float64)
     ones = plain.student(plain.flatten(Coefficients.ones(plain.loras)))
-    mine = routing.RoutedBranch(JoinedSet(loras, dtype=torch.float64), matrices)
+    mine = branch_of(loras, matrices)
     weights = ToyPredictor().weights
     for name, shape in SHAPES.items():
         x = torch.randn(2, shape[1], *([4, 4] if len(shape) > 2 else []), dtype=torch.float64)
@@ -176,7 +183,7 @@ def test_the_solver_routes_three_and_more_and_keeps_them_better_than_the_sum(cou
     joined, predictor, references = JoinedSet(loras, dtype=torch.float64), ToyPredictor(), references_of(loras.concepts)
     result = zipper.solve(joined, predictor, references, Settings(solver="layerwise"))
     assert result.routing and list(result.relative_error) == list(loras.layers)
-    candidates = [result.coefficients, routing.RoutedBranch(joined, result.routing)]
+    candidates = [Coefficients.ones(loras), branch_of(loras, result.routing, coefficients=result.coefficients)]
     before, after = (sum(by.values()) for by in measure_retention(joined, predictor, references, candidates, 0))
     assert after < 0.97 * before
 
@@ -192,7 +199,7 @@ def test_it_takes_eight_passes_and_both_ways_of_batching_are_one_merge():
     loras = toy_set(3)
     joined, references = JoinedSet(loras, dtype=torch.float64), references_of(loras.concepts)
     together, apart = ToyPredictor(True), ToyPredictor(False)
-    first, second = (routing.merge(joined, p, references, 3) for p in (together, apart))
+    first, second = (routing.merge(joined, p, references, 3)[0] for p in (together, apart))
     assert (together.calls, apart.calls) == (8, 24)
     one, two = (updates(routing.routed(loras, matrices)) for matrices in (first, second))
     for name in one:
@@ -205,15 +212,58 @@ def test_products_that_half_precision_cannot_hold_are_added_up_in_float32(dtype)
     seen.add("layer", "content", z)
     value = z[0, 0, 0].double()
     layer = {"content": factors((3, 5), 4, 0)}
-    torch.testing.assert_close(seen.of("layer", layer)["content"], (value**2).expand(4, 4), rtol=1e-5, atol=0)
-    assert seen.of("other layer", layer) is None
+    torch.testing.assert_close(seen.pop("layer", layer)["content"], (value**2).expand(4, 4), rtol=1e-5, atol=0)
+    assert seen.pop("layer", layer) is None and not seen.sums
 
 
-def test_layers_of_too_many_ranks_stay_the_sum(monkeypatch):
-    monkeypatch.setattr(routing, "LARGEST", 4)
+@pytest.mark.parametrize("limit", ["LARGEST", "ROOM"])
+def test_layers_of_too_many_ranks_are_weighed_by_columns(monkeypatch, limit):
+    """As the layer-wise solve weighs them, and both together draw better than the sum."""
     loras = toy_set(5)
+    ranks = {n: sum(f.rank for f in loras.layers[n].values()) for n in several(loras)}
+    small = [n for n, rank in ranks.items() if rank <= 8]
+    bytes_of_small = sum(4 * len(loras.layers[n]) * ranks[n] ** 2 for n in small)
+    monkeypatch.setattr(routing, limit, 8 if limit == "LARGEST" else bytes_of_small)
+    joined, references = JoinedSet(loras, dtype=torch.float64), references_of(loras.concepts)
+    matrices, coefficients = routing.merge(joined, ToyPredictor(), references, 3)
+    assert sorted(matrices) == sorted(small) and 0 < len(small) < len(ranks)
+    columns = layerwise.merge(joined, ToyPredictor(), references, 3)
+    for concept in loras.concepts:
+        for name, m in coefficients[concept].items():
+            expected = torch.ones_like(m) if name in matrices else columns[concept][name]
+            torch.testing.assert_close(m, expected)
+    candidates = [Coefficients.ones(loras), branch_of(loras, matrices, coefficients=coefficients)]
+    before, after = (sum(b.values()) for b in measure_retention(joined, ToyPredictor(), references, candidates, 0))
+    assert after < before
+
+
+def test_a_lora_that_changes_nothing_makes_no_third():
+    loras = toy_set(3)
+    off = {
+        n: {c: replace(f, scale=0.0) if c == "other" else f for c, f in layer.items()}
+        for n, layer in loras.layers.items()
+    }
+    joined = JoinedSet(LoRASet(loras.concepts, off), dtype=torch.float64)
+    assert not zipper.solve(joined, ToyPredictor(), references_of(loras.concepts), Settings(solver="layerwise")).routing
+
+
+def test_where_nothing_is_seen_the_sum_stays():
+    layer = {name: factors((7, 12), 2, seed) for seed, name in enumerate(NAMES[:3])}
+    matrix, error = routing.matrix_of(layer, dict.fromkeys(layer, torch.zeros(6, 6, dtype=torch.float64)))
+    assert torch.equal(matrix, torch.eye(6).double()) and error == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_files_in_few_bits_are_routed(dtype):
+    loras = toy_set(3)
     matrices = merged(loras)[1]
-    assert sorted(matrices) == sorted(n for n in several(loras) if sum(f.rank for f in loras.layers[n].values()) <= 4)
+    coarse = {
+        n: {c: replace(f, up=f.up.to(dtype), down=f.down.to(dtype)) for c, f in layer.items()}
+        for n, layer in loras.layers.items()
+    }
+    drawn = updates(routing.routed(s := LoRASet(loras.concepts, coarse), matrices))
+    up, down = merged_factors(s.layers["first"])
+    torch.testing.assert_close(drawn["first"].float(), up @ matrices["first"] @ down, rtol=1e-4, atol=1e-5)
 
 
 def test_numbers_that_overflow_are_refused_by_the_name_of_their_layer():
@@ -241,12 +291,16 @@ def test_matrices_are_saved_and_only_of_a_routed_merge(tmp_path):
     matrices = merged(loras)[1]
     lora = saved.SavedLoRA("a.safetensors", "0" * 64, 1, 1.0)
     said = {"sources": dict.fromkeys(loras.concepts, lora), "dials": dict.fromkeys(loras.concepts, 1.0)}
-    about = saved.SavedZip(**said, method=saved.ROUTED, settings={}, versions={})
+    settings = {saved.ROUTED_LAYERS: len(matrices)}
+    about = saved.SavedZip(**said, method=saved.ROUTED, settings=settings, versions={})
     path = saved.write(tmp_path / "zip.safetensors", Coefficients.ones(loras), about, routing=matrices)
     coefficients, found, again = saved.read(path)
     assert again == about and about.format == "ziplora 3"
     assert found.keys() == matrices.keys() and all(torch.equal(found[n], m) for n, m in matrices.items())
     saved.check_fits("zip", coefficients, loras)
+    short = dict(list(matrices.items())[1:])
+    with pytest.raises(LoRAFileError, match="'short.safetensors' lacks matrices; zip"):
+        saved.read(saved.write(tmp_path / "short.safetensors", coefficients, about, routing=short))
     plain = replace(about, method="zipped")
     path = saved.write(tmp_path / "plain.safetensors", Coefficients.ones(loras), plain, routing=matrices)
     with pytest.raises(LoRAFileError, match="no usable coefficients at 'routing"):
@@ -267,7 +321,7 @@ def test_the_branch_turns_loras_up_and_down_by_name(dials):
     matrices = merged(loras)[1]
     plain = JoinedSet(routing.routed(loras, matrices), dtype=torch.float64)
     turned = plain.student(plain.flatten(Coefficients.ones(plain.loras).scaled(**dials)))
-    mine = routing.RoutedBranch(JoinedSet(loras, dtype=torch.float64), matrices, dials)
+    mine = branch_of(loras, matrices, dials)
     for name in ("conv", "second"):
         shape = SHAPES[name]
         x = torch.randn(2, shape[1], *([4, 4] if len(shape) > 2 else []), dtype=torch.float64)
@@ -286,5 +340,5 @@ def test_each_layer_is_told_of_by_its_number():
 def test_the_seed_is_the_passes_own():
     loras = toy_set(3)
     joined, references = JoinedSet(loras, dtype=torch.float64), references_of(loras.concepts)
-    one, same, other = (routing.merge(joined, ToyPredictor(), references, seed)["first"] for seed in (1, 1, 2))
+    one, same, other = (routing.merge(joined, ToyPredictor(), references, seed)[0]["first"] for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)

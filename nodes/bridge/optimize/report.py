@@ -27,9 +27,11 @@ def _details(outcome: Outcome) -> list[str]:
     lines = described.lines(outcome.sources, outcome.fitted)
     lines.append(f"solver: {settings.solver}, seed {settings.seed}; {result.stopped}")
     lines.extend(drawn.line(concept) for concept, drawn in outcome.drawn.items())
-    if result.relative_error:
+    layers = outcome.fitted.loras.layers
+    errors = {name: left for name, left in result.relative_error.items() if len(layers[name]) > 1}
+    if errors:
         lines.append(
-            f"layer by layer: {_mean(result.relative_error):.0%} of the direct merge's error is left on the mean, "
+            f"layer by layer: {_mean(errors):.0%} of the direct merge's error is left on the mean, "
             f"ridge {settings.ridge:g}"
         )
     if result.history:
@@ -94,7 +96,8 @@ def _column_lines(outcome: Outcome) -> list[str]:
     if not outcome.shared:
         return ["no layer is changed by two of these LoRAs, so no column is shared"]
     if outcome.result.routing:
-        return []
+        rest = sum(len(layer) > 1 for layer in outcome.fitted.loras.layers.values()) - len(outcome.result.routing)
+        return [f"{len(outcome.result.routing)} layers are routed, {rest} of too many ranks weighed by columns"]
     lines = [f"overlap of coefficients: {outcome.before.overlap():.3f} direct merge, {after.overlap():.3f} zipped"]
     if outcome.alignment:
         direct, zipped = (round(_mean(found), 4) + 0.0 for found in outcome.alignment)

@@ -15,10 +15,10 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
 from ....ziplora_core import analysis, draws, prompts, retention, solver, zipper
-from ....ziplora_core.branch import JoinedSet
+from ....ziplora_core.branch import Branch, JoinedSet
 from ....ziplora_core.coefficients import Coefficients
 from ....ziplora_core.routing import RoutedBranch
-from ....ziplora_core.saved import ROUTED
+from ....ziplora_core.saved import ROUTED, ROUTED_LAYERS
 from .. import saved
 from ..drawing import references, sampling
 from ..lora import fitting, loras
@@ -154,17 +154,17 @@ def _solve(
             raise
         seconds = time.monotonic() - began
         progress.measuring()
-        candidates = [outcome.before, _student(joined, result)]
+        candidates: list[Coefficients | Branch] = [outcome.before, _student(joined, result)]
         measured = retention.measure_retention(joined, counted, references, candidates, settings.seed)
         solved = replace(outcome, result=result, seconds=seconds, retention=measured)
         _check_finite(solved)
         progress.prompts()
         solved = replace(solved, prompts=prompts.measure(joined, counted, references, settings.seed))
         dials = solved.dials_to_try
-        candidates = [_student(joined, result, {concept: strength}) for concept, strength in dials]
-        if not candidates:
+        if not dials:
             return solved
-        measured = retention.measure_retention(joined, counted, references, candidates, settings.seed)
+        turned = [_student(joined, result, {concept: strength}) for concept, strength in dials]
+        measured = retention.measure_retention(joined, counted, references, turned, settings.seed)
         tried = [Tried(*dial, kept) for dial, kept in zip(dials, measured, strict=True)]
         return replace(solved, tried=tried)
 
@@ -180,13 +180,10 @@ def _solve(
     )
 
 
-def _student(
-    joined: JoinedSet, result: solver.Result, dials: Mapping[str, float] | None = None
-) -> Coefficients | RoutedBranch:
+def _student(joined: JoinedSet, result: solver.Result, dials: Mapping[str, float] | None = None) -> Branch:
     """What came of a run, with these dials, as its retention is measured."""
-    if result.routing:
-        return RoutedBranch(joined, result.routing, dials)
-    return result.coefficients.scaled(**(dials or {}))
+    student = joined.student(joined.flatten(result.coefficients.scaled(**(dials or {}))))
+    return RoutedBranch(student, result.routing) if result.routing else student
 
 
 def _check_bare(
@@ -212,18 +209,21 @@ def _check_bare(
 
 
 def _alignment(outcome: Outcome) -> list[dict[str, float]]:
-    """Of the columns of both LoRAs, by layer: [direct merge, zipped]."""
-    alignments = []
+    """Of the columns of both LoRAs, by layer: [direct merge, zipped]. Of none where ranks are mixed instead."""
+    alignments: list[dict[str, float]] = []
+    if outcome.result.routing:
+        return alignments
     with torch.inference_mode(False):
-        merges = ((outcome.fitted.loras, outcome.before), (outcome.merged, outcome.result.coefficients))
-        for loras_of_it, coefficients in merges:
+        for coefficients in (outcome.before, outcome.result.coefficients):
             throw_exception_if_processing_interrupted()
-            alignments.append(analysis.column_alignment(loras_of_it, coefficients))
+            alignments.append(analysis.column_alignment(outcome.fitted.loras, coefficients))
     return alignments
 
 
 def _zipped(outcome: Outcome) -> ZippedLoRA:
     result, settings = outcome.result, {**asdict(outcome.settings), "objective": outcome.settings.objective.name}
+    if result.routing:
+        settings[ROUTED_LAYERS] = len(result.routing)
     return ZippedLoRA(
         outcome.sources,
         replace(outcome.fitted, loras=outcome.merged),
@@ -236,11 +236,14 @@ def _zipped(outcome: Outcome) -> ZippedLoRA:
 
 
 def _check_finite(outcome: Outcome) -> None:
-    """Raises NotFinite where the zipped model draws no numbers on held-out noise, whatever its losses were."""
+    """Raises NotFinite, or FloatingPointError for what no step found, where the zipped model draws no numbers on
+    held-out noise, whatever its losses were."""
     after, result = outcome.retention[1], outcome.result
     if not all(map(math.isfinite, after.values())):
         losses = ", ".join(f"{concept} {loss:g}" for concept, loss in after.items())
         what = f"the loss on held-out noise is not finite ({losses})"
+        if not result.history:  # of one piece: there is nothing before it to keep
+            raise FloatingPointError(f"{what}; load the model in bf16 or fp32")
         kept = replace(result, stopped=what)
         raise solver.NotFinite(what, len(result.history), outcome.before, result.coefficients, kept)
 
