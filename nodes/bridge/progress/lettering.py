@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 
 from PIL import ImageFont
 
@@ -40,5 +41,5 @@ def shortened(line: str, width: int, font: Font) -> str:
     def cut(letters: int) -> str:
         return line[:letters].rstrip() + _MORE
 
-    fit = bisect.bisect_right(range(len(line)), width, key=lambda letters: font.getlength(cut(letters)))
+    fit = bisect.bisect_right(range(len(line)), width, key=lambda letters: math.ceil(font.getlength(cut(letters))))
     return cut(max(fit - 1, 0))
