@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import math
+
 from PIL import ImageFont
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
@@ -34,7 +37,9 @@ def shortened(line: str, width: int, font: Font) -> str:
         line = line.encode("latin-1", "replace").decode("latin-1")
     if font.getlength(line) <= width:
         return line
-    kept = line
-    while kept and font.getlength(kept.rstrip() + _MORE) > width:
-        kept = kept[:-1]
-    return kept.rstrip() + _MORE
+
+    def cut(letters: int) -> str:
+        return line[:letters].rstrip() + _MORE
+
+    fit = bisect.bisect_right(range(len(line)), width, key=lambda letters: math.ceil(font.getlength(cut(letters))))
+    return cut(max(fit - 1, 0))
