@@ -5,9 +5,9 @@
 
 A set is a subject, a style, and LoRAs that no prompt names, which take turns as second subject and second style. Three
 kinds of prompts: the subject in the style, the subject alone, the style alone on a shape that its pictures lack. What
-a method loses to bystanders is how much less often it is right than on the asked-for two alone. Each set's subject,
-style and bystanders are its own, so sets are drawn again as a whole for the intervals. A run adds to the results file,
-so it can be stopped and continued.
+a method loses to bystanders is how much less often it is right than on the asked-for two alone. For the intervals sets
+are drawn again as a whole; a style serves in several of them, so they are a little narrow. A run adds to the results
+file, so it can be stopped and continued.
 """
 
 from __future__ import annotations
@@ -252,6 +252,7 @@ def main() -> int:
     parser.add_argument("--counts", nargs="+", type=int, default=COUNTS)
     parser.add_argument("--sets", type=int, help="so many of each block")
     parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--against", default=SHOWN[0], help="the method that the table compares the others with")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -276,7 +277,7 @@ def main() -> int:
         if any(worker.exitcode for worker in workers):
             return 1
     records = read(given.results)
-    print("\n".join(table([r for r in records if r["set"].split()[0] in given.blocks])))
+    print("\n".join(table([r for r in records if r["set"].split()[0] in given.blocks], given.against)))
     return 0
 
 

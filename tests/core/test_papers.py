@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dev
-from benchmarks import intervals
+from benchmarks import bystanders, intervals
 from benchmarks.quality_table import read_records
 from devhost.base import NODES
 
@@ -121,6 +121,17 @@ def test_results_in_the_papers_are_what_the_command_prints() -> None:
     large, small = rows(text_of(ROOT / "docs" / "benchmarks.md"), 9), rows(text_of(README), 5)
     assert len(large) > 20 and not [row for row in large if row not in columns]
     assert len(small) == 4 and not [row for row in small if row not in [[*whole[:3], whole[4]] for whole in large]]
+
+
+def test_figures_of_many_loras_are_what_the_command_prints() -> None:
+    """All rows of docs/benchmarks.md, and the front page's three figures of three LoRAs."""
+    records = [r for r in bystanders.read(bystanders.RESULTS) if r["set"].split()[0] in BLOCKS]
+    printed = bystanders.table(records)
+    shown = [line for line in text_of(ROOT / "docs" / "benchmarks.md").splitlines() if re.match(r"\| [235] \| ", line)]
+    assert shown == printed[2:] and len(shown) > 10
+    right = {row[1]: row[6] for row in (line.strip("| ").split(" | ") for line in printed) if row[0] == "3"}
+    kinds = (right["default"], right["stack at 1"], right["stack at 2/n"])
+    assert "right in {}, stacked in {}, stacked at 2/3 in {}".format(*kinds) in text_of(README)
 
 
 def test_the_map_has_every_folder() -> None:
