@@ -79,6 +79,10 @@ MUTANTS = [
         ),
         ("a dial is advised that gains nothing", ".values()) - _GAIN:", ".values()) + 1:"),
         ("the dial that gains least is advised", "best = min(outcome.tried", "best = max(outcome.tried"),
+    ),
+    *faults(
+        "nodes/bridge/progress/lettering.py",
+        REPORT,
         ("lines run out of the picture", "if parts and font.getlength(longer) <= width:", "if parts:"),
     ),
     *faults(
