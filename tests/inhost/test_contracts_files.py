@@ -28,7 +28,7 @@ def replaced(path, seed: int, patcher) -> None:
 
 def test_load_lora_pair_keeps_order_and_strengths(pack, folders, pair):  # noqa: F811
     node = next(node for node in pack.nodes.NODES if node.__name__ == "LoadLoRAPair")
-    (loaded,) = node.execute("subject.safetensors", "style.safetensors", 0.3, 0.7).args
+    loaded, _ = node.execute("subject.safetensors", "style.safetensors", 0.3, 0.7).args
     ranks = []
     for source, name, strength in (
         (loaded["content"], "subject.safetensors", 0.3),

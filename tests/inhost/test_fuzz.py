@@ -246,7 +246,7 @@ def zipped(pack, fuzz, models):
     for name, file in zip(("subject", "style"), (unet_files()[0], unet_files()[-1]), strict=True):
         (fuzz.base / "loras" / f"{name}.safetensors").write_bytes(to_bytes(file))
     with torch.inference_mode():
-        (sources,) = pack.nodes.LoadLoRAPair.execute("subject.safetensors", "style.safetensors", 1.0, 0.7).args
+        sources, _ = pack.nodes.LoadLoRAPair.execute("subject.safetensors", "style.safetensors", 1.0, 0.7).args
         return pack.nodes.DirectMergeLoRA.execute(models["U-Net"], sources, "sum").args[0]
 
 
