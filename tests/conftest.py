@@ -6,6 +6,7 @@ Nothing here imports ComfyUI, and the core suite, which loads this file too, sta
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from devhost.server import ComfyServer
 
 DEVICE = os.environ.get("ZIPLORA_TEST_DEVICE", "cpu")  # "auto" takes the GPU that ComfyUI finds
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # so that processes of the tests can be interrupted
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
