@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import random
 import statistics
@@ -32,6 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` th
 from benchmarks import new_concepts
 from benchmarks.intervals import WEAK
 from benchmarks.quality_table import Record
+from benchmarks.workers import share_out
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bystanders.jsonl"
 COUNTS = (2, 3, 5)  # of LoRAs; 2: the asked-for ones alone
@@ -104,8 +104,9 @@ def methods() -> dict[str, Callable[[Any], Any]]:
 # --- one set -------------------------------------------------------------------------------------------------
 
 
-def measure(asked: Set, count: int, names: Sequence[str]) -> list[Record]:
-    """Every merge of a set's first `count` LoRAs, drawn and judged."""
+def measure(job: tuple[Set, int, Sequence[str]]) -> list[Record]:
+    """Every merge of a set's first LoRAs, drawn and judged. job: the set, how many of its LoRAs, methods."""
+    asked, count, names = job
     from benchmarks.quality_job import studio_of
 
     studio = studio_of(asked.block)
@@ -162,15 +163,6 @@ def _judged(studio: Any, asked: Set, zipped: Any) -> Record:
                 right &= judged[key].argmax(-1) == torch.tensor([known.index(n) for n in every])
         record[kind] = round(float(right.float().mean()), 4)
     return record
-
-
-def work_through(jobs: Sequence[tuple[Set, int, tuple[str, ...]]], results: Path) -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    for job in jobs:
-        records = measure(*job)
-        with open(results, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(r) + "\n" for r in records))
 
 
 def read(results: Path) -> list[Record]:
@@ -267,14 +259,7 @@ def main() -> int:
                 missing = tuple(m for m in names if (asked.name, count, m) not in done)
                 if missing:
                     jobs.append((asked, count, missing))
-        context = multiprocessing.get_context("spawn")
-        shares = [jobs[i :: given.processes] for i in range(given.processes)]
-        workers = [context.Process(target=work_through, args=(s, given.results)) for s in shares if s]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if any(worker.exitcode for worker in workers):
+        if not share_out(measure, jobs, given.results, given.processes):
             return 1
     records = read(given.results)
     print("\n".join(table([r for r in records if r["set"].split()[0] in given.blocks], given.against)))

@@ -14,21 +14,17 @@ true renderings judge the pictures. A run adds to the results file, so it can be
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
 from benchmarks import new_concepts
 from benchmarks.quality_job import Job, run_job, studio_of
 from benchmarks.quality_table import CEILING, kept_folder, read_records, report, sheet
+from benchmarks.workers import share_out
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
 SUBJECTS = 4  # of six, with every style; `--pairs` may name the others
@@ -36,16 +32,6 @@ SEEDS = (0, 1, 2)
 PICTURES = 12  # of the pair, per method and seed: 36 over the seeds; fewer of the other prompts
 QUICK_PAIRS = (("mushroom", "ember"), ("icecream", "dusk"))  # the direct merge spoils both
 QUICK_METHODS = ("content LoRA", "style LoRA", "direct 1/1", "default")
-
-
-def work_through(jobs: Sequence[Job], results: Path) -> None:
-    """One process's share: appends the records of each job when it is done."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    for job in jobs:
-        records = run_job(job)
-        with open(results, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(r) + "\n" for r in records))
 
 
 def chosen_jobs(given: argparse.Namespace) -> list[Job]:
@@ -137,18 +123,8 @@ def main() -> int:
     if not given.table:
         jobs = chosen_jobs(given)
         started = time.monotonic()
-        if given.processes == 1:
-            work_through(jobs, given.results)
-        else:
-            context = multiprocessing.get_context("spawn")
-            shares = [jobs[i :: given.processes] for i in range(given.processes)]
-            workers = [context.Process(target=work_through, args=(share, given.results)) for share in shares if share]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            if any(worker.exitcode for worker in workers):
-                return 1
+        if not share_out(run_job, jobs, given.results, given.processes):
+            return 1
         print(f"{len(jobs)} jobs in {(time.monotonic() - started) / 60:.1f} minutes")
     named = given.half or given.pairs or given.each
     print(report(given.results, {f"{c}+{s}" for c, s in chosen_pairs(given)} if named else None))

@@ -71,24 +71,8 @@ class CompareMerges(io.ComfyNode):
                     round=0.01,
                     tooltip="How closely pictures follow their prompt, as in KSampler.",
                 ),
-                inputs.advanced(
-                    io.Combo.Input(
-                        "sampler_name",
-                        options=list(sampling.SAMPLERS),
-                        default=sampling.SAMPLER,
-                        optional=True,
-                        tooltip="As in KSampler.",
-                    )
-                ),
-                inputs.advanced(
-                    io.Combo.Input(
-                        "scheduler",
-                        options=list(sampling.SCHEDULERS),
-                        default=sampling.SCHEDULER,
-                        optional=True,
-                        tooltip="As in KSampler.",
-                    )
-                ),
+                inputs.advanced(inputs.choice("sampler_name", sampling.SAMPLERS, "As in KSampler.", sampling.SAMPLER)),
+                inputs.advanced(inputs.choice("scheduler", sampling.SCHEDULERS, "As in KSampler.", sampling.SCHEDULER)),
                 _side("width"),
                 _side("height"),
             ],

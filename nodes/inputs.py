@@ -90,9 +90,15 @@ def save_every(tooltip: str) -> io.Int.Input:
     return io.Int.Input("save_every", default=SAVE_EVERY, **span(INTERVAL), optional=True, tooltip=tooltip)
 
 
-def strength(name: str, tooltip: str) -> io.Float.Input:
+def strength(name: str, tooltip: str, **options: Any) -> io.Float.Input:
     """Of a LoRA or a merge, as the host's LoRA loader has it, in a range that a slider can show."""
-    return io.Float.Input(name, default=1.0, min=-10.0, max=10.0, step=0.05, tooltip=tooltip)
+    return io.Float.Input(name, default=1.0, min=-10.0, max=10.0, step=0.05, tooltip=tooltip, **options)
+
+
+def choice(name: str, options: Iterable[str], tooltip: str, default: str | None = None) -> io.Combo.Input:
+    """The first of its options where no default is said; optional, so that graphs saved without it still run."""
+    names = list(options)
+    return io.Combo.Input(name, options=names, default=default or names[0], optional=True, tooltip=tooltip)
 
 
 def continue_from(tooltip: str) -> io.Combo.Input:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from comfy_api.v0_0_2 import io, ui
 
 from ..ziplora_core.checks import one_of
@@ -16,12 +14,6 @@ from .schema import Schema
 from .sockets import LoRAPairSocket, LossMapSocket, ReferencesSocket, ZippedLoRASocket
 
 _NOT_CONNECTED = object()  # None stands for latents that are connected and not computed yet
-
-
-def _choice(name: str, options: Iterable[str], tooltip: str) -> io.Combo.Input:
-    """A choice whose first option is the default; optional, so that graphs saved without it still run."""
-    names = list(options)
-    return io.Combo.Input(name, options=names, default=names[0], optional=True, tooltip=tooltip)
 
 
 class ZipLoRAOptimize(io.ComfyNode):
@@ -91,13 +83,13 @@ class ZipLoRAOptimize(io.ComfyNode):
                     "Noisy copies of each reference per step. More is steadier, slower, and takes more memory.",
                 ),
                 inputs.seed("Seed of the noise and timesteps: the same seed gives the same coefficients."),
-                _choice(
+                inputs.choice(
                     "objective",
                     OBJECTIVES,
                     "balanced: each concept's loss counts relative to the direct merge's, so that lambda means "
                     "the same for every model and size. paper: Eq. 3 to the letter.",
                 ),
-                _choice(
+                inputs.choice(
                     "solver",
                     SOLVERS,
                     "layerwise: in closed form from a few forward passes, without backpropagation: fits wherever "

@@ -9,6 +9,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from . import inputs
 from .bridge import zip as zipping
+from .bridge.drawing.sampling import SIDE_OR_BEST
 from .schema import Schema
 from .sockets import LoRAStackSocket, ZippedLoRASocket
 
@@ -34,17 +35,8 @@ def _prompt(name: str, example: str) -> io.String.Input:
 
 
 def _strength(name: str, what: str) -> io.Float.Input:
-    return inputs.advanced(
-        io.Float.Input(
-            name,
-            default=1.0,
-            min=-10.0,
-            max=10.0,
-            step=0.05,
-            optional=True,
-            tooltip=f"Strength at which the {what} LoRA alone draws well, as in Load LoRA.",
-        )
-    )
+    tooltip = f"Strength at which the {what} LoRA alone draws well, as in Load LoRA."
+    return inputs.advanced(inputs.strength(name, tooltip, optional=True))
 
 
 def _images(name: str, what: str) -> io.Image.Input:
@@ -126,8 +118,7 @@ class ZipLoRAs(io.ComfyNode):
                     io.Int.Input(
                         "drawn_size",
                         default=0,
-                        min=0,
-                        max=8192,
+                        **inputs.span(SIDE_OR_BEST),
                         step=8,
                         optional=True,
                         tooltip="Side in pixels of the examples that are drawn, and of pictures when they are scaled. "

@@ -15,7 +15,7 @@ from .lora_set import Layer, LoRASet
 from .merge import merged_factors
 
 
-def _join(layer: Layer, device: torch.device | str, dtype: torch.dtype) -> JoinedLayer:
+def join(layer: Layer, device: torch.device | str, dtype: torch.dtype) -> JoinedLayer:
     up, down = merged_factors(layer)
     return JoinedLayer(up.to(device, dtype), down.to(device, dtype), {c: f.rank for c, f in layer.items()})
 
@@ -37,7 +37,7 @@ class JoinedSet:
         self.loras = loras
         self.device = torch.device(device)
         self.dtype = dtype
-        self.layers = {name: _join(layer, device, dtype) for name, layer in loras.layers.items()}
+        self.layers = {name: join(layer, device, dtype) for name, layer in loras.layers.items()}
         self._slots = [(name, concept) for name, layer in loras.layers.items() for concept in layer]
         self._layer_sizes = [self.layers[name].columns * len(layer) for name, layer in loras.layers.items()]
         self._sizes = [self.layers[name].columns for name, _ in self._slots]

@@ -7,7 +7,7 @@ passes is one number for each coefficient, and no pass has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,24 +27,34 @@ _SEED = 0x1A7E  # added to the seed: noise apart from training's and from measur
 
 
 @dataclass
-class Activity:
-    """E_r[x²] of what layers see: sums (columns,) float32 by layer and concept, and of how many rows."""
+class Sums:
+    """What is added up of a layer's rows under each reference: sums by layer and concept, and of how many rows."""
 
     sums: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def put(self, name: str, concept: str, part: Tensor, count: int) -> None:
+        key = (name, concept)
+        self.sums[key] = self.sums[key] + part if key in self.sums else part
+        self.counts[key] = self.counts.get(key, 0) + count
+
+    def has(self, name: str, concepts: Iterable[str]) -> bool:
+        """Whether a layer took part in a pass of each of them."""
+        return all((name, concept) in self.sums for concept in concepts)
+
+
+class Activity(Sums):
+    """E_r[x²] of what layers see: sums (columns,) float32."""
 
     def add(self, name: str, concept: str, x: Tensor) -> None:
         """x: (..., columns), of any dtype; added up in float32."""
         rows = x.flatten(0, -2)
         wide = torch.promote_types(x.dtype, torch.float32)
-        squares = torch.linalg.vector_norm(rows, dim=0, dtype=wide).square().float()
-        key = (name, concept)
-        self.sums[key] = self.sums[key] + squares if key in self.sums else squares
-        self.counts[key] = self.counts.get(key, 0) + len(rows)
+        self.put(name, concept, torch.linalg.vector_norm(rows, dim=0, dtype=wide).square().float(), len(rows))
 
     def of(self, name: str, concepts: list[str]) -> Tensor | None:
         """(columns, concepts) of a layer; None where it took no part in a pass of theirs."""
-        if any((name, concept) not in self.sums for concept in concepts):
+        if not self.has(name, concepts):
             return None
         return torch.stack([self.sums[name, c] / self.counts[name, c] for c in concepts], dim=1)
 

@@ -20,14 +20,14 @@ matrix of a layer and reference, R the sum of the ranks. Layers of too many rank
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import layerwise, shares
-from .branch import Branch, JoinedSet
+from .branch import Branch, JoinedSet, join
 from .coefficients import Coefficients
 from .frozen import Base, Update, project
 from .lora_set import Layer, LoRASet
@@ -90,25 +90,18 @@ class RoutedBranch(Branch):
             return y
 
 
-@dataclass
-class Seen:
-    """G_r of layers: sums (R, R) float32 on the CPU by layer and concept, and of how many rows."""
-
-    sums: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    counts: dict[tuple[str, str], int] = field(default_factory=dict)
+class Seen(layerwise.Sums):
+    """G_r of layers: sums (R, R) float32 on the CPU."""
 
     def add(self, name: str, concept: str, z: Tensor) -> None:
         """z: (..., R), of any dtype; added up in float32 or wider."""
         rows = z.flatten(0, -2)
         rows = rows.to(torch.promote_types(z.dtype, torch.float32))
-        products = (rows.T @ rows).cpu()
-        key = (name, concept)
-        self.sums[key] = self.sums[key] + products if key in self.sums else products
-        self.counts[key] = self.counts.get(key, 0) + len(rows)
+        self.put(name, concept, (rows.T @ rows).cpu(), len(rows))
 
     def pop(self, name: str, layer: Layer) -> dict[str, Tensor] | None:
         """Concept -> G_r float64 of a layer, kept here no longer; None where it took no part in a pass of theirs."""
-        if any((name, concept) not in self.sums for concept in layer):
+        if not self.has(name, layer):
             return None
         return {c: self.sums.pop((name, c)).double() / self.counts[name, c] for c in layer}
 
@@ -138,12 +131,8 @@ def matrix_of(layer: Layer, seen: Mapping[str, Tensor], ridge: float = RIDGE) ->
 
     seen: concept -> G_r (R, R) float64.
     """
-    device = next(iter(seen.values())).device
-    up, down = (factor.to(device, torch.float64) for factor in merged_factors(layer))
-    ups, rows = up.T @ up, down.flatten(1)
-    ranks = [factors.rank for factors in layer.values()]
-    ends = torch.tensor([0, *ranks]).cumsum(0).tolist()
-    parts = dict(zip(layer, (slice(*ends[i : i + 2]) for i in range(len(ranks))), strict=True))
+    joined = join(layer, next(iter(seen.values())).device, torch.float64)
+    ups, rows, parts = joined.up.T @ joined.up, joined.down.flatten(1), joined.parts
     added = {
         (r, k): float((ups[part, part] * seen[k][part, part]).sum().clamp_min(0))
         for r, part in parts.items()
@@ -195,7 +184,8 @@ def merge(
             if name in names:
                 measured = seen.pop(name, layer)
                 if measured is not None:
-                    _check_finite(name, measured)
+                    if not all(bool(g.isfinite().all()) for g in measured.values()):
+                        raise shares.not_finite(name, "see")
                     matrix, error = matrix_of(layer, {c: g.to(device) for c, g in measured.items()}, ridge)
                     routing[name] = matrix.to("cpu", torch.float32)
             else:
@@ -206,11 +196,3 @@ def merge(
             if on_layer is not None:
                 on_layer(SolvedLayer(name, index, len(loras.layers), error))
     return routing, Coefficients(coefficients)
-
-
-def _check_finite(name: str, measured: Mapping[str, Tensor]) -> None:
-    if not all(bool(g.isfinite().all()) for g in measured.values()):
-        raise FloatingPointError(
-            f"layer {name}: what the LoRAs see there is not finite; look at the LoRA's numbers, or load the model in "
-            "bf16 or fp32"
-        )

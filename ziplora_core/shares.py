@@ -123,8 +123,13 @@ def share_layer(
     factors = [Factors(f.up.to(device), f.down.to(device), f.scale) for f in layer.values()]
     solved = share(factors, ridge, None if active is None else active.to(device))
     if not all(m.isfinite().all() for m in solved.coefficients):
-        raise FloatingPointError(
-            f"layer {name}: what the LoRAs do there is not finite; look at the LoRA's numbers, or load the model in "
-            "bf16 or fp32"
-        )
+        raise not_finite(name, "do")
     return solved
+
+
+def not_finite(name: str, verb: str) -> FloatingPointError:
+    """Of a layer. verb: which of the LoRAs' numbers it is, "do" or "see"."""
+    return FloatingPointError(
+        f"layer {name}: what the LoRAs {verb} there is not finite; look at the LoRA's numbers, or load the model in "
+        "bf16 or fp32"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .graph import Graph, Link
+from .graph import Graph, Link, Node
 from .parts import Parts
 from .words import CLIP, CONTEXTS, DINO, MODEL, SIDE, STYLE, STYLES, SUBJECT, SUBJECTS, drawn
 
@@ -10,6 +10,21 @@ _REPLACE = (
     "\n\n## What to choose\nThe checkpoint, the LoRA files and the words of their training prompts: what stands here "
     "is made up. No pictures are needed: each LoRA draws its own references."
 )
+
+
+def _zipped_at_once(graph: Graph) -> tuple[Node, Node]:
+    """The checkpoint, and Zip LoRAs on it, in a column of their own."""
+    graph.column("Model and LoRAs")
+    checkpoint = graph.add("CheckpointLoaderSimple", "1 Checkpoint", ckpt_name=MODEL)
+    zipped = graph.add(
+        "ZipLoRAs",
+        "2 LoRAs to zip",
+        model=checkpoint[0],
+        clip=checkpoint[1],
+        subject_lora=SUBJECT,
+        style_lora=STYLE,
+    )
+    return checkpoint, zipped
 
 
 def start() -> Graph:
@@ -24,16 +39,7 @@ def start() -> Graph:
         "**Is it better than two LoRA loaders?** The report says so. If the style is too weak or too strong: template "
         "*ziplora_style_strength*.\n\nMore: select a node, then the **i** above it.",
     )
-    graph.column("Model and LoRAs")
-    checkpoint = graph.add("CheckpointLoaderSimple", "1 Checkpoint", ckpt_name=MODEL)
-    zipped = graph.add(
-        "ZipLoRAs",
-        "2 LoRAs to zip",
-        model=checkpoint[0],
-        clip=checkpoint[1],
-        subject_lora=SUBJECT,
-        style_lora=STYLE,
-    )
+    checkpoint, zipped = _zipped_at_once(graph)
     graph.column("Picture")
     positive = graph.add("CLIPTextEncode", "3 What to draw", clip=zipped[1], text=drawn(SUBJECT, STYLE))
     negative = graph.add("CLIPTextEncode", "What not to draw", clip=zipped[1], text="")
@@ -69,16 +75,7 @@ def zipped_or_stacked() -> Graph:
         "loaders. If a *zipped* one is best, give its number to *Style Strength*.\n\nMore: select a node, then the "
         "**i** above it.",
     )
-    graph.column("Model and LoRAs")
-    checkpoint = graph.add("CheckpointLoaderSimple", "1 Checkpoint", ckpt_name=MODEL)
-    zipped = graph.add(
-        "ZipLoRAs",
-        "2 LoRAs to zip",
-        model=checkpoint[0],
-        clip=checkpoint[1],
-        subject_lora=SUBJECT,
-        style_lora=STYLE,
-    )
+    checkpoint, zipped = _zipped_at_once(graph)
     graph.column("Compare")
     compared = graph.add(
         "CompareMerges",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ziplora_core.checks import in_range, one_of
+from ...ziplora_core.checks import one_of
 from ...ziplora_core.direct.shared_columns import METHOD as SHARED_COLUMNS
 from ...ziplora_core.files import LoRAFileError, shown
 from ...ziplora_core.objective import OBJECTIVES
@@ -178,7 +178,7 @@ def zip_loras(
             if not of.prompt.strip():
                 reads.remember(_known_prompt, of.name)
         settings, written = replace(settings, seed=seed), prompts(given)
-        in_range("drawn_size", drawn_size, 0, 8192)
+        sampling.SIDE_OR_BEST.check("drawn_size", drawn_size)
         check_connected(given, [*images, *(["vae"] if vae is not None else [])])
         for name, made in images.items():
             pictures.check_pictures(name, [made])

@@ -4,36 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import SHAPES, Dense, ToyPredictor, references_of, toy_pair, toy_references, toy_set
+from toys import SHAPES, Dense, ToyPredictor, Watched, references_of, toy_pair, toy_references, toy_set
 
 from ziplora_core import layerwise, shares
 from ziplora_core.branch import JoinedSet
 from ziplora_core.coefficients import Coefficients
 from ziplora_core.lora_set import CONCEPTS
 from ziplora_core.retention import measure_retention
-
-
-class Watched(ToyPredictor):
-    """A toy network that keeps what each layer saw and was asked."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __call__(self, batch, branch):
-        watched = self
-
-        class Spy:
-            def layer(self, name, x, base, **options):
-                watched.seen.append((name, batch.concept_index, x.clone()))
-                return branch.layer(name, x, base, **options)
-
-        return super().__call__(batch, Spy())
-
-    def features(self, name, place):
-        """What a layer saw under the reference of the concept at a place: (positions, columns)."""
-        rows = [x[concept == place] for n, concept, x in self.seen if n == name]
-        return torch.cat([(x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2) for x in rows])
 
 
 def solved(loras):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import NAMES, SHAPES, Dense, ToyPredictor, factors, references_of, toy_pair, toy_set
+from toys import NAMES, SHAPES, Dense, ToyPredictor, Watched, factors, references_of, toy_pair, toy_set
 
 from ziplora_core import layerwise, routing, saved, zipper
 from ziplora_core.branch import JoinedSet
@@ -18,31 +18,6 @@ from ziplora_core.retention import measure_retention
 from ziplora_core.solver import Settings
 
 RIDGE = 0.2
-
-
-class Watched(ToyPredictor):
-    """A toy network that keeps what each layer saw and was asked."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __call__(self, batch, branch):
-        watched = self
-
-        class Spy:
-            def layer(self, name, x, base, **options):
-                watched.seen.append((name, batch.concept_index, x.clone()))
-                return branch.layer(name, x, base, **options)
-
-        return super().__call__(batch, Spy())
-
-    def inputs(self, name, place):
-        """What a layer saw under the reference of the concept at a place: (positions, in · kernel)."""
-        rows = torch.cat([x[concept == place] for n, concept, x in self.seen if n == name])
-        if rows.ndim == 4:
-            rows = torch.nn.functional.unfold(rows, 3, padding=1).movedim(1, 2)
-        return rows.flatten(0, -2)
 
 
 def several(loras):

@@ -98,6 +98,40 @@ class ToyPredictor:
         return x
 
 
+class Watched(ToyPredictor):
+    """A toy network that keeps what each layer saw and was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __call__(self, batch: Batch, branch: Branch) -> Tensor:
+        watched = self
+
+        class Spy:
+            def layer(self, name, x, base, **options):
+                watched.seen.append((name, batch.concept_index, x.clone()))
+                return branch.layer(name, x, base, **options)
+
+        return super().__call__(batch, Spy())
+
+    def _rows(self, name: str, place: int) -> list[Tensor]:
+        """What a layer saw under the reference of the concept at a place, a pass after another."""
+        return [x[concept == place] for n, concept, x in self.seen if n == name]
+
+    def features(self, name: str, place: int) -> Tensor:
+        """The same, a position after another: (positions, columns)."""
+        rows = self._rows(name, place)
+        return torch.cat([(x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2) for x in rows])
+
+    def inputs(self, name: str, place: int) -> Tensor:
+        """The same with all that a convolution's kernel of three by three sees: (positions, in · kernel)."""
+        rows = torch.cat(self._rows(name, place))
+        if rows.ndim == 4:
+            rows = torch.nn.functional.unfold(rows, 3, padding=1).movedim(1, 2)
+        return rows.flatten(0, -2)
+
+
 def references_of(concepts: tuple[str, ...]) -> References:
     """Of unequal numbers, each concept's its own whatever its place."""
     return {

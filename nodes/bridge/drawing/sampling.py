@@ -23,6 +23,7 @@ from ..network.session import attention_with_gradient
 Watch = Callable[[float, Image.Image | None], None]
 STEPS, GUIDANCE, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
 COUNT, SIDE = Range(1, 64), Range(64, 8192)  # of a ReferenceRequest
+SIDE_OR_BEST = Range(0, SIDE.high)  # 0: what the model draws best
 SAMPLERS, SCHEDULERS = tuple(comfy.samplers.KSampler.SAMPLERS), tuple(comfy.samplers.KSampler.SCHEDULERS)
 DRAWING_STEPS, CFG, DRAWN = Range(1, 10_000), Range(0, 100), Range(16, 16384)  # of a Drawing: as the host's nodes
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
-from ....ziplora_core import routing
 from ....ziplora_core.coefficients import Coefficients
-from ....ziplora_core.lora_set import LoRASet
 from ....ziplora_core.prompts import PromptEffect
 from ....ziplora_core.solver import Result, Settings
 from ..drawing.sampling import GeneratedReferences
@@ -50,12 +47,6 @@ class Outcome:
     tried: list[Tried] = field(default_factory=list)
     plan: Plan = field(default_factory=Plan)
     again: bool = False
-
-    @cached_property
-    def merged(self) -> LoRASet:
-        """The set that the result's coefficients belong to: the LoRAs themselves, or as they are routed."""
-        loras, matrices = self.fitted.loras, self.result.routing
-        return routing.routed(loras, matrices) if matrices else loras
 
     @property
     def loss_map(self) -> dict[str, list[float]]:

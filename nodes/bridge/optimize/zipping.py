@@ -17,7 +17,7 @@ from torch import Tensor
 from ....ziplora_core import analysis, draws, prompts, retention, solver, zipper
 from ....ziplora_core.branch import Branch, JoinedSet
 from ....ziplora_core.coefficients import Coefficients
-from ....ziplora_core.routing import RoutedBranch
+from ....ziplora_core.routing import RoutedBranch, routed
 from ....ziplora_core.saved import ROUTED, ROUTED_LAYERS
 from .. import saved
 from ..drawing import references, sampling
@@ -230,7 +230,7 @@ def _zipped(outcome: Outcome) -> ZippedLoRA:
         settings[ROUTED_LAYERS] = len(result.routing)
     return ZippedLoRA(
         outcome.sources,
-        replace(outcome.fitted, loras=outcome.merged),
+        replace(outcome.fitted, loras=routed(outcome.fitted.loras, result.routing)),
         result.coefficients,
         report=report(outcome),
         method=ROUTED if result.routing else ZIPPED,
