@@ -126,11 +126,15 @@ class Frontend:
             self.page.evaluate("() => window.app.queuePrompt(0, 1)")
         return str(caught.value.json()["prompt_id"])
 
+    def fit(self) -> None:
+        """Bring all of the graph into view."""
+        self.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        self.page.wait_for_timeout(1000)  # the view glides into place
+
     def screenshot(self, path: Path, size: tuple[int, int] = (1600, 1000)) -> Path:
         """Save a picture of the graph, all of it in view, without the menus around it."""
         with self.bare(size):
-            self.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-            self.page.wait_for_timeout(1000)  # the view glides into place
+            self.fit()
             self.page.screenshot(path=str(path))
         return path
 

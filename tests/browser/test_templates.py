@@ -115,6 +115,7 @@ def test_template_runs_to_the_end(
     seen = {(value, most) for node, value, most in events if node in long}
     assert len(seen) > 10, "the progress of the long work did not move"
     if name != "ziplora_scores":  # whose encoders keep this machine so busy that the page gives up on the picture
+        frontend.fit()  # the page fetches the pictures of the nodes that it draws
         frontend.page.wait_for_function(SHOWN, arg=int(saver), timeout=120_000)
     shown = frontend.screenshot(tmp_path / f"{name}.png", (3000, 1200))
     assert shown.stat().st_size > 10_000
