@@ -14,6 +14,7 @@
     python3 dev.py workflows   write workflows/ and workflows/api/ through the real frontend, and what nodes say
     python3 dev.py validate    every graph through comfy-cli's validator
     python3 dev.py run FILE    run a Python file in the environment
+    python3 dev.py kit FOLDER  what measures the pack on a machine with a GPU and no network
     python3 dev.py lock        write the environment's versions into devhost/pins.txt
     python3 dev.py clean       remove what set-up made
 
@@ -34,6 +35,7 @@ from devhost.base import MissingMiniature, link, make_base
 from devhost.chromium import ensure_chromium
 from devhost.host import DEV, ROOT, THREADS, Host, SetupError
 from devhost.install import freeze, set_up
+from devhost.kit import main as write_kit
 from devhost.mutants import run_mutants
 from devhost.suites import run_suites
 
@@ -54,6 +56,7 @@ def main(arguments: list[str]) -> int:
         "workflows": workflows,
         "validate": validate,
         "run": run,
+        "kit": make_kit,
         "lock": lock,
         "clean": clean,
     }
@@ -119,6 +122,10 @@ def validate(rest: list[str]) -> int:
 
 def run(rest: list[str]) -> int:
     return python(set_up(), *rest)
+
+
+def make_kit(rest: list[str]) -> int:
+    return write_kit(set_up(), rest)
 
 
 def lock(rest: list[str]) -> int:

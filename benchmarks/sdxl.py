@@ -2,13 +2,14 @@
 
     python3 dev.py run benchmarks/sdxl.py                                     # on the CPU, bf16, 256 x 256
     COMFYUI_PATH=… python benchmarks/sdxl.py --device cuda                    # 1024 x 1024
-    COMFYUI_PATH=… python benchmarks/sdxl.py --device cuda --limit 8          # as if the card had 8 GB
+    COMFYUI_PATH=… python benchmarks/sdxl.py --device cuda --limits 12 8      # and then as if the card had 12, 8 GB
 
 SDXL from ComfyUI's own class with random weights and two random attention LoRAs: figures of time and memory, never of
 quality. First the machine's own ceilings, a large matrix product and a large copy; then a step in each way of spending
 memory and by the published algorithm (whole ΔW, formed into the weights in each of four passes; see dense.py), whose
-losses must be the same; then whole runs of the node; then applying; then training a LoRA. Operations are
-counted, not estimated.
+losses must be the same; then whole runs of the node; then applying; then training a LoRA; then steps and a whole run
+within less memory. Operations are counted, not estimated. A part that fails is said and the next one goes on; what has
+been measured is in the file of `--json` after every part. To measure on a machine without network: `dev.py kit`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from devhost import full_size
 from devhost.inprocess import load_pack
 
 DTYPES = ("bf16", "fp16", "fp32")
+PARTS = ("default", "steps", "dense", "start", "apply", "train", "limits", "paper")
+ON_A_CARD = ("start", "limits", "paper")  # the others are done on a processor too
 
 
 def parse() -> argparse.Namespace:
@@ -40,8 +43,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="pixels of a side; 1024, on the CPU 256")
     parser.add_argument("--steps", type=int, help="steps that are timed, after one to warm up; 10, on the CPU 2")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--limit", type=float, help="GB that this process may take on the card")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("steps", "dense", "runs", "apply", "train"))
+    parser.add_argument("--limits", type=float, nargs="*", default=[], help="GB that this process may take on the card")
+    parser.add_argument("--skip", nargs="*", default=[], choices=PARTS)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     given = parser.parse_args()
     given.size = given.size or (256 if given.device == "cpu" else 1024)
@@ -229,76 +232,139 @@ def row(name: str, found: dict[str, Any], tflop: float, ceiling: float, weights:
     )
 
 
-def limit_memory() -> None:
+@contextmanager
+def limited(gigabytes: float) -> Iterator[None]:
     """As a smaller card: the host is told to leave the rest alone, and torch may not have it."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(GIVEN.limit * 1e9 / total)
-    management.EXTRA_RESERVED_VRAM += int(total - GIVEN.limit * 1e9)
+    management.unload_all_models()
+    management.soft_empty_cache()
+    total, reserved = torch.cuda.get_device_properties(0).total_memory, management.EXTRA_RESERVED_VRAM
+    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total)
+    management.EXTRA_RESERVED_VRAM = reserved + int(total - gigabytes * 1e9)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        management.EXTRA_RESERVED_VRAM = reserved
 
 
-def main() -> int:
-    if GIVEN.limit and CUDA:
-        limit_memory()
-    figures: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads, {platform.machine()}",
-        "torch": torch.__version__,
-        **{key: getattr(GIVEN, key) for key in ("dtype", "size", "rank", "steps", "limit")},
-    }
-    top = figures["ceilings"] = meters.ceilings(CUDA, DTYPE)
-    print(
-        f"{figures['device']}, torch {figures['torch']}, {GIVEN.dtype}, {GIVEN.size} x {GIVEN.size}, rank {GIVEN.rank}"
-    )
-    print(f"ceilings: {top['tflops']:.2f} TFLOP/s in a matrix product, {top['copy_gb_s']:.0f} GB/s in a copy")
-    bench = Bench()
-    weights = bench.weights if CUDA else psutil.Process().memory_info().rss
-    chosen = bench.plan()
-    print(f"plan: {chosen.line()}\n")
-    print(
-        "| way | s a step | s in 100 | TFLOP a step | TFLOP/s | of the ceiling | peak GB | beside the weights | parts |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    every = replace(chosen, together=True, recomputed=chosen.blocks)
-    ways = {"as planned": chosen, "every block run again": every, "one at a time": replace(every, together=False)}
-    for name, plan in ways.items() if "steps" not in GIVEN.skip else ():
-        found = figures[name] = bench.steps(plan)
-        found["tflop"] = bench.operations(plan.recomputed, plan.together)
-        print(row(name, found, found["tflop"], top["tflops"], weights), flush=True)
-    if not {"steps", "dense"} & set(GIVEN.skip):
-        dense = figures["published"] = bench.steps(every if GIVEN.limit else chosen, dense=True)
-        print(row("published algorithm", dense, figures["as planned"]["tflop"], top["tflops"], weights), flush=True)
-        ours = figures["as planned"]
-        for mine, theirs in zip(ours["losses"][:1], dense["losses"][:1], strict=True):
+class Parts:
+    """What is measured, one part after the other. Each prints its lines and returns its figures."""
+
+    def __init__(self, ceiling: float):
+        self.bench, self.ceiling = Bench(), ceiling
+        self.weights = self.bench.weights if CUDA else psutil.Process().memory_info().rss
+        self.chosen = self.bench.plan()
+        self.every = replace(self.chosen, together=True, recomputed=self.chosen.blocks)
+        self.ours: dict[str, Any] = {}
+
+    def run(self, name: str, **settings: Any) -> dict[str, Any]:
+        found = self.bench.run(**settings)
+        print(f"{name}: {found['seconds']:.1f} s, peak {found['peak'] / 1e9:.2f} GB; {'; '.join(found['report'])}")
+        return found
+
+    def default(self) -> dict[str, Any]:
+        return self.run("default")
+
+    def start(self) -> dict[str, Any]:
+        return self.run("layer-wise, then 20 steps", solver="layerwise, then gradient", steps=20)
+
+    def paper(self) -> dict[str, Any]:
+        return self.run("paper's", steps=100, solver="gradient", objective=CORE.objective.PAPER)
+
+    def steps(self) -> dict[str, Any]:
+        print(f"plan: {self.chosen.line()}\n\n{HEADING}")
+        ways = {"as planned": self.chosen, "every block run again": self.every}
+        ways["one at a time"] = replace(self.every, together=False)
+        figures = {}
+        for name, plan in ways.items():
+            found = figures[name] = self.bench.steps(plan)
+            found["tflop"] = self.bench.operations(plan.recomputed, plan.together)
+            print(row(name, found, found["tflop"], self.ceiling, self.weights), flush=True)
+        self.ours = figures["as planned"]
+        return figures
+
+    def dense(self) -> dict[str, Any]:
+        found = self.bench.steps(self.chosen, dense=True)
+        if not self.ours:
+            return found
+        print(row("published algorithm", found, self.ours["tflop"], self.ceiling, self.weights), flush=True)
+        for mine, theirs in zip(self.ours["losses"][:1], found["losses"][:1], strict=True):
             assert all(abs(a - b) < 0.05 * abs(b) for a, b in zip(mine, theirs, strict=True)), (mine, theirs)
-        extra = [(found["peak"] - weights) / 1e9 for found in (dense, ours)]
+        extra = [(way["peak"] - self.weights) / 1e9 for way in (found, self.ours)]
         print(
-            f"\npublished / ours: {dense['seconds'] / ours['seconds']:.2f} of the time, "
+            f"\npublished / ours: {found['seconds'] / self.ours['seconds']:.2f} of the time, "
             f"{extra[0] / extra[1]:.2f} of the memory beside the weights; losses of the first step "
-            f"{dense['losses'][0]} and {ours['losses'][0]}"
+            f"{found['losses'][0]} and {self.ours['losses'][0]}"
         )
-    if "runs" not in GIVEN.skip:
-        for name, settings in (("default", {}), ("start and 20 steps", {"steps": 20}), ("paper's", PAPERS)):
-            if name != "default" and not CUDA:
-                continue
-            found = figures[name] = bench.run(**settings)
-            print(f"{name}: {found['seconds']:.1f} s, peak {found['peak'] / 1e9:.2f} GB; {'; '.join(found['report'])}")
-    if "apply" not in GIVEN.skip:
-        taken = figures["apply"] = bench.applying()
+        return found
+
+    def apply(self) -> dict[str, Any]:
+        taken = self.bench.applying()
         print(
             f"applying and writing into the weights: {taken['zipped']:.2f} s; a LoRA file of that rank by the stock "
             f"loader {taken['stock']:.2f} s; ratio {taken['ratio']:.2f} (medians of 7 in turn)"
         )
-    if "train" not in GIVEN.skip:
-        found = figures["train"] = bench.training()
+        return taken
+
+    def train(self) -> dict[str, Any]:
+        found = self.bench.training()
         print(
             f"training a LoRA: {found['seconds']:.2f} s a step, peak {found['peak'] / 1e9:.2f} GB, "
-            f"{(found['peak'] - weights) / 1e9:.2f} beside the weights; planned {found['report']}"
+            f"{(found['peak'] - self.weights) / 1e9:.2f} beside the weights; planned {found['report']}"
         )
-    if GIVEN.json:
-        GIVEN.json.write_text(json.dumps(figures, indent=1))
-    return 0
+        return found
+
+    def limits(self) -> dict[str, Any]:
+        figures: dict[str, Any] = {}
+        for gigabytes in GIVEN.limits:
+            with limited(gigabytes):
+                figures[f"{gigabytes:g} GB"] = part = {}
+                for name, measure in (("step", lambda: self.bench.steps(self.bench.plan())), ("zip", self.bench.run)):
+                    measured(part, name, measure)
+                    if name in part:
+                        peak, seconds = part[name]["peak"] / 1e9, part[name]["seconds"]
+                        print(f"{gigabytes:g} GB: {name} {seconds:.2f} s, peak {peak:.2f} GB", flush=True)
+        return figures
 
 
-PAPERS = {"steps": 100, "solver": "gradient", "objective": CORE.objective.PAPER}
+HEADING = (
+    "| way | s a step | s in 100 | TFLOP a step | TFLOP/s | of the ceiling | peak GB | beside the weights | parts |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def measured(figures: dict[str, Any], name: str, measure: Any) -> None:
+    """Put what a part measured into the figures, or why it could not, and let the next one go on."""
+    try:
+        figures[name] = measure()
+    except Exception as error:
+        figures.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"
+        print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
+
+
+def main() -> int:
+    top = meters.ceilings(CUDA, DTYPE)
+    figures: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads, {platform.machine()}",
+        "torch": torch.__version__,
+        **{key: getattr(GIVEN, key) for key in ("dtype", "size", "rank", "steps")},
+        "ceilings": top,
+    }
+    print(
+        f"{figures['device']}, torch {figures['torch']}, {GIVEN.dtype}, {GIVEN.size} x {GIVEN.size}, rank {GIVEN.rank}"
+    )
+    print(f"ceilings: {top['tflops']:.2f} TFLOP/s in a matrix product, {top['copy_gb_s']:.0f} GB/s in a copy")
+    parts = Parts(top["tflops"])
+    figures["weights"] = parts.weights
+    for name in PARTS:
+        if name not in GIVEN.skip and (CUDA or name not in ON_A_CARD):
+            began = now()
+            measured(figures, name, getattr(parts, name))
+            figures.setdefault("seconds", {})[name] = now() - began
+            if GIVEN.json:
+                GIVEN.json.write_text(json.dumps(figures, indent=1))
+    return 1 if "failed" in figures else 0
+
 
 if __name__ == "__main__":
     sys.exit(main())
