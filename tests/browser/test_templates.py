@@ -13,6 +13,7 @@ from demo import encoders
 from demo.manifest import read_manifest
 from demo.templates import on_the_miniature
 from devhost.base import NODES
+from devhost.languages import LANGUAGES, help_page
 from devhost.templates import SKETCHES, TEMPLATES
 from devhost.templates.words import CLIP
 from devhost.workflows import FOLDER
@@ -150,7 +151,7 @@ def test_every_node_has_a_picture_on_its_help_pages(root: Path) -> None:
     assert pictured | NO_GRAPH_YET == set(NODES) and not pictured & NO_GRAPH_YET
     for kind in pictured:
         assert (root / "web" / "docs" / "pictures" / f"{kind}.jpg").is_file()
-        for page in (root / "web/docs" / f"{kind}.md", root / "web/docs" / kind / "zh.md"):
+        for page in (help_page(kind, language) for language in LANGUAGES):
             assert f"](pictures/{kind}.jpg)" in page.read_text(encoding="utf-8"), page
 
 
