@@ -75,6 +75,13 @@ def test_every_node_input_and_output_has_its_texts(language: str) -> None:
     assert list(found) == list(english) == list(NODES)
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_text_holds_the_frontends_own_syntax(language: str) -> None:
+    """Vue I18n reads a plural, a link or a variable out of these, and shows another text, or none."""
+    said = {node: texts_of(entry) for node, entry in languages.node_texts(language).items()}
+    assert not [(node, place) for node, of in said.items() for place, text in of.items() if set(text) & set("{}@$|")]
+
+
 @pytest.mark.parametrize("language", TRANSLATIONS)
 def test_texts_of_nodes_are_translated_and_say_as_much(language: str) -> None:
     found, english = languages.node_texts(language), languages.node_texts(ENGLISH)
