@@ -1,19 +1,11 @@
 // Advanced inputs of the pack's nodes out of sight on the canvas, where the frontend itself leaves them there.
 
 import { app } from "../../scripts/app.js";
-
-const WORDS = {
-  en: { more: "More options", fewer: "Fewer options" },
-  zh: { more: "更多选项", fewer: "收起选项" },
-};
+import { word } from "./ziplora_words.js";
 
 const NO_ROOM = () => [0, -4]; // what a frontend that draws a widget no more still leaves for it, taken back
 
 const isOurs = (node) => node.constructor?.nodeData?.category?.startsWith("ZipLoRA");
-
-function words() {
-  return WORDS[app.extensionManager?.setting?.get?.("Comfy.Locale")] ?? WORDS.en;
-}
 
 /** With a button, which the frontend does not have for it; in no file and in no queue. */
 function hide(node, widgets) {
@@ -21,7 +13,7 @@ function hide(node, widgets) {
   const button = node.addWidget("button", "", null, () => node.toggleAdvanced(), { serialize: false });
   button.serialize = false;
   const update = () => {
-    button.label = words()[node.showAdvanced ? "fewer" : "more"];
+    button.label = node.showAdvanced ? word("Fewer options") : word("More options");
     for (const [widget, size] of sizes) widget.computeSize = node.showAdvanced ? size : NO_ROOM;
   };
   const toggle = node.toggleAdvanced;

@@ -1,14 +1,9 @@
-// The pack's texts in the page's language, where the frontend drops them, and what choices are called in it.
+// The pack's texts in the page's language, where the frontend drops them; what choices and empty prompts say in it.
 
 import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
+import { ours, texts, word } from "./ziplora_words.js";
 
-// By language, of every pack: what the frontend itself asks for as it starts.
-const texts = api.fetchApi("/i18n").then(
-  (answer) => (answer.ok ? answer.json() : {}),
-  () => ({}),
-);
-let known = {}; // the same, once it has come
+let known = {}; // by language, of every pack, once it has come
 
 /** The frontend's translations. Undefined where it keeps them elsewhere. */
 function translations() {
@@ -41,11 +36,19 @@ function name(node, widget) {
   if (!options || !Array.isArray(options.values)) return;
   const own = options.getOptionLabel;
   options.getOptionLabel = function (value) {
-    const language = app.extensionManager?.setting?.get?.("Comfy.Locale");
-    const names = known[language]?.ziplora?.choices?.[node.comfyClass]?.[widget.name];
+    const names = ours().choices?.[node.comfyClass]?.[widget.name];
     return names?.[value] ?? own?.call(this, value) ?? value ?? "";
   };
 }
+
+/** What stands in a text as long as it is empty, for which the frontend asks no language. */
+function fillIn(widget) {
+  const text = widget.inputEl ?? widget.element;
+  if (widget.options?.placeholder) widget.options.placeholder = word(widget.options.placeholder);
+  if (text?.placeholder) text.placeholder = word(text.placeholder);
+}
+
+const isOurs = (node) => node.constructor?.nodeData?.category?.startsWith("ZipLoRA");
 
 const isNamed = (node) => (widget) =>
   Object.values(known).some((of) => of.ziplora?.choices?.[node.comfyClass]?.[widget.name]);
@@ -55,5 +58,6 @@ app.registerExtension({
   init: keep, // awaited, before nodes get their titles
   nodeCreated(node) {
     for (const widget of node.widgets?.filter(isNamed(node)) ?? []) name(node, widget);
+    if (isOurs(node)) node.widgets?.forEach(fillIn);
   },
 });

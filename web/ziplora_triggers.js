@@ -2,6 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { word } from "./ziplora_words.js";
 
 // By node: the widgets that choose files, and where the prompt of each is written. isOwn: whether those are the node's
 // own, in which nothing stands for the file's words, so that a placeholder may say so; an empty CLIP Text Encode means
@@ -17,7 +18,6 @@ const NODES = {
     prompts: (node) => ["content_positive", "style_positive"].map((input) => encoder(node, input)),
   },
 };
-const BUTTON = { en: "Use trigger words", zh: "使用触发词" };
 const PICTURES = "ziplora_pictures";
 const HEIGHT = 104; // pixels
 const FARTHEST = 8; // nodes between a prompt and ZipLoRA Optimize
@@ -114,9 +114,8 @@ function show(node, kind, known) {
   remove(node, widget(node, PICTURES));
   node.ziploraButton = undefined;
   if (known.some((about) => about?.prompt)) {
-    const label = BUTTON[app.extensionManager?.setting?.get?.("Comfy.Locale")] ?? BUTTON.en;
     const use = () => fill(node, kind, known);
-    node.ziploraButton = node.addWidget("button", label, null, use, { serialize: false });
+    node.ziploraButton = node.addWidget("button", word("Use trigger words"), null, use, { serialize: false });
     node.ziploraButton.serialize = false;
     const said = known.filter((about) => about?.prompt);
     node.ziploraButton.tooltip = said.map((about) => `${about.name}: ${about.prompt} (${about.source})`).join("\n");

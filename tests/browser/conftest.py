@@ -33,20 +33,22 @@ def browser() -> Iterator[Browser]:
 
 
 PUBLISH = bool(os.environ.get("ZIPLORA_PUBLISH"))  # write the README's and the help pages' pictures
-AS_JPEG: dict[str, Any] = {"quality": 62, "optimize": True, "progressive": True}  # the archive has room for no more
+AS_JPEG: dict[str, Any] = {"optimize": True, "progressive": True}
 
 
 @pytest.fixture
 def kept() -> Callable[..., None]:
     """Keep a screenshot as a test artefact, and when publishing as a JPG of that width in the checkout.
 
-    edges: the part of width and of height that is cut off on each side.
+    edges: the part of width and of height that is cut off on each side. quality: the JPG's.
     """
     from PIL import Image
 
     from devhost.host import DEV, ROOT
 
-    def keep(picture: Path, name: str, publish: str, width: int, edges: tuple[float, float] = (0, 0)) -> None:
+    def keep(
+        picture: Path, name: str, publish: str, width: int, edges: tuple[float, float] = (0, 0), quality: int = 62
+    ) -> None:
         folder = DEV / "reports" / "screens"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy2(picture, folder / f"{name}.png")
@@ -56,7 +58,7 @@ def kept() -> Callable[..., None]:
             image = image.crop((left, top, image.width - left, image.height - top))
             size = (width, round(width * image.height / image.width))
             (ROOT / publish).parent.mkdir(parents=True, exist_ok=True)
-            image.resize(size, Image.Resampling.LANCZOS).save(ROOT / publish, **AS_JPEG)
+            image.resize(size, Image.Resampling.LANCZOS).save(ROOT / publish, **AS_JPEG, quality=quality)
 
     return keep
 

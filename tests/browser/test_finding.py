@@ -1,4 +1,4 @@
-"""Finding nodes: the frontend's search, the colors of groups, and Chinese after a reload."""
+"""Finding nodes: the frontend's search, the colors of groups, and every language after a reload."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from devhost import languages
 from devhost.frontend import READY
+from devhost.languages import ENGLISH, TRANSLATIONS
 
 if TYPE_CHECKING:
     from devhost.frontend import Frontend
@@ -44,6 +46,12 @@ SAID = """([id, name]) => {
 PLACE = """([id, name]) => {
     const node = window.app.graph.getNodeById(id), found = node.widgets.find(widget => widget.name === name)
     return window.app.canvasPosToClientPos([node.pos[0] + node.size[0] / 2, node.pos[1] + found.last_y + 10]) }"""
+BUTTONS = """id => window.app.graph.getNodeById(id).widgets
+    .filter(widget => widget.type === 'button').map(widget => widget.label)"""
+PLACEHOLDER = """([id, name]) => {
+    const widget = window.app.graph.getNodeById(id).widgets.find(widget => widget.name === name)
+    return (widget.inputEl ?? widget.element).placeholder }"""
+HELP = "[data-testid='info-button'], .help-button, .pi-info-circle"
 COLORS = """() => Object.fromEntries(Object.entries(window.LGraphCanvas.node_colors).map(([k, v]) => [k, v.color]))"""
 
 
@@ -102,40 +110,55 @@ def test_a_new_node_has_its_groups_color_and_a_saved_one_its_own(frontend: Front
     assert "color" not in frontend.workflow()["nodes"][0]
 
 
-@pytest.fixture
-def chinese(frontend: Frontend) -> Iterator[Frontend]:
-    """The page as it is after a reload under zh."""
-    frontend.page.evaluate(LANGUAGE, "zh")
+@pytest.fixture(params=TRANSLATIONS)
+def translated(frontend: Frontend, request: pytest.FixtureRequest) -> Iterator[tuple[str, Frontend]]:
+    """A language, and the page as it is after a reload under it."""
+    frontend.page.evaluate(LANGUAGE, request.param)
     frontend.page.wait_for_timeout(1500)  # the setting is on its way to the server
     frontend.page.reload(wait_until="domcontentloaded")
     frontend.page.wait_for_function(READY, timeout=120_000)
-    yield frontend
-    frontend.page.evaluate(LANGUAGE, "en")
+    yield request.param, frontend
+    frontend.page.evaluate(LANGUAGE, ENGLISH)
     frontend.page.wait_for_timeout(1500)
 
 
-def test_nodes_are_chinese_after_a_reload(chinese: Frontend, tmp_path: Path, kept: Callable[..., None]) -> None:
-    page = chinese.page
-    core = page.evaluate(NEW, "KSampler")
-    sampler = page.evaluate(SAID, [core, "seed"])
-    assert sampler[0] == "K采样器", "the frontend's own texts"
+def test_nodes_are_in_the_pages_language_after_a_reload(
+    translated: tuple[str, Frontend], tmp_path: Path, kept: Callable[..., None]
+) -> None:
+    language, frontend = translated
+    page, texts, own = frontend.page, languages.node_texts(language)["ZipLoRAs"], languages.own_texts(language)
+    qualities, files = own["choices"]["ZipLoRAs"]["quality"], own["choices"]["ZipLoRAs"]["subject_lora"]
+    core = page.evaluate(SAID, [page.evaluate(NEW, "SaveImage"), "filename_prefix"])
+    assert core[0] != "Save Image" and core[2] != "filename_prefix", "the frontend's own texts"
     node = page.evaluate(NEW, "ZipLoRAs")
-    assert page.evaluate(SAID, [node, "quality"]) == ["合并 LoRA", "模型", "质量", "均衡（balanced）"]
-    assert page.evaluate(SAID, [node, "subject_lora"])[2:] == ["主体 LoRA", "[无]"]
-    (queued,) = chinese.api().values()
+    said = [texts["display_name"], *(texts["inputs"][name]["name"] for name in ("model", "quality"))]
+    assert page.evaluate(SAID, [node, "quality"]) == [*said, qualities["balanced"]]
+    assert page.evaluate(SAID, [node, "subject_lora"])[2:] == [texts["inputs"]["subject_lora"]["name"], files["[None]"]]
+    assert page.evaluate(BUTTONS, node) == [own["words"]["More options"]]
+    assert {page.evaluate(PLACEHOLDER, [node, of]) for of in ("subject_prompt", "style_prompt")} < {
+        *own["words"].values()
+    }
+    (queued,) = frontend.api().values()
     assert (queued["inputs"]["quality"], queued["inputs"]["subject_lora"]) == ("balanced", "[None]")
     page.wait_for_timeout(500)
     page.mouse.move(*page.evaluate(PLACE, [node, "quality"]))
     page.mouse.move(*[place + 1 for place in page.evaluate(PLACE, [node, "quality"])])
-    page.locator(".node-tooltip", has_text="只看文件，几秒完成").wait_for(timeout=10_000)
-    picture = tmp_path / "chinese.png"
+    page.locator(".node-tooltip", has_text=texts["inputs"]["quality"]["tooltip"]).wait_for(timeout=10_000)
+    picture = tmp_path / f"{language}.png"
     page.screenshot(path=str(picture))
-    kept(picture, "chinese", ".dev/reports/screens/chinese.jpg", 1200)
+    kept(picture, f"language_{language}", f".dev/reports/screens/language_{language}.jpg", 1200)
     page.mouse.click(*page.evaluate(PLACE, [node, "quality"]))
-    page.locator(".litemenu-entry", has_text="快速（fast）").click()
-    assert page.evaluate(SAID, [node, "quality"])[3] == "快速（fast）"
-    (queued,) = chinese.api().values()
+    page.locator(".litemenu-entry", has_text=qualities["fast"]).click()
+    assert page.evaluate(SAID, [node, "quality"])[3] == qualities["fast"]
+    (queued,) = frontend.api().values()
     assert queued["inputs"]["quality"] == "fast"
+    page.evaluate("id => window.app.canvas.selectNode(window.app.graph.getNodeById(id))", node)
+    page.locator(HELP).first.click(timeout=10_000)
+    first = languages.help_page("ZipLoRAs", language).read_text(encoding="utf-8").splitlines()[2]
+    page.get_by_text(first.split("`")[0].strip()).first.wait_for(timeout=10_000)
+    help_picture = tmp_path / f"{language}_help.png"
+    page.screenshot(path=str(help_picture))
+    kept(help_picture, f"help_{language}", f".dev/reports/screens/help_{language}.jpg", 1200)
     page.evaluate(OPEN)
-    page.locator(BOX).fill("合并")
-    page.locator("li.p-autocomplete-option[aria-label='合并 LoRA']").wait_for(timeout=10_000)
+    page.locator(BOX).fill(texts["display_name"])
+    page.locator(f"li.p-autocomplete-option[aria-label='{texts['display_name']}']").wait_for(timeout=10_000)

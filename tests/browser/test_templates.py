@@ -13,6 +13,7 @@ from demo import encoders
 from demo.manifest import read_manifest
 from demo.templates import on_the_miniature
 from devhost.base import NODES
+from devhost.languages import LANGUAGES, help_page
 from devhost.templates import SKETCHES, TEMPLATES
 from devhost.templates.words import CLIP
 from devhost.workflows import FOLDER
@@ -39,6 +40,7 @@ CLOSE_UPS = {
     "sparsify": ("SparsifyLoRA",),
     "direct_merge": ("DirectMergeLoRA",),
 }
+ON_A_HELP_PAGE = 48  # quality: the archive has room for no more, and letters can be read at a help panel's width
 PUBLISH = bool(os.environ.get("ZIPLORA_PUBLISH"))  # with the defaults, as a help page should show them
 ALL = bool(os.environ.get("ZIPLORA_ALL"))
 TRAINS = ("TrainConceptLoRA", "UnZipLoRA")
@@ -128,7 +130,7 @@ def close_up(frontend: Frontend, kind: str, folder: Path, kept: Callable) -> Non
     """The picture of a node on its help page."""
     shown = frontend.close_up(kind, folder / f"{kind}.png")
     assert shown.stat().st_size > 10_000
-    kept(shown, kind, f"web/docs/pictures/{kind}.jpg", 900)
+    kept(shown, kind, f"web/docs/pictures/{kind}.jpg", 700, quality=ON_A_HELP_PAGE)
 
 
 @pytest.mark.parametrize("sketch", SKETCHES, ids=lambda sketch: sketch.__name__)
@@ -149,7 +151,7 @@ def test_every_node_has_a_picture_on_its_help_pages(root: Path) -> None:
     assert pictured | NO_GRAPH_YET == set(NODES) and not pictured & NO_GRAPH_YET
     for kind in pictured:
         assert (root / "web" / "docs" / "pictures" / f"{kind}.jpg").is_file()
-        for page in (root / "web/docs" / f"{kind}.md", root / "web/docs" / kind / "zh.md"):
+        for page in (help_page(kind, language) for language in LANGUAGES):
             assert f"](pictures/{kind}.jpg)" in page.read_text(encoding="utf-8"), page
 
 
@@ -166,7 +168,7 @@ def test_the_reports_picture_appears_in_the_graph(
     frontend.page.wait_for_function(script, timeout=20_000)
     (node,) = (node for node, made in shipped.items() if made["class_type"] == "ZippedLoRAReport")
     Image.fromarray(server.view(outputs[node]["images"][0])).save(tmp_path / "report.png")
-    kept(tmp_path / "report.png", "report", "web/docs/pictures/report.jpg", 1200)
+    kept(tmp_path / "report.png", "report", "web/docs/pictures/report.jpg", 740, quality=ON_A_HELP_PAGE)
 
 
 def test_a_help_page_opens(frontend: Frontend) -> None:
