@@ -1,14 +1,17 @@
 """How often the verdicts on prompts and files are right, before a zip (Zip Check) and after it (Zip LoRAs).
 
-    python3 dev.py run benchmarks/verdicts.py choose confirm final             an hour on two cores
+    python3 dev.py run benchmarks/verdicts.py choose confirm final --words     without a pass of the model: minutes
+    python3 dev.py run benchmarks/verdicts.py choose confirm final             with all figures: hours on two cores
     python3 dev.py run benchmarks/verdicts.py choose confirm final --table     only what the results file holds
 
-On the concepts of benchmarks/new_concepts.py, of LoRAs that hold alone: each subject with a style in turn. A pair is
-looked at as Zip Check looks at it, with the right prompts (*good*), with ordinary words that the model does not know
-(*cat*) and that it does (*other words*), with the two prompts swapped, with the same file twice, and with a LoRA of
+On the concepts of benchmarks/new_concepts.py, of LoRAs that hold alone. --words looks at every pair, but only at what
+prompts' words say to the LoRAs: on this alone swapped prompts are told, and waking mostly. Else each subject, with a
+style in turn, is looked at as Zip Check looks at it. Cases: the right prompts (*good*), ordinary words that the model
+does not know (*cat*) and that it does (*other words*), the two prompts swapped, the same file twice, and a LoRA of
 zeros in place of the subject or the style in turn. Right prompts are the training's; *short* ones have the trigger word
-and less else. Bounds may be chosen on `choose` alone. A run adds to the results file, so it can be stopped and
-continued.
+and less else. The miniature's text encoder has one token for all words that it does not know, so *cat* is to it one of
+the ordinary prompts that words are compared with. Bounds may be chosen on `choose` alone. A run adds to the results
+file, so it can be stopped and continued.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from benchmarks.quality_table import Record, read_records
 from benchmarks.workers import share_out
 
 RESULTS = Path(__file__).resolve().parent / "results" / "verdicts.jsonl"
+WORDED = ("good", "short", "cat", "other words", "swapped")
 CASES = ("good", "short", "cat", "other words", "swapped", "zeros", "same file")
 SEED, SIDE = 0, 128
 
@@ -48,13 +52,18 @@ class Job:
         return f"{self.subject}+{self.style}"
 
 
-def jobs(block: str, done: set[tuple[str, str, str]], cases: Sequence[str]) -> list[Job]:
+def strong(block: str) -> list[list[str]]:
+    """Subjects and styles whose LoRAs hold alone."""
+    return [[n for n in names if n not in WEAK[block]] for names in (new_concepts.NAMES, new_concepts.STYLE_NAMES)]
+
+
+def jobs(block: str, done: set[tuple[str, str, str]], cases: Sequence[str], most: int) -> list[Job]:
     """Each strong subject with a strong style in turn, of pairs whose merges were drawn and judged where there are."""
-    strong = [[n for n in names if n not in WEAK[block]] for names in (new_concepts.NAMES, new_concepts.STYLE_NAMES)]
+    subjects, styles = strong(block)
     judged = {r["pair"] for r in read_records(RESULTS.with_name(f"{block}.jsonl"))}
     found = []
-    for place, subject in enumerate(strong[0]):
-        turned = [strong[1][(place + i) % len(strong[1])] for i in range(len(strong[1]))]
+    for place, subject in enumerate(subjects[:most]):
+        turned = [styles[(place + i) % len(styles)] for i in range(len(styles))]
         style = next((s for s in turned if f"{subject}+{s}" in judged), turned[0])
         missing = tuple(case for case in cases if (block, f"{subject}+{style}", case) not in done)
         if missing:
@@ -114,12 +123,41 @@ def measure(job: Job) -> list[Record]:
             record[concept] = {
                 "change": {prompt: round(change, 5) for prompt, change in effect.change.items()},
                 "spoiled": round(effect.spoiled, 4),
-                "words": effect.words and [effect.words.own, dict(effect.words.others), list(effect.words.ordinary)],
+                "words": effect.words and rounded(effect.words),
                 "gain": {prompt: round(gain, 5) for prompt, gain in after[concept].gain.items()},
             }
         print(job.block, job.pair, case, f"{record['seconds']} s", flush=True)
         records.append(record)
     return records
+
+
+def measure_words(block: str) -> list[Record]:
+    """A record for each case of every strong pair, with no figure of a pass."""
+    from benchmarks.quality_job import studio_of
+
+    studio = studio_of(block)
+    from benchmarks.studio import PACK, fitting, torch
+
+    subjects, styles = ([studio.concepts[name] for name in names] for names in strong(block))
+    records = []
+    for pair in ({"content": subject, "style": style} for subject in subjects for style in styles):
+        fitted = fitting.fit(studio.set_of(pair), studio.model.model)
+        for case in WORDED:
+            said = {c: words(case, t, pair["style" if c == "content" else "content"], c) for c, t in pair.items()}
+            with torch.inference_mode():
+                heard = PACK.nodes.bridge.network.text.word_effects(
+                    fitted.loras, said, dict.fromkeys(pair, studio.prompt)
+                )
+            record: Record = {"block": block, "pair": "+".join(t.name for t in pair.values()), "case": case}
+            record |= {c: rounded(effect) for c, effect in heard.items()}
+            records.append({**record, "words alone": True})
+    return records
+
+
+def rounded(effect: Any) -> list[Any]:
+    """A WordEffect, as `effects` reads it."""
+    others = {concept: round(answer, 4) for concept, answer in effect.others.items()}
+    return [round(effect.own, 4), others, [round(answer, 4) for answer in effect.ordinary]]
 
 
 # --- the table -----------------------------------------------------------------------------------------------
@@ -161,6 +199,23 @@ def after_zip(record: Record, with_words: bool) -> tuple[bool, set[str]]:
     turned = swapped(heard) if len(heard) == 2 else all(effect.swapped for effect in measured.values())
     asleep = {c for c, e in measured.items() if not e.fires and not (c in heard and heard[c].speaks)}
     return turned, set() if turned else asleep
+
+
+def words_table(records: Sequence[Record]) -> list[str]:
+    """By words alone: where a prompt does not speak to its LoRA, Zip Check still may find that it wakes it."""
+    from ziplora_core.words import WordEffect, swapped
+
+    lines = ["| prompts, words alone | not to the subject's LoRA | not to the style's | said to be swapped |"]
+    lines.append("|---" * 4 + "|")
+    for case in WORDED:
+        heard = [{c: WordEffect(*r[c]) for c in ("content", "style")} for r in records if r["case"] == case]
+        of_lora = {c: {} for c in ("content", "style")}
+        for record, effect in zip((r for r in records if r["case"] == case), heard, strict=True):
+            for place, c in enumerate(of_lora):
+                of_lora[c].setdefault(record["pair"].split("+")[place], []).append(not effect[c].speaks)
+        deaf = [rate([all(said) for said in of_lora[c].values()]) for c in of_lora]
+        lines.append(f"| {case} | {' | '.join(deaf)} | {rate([swapped(effect) for effect in heard])} |")
+    return lines
 
 
 def table(records: Sequence[Record]) -> list[str]:
@@ -223,17 +278,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("blocks", nargs="+", choices=new_concepts.BLOCKS)
     parser.add_argument("--table", action="store_true", help="only print what the results file holds")
+    parser.add_argument("--words", action="store_true", help="every pair, without a pass of the model")
+    parser.add_argument("--pairs", type=int, default=99, help="at most so many of each block, else all")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
     failed = False
-    if not given.table:
-        done = {(r["block"], r["pair"], r["case"]) for r in kept(given.results)}
+    if given.words:
+        share_out(measure_words, given.blocks, given.results, 1 if len(given.blocks) == 1 else 2)
+    elif not given.table:
+        done = {(r["block"], r["pair"], r["case"]) for r in kept(given.results) if not r.get("words alone")}
         for block in given.blocks:  # a process knows one block's concepts
-            failed |= not share_out(measure, jobs(block, done, given.cases), given.results, given.processes)
+            failed |= not share_out(
+                measure, jobs(block, done, given.cases, given.pairs), given.results, given.processes
+            )
     for block in given.blocks:
         records = [r for r in kept(given.results) if r["block"] == block]
+        worded = [r for r in records if r.get("words alone")]
+        records = [r for r in records if not r.get("words alone")]
+        if worded:
+            print("\n".join([f"\n{block}, {len({r['pair'] for r in worded})} pairs", *words_table(worded)]), flush=True)
         if records:
             print("\n".join([f"\n{block}, {len({r['pair'] for r in records})} pairs", *table(records)]), flush=True)
     return int(failed)

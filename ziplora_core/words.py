@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .lora_set import Factors
 
-SPEAK = 1.1  # the least `over_ordinary` of words that speak to their LoRA
+SPEAK = 1.06  # the least `over_ordinary` of words that speak to their LoRA: half-way from wrong prompts to right ones
 TURNED = 1.2  # by so much more than to its own prompt each LoRA answers to the other's where two are swapped
 # Chosen by benchmarks/verdicts.py on its first block alone.
 ORDINARY = (  # prompts that no LoRA is made for

@@ -85,9 +85,10 @@ def check(model, clip, given: Mapping[str, of_zip.Given], seed: int, vae=None, d
     details = _details(sources, looked, {c: _moved(clip, encoders[c], said[c]) for c in said})
     details += [*described.lines(sources, fitted), *described.notes(sources, fitted, zipped=True), *used]
     shown = [_shown(model, vae, latents) for pair in looked.drawn.values() for latents in pair]
+    whole = [picture for picture in shown if picture is not None]
     rows = [f"{role(concept)}: {words}" for concept, words in said.items()]
-    whole = None if any(picture is None for picture in shown) else torch.cat(shown)
-    return Checked(described.report(lines, details), lines, rows, whole)
+    drawn = torch.cat(whole) if len(whole) == len(shown) else None
+    return Checked(described.report(lines, details), lines, rows, drawn)
 
 
 def _refused(line: str, details: Sequence[str]) -> Checked:

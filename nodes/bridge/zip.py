@@ -231,7 +231,8 @@ def sources_of(given: Mapping[str, Given]) -> loras.LoRASources:
 
 def encoders(clip, sources: loras.LoRASources) -> dict[str, text.Encode]:
     """By concept, what makes its user's prompts of words; each words once."""
-    found, without = {}, None
+    found: dict[str, text.Encode] = {}
+    without: text.Encode | None = None
     for concept, source in sources.by_concept.items():
         if text_encoders.parts(source):
             found[concept] = functools.cache(functools.partial(_encoded, clip, source))
