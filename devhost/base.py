@@ -20,6 +20,7 @@ CHECKPOINT = "miniature_sdxl.safetensors"
 
 NODES = (
     "ZipLoRAs",
+    "ZipCheck",
     "LoadLoRAPair",
     "ZipLoRAOptimize",
     "DirectMergeLoRA",

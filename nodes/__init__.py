@@ -3,6 +3,7 @@
 from .apply import ApplyZippedLoRA
 from .bridge.lora import routes
 from .bridge.saved import register_folder
+from .check import ZipCheck
 from .compare import CompareMerges
 from .direct import DirectMergeLoRA
 from .export import ExportMergedLoRA
@@ -24,6 +25,7 @@ routes.register()
 
 NODES = [
     ZipLoRAs,
+    ZipCheck,
     LoadLoRAPair,
     ZipLoRAOptimize,
     DirectMergeLoRA,

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .bridge.progress.lettering import broken, shortened
 from .bridge.progress.lettering import font as font_of
-from .bridge.progress.lettering import shortened
 
 _CELL, _GAP, _HEAD, _NUMBER, _FONT = 384, 8, 40, 48, 22
 _HEADINGS = ("subject", "style", "left", "right")
@@ -45,12 +45,15 @@ def draw(a: Tensor, b: Tensor, subject: Tensor, style: Tensor, a_is_left: Sequen
     return _image(page)
 
 
-def strip(headings: Sequence[str], prompts: Sequence[str], pictures: Tensor) -> Tensor:
+def strip(headings: Sequence[str], prompts: Sequence[str], pictures: Tensor, said: Sequence[str] = ()) -> Tensor:
     """IMAGE (1, H, W, 3): a column below each heading, a row below each prompt; no side of it over 16,000 pixels.
 
-    pictures: IMAGE (N, H, W, 3), row by row, of one size. Texts that are too long are shortened.
+    pictures: IMAGE (N, H, W, 3), row by row, of one size. Texts that are too long are shortened. said: lines above
+    all, broken where they are too long; without prompts the strip is these alone.
     """
     columns, rows = len(headings), len(prompts)
+    if not rows:
+        return _image(_with_text(None, said, _GAP + columns * (_LARGEST + _GAP)))
     side = min(_LARGEST, (_LONGEST - _GAP) // columns - _GAP, (_LONGEST - _LABEL) // rows - _LABEL - _GAP)
     wide, high = _cell(pictures[0], side).size
     page, pen = _page(_GAP + columns * (wide + _GAP), _LABEL + rows * (_LABEL + high + _GAP))
@@ -63,7 +66,19 @@ def strip(headings: Sequence[str], prompts: Sequence[str], pictures: Tensor) -> 
         for column in range(columns):
             place = (_GAP + column * (wide + _GAP), top + _LABEL)
             page.paste(_cell(pictures[row * columns + column], side), place)
-    return _image(page)
+    return _image(_with_text(page, said, page.width) if said else page)
+
+
+def _with_text(page: Image.Image | None, said: Sequence[str], width: int) -> Image.Image:
+    """A page below lines of text."""
+    font = font_of(_LARGE)
+    lines = [part for line in said for part in broken(line, width - 2 * _GAP, font)]
+    whole, pen = _page(width, _GAP + _LABEL * len(lines) + (page.height if page else 0))
+    for number, line in enumerate(lines):
+        pen.text((_GAP, _GAP + number * _LABEL), line, fill=_INK, font=font)
+    if page:
+        whole.paste(page, (0, whole.height - page.height))
+    return whole
 
 
 def _page(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:

@@ -7,12 +7,14 @@ import { word } from "./ziplora_words.js";
 // By node: the widgets that choose files, and where the prompt of each is written. isOwn: whether those are the node's
 // own, in which nothing stands for the file's words, so that a placeholder may say so; an empty CLIP Text Encode means
 // an empty prompt.
+const BOXES = {
+  files: ["subject_lora", "style_lora"],
+  isOwn: true,
+  prompts: (node) => ["subject_prompt", "style_prompt"].map((name) => written(node, name)),
+};
 const NODES = {
-  ZipLoRAs: {
-    files: ["subject_lora", "style_lora"],
-    isOwn: true,
-    prompts: (node) => ["subject_prompt", "style_prompt"].map((name) => written(node, name)),
-  },
+  ZipLoRAs: BOXES,
+  ZipCheck: BOXES,
   LoadLoRAPair: {
     files: ["content_lora", "style_lora"],
     prompts: (node) => ["content_positive", "style_positive"].map((input) => encoder(node, input)),

@@ -123,8 +123,8 @@ MUTANTS = [
         ("LoRAs of other nodes are taken unchecked", "check_tensors(name, tensors)", "pass"),
         (
             "one LoRA on both sockets is zipped",
-            "    if same is not None:\n        raise LoRAFileError(\n",
-            "    if False:\n        raise LoRAFileError(\n",
+            "    if same is not None:\n        raise SameLoRAError(\n",
+            "    if False:\n        raise SameLoRAError(\n",
         ),
         ("float8 is compared as it is", "if one.element_size() == 1:", "if one.element_size() == 0:"),
         (

@@ -194,4 +194,25 @@ MUTANTS = [
         ("a LoRA is compared with itself", "joined.student(bare)", "joined.teacher(batch.concept_index)"),
         ("another prompt is tried where none need be", "and not all(effect.fires for", "and any(effect.fires for"),
     ),
+    *faults(
+        "ziplora_core/words.py",
+        ("tests/core/test_words.py",),
+        ("words are not taken from none", "return prompt - empty.repeat(times, 1)[: len(prompt)]", "return prompt"),
+        ("a strong LoRA answers more", "/ (size * whole)", "/ size"),
+        ("a long prompt answers more", "/ (size * whole)", "/ whole"),
+        ("layers are added up", "total / counted if counted", "total if counted"),
+        ("one LoRA turned is two", "return len(effects) == 2 and all(", "return len(effects) == 2 and any("),
+    ),
+    *faults(
+        "ziplora_core/checkup.py",
+        ("tests/core/test_checkup.py",),
+        (
+            "a LoRA that does nothing is judged by its prompt",
+            "if not effect.idle and not effect.woken",
+            "if not effect.woken",
+        ),
+        ("swapped prompts are also called asleep", "asleep = () if turned else", "asleep ="),
+        ("words alone wake", "return self.words.speaks or self.more >= MORE", "return self.words.speaks"),
+        ("one LoRA kept is enough", "enough = all(", "enough = any("),
+    ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,14 +15,17 @@ from torch import Tensor
 from ...ziplora_core.checks import one_of
 from ...ziplora_core.direct.shared_columns import METHOD as SHARED_COLUMNS
 from ...ziplora_core.files import LoRAFileError, shown
+from ...ziplora_core.lora_set import LoRASet
 from ...ziplora_core.objective import OBJECTIVES
 from ...ziplora_core.solver import Settings
+from ...ziplora_core.words import WordEffect
 from . import direct
 from .apply import apply, with_text_encoder
 from .drawing import references, sampling
-from .lora import loras, reads, stack, triggers
+from .lora import loras, reads, stack, text_encoders, triggers
 from .lora.zipped import ZippedLoRA
 from .memory.retry import LESS, is_out_of_memory
+from .network import text
 from .optimize import zipping
 from .training import pictures
 
@@ -76,7 +80,7 @@ def check_files(**chosen: str | None) -> str | None:
     problems = [f"{which}: {problem}" for which, problem in checked.items() if problem]
     if not problems:
         try:
-            with _in_our_words(*names.values()):
+            with in_our_words(*names.values()):
                 loras.refuse_one_file(*names.values())
         except LoRAFileError as error:
             return str(error)
@@ -182,20 +186,23 @@ def zip_loras(
         check_connected(given, [*images, *(["vae"] if vae is not None else [])])
         for name, made in images.items():
             pictures.check_pictures(name, [made])
-    with _in_our_words(*(of.name for of in given.values()), easier=_EASIER.get(quality, "")):
-        sources = _sources(given)
+    with in_our_words(*(of.name for of in given.values()), easier=_EASIER.get(quality, "")):
+        sources = sources_of(given)
         if settings is None:
             zipped, drawn = direct.merge(model, sources, SHARED_COLUMNS.name), None
         else:
             zipping.check_inputs(model, sources, {})
             side = drawn_size or sampling.best_side(model)
-            conditioning = {c: _encoded(clip, source, written[c].text) for c, source in sources.by_concept.items()}
+            encode = encoders(clip, sources)
+            conditioning = {c: encode[c](prompt.text) for c, prompt in written.items()}
             latents = {
                 c: _latents(model, vae, images[of.pictures], side) if of.pictures in images else None
                 for c, of in given.items()
             }
             asked = replace(references.DEFAULT, side=side)
-            zipped, _, _, drawn = zipping.optimize(model, sources, conditioning, latents, settings, asked)
+            zipped, _, _, drawn = zipping.optimize(
+                model, sources, conditioning, latents, settings, asked, functools.partial(_words, written, encode)
+            )
     lines = [zipped.report, *(prompt.line(concept) for concept, prompt in written.items())]
     zipped = replace(zipped, report="  \n".join(lines))
     return (*apply(model, clip, zipped, 1.0), zipped, zipped.report, drawn)
@@ -212,7 +219,8 @@ def check_connected(given: Mapping[str, Given], connected: Collection[str]) -> N
             raise ValueError(f"{name} has to be encoded; connect the checkpoint's VAE to vae")
 
 
-def _sources(given: Mapping[str, Given]) -> loras.LoRASources:
+def sources_of(given: Mapping[str, Given]) -> loras.LoRASources:
+    """The files, read. Raises LoRAFileError, SameLoRAError where two are one, and ValueError for a strength."""
     files = {c: (of.name, of.strength, of.clip_strength) for c, of in given.items()}
     sources = loras.load_sources(files, of_inputs=all(of.pictures for of in given.values()))
     inputs = {(concept, "positive"): of.asked for concept, of in given.items()}
@@ -221,11 +229,28 @@ def _sources(given: Mapping[str, Given]) -> loras.LoRASources:
     return replace(sources, inputs=inputs, own_text_encoders=True)
 
 
-def _encoded(clip, source: loras.LoRASource, text: str) -> list:
+def encoders(clip, sources: loras.LoRASources) -> dict[str, text.Encode]:
+    """By concept, what makes its user's prompts of words; each words once."""
+    found: dict[str, text.Encode] = {}
+    without: text.Encode | None = None
+    for concept, source in sources.by_concept.items():
+        if text_encoders.parts(source):
+            found[concept] = functools.cache(functools.partial(_encoded, clip, source))
+        else:
+            without = without or functools.cache(functools.partial(_encoded, clip, source))
+            found[concept] = without
+    return found
+
+
+def _words(written: Mapping[str, Prompt], encode: Mapping[str, text.Encode], fitted: LoRASet) -> dict[str, WordEffect]:
+    return text.word_effects(fitted, {concept: prompt.text for concept, prompt in written.items()}, encode)
+
+
+def _encoded(clip, source: loras.LoRASource, words: str) -> list:
     """A prompt as CLIP Text Encode makes it, with one LoRA's own text-encoder part on: what its user sees."""
     strength = source.strength if source.clip_strength is None else source.clip_strength
     own = with_text_encoder(clip, source, strength)
-    conditioning: list = own.encode_from_tokens_scheduled(own.tokenize(text))
+    conditioning: list = own.encode_from_tokens_scheduled(own.tokenize(words))
     return conditioning
 
 
@@ -235,7 +260,7 @@ def _latents(model, vae, images: Tensor, side: int) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _in_our_words(*names: str, easier: str = "") -> Iterator[None]:
+def in_our_words(*names: str, easier: str = "") -> Iterator[None]:
     """Errors by the names of this node's inputs, with what its users can change. names: of the files in question.
     easier: what to choose where a run needs too much memory, or fails on its numbers."""
     try:

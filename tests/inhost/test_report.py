@@ -149,6 +149,24 @@ def test_warnings_of_prompts_stand_in_the_verdict_once(pack):
     assert "other way round" in advice and "not seem to wake" not in verdict
 
 
+def test_words_are_asked_where_they_are_known(pack):
+    """They speak to a LoRA that passes do not show to be woken, and tell best whether prompts are swapped."""
+    words = pack.ziplora_core.words.WordEffect
+    before, after = {"content": 2.0, "style": 2.0}, {"content": 1.0, "style": 1.0}
+    outcome = outcome_of(pack, before, after, prompts=effects(pack, content=ASLEEP, style=ASLEEP))
+    assert outcome.asleep == ["content", "style"]
+    heard = {"content": words(2.0, {"style": 1.0}, (1.2,)), "style": words(1.0, {"content": 1.0}, (1.2,))}
+    assert replace(outcome, words=heard).asleep == ["style"]
+    assert replace(outcome, words={"content": heard["content"]}).asleep == ["style"]
+    turned = {"content": words(1.0, {"style": 2.0}, (1.2,)), "style": words(0.8, {"content": 1.9}, (1.2,))}
+    assert not outcome.swapped and replace(outcome, words=turned).swapped
+    verdict, _, advice = said(pack, replace(outcome, words=turned))
+    assert verdict.endswith("But the two prompts seem to be swapped: each wakes the other LoRA.")
+    by_passes = {**ASLEEP, "other": 0.9}
+    outcome = outcome_of(pack, before, after, prompts=effects(pack, content=by_passes, style=by_passes))
+    assert outcome.swapped and not replace(outcome, words=heard).swapped
+
+
 def test_no_zero_has_a_sign(pack):
     nearly = {"own": -0.001, "empty": 0.0001}
     prompts, alignment = effects(pack, content=nearly, style=nearly), [{"a": -1e-9}, {"a": 1e-9}]

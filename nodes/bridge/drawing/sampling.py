@@ -63,9 +63,11 @@ class GeneratedReferences:
 
 
 def draw_plain(
-    model, conditioning: list, request: ReferenceRequest, seed: int, watch: Watch | None = None
+    model, conditioning: list, request: ReferenceRequest, seed: int, watch: Watch | None = None, steps: int = 0
 ) -> GeneratedReferences | None:
     """Latents that a model draws from a prompt; None where they are not finite. model: ModelPatcher, unchanged.
+
+    steps: 0 for as many as references get.
 
     watch: hears after each step how much is done, 0 to 1, and sees a rough picture where the host previews; what it
     raises ends the drawing, as an interrupt does. Without it the progress shows as any sampler's.
@@ -87,7 +89,7 @@ def draw_plain(
         return comfy.sample.sample(
             model,
             noise[part],
-            STEPS,
+            steps or STEPS,
             guidance,
             SAMPLER,
             SCHEDULER,

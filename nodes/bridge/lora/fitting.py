@@ -23,6 +23,10 @@ from .adapters import all_used, fits, is_low_rank, is_plain, kind_of, reshapes
 from .loras import LoRASource, LoRASources, text_encoder_alone
 
 
+class OtherModelError(LoRAFileError):
+    """A file that was made for another model."""
+
+
 @dataclass(frozen=True)
 class FittedSet:
     """LoRAs on the layers of one model.
@@ -137,8 +141,8 @@ def _base_weight(model, key: str) -> Tensor:
     return weight if scale is None else weight.float() * scale.float()
 
 
-def _other_model(source: LoRASource, key: str, kind: str, shape: torch.Size) -> LoRAFileError:
-    return LoRAFileError(
+def _other_model(source: LoRASource, key: str, kind: str, shape: torch.Size) -> OtherModelError:
+    return OtherModelError(
         f"'{source.title}' was made for another model{_guess(source)}: its {kind} at layer '{key}' does not fit a "
         f"weight of shape {tuple(shape)}; choose a LoRA of the same model family"
     )
@@ -174,7 +178,7 @@ def _reshaped(source: LoRASource, key: str, factors: Factors, shape: torch.Size)
     """Factors for a weight of this shape: some files store a 1 x 1 convolution as a linear layer, or the reverse."""
     columns = factors.down.numel() // factors.rank
     if factors.up.shape[0] != shape[0] or columns != math.prod(shape[1:]):
-        raise LoRAFileError(
+        raise OtherModelError(
             f"'{source.title}' was made for another model{_guess(source)}: its layer '{key}' changes a weight of shape "
             f"({factors.up.shape[0]}, {columns}), this model's is {tuple(shape)}; "
             "choose a LoRA of the same model family"
@@ -218,7 +222,7 @@ def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[st
         raise text_encoder_alone(source.title)
     if not fitting.factors:
         example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))
-        raise LoRAFileError(
+        raise OtherModelError(
             f"'{source.title}' has no layer that fits this model ({type(model).__name__}){_guess(source)}: "
             f"found e.g. '{example}'; "
             "choose a LoRA of the same model family"

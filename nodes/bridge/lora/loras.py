@@ -18,6 +18,11 @@ from ....ziplora_core.files import LoRAFileError, check_lora_file, check_tensors
 from ....ziplora_core.lora_set import CONCEPTS, is_pair
 from . import hashes, reads
 
+
+class SameLoRAError(LoRAFileError):
+    """Two of the files hold one LoRA."""
+
+
 STRENGTH = Range(-100, 100)  # of a LoRA, a merge or a dial: wider than the nodes' sliders, for the API
 
 
@@ -144,12 +149,12 @@ def refuse_one_file(*names: str, of_inputs: bool = True) -> None:
             raise _same_file(one, other, of_inputs)
 
 
-def _same_file(one: str, other: str, of_inputs: bool = True) -> LoRAFileError:
+def _same_file(one: str, other: str, of_inputs: bool = True) -> SameLoRAError:
     first, second = shown(one, 255), shown(other, 255)
     if not of_inputs:
-        return LoRAFileError(f"'{first}' and '{second}' hold the same LoRA; take one of them out")
+        return SameLoRAError(f"'{first}' and '{second}' hold the same LoRA; take one of them out")
     which = f"'{first}' is" if one == other else f"'{first}' and '{second}' hold the same LoRA, which would be"
-    return LoRAFileError(
+    return SameLoRAError(
         f"{which} both the content and the style LoRA, so there is nothing to zip; choose the subject's file in "
         "content_lora and the style's in style_lora"
     )
@@ -189,9 +194,9 @@ def refuse_one_lora(sources: LoRASources) -> None:
     """Raises LoRAFileError where two hold the same: there is nothing to zip."""
     same = _hold_the_same(sources)
     if same is not None and not is_pair(sources.by_concept):
-        raise LoRAFileError(f"{' and '.join(same)} hold the same LoRA; take one of them out")
+        raise SameLoRAError(f"{' and '.join(same)} hold the same LoRA; take one of them out")
     if same is not None:
-        raise LoRAFileError(
+        raise SameLoRAError(
             "content_lora and style_lora hold the same LoRA, so there is nothing to zip; connect the subject's LoRA to "
             "content_lora and the style's to style_lora"
         )

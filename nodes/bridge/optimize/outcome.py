@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ....ziplora_core.coefficients import Coefficients
 from ....ziplora_core.prompts import PromptEffect
 from ....ziplora_core.solver import Result, Settings
+from ....ziplora_core.words import WordEffect, swapped
 from ..drawing.sampling import GeneratedReferences
 from ..lora.fitting import FittedSet
 from ..lora.loras import LoRASources
@@ -29,7 +30,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything a report tells. retention and alignment: [direct merge, zipped]. drawn, prompts: by concept.
+    """Everything a report tells. retention and alignment: [direct merge, zipped]. drawn, prompts, words: by concept.
 
     tried: dials that were measured of what was found. again: memory ran out, and this is the second run.
     """
@@ -44,6 +45,7 @@ class Outcome:
     alignment: list[dict[str, float]] = field(default_factory=list)
     drawn: dict[str, GeneratedReferences] = field(default_factory=dict)
     prompts: dict[str, PromptEffect] = field(default_factory=dict)
+    words: Mapping[str, WordEffect] = field(default_factory=dict)
     tried: list[Tried] = field(default_factory=list)
     plan: Plan = field(default_factory=Plan)
     again: bool = False
@@ -74,12 +76,15 @@ class Outcome:
 
     @property
     def asleep(self) -> list[str]:
-        """Concepts whose own prompt does not wake their LoRA."""
-        return [concept for concept, effect in self.prompts.items() if not effect.fires]
+        """Concepts whose own prompt does not wake their LoRA, whatever its words are."""
+        heard = {concept for concept, effect in self.words.items() if effect.speaks}
+        return [concept for concept, effect in self.prompts.items() if not effect.fires and concept not in heard]
 
     @property
     def swapped(self) -> bool:
-        """Whether each of two LoRAs is woken by the other's prompt."""
+        """Whether each of two LoRAs is woken by the other's prompt. Its words tell it best, where they are known."""
+        if self.words.keys() == self.prompts.keys():
+            return bool(self.prompts) and swapped(self.words)
         return bool(self.prompts) and all(effect.swapped for effect in self.prompts.values())
 
     def left(self, retention: Mapping[str, float]) -> dict[str, float]:

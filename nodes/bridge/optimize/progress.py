@@ -52,6 +52,11 @@ class Progress:
             parts[_STEPS] = self._before_steps + steps * self._step
         return {**parts, _MEASURING: concepts * 3 * retention.DRAWS, _PROMPTS: concepts * 4 * prompts.DRAWS}
 
+    @property
+    def rows(self) -> float:
+        """Through the network, all in all."""
+        return sum(self._drawing.values()) + sum(self._work().values())
+
     def drawing(self, concept: str, share: float, preview: Image.Image | None) -> None:
         """A concept's references are drawn by so much, 0 to 1."""
         part = f"drawing {concept} references"

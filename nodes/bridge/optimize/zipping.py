@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TypeVar
@@ -17,8 +17,10 @@ from torch import Tensor
 from ....ziplora_core import analysis, draws, prompts, retention, solver, zipper
 from ....ziplora_core.branch import Branch, JoinedSet
 from ....ziplora_core.coefficients import Coefficients
+from ....ziplora_core.lora_set import LoRASet
 from ....ziplora_core.routing import RoutedBranch, routed
 from ....ziplora_core.saved import ROUTED, ROUTED_LAYERS
+from ....ziplora_core.words import WordEffect
 from .. import saved
 from ..drawing import references, sampling
 from ..lora import fitting, loras
@@ -82,11 +84,13 @@ def optimize(
     latents: dict[str, dict | None],
     settings: solver.Settings,
     request: sampling.ReferenceRequest = references.DEFAULT,
+    words: Callable[[LoRASet], Mapping[str, WordEffect]] = lambda _: {},
 ) -> tuple[ZippedLoRA, dict[str, list[float]], str, Tensor | None]:
     """Zip LoRAs on a model: (zipped, LOSS_MAP, report, rough pictures of what was drawn as a reference).
 
     model: ModelPatcher, unchanged. conditioning, latents: host values by concept; where there
-    are no latents, the concept's LoRA alone draws them. Every check comes before anything is loaded. steps = 0 loads
+    are no latents, the concept's LoRA alone draws them. words: of fitted LoRAs, what their prompts' words say to them,
+    where a node knows the words. Every check comes before anything is loaded. steps = 0 loads
     nothing: the direct merge.
     Raises ValueError (LoRAFileError for a file) or FloatingPointError, and the host's own exception where memory runs
     out twice; interrupts pass through.
@@ -106,9 +110,10 @@ def optimize(
         outcome = replace(outcome, alignment=_alignment(outcome))
         zipped = _zipped(outcome)
         return zipped, outcome.loss_map, zipped.report, None
+    outcome = replace(outcome, words=words(fitted.loras))  # before the model is loaded: text encoders need room too
     without = [concept for concept in latents if concept not in samples]
     progress = Progress(settings, len(fitted.loras.concepts), without, sampling.GeneratedReferences.rows(request))
-    with _explained(model, sources, conditioning):
+    with explained(model, sources, conditioning):
         drawn = {}
         for concept in without:
             watch = partial(progress.drawing, concept)
@@ -264,7 +269,7 @@ def _rescue(outcome: Outcome, kept: solver.Result | None) -> str:
 
 
 @contextlib.contextmanager
-def _explained(model, sources: loras.LoRASources, conditioning: dict[str, list]) -> Iterator[None]:
+def explained(model, sources: loras.LoRASources, conditioning: dict[str, list]) -> Iterator[None]:
     """Where a model fails and a prompt is another model's, the error says so."""
     try:
         yield
