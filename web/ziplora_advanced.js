@@ -141,7 +141,8 @@ class Advanced {
         return configure.call(node, saved, ...more);
       } finally {
         this.isConfiguring = false;
-        if (!app.configuringGraph) this.settle();
+        if (app.configuringGraph) setTimeout(() => this.settle()); // no one tells nodes of a subgraph when it is done
+        else this.settle();
       }
     };
     after(node, "onAfterGraphConfigured", () => this.settle());

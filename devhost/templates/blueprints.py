@@ -17,6 +17,7 @@ _WIDTH = 180  # of those two
 class Blueprint(Graph):
     """words: that it is found by. entries: (name, type) of its inputs. exits: (name, what it gives)."""
 
+    lists_widgets: bool = True
     words: tuple[str, ...] = ()
     entries: list[tuple[str, str]] = field(default_factory=list)
     exits: list[tuple[str, Link]] = field(default_factory=list)
@@ -175,7 +176,7 @@ def zip_stack() -> Blueprint:
 
 def compare() -> Blueprint:
     made = Blueprint(
-        "Compare",
+        "Compare two LoRAs",
         "One labelled strip with one seed: each LoRA alone, both stacked, and zipped with less and more style; a row "
         "for each line of what_to_draw.",
         words=("compare merges", "compare loras"),

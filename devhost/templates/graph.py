@@ -13,7 +13,7 @@ ObjectInfo = Mapping[str, Any]
 
 _WIDTH, _GAP, _LINE = 340, 60, 30
 _BELOW = 70  # from a node to the next one's top edge, its title bar included
-_VIEW = {"scale": 0.7, "offset": [650, 250]}  # as a graph opens: the note and the first columns, large enough to read
+_VIEW = {"scale": 0.8, "offset": [645, 215]}  # as a graph opens: the note and the first columns, large enough to read
 _WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 _TALL = {  # of nodes that show something when they have run, or a picture
     "SaveImage": 460,
@@ -22,7 +22,7 @@ _TALL = {  # of nodes that show something when they have run, or a picture
     "BlindABSheet": 560,
     "LoadImage": 340,
     "ZipLoRAOptimize": 660,
-    "ZipLoRAs": 560,
+    "ZipLoRAs": 480,
     "CompareMerges": 560,
     "TrainConceptLoRA": 840,
     "UnZipLoRA": 920,
@@ -75,13 +75,14 @@ class Node:
 
 @dataclass
 class Graph:
-    """name: of the files. note: Markdown, shown at the left. what: of its columns, their headings."""
+    """name: of the files. note: Markdown, shown at the left. headings, widths: of its columns."""
 
     name: str
     note: str
     nodes: list[Node] = field(default_factory=list)
     headings: list[str] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
+    lists_widgets: bool = False  # among the inputs: what is inside of a subgraph is linked by their numbers
 
     def column(self, heading: str, width: int = _WIDTH) -> None:
         self.headings.append(heading)
@@ -151,7 +152,7 @@ class Graph:
         return {
             "id": 1,
             "type": "MarkdownNote",
-            "pos": [-460, -40],
+            "pos": [-460, 0],
             "size": [400, 480],
             "flags": {},
             "order": 0,
@@ -170,38 +171,43 @@ class Graph:
     ) -> dict[str, Any]:
         inputs: list[dict[str, Any]] = []
         widgets: list[Any] = []
-        tall = 0
+        lines = tall = sockets = 0
         described = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
         unknown = set(node.inputs) - set(described)
         if unknown:
             raise ValueError(f"{self.name}: {node.kind} has no input {', '.join(sorted(unknown))}")
-        for name, spec in described.items():
+        for name, spec in sorted(described.items(), key=lambda one: self.lists_widgets and _has_widget(one[1])):
             kind, options = spec[0], spec[1] if len(spec) > 1 else {}
             given = node.inputs.get(name)
             is_linked = isinstance(given, Link)
             entry: dict[str, Any] = {"name": name, "type": kind, "link": None}
-            if isinstance(kind, list) or kind in _WIDGETS:
+            if _has_widget(spec):
                 widgets.append(_default(kind, options) if given is None or is_linked else given)
-                tall += 60 if options.get("multiline") else 0
+                if not options.get("advanced"):
+                    lines += 1
+                    tall += 60 if options.get("multiline") else 0
                 if options.get("control_after_generate"):
                     widgets.append("fixed")
-                if not is_linked:
+                    lines += 1
+                if not (is_linked or self.lists_widgets):
                     continue
                 entry |= {"type": kind if isinstance(kind, str) else "COMBO", "widget": {"name": name}}
+            elif is_linked or not options.get("advanced"):
+                sockets += 1
             if name in info["input"].get("optional", {}):
                 entry["shape"] = 7
             if is_linked:
                 entry["link"] = len(links) + 1
                 links.append([entry["link"], given.node.number, given.slot, node.number, len(inputs), entry["type"]])
                 targets.setdefault((given.node.number, given.slot), []).append(entry["link"])
-            elif name in info["input"].get("required", {}):
+            elif name in info["input"].get("required", {}) and "widget" not in entry:
                 raise ValueError(f"{self.name}: {node.kind} needs {name}")
             inputs.append(entry)
         outputs = [
             {"name": name, "type": kind, "links": []}
             for name, kind in zip(info["output_name"], info["output"], strict=True)
         ]
-        lines = max(len(inputs), len(outputs)) + len(widgets)
+        lines += max(sockets, len(outputs))
         laid_out = {
             "id": node.number,
             "type": node.kind,
@@ -216,6 +222,10 @@ class Graph:
             "widgets_values": widgets,
         }
         return laid_out | ({"title": node.title} if node.title else {})
+
+
+def _has_widget(spec: Any) -> bool:
+    return isinstance(spec[0], list) or spec[0] in _WIDGETS
 
 
 def _offered(widgets: list[Any]) -> dict[str, Any]:
