@@ -10,7 +10,7 @@ from typing import Any
 
 Prompt = dict[str, dict[str, Any]]
 
-SHIPPED = Path(__file__).resolve().parent.parent / "workflows" / "api" / "ziplora_sdxl.json"
+SHIPPED = Path(__file__).resolve().parent.parent / "workflows" / "api" / "every_step_with_pictures.json"
 
 
 @dataclasses.dataclass(frozen=True)

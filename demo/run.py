@@ -3,8 +3,8 @@
     python3 dev.py demo              the first two pairs, and what each LoRA draws alone
     python3 dev.py demo --quick      one pair, a few pictures, few steps each: only to see that everything runs
 
-Every graph is `workflows/api/ziplora_sdxl.json` with names, prompts and sizes put in; for the bare model, a LoRA
-alone and the direct merge, stock LoRA loaders stand in place of the zipped pair.
+Every graph is `workflows/api/every_step_with_pictures.json` with names, prompts and sizes put in; for the bare model, a
+LoRA alone and the direct merge, stock LoRA loaders stand in place of the zipped pair.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def publish(results: Sequence[PairResult], written: Sequence[Path]) -> list[Path
     merged = list(first.merged.values())
     ways = (first.subject_alone, first.style_alone, merged[0], merged[-1])
     thumbnail = picture.square([asked.pictures[0] for asked in ways])
-    return [readme, picture.write(thumbnail, ROOT / "workflows" / "ziplora_sdxl.jpg")]
+    return [readme, picture.write(thumbnail, ROOT / "workflows" / "5 Every step, with pictures.jpg")]
 
 
 def options() -> argparse.Namespace:

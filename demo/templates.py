@@ -26,9 +26,8 @@ from devhost.server import ComfyServer
 from devhost.templates import TEMPLATES, words, zipped
 from devhost.workflows import FOLDER, api_file
 
-PAIRS = (("mushroom", "ember"), ("icecream", "dusk"))  # a subject and a style each
+PAIR = ("mushroom", "ember")  # a subject and a style
 QUALITY = 80  # of thumbnails: the archive has room for no more
-PLACES = ("left", "top", "right")
 ZIPPED = ("subject", "style")
 NEW_STYLE, NEW_SUBJECT = "flat", "a red star"  # of the base's own words
 TRAINING = {  # what the miniature learns well with, from one picture; its blocks are not SDXL's
@@ -41,30 +40,22 @@ TRAINING = {  # what the miniature learns well with, from one picture; its block
 def replacements(world: Manifest) -> dict[str, str]:
     """Placeholder -> the miniature's word, longest first: files, training prompts, prompts for a subject in a style."""
     of_name = {trained.name: trained for trained in (*world.subjects, *world.styles)}
-    subjects, styles = (
-        dict(zip(placeholders, (of_name[name] for name in names), strict=True))
-        for placeholders, names in zip((words.SUBJECTS, words.STYLES), zip(*PAIRS, strict=True), strict=True)
-    )
+    subject, style = (of_name[name] for name in PAIR)
+    loras = {words.SUBJECT: subject, words.STYLE: style}
     found = {words.MODEL: world.checkpoint}
-    for picture_of, placeholder in words.PICTURES.items():
-        found[picture_of] = {**subjects, **styles}[placeholder].learned.picture
-    for placeholder, trained in {**subjects, **styles}.items():
-        found[placeholder] = trained.learned.file
-        found[{**words.SUBJECTS, **words.STYLES}[placeholder]] = trained.learned.prompt
+    found |= {placeholder: loras[lora].learned.picture for placeholder, lora in words.PICTURES.items()}
+    found |= {placeholder: trained.learned.file for placeholder, trained in loras.items()}
+    found |= {words.SUBJECT_PROMPT: subject.learned.prompt, words.STYLE_PROMPT: style.learned.prompt}
     one, how = (of_name[name].identifier for name in WHOLE)
     found[words.WHOLE] = f"{'_in_'.join(WHOLE)}/1.png"
     found["one sks dog"], found["a picture in szn style"] = f"a {one} figure", f"a picture in {how} style"
     found[f"one sks dog in {words.NEW_STYLE} style"] = f"a {one} figure in {NEW_STYLE} style"
-    found[f"{words.NEW_SUBJECT} in szn style"] = f"{NEW_SUBJECT} in {how} style"
+    found[f"{words.NEW_SUBJECT} in {words.IN_STYLE}"] = f"{NEW_SUBJECT} in {how} style"
     found[words.V] = f"a {one}"
     found[f"{words.V} in {words.NEW_STYLE} style"] = f"a {one} in {NEW_STYLE} style"
     found[f"{words.NEW_SUBJECT} in sks style"] = f"{NEW_SUBJECT} in {one} style"
-    for subject, its in subjects.items():
-        for style, of in styles.items():
-            found[words.drawn(subject, style)] = world.prompt(its, of)
-            for context, place in zip(words.CONTEXTS, PLACES, strict=True):
-                there = world.prompt(its, of).replace(" in ", f" on the {place} in ")
-                found[words.drawn(subject, style, context)] = there
+    found[words.DRAWN] = world.prompt(subject, style)
+    found[words.ELSEWHERE] = world.prompt(subject, style).replace(" in ", " on the left in ")
     return found
 
 

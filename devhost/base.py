@@ -42,8 +42,12 @@ NODES = (
     "ConceptStrengths",
 )
 FOLDERS = ("models/checkpoints", "models/loras", "input", "output", "temp", "user/default", "custom_nodes")
-# The frontend greets a new user with a window over the graph; nobody is there to close it.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+# Windows over the graph, which nobody is there to close: a greeting, and an offer to download what a graph names.
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+}
 
 
 class MissingMiniature(RuntimeError):

@@ -17,17 +17,17 @@ from typing import Any
 from .base import make_base
 from .host import DEV, ROOT
 from .server import ComfyServer
-from .templates.words import CLIP, DINO, MODEL, PICTURES, STYLES, SUBJECTS, WHOLE
+from .templates.words import CLIP, DINO, MODEL, PICTURES, STYLE, SUBJECT, WHOLE
 from .workflows import api_file, ui_files
 
 CLI = DEV / "venv-comfy-cli"
 CHOICES = {  # input -> what stands in the graphs
     ("CheckpointLoaderSimple", "ckpt_name"): [MODEL],
-    ("ZipLoRAs", "subject_lora"): list(SUBJECTS),
-    ("ZipLoRAs", "style_lora"): list(STYLES),
-    ("LoadLoRAPair", "content_lora"): list(SUBJECTS),
-    ("LoadLoRAPair", "style_lora"): list(STYLES),
-    ("LoadImage", "image"): ["my_subject.png", "my_style.png", *PICTURES, WHOLE],
+    ("ZipLoRAs", "subject_lora"): [SUBJECT],
+    ("ZipLoRAs", "style_lora"): [STYLE],
+    ("LoadLoRAPair", "content_lora"): [SUBJECT],
+    ("LoadLoRAPair", "style_lora"): [STYLE],
+    ("LoadImage", "image"): [*PICTURES, WHOLE],
     ("CLIPVisionLoader", "clip_name"): [CLIP, DINO],
     ("CLIPLoader", "clip_name"): [CLIP],
 }

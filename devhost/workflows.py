@@ -1,6 +1,9 @@
 """Write workflows/*.json from their descriptions, and workflows/api/*.json from those through the real frontend.
 
-Also what a server says of the nodes: the contract that a test holds them to, and the English texts (snapshot.py).
+A graph is called as people should read it, its API form as is easily typed: "4 Every step", every_step.json.
+
+Also the blueprints (subgraphs/*.json), and what a server says of the nodes: the contract that a test holds them to,
+and the English texts (snapshot.py).
 
 python3 dev.py workflows            write them
 python3 dev.py workflows --check    only say which differ
@@ -23,10 +26,11 @@ from .base import make_base
 from .frontend import Frontend, open_browser
 from .host import ROOT
 from .server import ComfyServer
-from .templates import TEMPLATES
-from .templates.graph import Graph, ObjectInfo
+from .templates import BLUEPRINTS, TEMPLATES
+from .templates.graph import Graph, ObjectInfo, file_name
 
 FOLDER = ROOT / "workflows"
+BLUEPRINTS_FOLDER = ROOT / "subgraphs"  # where the host looks for a pack's
 
 
 def ui_files() -> list[Path]:
@@ -35,7 +39,7 @@ def ui_files() -> list[Path]:
 
 
 def api_file(ui_file: Path) -> Path:
-    return ui_file.parent / "api" / ui_file.name
+    return ui_file.parent / "api" / f"{file_name(ui_file.stem)}.json"
 
 
 def api_text(prompt: Prompt) -> str:
@@ -63,9 +67,9 @@ def main() -> int:
             info = server.object_info()
             for path, text in snapshot.files(info).items():
                 differing += renew(path, text, check)
-            for template in TEMPLATES:
-                graph = template()
-                differing += renew(FOLDER / f"{graph.name}.json", ui_text(graph, info), check)
+            for folder, described in ((FOLDER, TEMPLATES), (BLUEPRINTS_FOLDER, BLUEPRINTS)):
+                for graph in (describe() for describe in described):
+                    differing += renew(folder / f"{graph.name}.json", ui_text(graph, info), check)
             for ui_file in ui_files():
                 frontend = Frontend(browser, server)
                 text = generate(frontend, ui_file)

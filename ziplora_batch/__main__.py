@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ziplora_batch", description=__doc__)
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run", help="every row of a table, or every subject in every style")
-    run.add_argument("workflow", type=Path, help="a workflow in API form, e.g. workflows/api/ziplora_sdxl.json")
+    run.add_argument("workflow", type=Path, help="in API form: workflows/api/every_step_with_pictures.json")
     run.add_argument("--table", type=Path, help=".csv or .jsonl; columns are inputs: content_lora, prompt, 12.seed, …")
     run.add_argument("--subjects", type=Path, help="a folder of LoRA files, each perhaps with a .txt and a picture")
     run.add_argument("--styles", type=Path, help="the same for styles")

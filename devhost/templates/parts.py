@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .graph import Graph, Link, Node
-from .words import MODEL, PICTURES, SIDE, STYLES, SUBJECTS, WHOLE
+from .graph import Graph, Link, Node, file_name
+from .words import MODEL, PICTURES, SIDE, STYLE, STYLE_PROMPT, SUBJECT, SUBJECT_PROMPT, WHOLE
 
 
 class Parts:
@@ -21,19 +21,25 @@ class Parts:
         """clip: None stands for the checkpoint's own, as of training prompts."""
         return self.graph.add("CLIPTextEncode", title, clip=clip or self.clip, text=text)[0]
 
-    def pair(self, subject: str, style: str) -> Link:
-        return self.graph.add("LoadLoRAPair", content_lora=subject, style_lora=style)[0]
+    def pair(self) -> Link:
+        return self.graph.add("LoadLoRAPair", content_lora=SUBJECT, style_lora=STYLE)[0]
 
-    def zip(self, subject: str, style: str) -> Node:
-        """Without pictures: each LoRA draws its own references."""
-        return self.graph.add(
-            "ZipLoRAOptimize",
-            model=self.model,
-            lora_pair=self.pair(subject, style),
-            content_positive=self.text(SUBJECTS[subject], "Training prompt of the subject LoRA"),
-            style_positive=self.text(STYLES[style], "Training prompt of the style LoRA"),
-            drawn_size=SIDE,
-        )
+    def training_prompts(self) -> dict[str, Link]:
+        """What ZipLoRA Optimize takes them as."""
+        return {
+            "content_positive": self.text(SUBJECT_PROMPT, "Training prompt of the subject LoRA"),
+            "style_positive": self.text(STYLE_PROMPT, "Training prompt of the style LoRA"),
+        }
+
+    def zip(self, pair: Link, **references: Link) -> Node:
+        """references: latents of pictures, and the prompts; without latents, each LoRA draws its own."""
+        return self.graph.add("ZipLoRAOptimize", model=self.model, lora_pair=pair, drawn_size=SIDE, **references)
+
+    def dial(self, zipped: Link) -> Link:
+        return self.graph.add("StyleStrength", zipped_lora=zipped)[0]
+
+    def report(self, text: Link) -> None:
+        self.graph.add("PreviewAny", "Report", source=text)
 
     def canvas(self, pictures: int = 1) -> Link:
         """An empty latent."""
@@ -48,7 +54,9 @@ class Parts:
         """(what to draw, what not to draw)"""
         return self.text(words, title, clip), self.text("", "What not to draw", clip)
 
-    def picture(self, model: Link, prompts: tuple[Link, Link], empty: Link, title: str | None = None) -> Link:
+    def picture(
+        self, model: Link, prompts: tuple[Link, Link], empty: Link, title: str | None = None, steps: int = 30
+    ) -> Link:
         """prompts: what to draw, and what not."""
         sampled = self.graph.add(
             "KSampler",
@@ -57,7 +65,7 @@ class Parts:
             positive=prompts[0],
             negative=prompts[1],
             latent_image=empty,
-            steps=30,
+            steps=steps,
             cfg=5.0,
             sampler_name="euler",
             scheduler="normal",
@@ -90,8 +98,6 @@ class Parts:
             ]
         return joined
 
-    def save(self, picture: Link) -> Graph:
-        self.graph.add(
-            "SaveImage", images=picture, filename_prefix=f"ziplora/{self.graph.name.removeprefix('ziplora_')}"
-        )
+    def save(self, picture: Link, name: str | None = None) -> Graph:
+        self.graph.add("SaveImage", images=picture, filename_prefix=f"ziplora/{name or file_name(self.graph.name)}")
         return self.graph

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .graph import Graph
 from .parts import Parts
-from .words import STYLE, SUBJECT
+from .words import STYLE
 
 
 def load_zipped() -> Graph:
@@ -29,7 +29,7 @@ def sparsify() -> Graph:
 def direct_merge() -> Graph:
     parts = Parts("direct_merge", "")
     parts.graph.column("Merge")
-    merged = parts.graph.add("DirectMergeLoRA", model=parts.model, lora_pair=parts.pair(SUBJECT, STYLE))
+    merged = parts.graph.add("DirectMergeLoRA", model=parts.model, lora_pair=parts.pair())
     parts.graph.column("Draw")
     parts.apply(merged[0])
     return parts.graph

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from .graph import Graph, Link
 from .parts import Parts
-from .words import NEW_STYLE, NEW_SUBJECT, SIDE, STYLE, STYLES, SUBJECT, SUBJECTS, V, drawn
+from .words import DRAWN, IN_STYLE, NEW_STYLE, NEW_SUBJECT, STYLE_PROMPT, SUBJECT_PROMPT, V
 
 _WHAT, _HOW = "one sks dog", "a picture in szn style"
 
 
 def from_pictures() -> Graph:
     parts = Parts(
-        "ziplora_from_pictures",
+        "7 LoRAs from pictures",
         "# From pictures to a picture\n\nA LoRA of a subject and a LoRA of a style, trained from a picture each as the "
         "paper does, zipped, and drawn with: one graph. More pictures of each (up to five) are better: join them with "
         "*Batch Images*.\n\nTraining is the long part: 1000 steps each. The files stay in *output/loras*; zip them "
@@ -32,24 +32,19 @@ def from_pictures() -> Graph:
             filename_prefix=f"loras/{which}",
         )
         for seed, (which, picture, words) in enumerate(
-            (("subject", subject, SUBJECTS[SUBJECT]), ("style", style, STYLES[STYLE]))
+            (("subject", subject, SUBJECT_PROMPT), ("style", style, STYLE_PROMPT))
         )
     ]
     parts.graph.column("Zip")
     pair = parts.graph.add("PairLoRAs", content_lora=trained[0][0], style_lora=trained[1][0])
-    zipped = parts.graph.add(
-        "ZipLoRAOptimize",
-        model=parts.model,
-        lora_pair=pair[0],
-        content_positive=parts.text(SUBJECTS[SUBJECT], "Training prompt of the subject LoRA"),
-        style_positive=parts.text(STYLES[STYLE], "Training prompt of the style LoRA"),
-        drawn_size=SIDE,
-    )
+    zipped = parts.zip(pair[0], **parts.training_prompts())
     parts.graph.column("Draw")
-    model, clip = parts.apply(zipped[0])
-    prompts, empty = parts.prompts(clip, drawn(SUBJECT, STYLE)), parts.canvas()
-    parts.graph.column("Picture")
-    return parts.save(parts.picture(model, prompts, empty))
+    model, clip = parts.apply(parts.dial(zipped[0]))
+    prompts, empty = parts.prompts(clip, DRAWN), parts.canvas()
+    parts.graph.column("Result")
+    picture = parts.save(parts.picture(model, prompts, empty))
+    parts.report(zipped[2])
+    return picture
 
 
 def _apart(parts: Parts, zipped: Link, wanted: dict[str, tuple[str, float, float]]) -> Graph:
@@ -68,7 +63,7 @@ def _apart(parts: Parts, zipped: Link, wanted: dict[str, tuple[str, float, float
 
 def unzip() -> Graph:
     parts = Parts(
-        "ziplora_unzip",
+        "8 One picture taken apart",
         "# One picture, taken apart\n\n**UnZip LoRA** learns a content LoRA and a style LoRA from one picture: then "
         "its style on a new subject, its subject in a new style, and both together.\n\n## What to "
         "choose\nThe checkpoint, "
@@ -80,7 +75,7 @@ def unzip() -> Graph:
     apart = parts.train(
         "UnZipLoRA",
         image=picture,
-        prompt=drawn(SUBJECT, STYLE),
+        prompt=DRAWN,
         content_prompt=_WHAT,
         style_prompt=_HOW,
     )
@@ -90,15 +85,15 @@ def unzip() -> Graph:
         apart[1],
         {
             "Its subject, new style": (f"{_WHAT} in {NEW_STYLE} style", 1.0, 0.0),
-            "New subject, its style": (f"{NEW_SUBJECT} in {STYLES[STYLE].split(' in ')[1]}", 0.0, 1.0),
-            "Both": (drawn(SUBJECT, STYLE), 1.0, 1.0),
+            "New subject, its style": (f"{NEW_SUBJECT} in {IN_STYLE}", 0.0, 1.0),
+            "Both": (DRAWN, 1.0, 1.0),
         },
     )
 
 
 def b_lora() -> Graph:
     parts = Parts(
-        "ziplora_b_lora",
+        "B-LoRA",
         "# One picture, B-LoRA\n\nSDXL draws content in one of its blocks and style in another "
         "([B-LoRA](https://arxiv.org/abs/2403.14572)). Both are trained on one picture with the prompt *A [v]*; then "
         "each is used alone, and both together.\n\n## What to choose\nThe checkpoint, the picture, and a rare word "

@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from devhost.server import ComfyServer
 
 # Graph: the nodes whose help pages show a picture taken in it.
-START = "Zip two LoRAs (start here)"
+START = "1 Zip two LoRAs (start here)"
 CLOSE_UPS = {
     START: ("ZipLoRAs",),
-    "Zipped or stacked": ("CompareMerges",),
-    "ziplora_no_pictures": ("LoadLoRAPair", "ZipLoRAOptimize", "ZippedLoRAReport", "ApplyZippedLoRA"),
-    "ziplora_style_strength": ("StyleStrength",),
-    "ziplora_export": ("SaveZippedLoRA", "ExportMergedLoRA"),
-    "ziplora_scores": ("ZipLoRAScores", "BlindABSheet"),
-    "ziplora_from_pictures": ("TrainConceptLoRA", "PairLoRAs"),
-    "ziplora_unzip": ("UnZipLoRA",),
+    "2 Zipped or stacked": ("CompareMerges",),
+    "4 Every step": ("LoadLoRAPair", "ZipLoRAOptimize", "ZippedLoRAReport", "ApplyZippedLoRA"),
+    "3 Style dial": ("StyleStrength",),
+    "6 Save and export": ("SaveZippedLoRA", "ExportMergedLoRA"),
+    "Scores": ("ZipLoRAScores", "BlindABSheet"),
+    "7 LoRAs from pictures": ("TrainConceptLoRA", "PairLoRAs"),
+    "8 One picture taken apart": ("UnZipLoRA",),
     "load_zipped": ("LoadZippedLoRA",),
     "sparsify": ("SparsifyLoRA",),
     "direct_merge": ("DirectMergeLoRA",),
@@ -82,14 +82,14 @@ def fill_in(frontend: Frontend, shipped: Prompt) -> None:
 def test_template_runs_to_the_end(
     frontend: Frontend, server: ComfyServer, name: str, tmp_path: Path, kept: Callable
 ) -> None:
-    if name == "ziplora_scores":
+    if name == "Scores":
         encoders.provide(server.base, *(encoders.EVERY if ALL else (CLIP,)))
     frontend.load(FOLDER / f"{name}.json")
     assert frontend.missing_nodes() == []
     assert set(frontend.page.evaluate(LOOSE_INPUTS)) <= OPTIONAL
     shipped = frontend.api()
     fill_in(frontend, shipped)
-    if name == "ziplora_scores":  # before it runs: here the scores are those of random encoders
+    if name == "Scores":  # before it runs: here the scores are those of random encoders
         for kind in CLOSE_UPS[name]:
             close_up(frontend, kind, tmp_path, kept)
     for node, made in shipped.items():
@@ -116,13 +116,13 @@ def test_template_runs_to_the_end(
     events = frontend.page.evaluate("() => window.seenProgress")
     seen = {(value, most) for node, value, most in events if node in long}
     assert len(seen) > 10, "the progress of the long work did not move"
-    if name != "ziplora_scores":  # whose encoders keep this machine so busy that the page gives up on the picture
+    if name != "Scores":  # whose encoders keep this machine so busy that the page gives up on the picture
         frontend.fit()  # the page fetches the pictures of the nodes that it draws
         frontend.page.wait_for_function(SHOWN, arg=int(saver), timeout=120_000)
     shown = frontend.screenshot(tmp_path / f"{name}.png", (3000, 1200))
     assert shown.stat().st_size > 10_000
     kept(shown, name, f".dev/reports/screens/{name}.jpg", 1800)
-    for kind in CLOSE_UPS.get(name, ()) if name != "ziplora_scores" else ():
+    for kind in CLOSE_UPS.get(name, ()) if name != "Scores" else ():
         close_up(frontend, kind, tmp_path, kept)
 
 
@@ -159,7 +159,7 @@ def test_the_reports_picture_appears_in_the_graph(
     frontend: Frontend, server: ComfyServer, tmp_path: Path, kept: Callable
 ) -> None:
     """On the node itself, drawn by the page."""
-    frontend.load(FOLDER / "ziplora_no_pictures.json")
+    frontend.load(FOLDER / "4 Every step.json")
     shipped = frontend.api()
     fill_in(frontend, shipped)
     outputs = server.wait(frontend.queue())["outputs"]
@@ -173,7 +173,7 @@ def test_the_reports_picture_appears_in_the_graph(
 
 def test_a_help_page_opens(frontend: Frontend) -> None:
     """As a user opens it: the node selected, then the i above it."""
-    frontend.load(FOLDER / "ziplora_no_pictures.json")
+    frontend.load(FOLDER / "4 Every step.json")
     page = frontend.page
     select = """() => { const node = window.app.graph.nodes.find(n => n.type === 'ZipLoRAOptimize')
         window.app.canvas.centerOnNode(node); window.app.canvas.selectNode(node) }"""

@@ -22,7 +22,7 @@ SAID = f"() => {NODE}.widgets.map(widget => String(widget.value)).find(text => /
 def test_references_and_verdict_are_the_last_thing_on_the_node(
     frontend: Frontend, server: ComfyServer, tmp_path: Path, kept: Callable
 ) -> None:
-    frontend.load(FOLDER / "ziplora_no_pictures.json")
+    frontend.load(FOLDER / "4 Every step.json")
     before = frontend.api()
     fill_in(frontend, before)
     filled = frontend.api()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from devhost.frontend import Frontend
     from devhost.server import ComfyServer
 
-NAME = "ziplora_sdxl"
+NAME = "5 Every step, with pictures"
 # Inputs that have no link and no widget, and inputs whose link leads nowhere.
 LOOSE_INPUTS = """() => window.app.graph.nodes.flatMap(node => (node.inputs ?? [])
     .filter(input => input.link == null ? !input.widget : !window.app.graph.links.get(input.link))

@@ -13,7 +13,7 @@ from ziplora_batch import again, jobs
 from ziplora_batch.connection import ended
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SDXL = ROOT / "workflows" / "api" / "ziplora_sdxl.json"
+SDXL = ROOT / "workflows" / "api" / "every_step_with_pictures.json"
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_lists_that_go_too_deep_are_a_sentence(workflow: jobs.Prompt) -> None:
 
 def test_a_graph_of_the_frontend_is_told_from_an_api_workflow() -> None:
     with pytest.raises(jobs.BatchError, match=r"Export \(API\)"):
-        jobs.read_workflow(ROOT / "workflows" / "ziplora_sdxl.json")
+        jobs.read_workflow(ROOT / "workflows" / "5 Every step, with pictures.json")
 
 
 def test_a_link_to_nowhere_never_reaches_a_server(tmp_path: Path) -> None:

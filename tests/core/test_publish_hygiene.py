@@ -15,7 +15,7 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-SHIPPED_FOLDERS = {"nodes", "ziplora_core", "ziplora_batch", "workflows", "web", "locales"}
+SHIPPED_FOLDERS = {"nodes", "ziplora_core", "ziplora_batch", "workflows", "subgraphs", "web", "locales"}
 SHIPPED_FILES = {"__init__.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "requirements.txt"}
 CORE_MAY_IMPORT = {"torch", "numpy", "safetensors"}
 HOST_MODULES = {

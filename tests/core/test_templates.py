@@ -57,7 +57,7 @@ def test_each_picture_has_the_clip_of_its_own_dials(file: Path) -> None:
             assert dials(encode["inputs"]["clip"][0]) == dials(node["inputs"]["model"][0])
 
 
-@pytest.mark.parametrize("name", ["Zip two LoRAs (start here)", "Zipped or stacked"])
+@pytest.mark.parametrize("name", ["1 Zip two LoRAs (start here)", "2 Zipped or stacked"])
 def test_the_first_graphs_are_small_and_open_large_enough_to_read(name: str) -> None:
     file = FOLDER.parent / f"{name}.json"
     graph = json.loads(file.read_text(encoding="utf-8"))

@@ -38,7 +38,7 @@ def test_the_archive_works_in_a_bare_host(root: Path, tmp_path: Path) -> None:
         assert not [name for name in NODES if name not in info], server.log_tail()
         assert not [line for line in server.log().splitlines() if "IMPORT FAILED" in line and PACK in line]
         assert server.session.get(f"{server.url}/extensions/{PACK}/docs/LoadLoRAPair.md").ok
-        assert "ziplora_sdxl" in str(server.get("workflow_templates").get(PACK))
+        assert "5 Every step, with pictures" in str(server.get("workflow_templates").get(PACK))
     said = subprocess.run([sys.executable, "-m", "ziplora_batch", "--help"], cwd=pack, capture_output=True, text=True)
     assert said.returncode == 0 and "again" in said.stdout, said.stderr
 

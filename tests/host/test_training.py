@@ -35,7 +35,7 @@ def only(prompt: Prompt, kind: str) -> str:
 
 
 def test_from_pictures_to_a_picture_and_on_from_the_file(server: ComfyServer) -> None:
-    prompt = shipped("ziplora_from_pictures")
+    prompt = shipped("7 LoRAs from pictures")
     done = server.run(prompt)
     assert done.images(only(prompt, "SaveImage"))[0].std() > 5
     listed = server.object_info()["LoraLoader"]["input"]["required"]["lora_name"][0]
@@ -62,7 +62,7 @@ def going_on(server: ComfyServer, prompt: Prompt, train: str, name: str, report:
 
 
 def test_one_picture_taken_apart(server: ComfyServer) -> None:
-    prompt = shipped("ziplora_unzip")
+    prompt = shipped("8 One picture taken apart")
     done = server.run(prompt)
     files = done.files(only(prompt, "UnZipLoRA"), "files")
     assert len(files) == 2
@@ -80,10 +80,10 @@ def test_one_picture_taken_apart(server: ComfyServer) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "changes", "says"),
     [
-        ("ziplora_from_pictures", "TrainConceptLoRA", {"prompt": " "}, "prompt is empty"),
-        ("ziplora_from_pictures", "TrainConceptLoRA", {"prompt": "a\nb\nc"}, "images holds 1 pictures and prompt 3"),
-        ("ziplora_unzip", "UnZipLoRA", {"prompt": "a figure in vorp style"}, "prompt lacks 'zub'"),
-        ("ziplora_unzip", "UnZipLoRA", {"style_prompt": ""}, "style_prompt is empty"),
+        ("7 LoRAs from pictures", "TrainConceptLoRA", {"prompt": " "}, "prompt is empty"),
+        ("7 LoRAs from pictures", "TrainConceptLoRA", {"prompt": "a\nb\nc"}, "images holds 1 pictures and prompt 3"),
+        ("8 One picture taken apart", "UnZipLoRA", {"prompt": "a figure in vorp style"}, "prompt lacks 'zub'"),
+        ("8 One picture taken apart", "UnZipLoRA", {"style_prompt": ""}, "style_prompt is empty"),
     ],
 )
 def test_refusals_are_one_sentence(server: ComfyServer, name: str, kind: str, changes: dict, says: str) -> None:
