@@ -80,11 +80,12 @@ class ZipLoRAs(io.ComfyNode):
                 _prompt("style_prompt", "a house in szn style"),
                 io.Combo.Input(
                     "quality",
-                    options=list(zipping.QUALITIES),
+                    options=[*zipping.QUALITIES, zipping.STACKED],
                     default=next(iter(zipping.QUALITIES)),
                     tooltip="balanced: looks at what each LoRA draws, as long as drawing some pictures. fast: looks "
                     "at the files alone, in seconds, and needs no prompts. paper: trains for a hundred steps, as the "
-                    "method's paper does; takes longest and needs most memory.",
+                    "method's paper does; takes longest and needs most memory. stacked: nothing is zipped, as with two "
+                    "LoRA loaders in a row; bypassing this node (Ctrl+B) does the same.",
                 ),
                 inputs.seed("Seed of the examples and their noise: the same seed gives the same result."),
                 _strength("subject_strength", "subject"),

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ...ziplora_core.checks import one_of
+from ...ziplora_core.direct import plain_sum
 from ...ziplora_core.direct.shared_columns import METHOD as SHARED_COLUMNS
 from ...ziplora_core.files import LoRAFileError, shown
 from ...ziplora_core.objective import OBJECTIVES
 from ...ziplora_core.solver import Settings
 from . import direct
 from .apply import apply, with_text_encoder
+from .apply import stack as stack_on
 from .drawing import references, sampling
 from .lora import loras, reads, stack, triggers
 from .lora.zipped import ZippedLoRA
@@ -32,6 +34,7 @@ QUALITIES: dict[str, Settings | None] = {
     "fast": None,
     "paper": Settings(steps=100, objective=OBJECTIVES["paper"], solver="gradient"),
 }
+STACKED = "stacked"  # in the place of a quality, to compare with; web/ziplora_bypass.js asks for it by this name
 # What errors say to users of the other nodes, and what this one's can do. Whole words, never inside quotes.
 _OTHERS = {"content_lora": "subject_lora", "content_strength": "subject_strength", "content": "subject"}
 _EASIER = {"balanced": "choose quality fast", "paper": "choose quality balanced or fast"}
@@ -171,8 +174,8 @@ def zip_loras(
     pixels, of pictures that are drawn or encoded; 0 for what the model draws best. Every check comes before anything is
     loaded. Raises as `optimize` does.
     """
-    one_of("quality", quality, QUALITIES)
-    settings, written = QUALITIES[quality], {}
+    one_of("quality", quality, [*QUALITIES, STACKED])
+    settings, written = QUALITIES.get(quality), {}
     if settings is not None:
         for of in given.values():
             if not of.prompt.strip():
@@ -184,6 +187,9 @@ def zip_loras(
             pictures.check_pictures(name, [made])
     with _in_our_words(*(of.name for of in given.values()), easier=_EASIER.get(quality, "")):
         sources = _sources(given)
+        if quality == STACKED:
+            zipped = direct.merge(model, sources, plain_sum.METHOD.name)
+            return (*stack_on(model, clip, sources, 1.0), zipped, zipped.report, None)
         if settings is None:
             zipped, drawn = direct.merge(model, sources, SHARED_COLUMNS.name), None
         else:
@@ -223,8 +229,7 @@ def _sources(given: Mapping[str, Given]) -> loras.LoRASources:
 
 def _encoded(clip, source: loras.LoRASource, text: str) -> list:
     """A prompt as CLIP Text Encode makes it, with one LoRA's own text-encoder part on: what its user sees."""
-    strength = source.strength if source.clip_strength is None else source.clip_strength
-    own = with_text_encoder(clip, source, strength)
+    own = with_text_encoder(clip, source, source.of_clip)
     conditioning: list = own.encode_from_tokens_scheduled(own.tokenize(text))
     return conditioning
 
