@@ -5,13 +5,21 @@ import { app } from "../../scripts/app.js";
 const ALWAYS = 0; // the frontend's modes of a node
 const NEVER = 2;
 const BYPASSED = 4;
+const NO_FILE = "[None]";
 const STACKED = "stacked"; // of quality: what two LoRA loaders in a row give
+
+/** Whether a node brings LoRAs. Those of loaders before it are on its model, which a bypass hands on as it is. */
+function brings(node) {
+  const isLinked = (name) => node.inputs?.some((input) => input.name === name && input.link != null);
+  const isChosen = (name) => isLinked(name) || node.widgets?.find((found) => found.name === name)?.value !== NO_FILE;
+  return isLinked("lora_stack") || isChosen("subject_lora") || isChosen("style_lora");
+}
 
 /** Bypassed nodes of ours that are queued, each with its id in the queue, also those in subgraphs. */
 function* bypassed(graph, path = []) {
   for (const node of graph?.nodes ?? []) {
     const id = [...path, node.id];
-    if (node.comfyClass === "ZipLoRAs" && node.mode === BYPASSED) yield [node, id.join(":")];
+    if (node.comfyClass === "ZipLoRAs" && node.mode === BYPASSED && brings(node)) yield [node, id.join(":")];
     const runs = node.mode !== NEVER && node.mode !== BYPASSED;
     if (runs && node.isSubgraphNode?.()) yield* bypassed(node.subgraph, id);
   }

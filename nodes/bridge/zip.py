@@ -21,7 +21,7 @@ from . import direct
 from .apply import apply, with_text_encoder
 from .apply import stack as stack_on
 from .drawing import references, sampling
-from .lora import loras, reads, stack, triggers
+from .lora import captured, loras, reads, stack, triggers
 from .lora.zipped import ZippedLoRA
 from .memory.retry import LESS, is_out_of_memory
 from .optimize import zipping
@@ -133,6 +133,21 @@ def by_concept(own: Mapping[str, Given], lora_stack: Any, stack_prompts: str) ->
     return found
 
 
+def loaders(model, clip) -> captured.Chain:
+    """The LoRAs that loaders before the node have put on its model, where it names none itself.
+
+    Raises LoRAFileError where there are fewer than two, and as `captured.find`.
+    """
+    chain = captured.find(model, clip)
+    if len(chain.loras) < 2:
+        there = f"'{shown(chain.loras[0].name, 255)}' alone is" if chain.loras else "no LoRA is"
+        raise LoRAFileError(
+            f"subject_lora and style_lora are {NO_FILE}, and {there} on the model that is connected; choose a subject "
+            "and a style LoRA here, or put a loader for each before this node"
+        )
+    return chain
+
+
 def prompts(given: Mapping[str, Given]) -> dict[str, Prompt]:
     """Each LoRA's prompt: what is written, or what its file and the files beside it say. From headers alone.
 
@@ -167,12 +182,13 @@ def zip_loras(
     images: Mapping[str, Tensor],
     vae=None,
     drawn_size: int = 0,
+    chain: captured.Chain | None = None,
 ) -> tuple[Any, Any, ZippedLoRA, str, Tensor | None]:
     """(model, clip, zipped, report, rough pictures of what was drawn as a reference or None).
 
     model: ModelPatcher; it and clip are unchanged. images: by input, IMAGEs (N, H, W, 3) of any size. drawn_size: in
-    pixels, of pictures that are drawn or encoded; 0 for what the model draws best. Every check comes before anything is
-    loaded. Raises as `optimize` does.
+    pixels, of pictures that are drawn or encoded; 0 for what the model draws best. chain: where the LoRAs are those of
+    loaders before the node. Every check comes before anything is loaded. Raises as `optimize` does.
     """
     one_of("quality", quality, [*QUALITIES, STACKED])
     settings, written = QUALITIES.get(quality), {}
@@ -185,10 +201,14 @@ def zip_loras(
         check_connected(given, [*images, *(["vae"] if vae is not None else [])])
         for name, made in images.items():
             pictures.check_pictures(name, [made])
+    found = [] if chain is None else chain.lines()
+    if chain is not None:
+        model, clip = chain.without(model, clip)
     with _in_our_words(*(of.name for of in given.values()), easier=_EASIER.get(quality, "")):
         sources = _sources(given)
         if quality == STACKED:
             zipped = direct.merge(model, sources, plain_sum.METHOD.name)
+            zipped = replace(zipped, report="  \n".join([zipped.report, *found]))
             return (*stack_on(model, clip, sources, 1.0), zipped, zipped.report, None)
         if settings is None:
             zipped, drawn = direct.merge(model, sources, SHARED_COLUMNS.name), None
@@ -202,7 +222,7 @@ def zip_loras(
             }
             asked = replace(references.DEFAULT, side=side)
             zipped, _, _, drawn = zipping.optimize(model, sources, conditioning, latents, settings, asked)
-    lines = [zipped.report, *(prompt.line(concept) for concept, prompt in written.items())]
+    lines = [zipped.report, *found, *(prompt.line(concept) for concept, prompt in written.items())]
     zipped = replace(zipped, report="  \n".join(lines))
     return (*apply(model, clip, zipped, 1.0), zipped, zipped.report, drawn)
 

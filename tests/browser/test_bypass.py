@@ -50,6 +50,32 @@ def only(prompt: dict[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
     return number, node["inputs"]
 
 
+def queued_picture(frontend: Frontend, server: ComfyServer) -> np.ndarray:
+    """What the graph on the canvas saves."""
+    history = server.wait(frontend.queue())
+    assert history["status"]["status_str"] == "success", history["status"]
+    (drawn,) = (p for out in history["outputs"].values() for p in out.get("images", []) if p["type"] == "output")
+    return server.view(drawn)
+
+
+def stock_picture(server: ComfyServer, prompt: dict[str, Any], number: str, files: list[str]) -> np.ndarray:
+    """The same with Load LoRA nodes in a row in the place of a node that gives model and clip."""
+    shown = {key: node for key, node in prompt.items() if node["class_type"] not in ("PreviewAny", "ZippedLoRAReport")}
+    stock = json.loads(json.dumps(shown))
+    (checkpoint, _) = only(stock, "CheckpointLoaderSimple")
+    model, clip = [checkpoint, 0], [checkpoint, 1]
+    for file in files:
+        chosen = {"lora_name": file, "strength_model": 1.0, "strength_clip": 1.0}
+        stock[file] = {"class_type": "LoraLoader", "inputs": {"model": model, "clip": clip, **chosen}}
+        model, clip = [file, 0], [file, 1]
+    for node in stock.values():
+        for key, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] == number:
+                node["inputs"][key] = [model, clip][value[1]]
+    (image,) = server.run(stock).images(only(stock, "SaveImage")[0])
+    return image
+
+
 def test_bypassed_zip_loras_draws_what_load_lora_draws(frontend: Frontend, server: ComfyServer) -> None:
     world = read_manifest()
     subject, style = world.subjects[0].learned, world.styles[0].learned
@@ -69,24 +95,8 @@ def test_bypassed_zip_loras_draws_what_load_lora_draws(frontend: Frontend, serve
     assert saved["mode"] == BYPASSED and "stacked" not in saved["widgets_values"]
     assert frontend.page.evaluate(MODES, "ZipLoRAs") == [BYPASSED], "the canvas shows another mode than was chosen"
 
-    history = server.wait(frontend.queue())
-    assert history["status"]["status_str"] == "success", history["status"]
-    (drawn,) = (p for out in history["outputs"].values() for p in out.get("images", []) if p["type"] == "output")
-    (loader, _) = only(before, "CheckpointLoaderSimple")
-    kept = {key: node for key, node in before.items() if key != number and node["class_type"] != "PreviewAny"}
-    stock = json.loads(json.dumps(kept))
-    model, clip = [loader, 0], [loader, 1]
-    for name, file in (("one", subject.file), ("two", style.file)):
-        chosen = {"lora_name": file, "strength_model": 1.0, "strength_clip": 1.0}
-        stock[name] = {"class_type": "LoraLoader", "inputs": {"model": model, "clip": clip, **chosen}}
-        model, clip = [name, 0], [name, 1]
-    for node in stock.values():
-        for key, value in node["inputs"].items():
-            if isinstance(value, list) and value[0] == number:
-                node["inputs"][key] = [model, clip][value[1]]
-    (image,) = server.run(stock).images(only(stock, "SaveImage")[0])
-    assert np.array_equal(server.view(drawn), image)
-
+    drawn = queued_picture(frontend, server)
+    assert np.array_equal(drawn, stock_picture(server, before, number, [subject.file, style.file]))
     frontend.page.evaluate(BYPASS, "ZipLoRAs")
     assert only(frontend.api(), "ZipLoRAs") == only(before, "ZipLoRAs")
 
@@ -122,3 +132,31 @@ def test_bypassed_expert_nodes_hand_on_the_pair(shared_frontend: Frontend, kind:
     assert number not in after and given["lora_pair"] == [only(after, "LoadLoRAPair")[0], 0]
     takers = [key for key, node in before.items() if node["inputs"].get("zipped_lora") == [number, 0]]
     assert takers and all(after[key]["inputs"]["zipped_lora"] == given["lora_pair"] for key in takers)
+
+
+def test_bypassed_optimize_draws_what_load_lora_draws(frontend: Frontend, server: ComfyServer) -> None:
+    """What needs a zip, as its report, is left out, and the picture is drawn all the same."""
+    world = read_manifest()
+    subject, style = world.subjects[0], world.styles[0]
+    frontend.load(FOLDER / f"{NAME}.json")
+    put_in(frontend, "CheckpointLoaderSimple", ckpt_name=world.checkpoint)
+    put_in(frontend, "LoadLoRAPair", content_lora=subject.learned.file, style_lora=style.learned.file)
+    put_in(frontend, "What to draw: subject in style", text=world.prompt(subject, style))
+    put_in(frontend, "EmptyLatentImage", width=world.size, height=world.size)
+    put_in(frontend, "KSampler", steps=3)
+    frontend.page.evaluate(BYPASS, "ZipLoRAOptimize")
+    prompt = frontend.api()
+    drawn = queued_picture(frontend, server)
+    files = [subject.learned.file, style.learned.file]
+    assert np.array_equal(drawn, stock_picture(server, prompt, only(prompt, "ApplyZippedLoRA")[0], files))
+
+
+def test_a_chain_of_loaders_is_handed_on_as_it_is(shared_frontend: Frontend) -> None:
+    """Where the node brings no LoRA of its own, the page's bypass is the plain stack."""
+    frontend = shared_frontend
+    frontend.load(FOLDER / f"{START}.json")
+    put_in(frontend, "ZipLoRAs", subject_lora="[None]", style_lora="[None]")
+    frontend.page.evaluate(BYPASS, "ZipLoRAs")
+    prompt = frontend.api()
+    assert "ZipLoRAs" not in [node["class_type"] for node in prompt.values()]
+    assert only(prompt, "KSampler")[1]["model"] == [only(prompt, "CheckpointLoaderSimple")[0], 0]
