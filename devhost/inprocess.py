@@ -38,6 +38,7 @@ def import_comfyui(cpu: bool = True) -> None:
 
     The pack's root must come after the tree, or its folder `nodes` would hide ComfyUI's module of that name.
     """
+    os.environ.setdefault("ZIPLORA_REMEMBER_MB", "0")  # who zips twice here wants it computed twice
     tree = str(comfyui_path())
     sys.path[:] = [tree, *(path for path in sys.path if path != tree)]
     from comfy.cli_args import args

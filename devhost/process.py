@@ -101,7 +101,9 @@ class ComfyProcess:
 
     def launch(self) -> None:
         """Start the process on `port`."""
-        environment = {**THREADS, **os.environ, "DO_NOT_TRACK": "1", **self.environment}
+        # Zips are not remembered on disk, unless a caller wants it: who runs one twice wants it computed twice.
+        ours = {**THREADS, "ZIPLORA_REMEMBER_MB": "0"}
+        environment = {**ours, **os.environ, "DO_NOT_TRACK": "1", **self.environment}
         environment.pop("PYTHONPATH", None)  # the pack's folder `nodes` would hide ComfyUI's module of that name
         with open(self.log_file, "ab") as log:
             self.process = subprocess.Popen(

@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from . import inputs
 from .bridge.apply import apply
 from .schema import Schema
-from .sockets import ZippedLoRASocket
+from .sockets import LoRAsToApplySocket
 
 
 class ApplyZippedLoRA(io.ComfyNode):
@@ -21,7 +21,11 @@ class ApplyZippedLoRA(io.ComfyNode):
             description="Puts a zipped pair on a model, as one LoRA. Other LoRAs may go before or after it.",
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the two LoRAs."),
-                ZippedLoRASocket.Input("zipped_lora", tooltip="The zipped pair."),
+                LoRAsToApplySocket.Input(
+                    "zipped_lora",
+                    tooltip="The zipped pair; or a pair that nothing has zipped, which is stacked, as by LoRA loaders "
+                    "in a row.",
+                ),
                 inputs.strength(
                     "strength",
                     "Strength of the whole zipped pair. For style or subject alone use Style Strength.",

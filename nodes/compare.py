@@ -9,7 +9,7 @@ from . import inputs, sheet
 from .bridge import compare as comparing
 from .bridge.drawing import sampling
 from .schema import Schema
-from .sockets import ZippedLoRASocket
+from .sockets import LoRAsToApplySocket
 
 _LAZY = ("model", "clip", "vae", "zipped_lora")
 _SIDE = Range(0, sampling.DRAWN.high)
@@ -43,7 +43,7 @@ class CompareMerges(io.ComfyNode):
                 io.Model.Input("model", lazy=True, tooltip="The checkpoint's model, without these LoRAs."),
                 io.Clip.Input("clip", lazy=True, tooltip="The checkpoint's text encoder, without these LoRAs."),
                 io.Vae.Input("vae", lazy=True, tooltip="The checkpoint's VAE."),
-                ZippedLoRASocket.Input("zipped_lora", lazy=True, tooltip="The zipped LoRAs, two or any number."),
+                LoRAsToApplySocket.Input("zipped_lora", lazy=True, tooltip="The zipped LoRAs, two or any number."),
                 io.String.Input(
                     "prompts",
                     multiline=True,

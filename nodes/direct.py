@@ -6,9 +6,10 @@ from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.direct import METHODS
 from .bridge.direct import merge
+from .bridge.lora.zipped import sources_of
 from .inputs import connected
 from .schema import Schema
-from .sockets import LoRAPairSocket, ZippedLoRASocket
+from .sockets import LoRAsToZipSocket, ZippedLoRASocket
 
 
 class DirectMergeLoRA(io.ComfyNode):
@@ -23,7 +24,11 @@ class DirectMergeLoRA(io.ComfyNode):
             "wherever a zipped pair goes.",
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the two LoRAs. Nothing is computed on it."),
-                LoRAPairSocket.Input("lora_pair", tooltip="The two LoRAs, from Load LoRA Pair."),
+                LoRAsToZipSocket.Input(
+                    "lora_pair",
+                    tooltip="The two LoRAs, from Load LoRA Pair. Bypassed (Ctrl+B), this node hands them on as they "
+                    "are, and they are stacked.",
+                ),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
@@ -41,4 +46,4 @@ class DirectMergeLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora_pair, method: str) -> io.NodeOutput:
         connected(model=model, lora_pair=lora_pair)
-        return io.NodeOutput(merge(model, lora_pair, method))
+        return io.NodeOutput(merge(model, sources_of(lora_pair), method))

@@ -9,9 +9,10 @@ from ..ziplora_core.objective import OBJECTIVES
 from ..ziplora_core.solver import SOLVERS, Settings
 from . import inputs
 from .bridge.drawing.sampling import COUNT, SIDE, ReferenceRequest
+from .bridge.lora.zipped import sources_of
 from .bridge.optimize.zipping import by_concept, check_inputs, check_prompts, optimize
 from .schema import Schema
-from .sockets import LoRAPairSocket, LossMapSocket, ReferencesSocket, ZippedLoRASocket
+from .sockets import LoRAsToZipSocket, LossMapSocket, ReferencesSocket, ZippedLoRASocket
 
 _NOT_CONNECTED = object()  # None stands for latents that are connected and not computed yet
 
@@ -31,7 +32,11 @@ class ZipLoRAOptimize(io.ComfyNode):
                     "model",
                     tooltip="The base model, without the two LoRAs. Other LoRAs may be on it already.",
                 ),
-                LoRAPairSocket.Input("lora_pair", tooltip="The two LoRAs, from Load LoRA Pair."),
+                LoRAsToZipSocket.Input(
+                    "lora_pair",
+                    tooltip="The two LoRAs, from Load LoRA Pair. Bypassed (Ctrl+B), this node hands them on as they "
+                    "are, and they are stacked. A zipped pair is zipped anew.",
+                ),
                 io.Conditioning.Input(
                     "content_positive",
                     lazy=True,
@@ -159,6 +164,7 @@ class ZipLoRAOptimize(io.ComfyNode):
     ) -> list[str]:
         """Which inputs to compute next: what can be refused is refused before a VAE or a text encoder is loaded."""
         inputs.connected(model=model, lora_pair=lora_pair)
+        lora_pair = sources_of(lora_pair)
         read_settings(**settings)
         latents = {"content_latents": content_latents, "style_latents": style_latents}
         if references is None:  # of whichever number: told apart when they are there
@@ -184,6 +190,7 @@ class ZipLoRAOptimize(io.ComfyNode):
         **settings,
     ) -> io.NodeOutput:
         inputs.connected(model=model, lora_pair=lora_pair)
+        lora_pair = sources_of(lora_pair)
         conditioning = by_concept(lora_pair, (content_positive, style_positive), [r.positive for r in references])
         latents = by_concept(lora_pair, (content_latents, style_latents), [r.latents for r in references])
         *outputs, drawn = optimize(model, lora_pair, conditioning, latents, *read_settings(**settings))

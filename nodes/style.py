@@ -6,10 +6,10 @@ from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.checks import in_range
 from .bridge.lora.loras import of_kind, role
-from .bridge.lora.zipped import read_strengths
+from .bridge.lora.zipped import read_strengths, sources_of
 from .inputs import connected
 from .schema import Schema
-from .sockets import ZippedLoRASocket
+from .sockets import LoRAsToApplySocket, ZippedLoRASocket
 
 
 def _dial(name: str, default_tooltip: str):
@@ -27,7 +27,9 @@ class StyleStrength(io.ComfyNode):
             description="Dials style and subject of a zipped pair up or down, or all styles and subjects of a set. "
             "Free: nothing is optimised again.",
             inputs=[
-                ZippedLoRASocket.Input("zipped_lora", tooltip="A zipped pair."),
+                LoRAsToApplySocket.Input(
+                    "zipped_lora", tooltip="A zipped pair; or one that nothing has zipped, whose strengths it turns."
+                ),
                 _dial("style_strength", "Multiplies the style's coefficients: 0 none, 1 as zipped, up to 2."),
                 _dial("content_strength", "Multiplies the content's coefficients: 0 none, 1 as zipped, up to 2."),
             ],
@@ -39,7 +41,7 @@ class StyleStrength(io.ComfyNode):
         connected(zipped_lora=zipped_lora)
         in_range("style_strength", style_strength, -100, 100)
         in_range("content_strength", content_strength, -100, 100)
-        sources = zipped_lora.sources
+        sources = sources_of(zipped_lora)
         turned: dict[str, float] = {}
         for kind, dial in (("content", content_strength), ("style", style_strength)):
             meant = of_kind(kind, sources.by_concept)
@@ -63,7 +65,11 @@ class ConceptStrengths(io.ComfyNode):
             search_aliases=["lora weights", "style of each"],
             description="Dials any LoRA of a zipped set up or down by its name. Free: nothing is optimised again.",
             inputs=[
-                ZippedLoRASocket.Input("zipped_lora", tooltip="A zipped pair, or a set of any number."),
+                LoRAsToApplySocket.Input(
+                    "zipped_lora",
+                    tooltip="A zipped pair, or a set of any number; or one that nothing has zipped, whose strengths "
+                    "it turns.",
+                ),
                 io.String.Input(
                     "strengths",
                     multiline=True,
@@ -78,4 +84,4 @@ class ConceptStrengths(io.ComfyNode):
     @classmethod
     def execute(cls, zipped_lora, strengths: str) -> io.NodeOutput:
         connected(zipped_lora=zipped_lora)
-        return io.NodeOutput(zipped_lora.dialled(read_strengths(zipped_lora.sources, strengths)))
+        return io.NodeOutput(zipped_lora.dialled(read_strengths(sources_of(zipped_lora), strengths)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import folder_paths
@@ -10,6 +11,7 @@ from comfy_api.v0_0_2 import io, ui
 from . import inputs
 from .bridge import zip as zipping
 from .bridge.drawing.sampling import SIDE_OR_BEST
+from .bridge.lora.captured import Chain
 from .schema import Schema
 from .sockets import LoRAStackSocket, ZippedLoRASocket
 
@@ -71,7 +73,10 @@ class ZipLoRAs(io.ComfyNode):
             "in your style. It goes between the checkpoint and KSampler, where two LoRA loaders would stand.",
             inputs=[
                 io.Model.Input(
-                    "model", lazy=True, tooltip="The checkpoint's model, without these LoRAs. Others may be on it."
+                    "model",
+                    lazy=True,
+                    tooltip="The checkpoint's model, without these LoRAs. Others may be on it. With both files [None] "
+                    "and no stack: the LoRAs that loaders have put on it are zipped, the first as the subject.",
                 ),
                 io.Clip.Input("clip", lazy=True, tooltip="The checkpoint's text encoder."),
                 _file("subject_lora", "The LoRA of what to draw: a character, an animal, a thing."),
@@ -80,11 +85,12 @@ class ZipLoRAs(io.ComfyNode):
                 _prompt("style_prompt", "a house in szn style"),
                 io.Combo.Input(
                     "quality",
-                    options=list(zipping.QUALITIES),
+                    options=[*zipping.QUALITIES, zipping.STACKED],
                     default=next(iter(zipping.QUALITIES)),
                     tooltip="balanced: looks at what each LoRA draws, as long as drawing some pictures. fast: looks "
                     "at the files alone, in seconds, and needs no prompts. paper: trains for a hundred steps, as the "
-                    "method's paper does; takes longest and needs most memory.",
+                    "method's paper does; takes longest and needs most memory. stacked: nothing is zipped, as with two "
+                    "LoRA loaders in a row; bypassing this node (Ctrl+B) does the same.",
                 ),
                 inputs.seed("Seed of the examples and their noise: the same seed gives the same result."),
                 _strength("subject_strength", "subject"),
@@ -157,8 +163,10 @@ class ZipLoRAs(io.ComfyNode):
     @classmethod
     def check_lazy_status(cls, quality: str, **given) -> list[str]:
         """Which inputs to make next: what can be refused is refused before a checkpoint is loaded."""
-        listed = _listed(**given)
         names = ["model", "clip"]
+        if _of_loaders(given) and inputs.not_made(names, given):  # which LoRAs, is known when they are there
+            return inputs.not_made(names, given)
+        listed = _listed(_chain(given), **given)
         if zipping.QUALITIES.get(quality) is not None:
             zipping.prompts(listed)
             zipping.check_connected(listed, given)
@@ -168,17 +176,35 @@ class ZipLoRAs(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, quality: str, seed: int, vae=None, drawn_size: int = 0, **given) -> io.NodeOutput:
         inputs.connected(model=model, clip=clip)
+        chain = _chain({**given, "model": model, "clip": clip})
         images = {name: given[name] for name in _PICTURES if given.get(name) is not None}
-        *outputs, drawn = zipping.zip_loras(model, clip, _listed(**given), quality, seed, images, vae, drawn_size)
+        listed = _listed(chain, **given)
+        *outputs, drawn = zipping.zip_loras(model, clip, listed, quality, seed, images, vae, drawn_size, chain)
         return io.NodeOutput(*outputs, ui=None if drawn is None else ui.PreviewImage(drawn, cls=cls))
 
 
-def _listed(lora_stack=None, stack_prompts: str = "", **given: Any) -> dict[str, zipping.Given]:
-    """The LoRAs by concept, from the node's inputs."""
-    own = {}
+def _of_loaders(given: Mapping[str, Any]) -> bool:
+    """Whether no LoRA is chosen here: then those count that loaders have put on the model."""
+    return given.get("lora_stack") is None and all(given[f"{role}_lora"] == zipping.NO_FILE for role in _OWN)
+
+
+def _chain(given: Mapping[str, Any]) -> Chain | None:
+    return zipping.loaders(given["model"], given["clip"]) if _of_loaders(given) else None
+
+
+def _listed(chain: Chain | None, lora_stack=None, stack_prompts: str = "", **given: Any) -> dict[str, zipping.Given]:
+    """The LoRAs by concept, from the node's inputs, or from loaders before it: the first is the subject's then, the
+    second the style's, and the prompts of others stand in stack_prompts."""
+    chosen = {}
     for role in _OWN:
         name, strength = given[f"{role}_lora"], given.get(f"{role}_strength", 1.0)
         if name != zipping.NO_FILE:
-            prompt = given[f"{role}_prompt"]
-            own[role] = zipping.Given(name, strength, strength, prompt, f"{role}_prompt", f"{role}_images")
+            chosen[role] = (name, strength, strength)
+    if chain is not None:
+        rows = [(lora.name, lora.strength, lora.clip_strength) for lora in chain.loras]
+        chosen, lora_stack = dict(zip(_OWN, rows, strict=False)), rows[len(_OWN) :]
+    own = {
+        role: zipping.Given(*file, given[f"{role}_prompt"], f"{role}_prompt", f"{role}_images")
+        for role, file in chosen.items()
+    }
     return zipping.by_concept(own, lora_stack, stack_prompts)

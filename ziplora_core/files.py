@@ -64,6 +64,7 @@ class OpenFile:
         """name: for errors. digest: updated with every byte of the file, in order, once `tensors` is used up."""
         self.name, self._file, self._digest = name, file, digest
         self.places, self.metadata = self._header()
+        self._numbers = file.tell()
 
     def _header(self) -> tuple[dict[str, Place], dict[str, str]]:
         name, size = self.name, os.fstat(self._file.fileno()).st_size
@@ -128,6 +129,14 @@ class OpenFile:
                 yield key, tensor
             for done in hashed:
                 done.result()
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor alone, as of `tensors`; not where they are read for their hash. Raises LoRAFileError, OSError."""
+        place = self.places[key]
+        tensor = torch.empty(place.shape, dtype=place.dtype, device="cpu")
+        self._file.seek(self._numbers + place.start)
+        self._fill(bytes_of(tensor))
+        return tensor
 
     def _bytes(self, count: int) -> bytearray:
         block = bytearray(count)

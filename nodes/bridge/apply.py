@@ -14,7 +14,7 @@ from ...ziplora_core.lora_set import Layer
 from ...ziplora_core.merge import merged_factors
 from .lora import fitting, text_encoders
 from .lora.adapters import fits, reshapes
-from .lora.loras import STRENGTH, LoRASource
+from .lora.loras import STRENGTH, LoRASource, LoRASources
 from .lora.zipped import ZippedLoRA
 from .network.bare import bare
 from .progress.bar import tell
@@ -86,9 +86,37 @@ def _fits(text_encoder, key: str, patch) -> bool:
     return weight is not None and not reshapes(patch) and fits(patch, weight.shape)
 
 
+def _tell_left_out(given: ZippedLoRA | LoRASources) -> None:
+    missing = text_encoders.left_out(given)
+    if missing is not None:
+        logging.warning("ZipLoRA: %s.", missing)
+        tell(missing)
+
+
 @torch.no_grad()
-def apply(model, clip, zipped: ZippedLoRA, strength: float):
-    """(model, clip) clones with the zipped pair on them; what came in is not changed.
+def stack(model, clip, sources: LoRASources, strength: float):
+    """(model, clip) clones with LoRAs on them one after another, as LoRA loaders in a row put them there; what came in
+    is not changed.
+
+    Also the layers of which the host's loader does not know the names. clip may be None. Raises LoRAFileError where a
+    file is another model's.
+    """
+    fitting.fit(sources, model.model)
+    if clip is None:
+        _tell_left_out(sources)
+    model, clip = model.clone(), None if clip is None else clip.clone()
+    for source in (of.times(strength) for of in sources.by_concept.values()):
+        if source.strength:
+            model.add_patches(fitting.patches(source, model.model), source.strength)
+        if clip is not None and source.of_clip:
+            _text_encoder(clip, source, source.of_clip)
+    return model, clip
+
+
+@torch.no_grad()
+def apply(model, clip, zipped: ZippedLoRA | LoRASources, strength: float):
+    """(model, clip) clones with the zipped pair on them; what came in is not changed. A pair that nothing has zipped
+    is stacked.
 
     The set becomes one LoRA of the sum of the ranks per layer (the identity of `merge.merged_factors`). Text-encoder
     parts are merged directly, as the paper leaves them frozen; bias and norm differences follow their LoRA.
@@ -97,6 +125,8 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     STRENGTH.check("strength", strength)
     if strength == 0:
         return model, clip
+    if isinstance(zipped, LoRASources):
+        return stack(model, clip, zipped, strength)
     names = zipped.sources.names()
     bare(model.model)  # the host takes a patch for what it finds under its name
     model = model.clone()
@@ -106,11 +136,9 @@ def apply(model, clip, zipped: ZippedLoRA, strength: float):
     _patch(model, patches, strength, names)
     for concept in zipped.sources.by_concept:
         _patch(model, zipped.fitted.passthrough[concept], strength * zipped.strength(concept), names)
-    missing = text_encoders.left_out(zipped) if clip is None else None
-    if missing is not None:
-        logging.warning("ZipLoRA: %s.", missing)
-        tell(missing)
-    if clip is not None:
+    if clip is None:
+        _tell_left_out(zipped)
+    else:
         clip = clip.clone()
         for concept, source in zipped.sources.by_concept.items():
             _text_encoder(clip, source, strength * zipped.clip_strength(concept))

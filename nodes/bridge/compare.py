@@ -13,10 +13,12 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ...ziplora_core.direct import plain_sum
 from ...ziplora_core.files import shown
+from . import direct
 from .apply import apply, is_on
 from .drawing.sampling import Drawing, best_side, draw_one
-from .lora.loras import STRENGTH, LoRASource, of_kind
+from .lora.loras import STRENGTH, LoRASource, LoRASources, of_kind
 from .lora.zipped import ZippedLoRA
 from .network.bare import bare
 from .progress.bar import Bar
@@ -113,10 +115,9 @@ def _loaders(sources: Sequence[LoRASource]) -> Callable[[Any, Any], tuple[Any, A
     def put(model, clip) -> tuple[Any, Any]:
         bare(model.model)
         for source in sources:
-            of_clip = source.strength if source.clip_strength is None else source.clip_strength
-            if source.strength or of_clip:
+            if source.strength or source.of_clip:
                 tensors = dict(source.tensors)
-                model, clip = comfy.sd.load_lora_for_models(model, clip, tensors, source.strength, of_clip)
+                model, clip = comfy.sd.load_lora_for_models(model, clip, tensors, source.strength, source.of_clip)
         return model, clip
 
     return put
@@ -133,15 +134,19 @@ def _zipped(zipped: ZippedLoRA, dial: float) -> Column:
     return Column(heading, lambda model, clip: apply(model, clip, turned, 1.0))
 
 
-def compare(model, clip, vae, zipped: ZippedLoRA, prompts: str, negative: str, dials: str, **how: Any) -> Compared:
-    """model: ModelPatcher; it and clip are unchanged. how: of a `Drawing`; width or height 0: what the model draws
-    best.
+def compare(
+    model, clip, vae, zipped: ZippedLoRA | LoRASources, prompts: str, negative: str, dials: str, **how: Any
+) -> Compared:
+    """model: ModelPatcher; it and clip are unchanged. zipped: a pair that nothing has zipped counts as one of all ones.
+    how: of a `Drawing`; width or height 0: what the model draws best.
 
     Each picture is drawn alone, as the host's KSampler draws it. Text encoder, model and VAE are used one after
     another, so that each is loaded once. Every check comes before. Raises ValueError, naming the input; interrupts
     pass through within a step.
     """
     check_words(prompts, negative, dials)
+    if isinstance(zipped, LoRASources):
+        zipped = direct.merge(model, zipped, plain_sum.METHOD.name)
     best = best_side(model)
     drawing = Drawing(**{**how, **{name: how[name] or best for name in ("width", "height")}})
     rows, across = read_prompts(prompts), columns(zipped, read_dials(dials))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...ziplora_core.checks import one_of
+from ...ziplora_core.direct import plain_sum
 from ...ziplora_core.direct.shared_columns import METHOD as SHARED_COLUMNS
 from ...ziplora_core.files import LoRAFileError, shown
 from ...ziplora_core.lora_set import LoRASet
@@ -21,8 +22,9 @@ from ...ziplora_core.solver import Settings
 from ...ziplora_core.words import WordEffect
 from . import direct
 from .apply import apply, with_text_encoder
+from .apply import stack as stack_on
 from .drawing import references, sampling
-from .lora import loras, reads, stack, text_encoders, triggers
+from .lora import captured, loras, reads, stack, text_encoders, triggers
 from .lora.zipped import ZippedLoRA
 from .memory.retry import LESS, is_out_of_memory
 from .network import text
@@ -36,6 +38,7 @@ QUALITIES: dict[str, Settings | None] = {
     "fast": None,
     "paper": Settings(steps=100, objective=OBJECTIVES["paper"], solver="gradient"),
 }
+STACKED = "stacked"  # in the place of a quality, to compare with; web/ziplora_bypass.js asks for it by this name
 # What errors say to users of the other nodes, and what this one's can do. Whole words, never inside quotes.
 _OTHERS = {"content_lora": "subject_lora", "content_strength": "subject_strength", "content": "subject"}
 _EASIER = {"balanced": "choose quality fast", "paper": "choose quality balanced or fast"}
@@ -134,6 +137,21 @@ def by_concept(own: Mapping[str, Given], lora_stack: Any, stack_prompts: str) ->
     return found
 
 
+def loaders(model, clip) -> captured.Chain:
+    """The LoRAs that loaders before the node have put on its model, where it names none itself.
+
+    Raises LoRAFileError where there are fewer than two, and as `captured.find`.
+    """
+    chain = captured.find(model, clip)
+    if len(chain.loras) < 2:
+        there = f"'{shown(chain.loras[0].name, 255)}' alone is" if chain.loras else "no LoRA is"
+        raise LoRAFileError(
+            f"subject_lora and style_lora are {NO_FILE}, and {there} on the model that is connected; choose a subject "
+            "and a style LoRA here, or put a loader for each before this node"
+        )
+    return chain
+
+
 def prompts(given: Mapping[str, Given]) -> dict[str, Prompt]:
     """Each LoRA's prompt: what is written, or what its file and the files beside it say. From headers alone.
 
@@ -168,15 +186,16 @@ def zip_loras(
     images: Mapping[str, Tensor],
     vae=None,
     drawn_size: int = 0,
+    chain: captured.Chain | None = None,
 ) -> tuple[Any, Any, ZippedLoRA, str, Tensor | None]:
     """(model, clip, zipped, report, rough pictures of what was drawn as a reference or None).
 
     model: ModelPatcher; it and clip are unchanged. images: by input, IMAGEs (N, H, W, 3) of any size. drawn_size: in
-    pixels, of pictures that are drawn or encoded; 0 for what the model draws best. Every check comes before anything is
-    loaded. Raises as `optimize` does.
+    pixels, of pictures that are drawn or encoded; 0 for what the model draws best. chain: where the LoRAs are those of
+    loaders before the node. Every check comes before anything is loaded. Raises as `optimize` does.
     """
-    one_of("quality", quality, QUALITIES)
-    settings, written = QUALITIES[quality], {}
+    one_of("quality", quality, [*QUALITIES, STACKED])
+    settings, written = QUALITIES.get(quality), {}
     if settings is not None:
         for of in given.values():
             if not of.prompt.strip():
@@ -186,8 +205,15 @@ def zip_loras(
         check_connected(given, [*images, *(["vae"] if vae is not None else [])])
         for name, made in images.items():
             pictures.check_pictures(name, [made])
+    found = [] if chain is None else chain.lines()
+    if chain is not None:
+        model, clip = chain.without(model, clip)
     with in_our_words(*(of.name for of in given.values()), easier=_EASIER.get(quality, "")):
         sources = sources_of(given)
+        if quality == STACKED:
+            zipped = direct.merge(model, sources, plain_sum.METHOD.name)
+            zipped = replace(zipped, report="  \n".join([zipped.report, *found]))
+            return (*stack_on(model, clip, sources, 1.0), zipped, zipped.report, None)
         if settings is None:
             zipped, drawn = direct.merge(model, sources, SHARED_COLUMNS.name), None
         else:
@@ -203,7 +229,7 @@ def zip_loras(
             zipped, _, _, drawn = zipping.optimize(
                 model, sources, conditioning, latents, settings, asked, functools.partial(_words, written, encode)
             )
-    lines = [zipped.report, *(prompt.line(concept) for concept, prompt in written.items())]
+    lines = [zipped.report, *found, *(prompt.line(concept) for concept, prompt in written.items())]
     zipped = replace(zipped, report="  \n".join(lines))
     return (*apply(model, clip, zipped, 1.0), zipped, zipped.report, drawn)
 
@@ -248,8 +274,7 @@ def _words(written: Mapping[str, Prompt], encode: Mapping[str, text.Encode], fit
 
 def _encoded(clip, source: loras.LoRASource, words: str) -> list:
     """A prompt as CLIP Text Encode makes it, with one LoRA's own text-encoder part on: what its user sees."""
-    strength = source.strength if source.clip_strength is None else source.clip_strength
-    own = with_text_encoder(clip, source, strength)
+    own = with_text_encoder(clip, source, source.of_clip)
     conditioning: list = own.encode_from_tokens_scheduled(own.tokenize(words))
     return conditioning
 

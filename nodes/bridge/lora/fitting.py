@@ -208,12 +208,22 @@ def fit_one(source: LoRASource, model) -> Fitting:
     hosts, more = keys.unet_keys(model)
     fitting = Fitting(source, model)
     with torch.no_grad():
-        patches, others = (comfy.lora.load_lora(source.tensors, names, log_missing=False) for names in (hosts, more))
-        for target, patch in {**others, **patches}.items():
+        for target, patch in _patches(source, hosts, more).items():
             fitting.add(target, patch)
     fitting.unused = _unused(source, model, {**hosts, **more}, fitting)
     fitting.doubled = keys.doubled(source.tensors, hosts, more)
     return fitting
+
+
+def _patches(source: LoRASource, hosts: keys.Names, more: keys.Names) -> dict[str | tuple, Any]:
+    patches, others = (comfy.lora.load_lora(source.tensors, names, log_missing=False) for names in (hosts, more))
+    return {**others, **patches}
+
+
+def patches(source: LoRASource, model) -> dict[str | tuple, Any]:
+    """A file as the host's patches of a model, by weight or slice of one, as its own loader makes them, and of layers
+    too whose names that loader skips. model: the host's BaseModel."""
+    return _patches(source, *keys.unet_keys(model))
 
 
 def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import folder_paths
@@ -42,6 +42,16 @@ class LoRASource:
     clip_strength: float | None = None
 
     @property
+    def of_clip(self) -> float:
+        """Strength of its text-encoder part."""
+        return self.strength if self.clip_strength is None else self.clip_strength
+
+    def times(self, dial: float) -> LoRASource:
+        """The same file at another multiple of its strengths."""
+        apart = self.clip_strength
+        return replace(self, strength=dial * self.strength, clip_strength=None if apart is None else dial * apart)
+
+    @property
     def title(self) -> str:
         """The name, fit for a line of a report, a table or an error: a file's may hold line breaks."""
         return shown(self.name, 255)
@@ -63,6 +73,10 @@ class LoRASources:
 
     def __getitem__(self, concept: str) -> LoRASource:
         return self.by_concept[concept]
+
+    def dialled(self, strengths: Mapping[str, float]) -> LoRASources:
+        """A copy with the LoRAs' strengths multiplied by these, by concept; as `ZippedLoRA.dialled`."""
+        return replace(self, by_concept={c: of.times(strengths.get(c, 1.0)) for c, of in self.by_concept.items()})
 
     def input_name(self, concept: str, what: str) -> str:
         """How a node calls what a concept is given; the inputs of ZipLoRA Optimize are for the first two."""

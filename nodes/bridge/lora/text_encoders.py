@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ....ziplora_core import formats
 from .loras import LoRASource, LoRASources
-from .zipped import ZippedLoRA
+from .zipped import ZippedLoRA, sources_of
 
 
 def parts(source: LoRASource) -> int:
@@ -37,13 +37,9 @@ def notes(sources: LoRASources, zipped: bool) -> list[str]:
     return lines
 
 
-def left_out(zipped: ZippedLoRA) -> str | None:
-    """What is lost where a zipped pair is applied without `clip`; None where nothing is."""
-    titles = [
-        source.title
-        for concept, source in zipped.sources.by_concept.items()
-        if zipped.clip_strength(concept) and parts(source)
-    ]
+def left_out(given: ZippedLoRA | LoRASources) -> str | None:
+    """What is lost where LoRAs are applied without `clip`; None where nothing is."""
+    titles = [source.title for source in sources_of(given).by_concept.values() if source.of_clip and parts(source)]
     if not titles:
         return None
     files = " and ".join(f"'{title}'" for title in titles)

@@ -57,6 +57,14 @@ class ZippedLoRA:
         return self.sources[concept].strength * self.dial(concept)
 
 
+def sources_of(given: ZippedLoRA | LoRASources) -> LoRASources:
+    """The LoRAs of a zipped set, at the strengths that its dials give them, or a pair as it is."""
+    if not isinstance(given, ZippedLoRA):
+        return given
+    turned = {concept: dial for concept, dial in given.dials.items() if dial != 1}
+    return given.sources.dialled(turned) if turned else given.sources
+
+
 def _names(sources: LoRASources) -> dict[str, list[str]]:
     """Whom a name may mean, in small letters: a concept's before a file's, a whole path's before its last part's."""
     known: dict[str, list[str]] = {}

@@ -21,6 +21,11 @@ _BACKWARD = 2  # rows of a forward pass that a row's backward pass takes as long
 _SOLVING = 4.0  # the same of solving all layers
 
 
+def finish(words: str, picture: Image.Image | None) -> None:
+    """What stays on a node that has nothing to do."""
+    Bar({_PROMPTS: 1.0}).finish(words, picture)
+
+
 class Progress:
     """One bar over a whole zip: drawing references, layers, steps, measuring; and, a few times a second, a picture.
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
@@ -22,6 +22,7 @@ from ....ziplora_core.routing import RoutedBranch, routed
 from ....ziplora_core.saved import ROUTED, ROUTED_LAYERS
 from ....ziplora_core.words import WordEffect
 from .. import saved
+from ..disk import remembered
 from ..drawing import references, sampling
 from ..lora import fitting, loras
 from ..lora.zipped import ZIPPED, ZippedLoRA
@@ -29,7 +30,7 @@ from ..memory import plan, retry
 from ..network import checks, predictor
 from . import verdict
 from .outcome import Outcome, Tried
-from .progress import Progress
+from .progress import Progress, finish
 from .report import report
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ def optimize(
     where a node knows the words. Every check comes before anything is loaded. steps = 0 loads
     nothing: the direct merge.
     Raises ValueError (LoRAFileError for a file) or FloatingPointError, and the host's own exception where memory runs
-    out twice; interrupts pass through.
+    out twice; interrupts pass through. What was zipped before of the same, its report saying so, is taken from disk.
     """
     loras.refuse_one_lora(sources)
     check_prompts(sources, [concept for concept, given in conditioning.items() if given is None])
@@ -110,6 +111,12 @@ def optimize(
         outcome = replace(outcome, alignment=_alignment(outcome))
         zipped = _zipped(outcome)
         return zipped, outcome.loss_map, zipped.report, None
+    given = {"conditioning": conditioning, "latents": dict(samples), "request": asdict(request)}
+    made_of = remembered.key(model, sources, **given, settings=_told(settings))
+    known = remembered.find(made_of, sources, fitted)
+    if known is not None:
+        finish(known.words, known.picture)
+        return known.zipped, known.loss_map, known.zipped.report, known.drawn
     outcome = replace(outcome, words=words(fitted.loras))  # before the model is loaded: text encoders need room too
     without = [concept for concept in latents if concept not in samples]
     progress = Progress(settings, len(fitted.loras.concepts), without, sampling.GeneratedReferences.rows(request))
@@ -133,8 +140,11 @@ def optimize(
     outcome = replace(outcome, alignment=_alignment(outcome))
     zipped, thumbnails = _zipped(outcome), _thumbnails(model, outcome)
     lines = verdict.lines(outcome)
-    progress.finish("\n".join(lines), verdict.picture(lines, progress.picture, thumbnails, sources.by_concept))
-    return zipped, outcome.loss_map, zipped.report, _pictures(thumbnails)
+    said = "\n".join(lines)
+    picture, drawings = verdict.picture(lines, progress.picture, thumbnails, sources.by_concept), _pictures(thumbnails)
+    progress.finish(said, picture)
+    remembered.keep(made_of, remembered.Remembered(zipped, outcome.loss_map, said, picture, drawings))
+    return zipped, outcome.loss_map, zipped.report, drawings
 
 
 def _solve(
@@ -229,8 +239,12 @@ def _alignment(outcome: Outcome) -> list[dict[str, float]]:
     return alignments
 
 
+def _told(settings: solver.Settings) -> dict[str, Any]:
+    return {**asdict(settings), "objective": settings.objective.name}
+
+
 def _zipped(outcome: Outcome) -> ZippedLoRA:
-    result, settings = outcome.result, {**asdict(outcome.settings), "objective": outcome.settings.objective.name}
+    result, settings = outcome.result, _told(outcome.settings)
     if result.routing:
         settings[ROUTED_LAYERS] = len(result.routing)
     return ZippedLoRA(

@@ -1,0 +1,162 @@
+"""Ctrl+B on a node that zips draws the plain stack, as the host's own LoRA loaders do."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from test_templates import START
+from test_workflow import NAME, put_in
+
+from demo.manifest import read_manifest
+from devhost.workflows import FOLDER
+
+if TYPE_CHECKING:
+    from devhost.frontend import Frontend
+    from devhost.server import ComfyServer
+
+BYPASS = """type => {
+    const { app } = window, node = app.graph.nodes.find(node => node.type === type)
+    app.canvas.deselectAll()
+    app.canvas.select(node)
+    return app.extensionManager.command.execute('Comfy.Canvas.ToggleSelectedNodes.Bypass') }"""
+MODES = "type => window.app.graph.nodes.filter(node => node.type === type).map(node => node.mode)"
+WRAP = """type => {
+    const { app } = window, node = app.graph.nodes.find(node => node.type === type)
+    const { subgraph } = app.graph.convertToSubgraph(new Set([node]))
+    return String(subgraph.id) }"""
+# Direct Merge LoRA, put between the pair and what the zip leads to.
+INSTEAD = """() => {
+    const { graph } = window.app, found = graph.nodes.find(node => node.type === 'ZipLoRAOptimize')
+    const merge = window.LiteGraph.createNode('DirectMergeLoRA')
+    graph.add(merge)
+    for (const name of ['model', 'lora_pair']) {
+        const link = graph.links.get(found.inputs.find(input => input.name === name).link)
+        graph.getNodeById(link.origin_id).connect(link.origin_slot, merge, name)
+    }
+    for (const id of [...found.outputs[0].links]) {
+        const { target_id, target_slot } = graph.links.get(id)
+        merge.connect(0, graph.getNodeById(target_id), target_slot)
+    }
+    graph.remove(found) }"""
+BYPASSED = 4
+
+
+def only(prompt: dict[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
+    """Id and inputs of the one node of a type in an API graph."""
+    ((number, node),) = ((number, node) for number, node in prompt.items() if node["class_type"] == kind)
+    return number, node["inputs"]
+
+
+def queued_picture(frontend: Frontend, server: ComfyServer) -> np.ndarray:
+    """What the graph on the canvas saves."""
+    history = server.wait(frontend.queue())
+    assert history["status"]["status_str"] == "success", history["status"]
+    (drawn,) = (p for out in history["outputs"].values() for p in out.get("images", []) if p["type"] == "output")
+    return server.view(drawn)
+
+
+def stock_picture(server: ComfyServer, prompt: dict[str, Any], number: str, files: list[str]) -> np.ndarray:
+    """The same with Load LoRA nodes in a row in the place of a node that gives model and clip."""
+    shown = {key: node for key, node in prompt.items() if node["class_type"] not in ("PreviewAny", "ZippedLoRAReport")}
+    stock = json.loads(json.dumps(shown))
+    (checkpoint, _) = only(stock, "CheckpointLoaderSimple")
+    model, clip = [checkpoint, 0], [checkpoint, 1]
+    for file in files:
+        chosen = {"lora_name": file, "strength_model": 1.0, "strength_clip": 1.0}
+        stock[file] = {"class_type": "LoraLoader", "inputs": {"model": model, "clip": clip, **chosen}}
+        model, clip = [file, 0], [file, 1]
+    for node in stock.values():
+        for key, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] == number:
+                node["inputs"][key] = [model, clip][value[1]]
+    (image,) = server.run(stock).images(only(stock, "SaveImage")[0])
+    return image
+
+
+def test_bypassed_zip_loras_draws_what_load_lora_draws(frontend: Frontend, server: ComfyServer) -> None:
+    world = read_manifest()
+    subject, style = world.subjects[0].learned, world.styles[0].learned
+    frontend.load(FOLDER / f"{START}.json")
+    put_in(frontend, "CheckpointLoaderSimple", ckpt_name=world.checkpoint)
+    put_in(frontend, "ZipLoRAs", subject_lora=subject.file, style_lora=style.file)
+    put_in(frontend, "EmptyLatentImage", width=world.size, height=world.size)
+    put_in(frontend, "KSampler", steps=3)
+    before = frontend.api()
+    frontend.page.evaluate(BYPASS, "ZipLoRAs")
+    assert frontend.page.evaluate(MODES, "ZipLoRAs") == [BYPASSED]
+    queued = frontend.both()
+    number, inputs = only(queued["output"], "ZipLoRAs")
+    assert inputs == {**before[number]["inputs"], "quality": "stacked"}
+    assert queued["output"] == {**before, number: {**before[number], "inputs": inputs}}, "another node changes"
+    (saved,) = (node for node in queued["workflow"]["nodes"] if node["type"] == "ZipLoRAs")
+    assert saved["mode"] == BYPASSED and "stacked" not in saved["widgets_values"]
+    assert frontend.page.evaluate(MODES, "ZipLoRAs") == [BYPASSED], "the canvas shows another mode than was chosen"
+
+    drawn = queued_picture(frontend, server)
+    assert np.array_equal(drawn, stock_picture(server, before, number, [subject.file, style.file]))
+    frontend.page.evaluate(BYPASS, "ZipLoRAs")
+    assert only(frontend.api(), "ZipLoRAs") == only(before, "ZipLoRAs")
+
+
+def test_bypassed_inside_a_subgraph(frontend: Frontend) -> None:
+    """With it, the whole subgraph is gone, as any; without it, the node in it stacks."""
+    frontend.load(FOLDER / f"{START}.json")
+    subgraph = frontend.page.evaluate(WRAP, "ZipLoRAs")
+    page = frontend.page
+    page.evaluate("id => { window.app.graph.subgraphs.get(id).nodes[0].mode = 4 }", subgraph)
+    queued = frontend.both()
+    number, inputs = only(queued["output"], "ZipLoRAs")
+    assert ":" in number and inputs["quality"] == "stacked"
+    assert only(queued["output"], "KSampler")[1]["model"] == [number, 0]
+    (saved,) = queued["workflow"]["definitions"]["subgraphs"]
+    assert [node["mode"] for node in saved["nodes"]] == [BYPASSED]
+    page.evaluate("type => { window.app.graph.nodes.find(node => node.type === type).mode = 4 }", subgraph)
+    prompt = frontend.api()
+    assert only(prompt, "KSampler")[1]["model"] == [only(prompt, "CheckpointLoaderSimple")[0], 0]
+
+
+@pytest.mark.parametrize("kind", ["ZipLoRAOptimize", "DirectMergeLoRA"])
+def test_bypassed_expert_nodes_hand_on_the_pair(shared_frontend: Frontend, kind: str) -> None:
+    frontend = shared_frontend
+    graph = json.loads((FOLDER / f"{NAME}.json").read_text(encoding="utf-8"))
+    frontend.load(graph)
+    if kind == "DirectMergeLoRA":
+        frontend.page.evaluate(INSTEAD)
+    before = frontend.api()
+    number, given = only(before, kind)
+    frontend.page.evaluate(BYPASS, kind)
+    after = frontend.api()
+    assert number not in after and given["lora_pair"] == [only(after, "LoadLoRAPair")[0], 0]
+    takers = [key for key, node in before.items() if node["inputs"].get("zipped_lora") == [number, 0]]
+    assert takers and all(after[key]["inputs"]["zipped_lora"] == given["lora_pair"] for key in takers)
+
+
+def test_bypassed_optimize_draws_what_load_lora_draws(frontend: Frontend, server: ComfyServer) -> None:
+    """What needs a zip, as its report, is left out, and the picture is drawn all the same."""
+    world = read_manifest()
+    subject, style = world.subjects[0], world.styles[0]
+    frontend.load(FOLDER / f"{NAME}.json")
+    put_in(frontend, "CheckpointLoaderSimple", ckpt_name=world.checkpoint)
+    put_in(frontend, "LoadLoRAPair", content_lora=subject.learned.file, style_lora=style.learned.file)
+    put_in(frontend, "What to draw: subject in style", text=world.prompt(subject, style))
+    put_in(frontend, "EmptyLatentImage", width=world.size, height=world.size)
+    put_in(frontend, "KSampler", steps=3)
+    frontend.page.evaluate(BYPASS, "ZipLoRAOptimize")
+    prompt = frontend.api()
+    drawn = queued_picture(frontend, server)
+    files = [subject.learned.file, style.learned.file]
+    assert np.array_equal(drawn, stock_picture(server, prompt, only(prompt, "ApplyZippedLoRA")[0], files))
+
+
+def test_a_chain_of_loaders_is_handed_on_as_it_is(shared_frontend: Frontend) -> None:
+    """Where the node brings no LoRA of its own, the page's bypass is the plain stack."""
+    frontend = shared_frontend
+    frontend.load(FOLDER / f"{START}.json")
+    put_in(frontend, "ZipLoRAs", subject_lora="[None]", style_lora="[None]")
+    frontend.page.evaluate(BYPASS, "ZipLoRAs")
+    prompt = frontend.api()
+    assert "ZipLoRAs" not in [node["class_type"] for node in prompt.values()]
+    assert only(prompt, "KSampler")[1]["model"] == [only(prompt, "CheckpointLoaderSimple")[0], 0]
