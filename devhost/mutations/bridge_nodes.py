@@ -89,10 +89,10 @@ MUTANTS = [
         ("all prompts by the checkpoint's own text encoder", "[column.put(model, clip)[1] for", "[clip for"),
         (
             "a stack's text-encoder strength is forgotten",
-            "source.strength if source.clip_strength is None else source.clip_strength",
-            "source.strength",
+            "tensors, source.strength, source.of_clip)",
+            "tensors, source.strength, source.strength)",
         ),
-        ("stacked is the last LoRA alone", "in sources:\n            of_clip", "in sources[-1:]:\n            of_clip"),
+        ("stacked is the last LoRA alone", "for source in sources:\n            if", "for source in sources[-1:]:\n            if"),
         ("the dial is not turned", "zipped.dialled(dict.fromkeys(styles, dial))", "zipped.dialled({})"),
     ),
 ]
