@@ -39,6 +39,31 @@ def kind_of(patch: Any) -> str:
     return kind.title if patch.weights[kind.scale] is None else "DoRA"
 
 
+def scale_of(patch: Any) -> Tensor | None:
+    """A patch's DoRA scale; None where it has none."""
+    kind = None if isinstance(patch, tuple) else _KINDS.get(patch.name)
+    return None if kind is None else patch.weights[kind.scale]
+
+
+def without_scale(patch: Any) -> Any:
+    """The same update before its DoRA scale."""
+    if scale_of(patch) is None:
+        return patch
+    place = _KINDS[patch.name].scale
+    return type(patch)(patch.loaded_keys, (*patch.weights[:place], None, *patch.weights[place + 1 :]))
+
+
+def turns_nothing(patch: Any) -> bool:
+    """Whether an OFT or BOFT leaves a weight as it is, as blocks of size 1 must: no part of a block is skew.
+
+    A factor for each row that is beside it counts for more.
+    """
+    if isinstance(patch, tuple) or patch.name not in ("oft", "boft"):
+        return False
+    blocks = patch.weights[0]
+    return bool(torch.equal(blocks, blocks.transpose(-1, -2)))
+
+
 def all_used(patch: Any) -> bool:
     """Whether no matrix of an update is all zeros, as one is that was never trained."""
     weights = patch[1] if isinstance(patch, tuple) else patch.weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,11 +16,11 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ....ziplora_core import formats
-from ....ziplora_core.files import LoRAFileError, all_finite, shown
+from ....ziplora_core.files import LoRAFileError, all_finite, shown, unread
 from ....ziplora_core.lora_set import Factors, LoRASet
 from ..network.weights import dequantized
-from . import base_models, keys
-from .adapters import all_used, fits, is_low_rank, is_plain, kind_of, reshapes
+from . import base_models, dora, keys, spellings
+from .adapters import all_used, fits, is_low_rank, is_plain, kind_of, reshapes, turns_nothing
 from .loras import LoRASource, LoRASources, text_encoder_alone
 
 
@@ -50,11 +51,17 @@ class Fitting:
     absent: list[str] = field(default_factory=list)  # what a file changes and the model has not
     doubled: list[tuple[str, str]] = field(default_factory=list)  # names passed over for others of the same layer
     dense: dict[str, list[str]] = field(default_factory=dict)  # kind of update -> layers kept as ΔW itself
+    own: bool = False  # whether the host's loader reads not all of the file: what it computes is no measure then
+    as_host: list[str] = field(default_factory=list)  # layers whose DoRA the host computes unlike who trained it
+    nothing: list[str] = field(default_factory=list)  # layers whose update is zero as it must be
     eyes: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
-    def add(self, target: str | tuple, patch: Any) -> None:
-        """A patch of the host on a weight, or on a slice (axis, start, length) of a fused one."""
-        key, place = (target, None) if isinstance(target, str) else (target[0], target[1])
+    def add(self, target: str | tuple, patch: Any, magnitude: Tensor | None = None) -> None:
+        """A patch of the host on a weight, or on a slice (axis, start, length) of a fused one.
+
+        magnitude: of peft's DoRA, one number for each row.
+        """
+        key, place, turned = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
         weight = parameter(self.model, key)
         if weight is None:
             self.absent.append(key)
@@ -69,28 +76,56 @@ class Fitting:
         if part.ndim < 2:
             self.passthrough[key] = patch
             return
-        if is_low_rank(patch):
+        scale = dora.row_scale(patch, part.shape)
+        if magnitude is None and scale is not None and self.own:
+            magnitude = scale
+        elif scale is not None:
+            self.as_host.append(key)
+        if magnitude is None and is_low_rank(patch):
             factors = _reshaped(self.source, key, low_rank(self.source, key, patch), part.shape)
+            factors = factors if turned is None else replace(factors, up=turned(factors.up))
         else:
-            factors = self._dense(key, patch, place, part)
+            factors = self._dense(key, patch, place, part, turned, magnitude)
+            if factors is None:
+                self.nothing.append(key)
+                return
         if place is not None:
             factors = _widened(factors, weight.shape, *place)
         self.factors[key] = factors if key not in self.factors else _side_by_side(self.factors[key], factors)
 
-    def _dense(self, key: str, patch: Any, place: tuple[int, int, int] | None, part: Tensor) -> Factors:
-        """What the host makes of the base weight with any other kind of update, minus the weight.
+    def _dense(
+        self,
+        key: str,
+        patch: Any,
+        place: tuple[int, int, int] | None,
+        part: Tensor,
+        turned: Callable[[Tensor], Tensor] | None,
+        magnitude: Tensor | None,
+    ) -> Factors | None:
+        """What the host makes of the base weight with any other kind of update, minus the weight; None for nothing.
 
-        ΔW itself stands for `down`, with a unit matrix as `up`: columns scale as in any LoRA.
+        ΔW itself stands for `down`, with a unit matrix as `up`: columns scale as in any LoRA. turned: what the host
+        does to rows of an update whose weight it keeps in another order than the file.
         """
-        kind = kind_of(patch)
+        kind = "DoRA" if magnitude is not None else kind_of(patch)
         before = _base_weight(self.model, key)
         before = (before if place is None else before.narrow(*place)).float().clone()
+        # The host's OFT at half the strength is not half of it: where ours alone counts, it is.
+        strength, scale = (
+            (1.0, self.source.strength) if self.own or magnitude is not None else (self.source.strength, 1.0)
+        )
         try:
-            after = comfy.lora.calculate_weight([(self.source.strength, patch, 1.0, None, None)], before.clone(), key)
+            if magnitude is None:
+                patched = [(strength, patch, 1.0, None, turned)]
+                after = comfy.lora.calculate_weight(patched, before.clone(), key)
+                delta = after - before if after.shape == before.shape else None
+            else:
+                delta = dora.update(patch, magnitude, before, key, turned)
         except (RuntimeError, IndexError) as error:
             raise _other_model(self.source, key, kind, part.shape) from error
-        delta = after - before if after.shape == before.shape else None
-        if delta is None or (self.source.strength and not delta.any() and all_used(patch)):
+        if delta is not None and not delta.any() and turns_nothing(patch):
+            return None
+        if delta is None or (strength and not delta.any() and all_used(patch)):
             raise _other_model(self.source, key, kind, part.shape)  # the host only logs that it does not fit
         if not all_finite(delta):
             raise _broken(self.source, key, "its update holds NaN or infinite numbers")
@@ -99,7 +134,7 @@ class Fitting:
         size = (delta.shape[0], dtype)
         if size not in self.eyes:
             self.eyes[size] = torch.eye(*size[:1], dtype=dtype)
-        return Factors(self.eyes[size], delta.to("cpu", dtype))
+        return Factors(self.eyes[size], delta.to("cpu", dtype), scale)
 
     def notes(self) -> list[str]:
         lines = []
@@ -108,6 +143,12 @@ class Fitting:
             lines.append(
                 f"'{self.source.title}' has {len(self.doubled)} layers twice, under different names; only one "
                 f"counts, as in ComfyUI's own LoRA loader: e.g. '{shown(used)}', not '{shown(over)}'"
+            )
+        if self.as_host:
+            lines.append(
+                f"{len(self.as_host)} layers of '{self.source.title}' have a DoRA scale for each row: as ComfyUI's own "
+                "loader computes it, by the norm of the weight alone, and not as LyCORIS or OneTrainer trained it, so "
+                "it draws as with Load LoRA"
             )
         for kind, layers in self.dense.items():
             size = sum(self.factors[k].down.numel() * self.factors[k].down.element_size() for k in set(layers))
@@ -201,12 +242,21 @@ def _side_by_side(a: Factors, b: Factors) -> Factors:
 
 def fit_one(source: LoRASource, model) -> Fitting:
     """One file on the layers of a model. Raises LoRAFileError where it fits no layer, or another model's layers."""
+    source, renamed = spellings.as_host_reads(source)
     hosts, more = keys.unet_keys(model)
-    fitting = Fitting(source, model)
+    updated = keys.updated(source.tensors)
+    more = {name: target for name, target in more.items() if name in updated}
+    fitting = Fitting(source, model, own=bool(more) or renamed)
+    magnitudes = {
+        target: spellings.magnitude(source.tensors, name)
+        for names in (more, hosts)
+        for name, target in names.items()
+        if name in updated
+    }
     with torch.no_grad():
         patches, others = (comfy.lora.load_lora(source.tensors, names, log_missing=False) for names in (hosts, more))
         for target, patch in {**others, **patches}.items():
-            fitting.add(target, patch)
+            fitting.add(target, patch, magnitudes.get(target))
     fitting.unused = _unused(source, model, {**hosts, **more}, fitting)
     fitting.doubled = keys.doubled(source.tensors, hosts, more)
     return fitting
@@ -217,16 +267,30 @@ def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[st
     if source.tensors and formats.is_text_encoder_alone(source.tensors):
         raise text_encoder_alone(source.title)
     if not fitting.factors:
-        example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))
-        raise LoRAFileError(
-            f"'{source.title}' has no layer that fits this model ({type(model).__name__}){_guess(source)}: "
-            f"found e.g. '{example}'; "
-            "choose a LoRA of the same model family"
-        )
+        raise LoRAFileError(_why_nothing_fits(source, model, unused, fitting))
     unused += fitting.absent
     if not unused:
         return []
     return [f"{len(unused)} tensors of '{source.title}' fit no layer and are not used, e.g. '{shown(unused[0])}'"]
+
+
+def _why_nothing_fits(source: LoRASource, model, unused: list[str], fitting: Fitting) -> str:
+    kind = formats.unread_kind(source.tensors)
+    if kind is not None:
+        return unread(source.title, *kind)
+    if fitting.nothing:
+        return f"'{source.title}' changes nothing: its {len(fitting.nothing)} updates are zero; choose another file"
+    example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))
+    family = formats.looks_like(source.tensors)
+    if family and family == base_models.model_family(model):
+        return (
+            f"'{source.title}' looks like a LoRA for {family}, as this model is, but calls its layers by names that "
+            f"are not known here, e.g. '{example}'; have its trainer write kohya's or diffusers' names"
+        )
+    return (
+        f"'{source.title}' has no layer that fits this model ({type(model).__name__}){_guess(source)}: "
+        f"found e.g. '{example}'; choose a LoRA of the same model family"
+    )
 
 
 _fitted: weakref.WeakKeyDictionary[LoRASources, tuple[weakref.ref, FittedSet]] = weakref.WeakKeyDictionary()
@@ -245,6 +309,7 @@ def fit(sources: LoRASources, model) -> FittedSet:
 
 def _fit(sources: LoRASources, model) -> FittedSet:
     notes = [*sources.warnings, *base_models.notes(sources, model)]
+    notes += [note for source in sources.by_concept.values() for note in source.notes]
     fitted = {}
     for concept, source in sources.by_concept.items():
         fitted[concept] = fit_one(source, model)
