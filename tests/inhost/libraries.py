@@ -3,81 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from twins import Twins
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-
-
-@dataclass(frozen=True)
-class Twins:
-    """A model of the host's and its twin of diffusers', with the same weights.
-
-    targets: the twin's weights -> the host's, or (its weight, (axis, start, length), what turns rows).
-    part: what diffusers' pipelines call such a model.
-    """
-
-    patcher: Any
-    twin: nn.Module
-    targets: dict[str, str | tuple]
-    part: str
-    saver: Callable[..., None]
-
-    def placed(self, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Differences of the twin's weights as the host's weights have them: by key, in float64."""
-        state, found = self.patcher.model.state_dict(), {}
-        for name, delta in deltas.items():
-            target = self.targets[name]
-            key, place, turned = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
-            whole = found.setdefault(key, torch.zeros(state[key].shape, dtype=torch.float64))
-            (whole if place is None else whole.narrow(*place)).copy_(delta if turned is None else turned(delta))
-        return found
-
-
-def twins_of(patcher, twin: nn.Module, targets: dict[str, str | tuple], part: str, saver: Callable[..., None]) -> Twins:
-    """Gives the twin's random weights to the host's model, so that what a table maps wrong would show."""
-    state = patcher.model.state_dict()
-    own = twin.state_dict()
-    found = {name: target for name, target in targets.items() if name in own and own[name].ndim > 1}
-    with torch.inference_mode():
-        for name, target in found.items():
-            key, place, turned = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
-            part_of = state[key] if place is None else state[key].narrow(*place)
-            assert part_of.shape == own[name].shape, (name, key)
-            part_of.copy_(own[name] if turned is None else turned(own[name]))
-    return Twins(patcher, twin, found, part, saver)
-
-
-def sdxl() -> Twins:
-    import comfy.utils
-    from diffusers import UNet2DConditionModel
-    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-
-    torch.manual_seed(1)
-    twin = UNet2DConditionModel(
-        block_out_channels=(32, 64, 64),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=1,
-        attention_head_dim=(2, 4, 4),
-        cross_attention_dim=96,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
-    patcher = tiny.tiny_patcher()
-    table = comfy.utils.unet_to_diffusers(patcher.model.model_config.unet_config)
-    targets: dict[str, str | tuple] = {name: f"diffusion_model.{target}" for name, target in table.items()}
-    return twins_of(patcher, twin, targets, "unet", StableDiffusionXLLoraLoaderMixin.save_lora_weights)
 
 
 def randomized(parameters: Iterator[tuple[str, nn.Parameter]], seed: int = 5) -> None:
@@ -154,7 +89,7 @@ def by_peft(twins: Twins, folder: Path, beside: bool = True, **settings: Any) ->
 
 
 def by_lycoris(twins: Twins, folder: Path, names: str = "kohya", **settings: Any) -> dict[str, Tensor]:
-    """lycoris-lora's own network on the twin, in kohya's names, SimpleTuner's, or OneTrainer's of diffusers' modules."""
+    """lycoris-lora's own network on the twin, in kohya's names, SimpleTuner's or OneTrainer's."""
     from lycoris import LycorisNetwork, create_lycoris
 
     before = _weights(twins.twin)
@@ -173,12 +108,29 @@ def by_lycoris(twins: Twins, folder: Path, names: str = "kohya", **settings: Any
         save_file(tensors, folder / "subject.safetensors")
     else:
         network.save_weights(folder / "subject.safetensors", torch.float32, {})
-    network.restore()
-    network.double()
-    twins.twin.double()
-    network.merge_to(1.0)
-    after = _weights(twins.twin)
-    return {n: after[n] - before[n] for n in before if not torch.equal(after[n], before[n])}
+    kind = torch.float32 if settings["algo"] in ("diag-oft", "boft") else torch.float64  # these take an inverse
+    network.to(kind)
+    twins.twin.to(kind)
+    modules = dict(twins.twin.named_modules())
+    names = [name for name in before if name.endswith(".weight")]
+    found = {name: _acts_as(modules[name.removesuffix(".weight")], before[name], kind) for name in names}
+    return {name: after - before[name] for name, after in found.items() if (after - before[name]).norm() > 1e-5}
+
+
+def _acts_as(module: nn.Module, weight: Tensor, kind: torch.dtype) -> Tensor:
+    """The weight that a linear layer or a convolution works with when it is called, from its answers to unit inputs.
+
+    (What lycoris-lora 4.1.3 *merges* of a LoHa or LoKr has alpha / rank twice, unlike what it trains.)
+    """
+    unit = torch.eye(weight[0].numel(), dtype=kind).reshape(-1, *weight.shape[1:])
+    with torch.no_grad():
+        if weight.ndim == 2:
+            return (module(unit) - module(torch.zeros_like(unit))).double().T
+        (kernel, _), start = module.kernel_size, module.stride[0] - module.padding[0]  # of what output (1, 1) sees
+        picture = torch.zeros(*unit.shape[:2], start + kernel, start + kernel, dtype=kind)
+        picture[:, :, start:, start:] = unit
+        seen = module(picture) - module(torch.zeros_like(picture))
+    return seen[:, :, 1, 1].double().T.reshape(weight.shape)
 
 
 def strip_header(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import libraries
 import pytest
+import twins
 from libraries import by_diffusers, by_lycoris, by_peft
 
 R = {"r": 4, "lora_alpha": 2}
@@ -39,7 +40,9 @@ FILES = {
     "lycoris, LoHa": (by_lycoris, {"algo": "loha"}),
     "lycoris, LoHa with Tucker core": (by_lycoris, {"algo": "loha", "use_tucker": True}),
     "lycoris, LoKr": (by_lycoris, {"algo": "lokr"}),
-    "lycoris, LoKr with Tucker core": (by_lycoris, {"algo": "lokr", "use_tucker": True, "linear_dim": 2, "conv_dim": 2}),
+    "lycoris, LoKr with Tucker core": (
+        by_lycoris, {"algo": "lokr", "use_tucker": True, "linear_dim": 2, "conv_dim": 2}
+    ),
     "lycoris, full": (by_lycoris, {"algo": "full"}),
     "lycoris, GLoRA": (by_lycoris, {"algo": "glora"}),
     "lycoris, OFT": (by_lycoris, {"algo": "diag-oft"}),
@@ -82,9 +85,38 @@ def off(found, wanted) -> float:
 @pytest.mark.parametrize("name", FILES)
 def test_the_update_is_the_librarys(pack, folder, name):
     write, settings = FILES[name]
-    twins = libraries.sdxl()
-    wanted = twins.placed(write(twins, folder, **settings))
+    model = twins.sdxl()
+    wanted = model.placed(write(model, folder, **settings))
     assert len(wanted) > 10
-    found, notes = updates(pack, twins.patcher)
-    print(notes, off(found, wanted))
+    found, notes = updates(pack, model.patcher)
+    assert off(found, wanted) < 1e-6
+
+
+TRANSFORMERS = {
+    "Flux": (
+        twins.flux,
+        ["to_q", "add_k_proj", "to_add_out", "ff.net.2", "proj_mlp", "norm_out.linear", "x_embedder"],
+    ),
+    "SD 3": (twins.sd3, ["to_q", "add_v_proj", "to_out.0", "ff_context.net.0.proj", "norm_out.linear", "proj_out"]),
+    "Qwen-Image": (twins.qwen, ["to_k", "add_q_proj", "img_mlp.net.2", "img_in"]),
+    "Z-Image": (twins.z_image, ["to_q", "to_v", "to_out.0", "w2"]),
+    "Lumina 2": (twins.lumina, ["to_q", "to_k", "to_v", "to_out.0", "linear_2", "norm1.linear", "linear_1"]),
+}
+WAYS = {
+    "pipeline": (by_diffusers, {}),
+    "model": (by_diffusers, {"how": "model"}),
+    "DoRA": (by_diffusers, {"use_dora": True}),
+    "peft": (by_peft, {}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_transformers_in_diffusers_names(pack, folder, family, way):
+    make, layers = TRANSFORMERS[family]
+    model = make()
+    write, settings = WAYS[way]
+    wanted = model.placed(write(model, folder, **R, **settings, target_modules=layers))
+    assert len(wanted) >= len(layers)
+    found, _ = updates(pack, model.patcher)
     assert off(found, wanted) < 1e-6

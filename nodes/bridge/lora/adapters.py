@@ -53,6 +53,29 @@ def without_scale(patch: Any) -> Any:
     return type(patch)(patch.loaded_keys, (*patch.weights[:place], None, *patch.weights[place + 1 :]))
 
 
+def plainer(patch: Any) -> Any:
+    """A LoKr without its Tucker core, which is worked into the second factor: the host fails at the product of both.
+
+    w2[p, r, k] = alpha / rank · Σ_ij t2[i, j, k] · w2_a[i, p] · w2_b[j, r]
+    """
+    if isinstance(patch, tuple) or patch.name != "lokr" or patch.weights[7] is None or patch.weights[1] is not None:
+        return patch
+    one, _, alpha, a, b, left, right, core, scale = patch.weights
+    if None in (left, right) or min(left.ndim, right.ndim, core.ndim) < 2 or not right.shape[0]:
+        return patch
+    try:
+        whole = torch.einsum("ij...,ip,jr->pr...", *(m.double() for m in (core, left, right)))
+    except RuntimeError:
+        return patch  # what does not multiply is refused for its shapes
+    whole = whole * (1.0 if alpha is None else alpha / right.shape[0])
+    return type(patch)(patch.loaded_keys, (one, whole.contiguous(), None, a, b, None, None, None, scale))
+
+
+def precision(patch: Any) -> torch.dtype:
+    """In which the host can compute an update: rotations take an inverse in float32."""
+    return torch.float32 if not isinstance(patch, tuple) and patch.name in ("oft", "boft") else torch.float64
+
+
 def turns_nothing(patch: Any) -> bool:
     """Whether an OFT or BOFT leaves a weight as it is, as blocks of size 1 must: no part of a block is skew.
 

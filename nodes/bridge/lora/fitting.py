@@ -20,7 +20,7 @@ from ....ziplora_core.files import LoRAFileError, all_finite, shown, unread
 from ....ziplora_core.lora_set import Factors, LoRASet
 from ..network.weights import dequantized
 from . import base_models, dora, keys, spellings
-from .adapters import all_used, fits, is_low_rank, is_plain, kind_of, reshapes, turns_nothing
+from .adapters import all_used, fits, is_low_rank, is_plain, kind_of, plainer, precision, reshapes, turns_nothing
 from .loras import LoRASource, LoRASources, text_encoder_alone
 
 
@@ -62,6 +62,7 @@ class Fitting:
         magnitude: of peft's DoRA, one number for each row.
         """
         key, place, turned = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
+        patch = plainer(patch)
         weight = parameter(self.model, key)
         if weight is None:
             self.absent.append(key)
@@ -109,7 +110,8 @@ class Fitting:
         """
         kind = "DoRA" if magnitude is not None else kind_of(patch)
         before = _base_weight(self.model, key)
-        before = (before if place is None else before.narrow(*place)).float().clone()
+        kept = precision(patch)
+        before = (before if place is None else before.narrow(*place)).to(kept).clone()
         # The host's OFT at half the strength is not half of it: where ours alone counts, it is.
         strength, scale = (
             (1.0, self.source.strength) if self.own or magnitude is not None else (self.source.strength, 1.0)
@@ -117,7 +119,7 @@ class Fitting:
         try:
             if magnitude is None:
                 patched = [(strength, patch, 1.0, None, turned)]
-                after = comfy.lora.calculate_weight(patched, before.clone(), key)
+                after = comfy.lora.calculate_weight(patched, before.clone(), key, kept)
                 delta = after - before if after.shape == before.shape else None
             else:
                 delta = dora.update(patch, magnitude, before, key, turned)
@@ -127,6 +129,7 @@ class Fitting:
             return None
         if delta is None or (strength and not delta.any() and all_used(patch)):
             raise _other_model(self.source, key, kind, part.shape)  # the host only logs that it does not fit
+        delta = delta.float()
         if not all_finite(delta):
             raise _broken(self.source, key, "its update holds NaN or infinite numbers")
         dtype = part.dtype if part.dtype in (torch.float16, torch.bfloat16) else torch.float32
