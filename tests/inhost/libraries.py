@@ -97,10 +97,10 @@ def by_lycoris(twins: Twins, folder: Path, names: str = "kohya", **settings: Any
     network = create_lycoris(
         twins.twin, 1.0, **{"linear_dim": 4, "linear_alpha": 2.0, "conv_dim": 4, "conv_alpha": 2.0, **settings}
     )
+    dotted = {name.replace(".", "_"): name for name, _ in twins.twin.named_modules()}
     network.apply_to()
     randomized(network.named_parameters())
     if names == "OneTrainer":
-        dotted = {name.replace(".", "_"): name for name, _ in twins.twin.named_modules()}
         tensors = {
             f"unet.{dotted[key.split('.')[0].removeprefix('lora_unet_')]}.{key.split('.', 1)[1]}": tensor.contiguous()
             for key, tensor in network.state_dict().items()
@@ -109,28 +109,19 @@ def by_lycoris(twins: Twins, folder: Path, names: str = "kohya", **settings: Any
     else:
         network.save_weights(folder / "subject.safetensors", torch.float32, {})
     kind = torch.float32 if settings["algo"] in ("diag-oft", "boft") else torch.float64  # these take an inverse
+    network.restore()
     network.to(kind)
     twins.twin.to(kind)
-    modules = dict(twins.twin.named_modules())
-    names = [name for name in before if name.endswith(".weight")]
-    found = {name: _acts_as(modules[name.removesuffix(".weight")], before[name], kind) for name in names}
-    return {name: after - before[name] for name, after in found.items() if (after - before[name]).norm() > 1e-5}
-
-
-def _acts_as(module: nn.Module, weight: Tensor, kind: torch.dtype) -> Tensor:
-    """The weight that a linear layer or a convolution works with when it is called, from its answers to unit inputs.
-
-    (What lycoris-lora 4.1.3 *merges* of a LoHa or LoKr has alpha / rank twice, unlike what it trains.)
-    """
-    unit = torch.eye(weight[0].numel(), dtype=kind).reshape(-1, *weight.shape[1:])
-    with torch.no_grad():
-        if weight.ndim == 2:
-            return (module(unit) - module(torch.zeros_like(unit))).double().T
-        (kernel, _), start = module.kernel_size, module.stride[0] - module.padding[0]  # of what output (1, 1) sees
-        picture = torch.zeros(*unit.shape[:2], start + kernel, start + kernel, dtype=kind)
-        picture[:, :, start:, start:] = unit
-        seen = module(picture) - module(torch.zeros_like(picture))
-    return seen[:, :, 1, 1].double().T.reshape(weight.shape)
+    if settings["algo"] in ("loha", "lokr"):  # what it trains: 4.1.3 merges alpha / rank twice
+        prefix = f"{LycorisNetwork.LORA_PREFIX}_"
+        with torch.no_grad():
+            return {
+                f"{dotted[lora.lora_name.removeprefix(prefix)]}.weight": lora.get_weight(lora.shape) * lora.scalar
+                for lora in network.loras
+            }
+    network.merge_to(1.0)
+    after = _weights(twins.twin)
+    return {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
 
 
 def strip_header(path: Path) -> None:
