@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import families
 import libraries
@@ -158,3 +159,19 @@ def test_what_the_stock_loader_converts_is_converted(pack, folder):
     hosts = changed(bare, patched)
     assert len(hosts) == 6
     assert off(found, hosts) < 1e-5
+
+
+def test_oft_of_kohyas_scripts(pack, folder):
+    """The host does not know its prefix. Read from a file that the scripts wrote, at half strength."""
+    model = twins.sdxl()
+    written = load_file(Path(__file__).with_name("trainers") / "kohya_oft.safetensors")
+    wanted = {}
+    for name in [name for name in written if name.startswith("base.")]:
+        base, layer = written.pop(name), name.removeprefix("base.")
+        key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_" + layer[-1] + ".weight"
+        with torch.inference_mode():
+            model.patcher.model.state_dict()[key].copy_(base)
+        wanted[key] = written.pop(f"merged at 0.5.{layer}").double() - base.double()
+    save_file(written, folder / "subject.safetensors")
+    found, _ = updates(pack, model.patcher, 0.5)
+    assert off(found, wanted) < 1e-6

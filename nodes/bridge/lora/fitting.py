@@ -274,7 +274,10 @@ def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[st
     unused += fitting.absent
     if not unused:
         return []
-    return [f"{len(unused)} tensors of '{source.title}' fit no layer and are not used, e.g. '{shown(unused[0])}'"]
+    kind = formats.unread_kind(unused)
+    example = shown(unused[0]) if kind is None else shown(kind[1])
+    which = "" if kind is None else f" ({kind[0]}, which is not read)"
+    return [f"{len(unused)} tensors of '{source.title}' fit no layer and are not used, e.g. '{example}'{which}"]
 
 
 def _why_nothing_fits(source: LoRASource, model, unused: list[str], fitting: Fitting) -> str:
@@ -284,10 +287,10 @@ def _why_nothing_fits(source: LoRASource, model, unused: list[str], fitting: Fit
     if fitting.nothing:
         return f"'{source.title}' changes nothing: its {len(fitting.nothing)} updates are zero; choose another file"
     example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))
-    family = formats.looks_like(source.tensors)
-    if family and family == base_models.model_family(model):
+    family, own = formats.looks_like(source.tensors), base_models.model_family(model)
+    if family and own in (family, *family.split(" or ")):
         return (
-            f"'{source.title}' looks like a LoRA for {family}, as this model is, but calls its layers by names that "
+            f"'{source.title}' looks like a LoRA for {own}, as this model is, but calls its layers by names that "
             f"are not known here, e.g. '{example}'; have its trainer write kohya's or diffusers' names"
         )
     return (
