@@ -41,7 +41,7 @@ FILES = {
     "lycoris, LoHa with Tucker core": (by_lycoris, {"algo": "loha", "use_tucker": True}),
     "lycoris, LoKr": (by_lycoris, {"algo": "lokr"}),
     "lycoris, LoKr with Tucker core": (
-        by_lycoris, {"algo": "lokr", "use_tucker": True, "linear_dim": 2, "conv_dim": 2}
+        by_lycoris, {"algo": "lokr", "use_tucker": True, "linear_dim": 2, "conv_dim": 2, "conv_alpha": 3.0}
     ),
     "lycoris, full": (by_lycoris, {"algo": "full"}),
     "lycoris, GLoRA": (by_lycoris, {"algo": "glora"}),
