@@ -1,4 +1,4 @@
-"""A clock that waits for the card, the most memory that a block takes, and what the machine can do at best."""
+"""Clocks that wait for the card, the most memory that a block takes, a card made smaller, and a machine's ceilings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import ctypes
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import psutil
 import torch
@@ -18,6 +19,53 @@ def now(cuda: bool) -> float:
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+@dataclass
+class Clock:
+    """Seconds of the parts of a step, by asking the device to finish after each. predictor: the class that predicts."""
+
+    now: Callable[[], float]
+    predictor: type
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("teacher", "student", "backward"), 0.0))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        clock, forward, backward = self, self.predictor.__call__, torch.autograd.backward
+
+        def timed_forward(self, batch, branch):
+            began = clock.now()
+            out = forward(self, batch, branch)
+            clock.parts["student" if torch.is_grad_enabled() else "teacher"] += clock.now() - began
+            return out
+
+        def timed_backward(*args, **kwargs):
+            began = clock.now()
+            backward(*args, **kwargs)
+            clock.parts["backward"] += clock.now() - began
+
+        self.predictor.__call__, torch.autograd.backward = timed_forward, timed_backward
+        try:
+            yield
+        finally:
+            self.predictor.__call__, torch.autograd.backward = forward, backward
+
+
+@contextlib.contextmanager
+def limited(gigabytes: float) -> Iterator[None]:
+    """As a smaller card: the host is told to leave the rest alone, and torch may not have it."""
+    import comfy.model_management as management
+
+    management.unload_all_models()
+    management.soft_empty_cache()
+    total, reserved = torch.cuda.get_device_properties(0).total_memory, management.EXTRA_RESERVED_VRAM
+    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total)
+    management.EXTRA_RESERVED_VRAM = reserved + int(total - gigabytes * 1e9)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        management.EXTRA_RESERVED_VRAM = reserved
 
 
 class Peak:

@@ -19,9 +19,7 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,35 +71,6 @@ now = partial(meters.now, CUDA)
 Peak = partial(meters.Peak, CUDA)
 
 
-@dataclass
-class Clock:
-    """Seconds of the parts of a step, by asking the device to finish after each."""
-
-    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("teacher", "student", "backward"), 0.0))
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        predictor, clock = BRIDGE.network.predictor.HostPredictor, self
-        forward, backward = predictor.__call__, torch.autograd.backward
-
-        def timed_forward(self, batch, branch):
-            began = now()
-            out = forward(self, batch, branch)
-            clock.parts["student" if torch.is_grad_enabled() else "teacher"] += now() - began
-            return out
-
-        def timed_backward(*args, **kwargs):
-            began = now()
-            backward(*args, **kwargs)
-            clock.parts["backward"] += now() - began
-
-        predictor.__call__, torch.autograd.backward = timed_forward, timed_backward
-        try:
-            yield
-        finally:
-            predictor.__call__, torch.autograd.backward = forward, backward
-
-
 class Bench:
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -148,7 +117,7 @@ class Bench:
 
         def work(predict, joined, references) -> None:
             chosen = dense_pair(joined, BRIDGE.network.weights.cast) if dense else joined
-            clock, began, losses = Clock(), [], []
+            clock, began, losses = meters.Clock(now, BRIDGE.network.predictor.HostPredictor), [], []
 
             def on_step(step) -> None:
                 began.append(now())
@@ -232,21 +201,6 @@ def row(name: str, found: dict[str, Any], tflop: float, ceiling: float, weights:
     )
 
 
-@contextmanager
-def limited(gigabytes: float) -> Iterator[None]:
-    """As a smaller card: the host is told to leave the rest alone, and torch may not have it."""
-    management.unload_all_models()
-    management.soft_empty_cache()
-    total, reserved = torch.cuda.get_device_properties(0).total_memory, management.EXTRA_RESERVED_VRAM
-    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total)
-    management.EXTRA_RESERVED_VRAM = reserved + int(total - gigabytes * 1e9)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        management.EXTRA_RESERVED_VRAM = reserved
-
-
 class Parts:
     """What is measured, one part after the other. Each prints its lines and returns its figures."""
 
@@ -317,7 +271,7 @@ class Parts:
     def limits(self) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         for gigabytes in GIVEN.limits:
-            with limited(gigabytes):
+            with meters.limited(gigabytes):
                 figures[f"{gigabytes:g} GB"] = part = {}
                 for name, measure in (("step", lambda: self.bench.steps(self.bench.plan())), ("zip", self.bench.run)):
                     measured(part, name, measure)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, GAP, PAIR_GAP, LABELS, HEADER, MARGIN = 160, 6, 22, 250, 62, 18
+CELL, GAP, PAIR_GAP, LABELS, HEADER, MARGIN, CAPTION = 160, 6, 22, 250, 62, 18, 36
 GROUND, INK, FAINT = "#ffffff", "#1b1f24", "#5b6470"
 
 
@@ -77,11 +77,15 @@ def square(pictures: Sequence[np.ndarray], size: int = 200) -> Image.Image:
     return image
 
 
-def scaled(picture: np.ndarray, longest: int = 400) -> Image.Image:
-    """A picture of any shape with its longest side at so many pixels: a thumbnail of what a graph saves."""
-    image = Image.fromarray(picture)
-    factor = longest / max(image.size)
-    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+def thumbnail(picture: np.ndarray, caption: str, side: int = 320) -> Image.Image:
+    """A square of so many pixels: a picture of any shape, whole, and a caption of one line below it."""
+    image, whole = Image.fromarray(picture), Image.new("RGB", (side, side), GROUND)
+    room = side - CAPTION
+    factor = min(side / image.width, room / image.height)
+    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    whole.paste(image, ((side - image.width) // 2, (room - image.height) // 2))
+    ImageDraw.Draw(whole).text((side // 2, room + CAPTION // 2), caption, fill=INK, font=_font(20), anchor="mm")
+    return whole
 
 
 def write(image: Image.Image, path: Path, quality: int = 90) -> Path:

@@ -251,8 +251,9 @@ def publish(results: Sequence[PairResult], written: Sequence[Path]) -> list[Path
     first = results[0]
     merged = list(first.merged.values())
     ways = (first.subject_alone, first.style_alone, merged[0], merged[-1])
-    thumbnail = picture.square([asked.pictures[0] for asked in ways])
-    return [readme, picture.write(thumbnail, ROOT / "workflows" / "5 Every step, with pictures.jpg")]
+    drawn = np.asarray(picture.square([asked.pictures[0] for asked in ways]))
+    file = ROOT / "workflows" / "5 Every step, with pictures.jpg"
+    return [readme, picture.write(picture.thumbnail(drawn, "Every step, with pictures"), file, 80)]
 
 
 def options() -> argparse.Namespace:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -79,6 +80,11 @@ def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt
     return made
 
 
+def caption(name: str) -> str:
+    """A graph's name without its number and what is in brackets, for the picture of it."""
+    return re.sub(r"^\d+ | \(.*\)", "", name)
+
+
 def main() -> int:
     wanted, world = sys.argv[1:], read_manifest()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base, ComfyServer(make_base(Path(base))) as server:
@@ -92,7 +98,12 @@ def main() -> int:
             prompt = json.loads(api_file(file).read_text(encoding="utf-8"))
             done = server.run(on_the_miniature(prompt, world))
             (saver,) = (k for k, node in prompt.items() if node["class_type"] == "SaveImage")
-            print(picture.write(picture.scaled(done.images(saver)[0]), file.with_suffix(".jpg"), QUALITY), flush=True)
+            print(
+                picture.write(
+                    picture.thumbnail(done.images(saver)[0], caption(name)), file.with_suffix(".jpg"), QUALITY
+                ),
+                flush=True,
+            )
     return 0
 
 

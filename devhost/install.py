@@ -41,6 +41,7 @@ TOOLS = (
     "playwright",
     "diffusers",  # with peft: that what we export is read as written
     "peft",
+    "lycoris-lora",  # that what libraries write is read as they mean it
     "hypothesis",
     "aiohttp",  # of the batch command, as ComfyUI itself
     "tqdm",

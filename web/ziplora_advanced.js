@@ -81,7 +81,7 @@ class Advanced {
     }
     if (this.isOpen) this.putBack(this.away());
     else this.takeAway();
-    if (this.button) this.button.label = words()[this.isOpen ? "fewer" : "more"];
+    this.button.label = this.button.options.label = words()[this.isOpen ? "fewer" : "more"]; // by canvas, by Vue
     this.refresh();
   }
 
@@ -100,7 +100,7 @@ class Advanced {
     open();
     if (this.isConfiguring) return;
     this.settle();
-    node.setSize([node.size[0], node.computeSize()[1] + free]);
+    node.setSize([node.size[0], Math.round(node.computeSize()[1] + free)]);
   }
 
   /** A link that is dragged finds the sockets of its type, which leave again if it goes elsewhere. */

@@ -223,10 +223,21 @@ def check_lora_file(path: str | os.PathLike[str]) -> list[str]:
         return list(file.places)
 
 
+def unread(name: str, kind: str, key: str) -> str:
+    """A sentence on a file with a kind of update that is not read, as a tensor of it shows."""
+    return (
+        f"'{name}' holds {kind} (tensor '{shown(key)}'), which neither ComfyUI nor this pack reads; train a LoRA, LoHa "
+        "or LoKr, or merge it with its own library and extract a LoRA"
+    )
+
+
 @contextlib.contextmanager
 def _opened_lora(path: str | os.PathLike[str], digest: hashlib._Hash | None = None) -> Iterator[OpenFile]:
     with opened(path, digest, "put it into the loras folder or choose another file") as file:
         if not any(formats.is_lora_name(name) for name in file.places):
+            kind = formats.unread_kind(file.places)
+            if kind is not None:
+                raise LoRAFileError(unread(file.name, *kind))
             examples = ", ".join(map(shown, sorted(file.places)[:2])) or "it is empty"
             raise LoRAFileError(
                 f"'{file.name}' holds no LoRA: none of its {len(file.places)} tensors has a LoRA name "

@@ -24,6 +24,11 @@ class Form:
     beside: tuple[str, ...] = ()
 
 
+MAGNITUDES = (
+    ".lora_magnitude_vector", ".lora_magnitude_vector.weight",
+    ".lora_magnitude_vector.default", ".lora_magnitude_vector.default.weight",
+)  # fmt: skip
+
 FORMS = (
     Form(r"\.lora_(?:up|down|mid)\.weight", ((".lora_up.weight", ".lora_down.weight"),), "lora"),  # kohya's
     Form(  # peft's
@@ -66,6 +71,7 @@ FORMS = (
         mark="dora_scale",
         beside=(".alpha", ".dora_scale", ".reshape_weight", ".rescale"),
     ),
+    Form(rf"(?:{'|'.join(map(re.escape, MAGNITUDES))})", beside=MAGNITUDES),  # DoRA's, of peft and diffusers
 )
 TOGETHER = tuple(endings for form in FORMS for endings in form.together)
 BESIDE_AN_UPDATE = tuple(ending for form in FORMS for ending in form.beside)
@@ -75,6 +81,10 @@ _MARK = re.compile("|".join(form.mark for form in FORMS if form.mark), re.IGNORE
 # Prefixes that diffusers and peft put before a module's diffusers name. On SDXL the host maps the
 # `processor` names only, so files of the diffusers DreamBooth scripts and of B-LoRA load as nothing.
 DIFFUSERS_PREFIXES = ("", "unet.", "unet.unet.", "base_model.model.", "unet.base_model.model.")
+TRANSFORMER_PREFIXES = (
+    "", "transformer.", "diffusion_model.", "base_model.model.", "transformer.base_model.model.",
+)  # fmt: skip
+JOINED_PREFIXES = ("lora_transformer_", "lycoris_")  # OneTrainer's and SimpleTuner's, before names without dots
 
 _TEXT_ENCODER = re.compile(r"^(?:lora_te|lora_prior_te|text_encoder|text_encoders|te\d?[._]|base_model\.model\.text)")
 
@@ -157,6 +167,29 @@ _FAMILIES = (  # what only one family's names hold, in this order
     ("Lumina 2 or Z-Image", r"(?:noise_refiner|context_refiner)[._]\d|layers[._]\d+[._](?:attention|adaLN_modulation)"),
 )
 _CONTEXT_WIDTHS = {768: "SD 1.5", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}
+
+
+_UNREAD = (  # kinds of update that neither the host nor this pack makes matrices of
+    ("BOFT of peft", r"\.boft_[RSs]"),
+    ("OFT of peft or OneTrainer", r"\.oft_[rR](?:\.|$)"),
+    ("IA³", r"\.ia3_l|\.on_input$"),
+    ("VeRA", r"\.vera_|vera_[AB]$"),
+    ("VB-LoRA", r"vblora_"),
+    ("FourierFT", r"\.fourierft_"),
+    ("RandLoRA", r"randlora_"),
+    ("HRA", r"\.hra_u"),
+    ("MiSS or Bone", r"\.(?:miss|bone)_block"),
+    ("LoRA with shared or gated parts", r"\.(?:gralora_|hira_|road_|c3a_|delora_)"),
+)
+
+
+def unread_kind(names: Iterable[str]) -> tuple[str, str] | None:
+    """(A kind of update that is not read, a tensor that shows it), of the first that a file's names hold."""
+    for name in names:
+        for kind, pattern in _UNREAD:
+            if re.search(pattern, name):
+                return kind, name
+    return None
 
 
 def looks_like(tensors: Mapping[str, Tensor]) -> str | None:

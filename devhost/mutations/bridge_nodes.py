@@ -92,7 +92,11 @@ MUTANTS = [
             "tensors, source.strength, source.of_clip)",
             "tensors, source.strength, source.strength)",
         ),
-        ("stacked is the last LoRA alone", "for source in sources:\n            if", "for source in sources[-1:]:\n            if"),
+        (
+            "stacked is the last LoRA alone",
+            "for source in sources:\n            if",
+            "for source in sources[-1:]:\n            if",
+        ),
         ("the dial is not turned", "zipped.dialled(dict.fromkeys(styles, dial))", "zipped.dialled({})"),
     ),
 ]

@@ -10,6 +10,8 @@ PAIRS_DENSE_FORMATS = (
     "tests/inhost/test_dense_formats.py::test_base_weights_are_read_without_what_the_host_has_patched_in",
 )
 FILES = ("tests/inhost/test_contracts_files.py",)
+LIBRARIES = ("tests/inhost/test_library_files.py",)
+NOTES = ("tests/inhost/test_library_notes.py",)
 
 MUTANTS = [
     *faults(
@@ -48,8 +50,8 @@ MUTANTS = [
         ),
         (
             "dense updates ignore the file's strength",
-            "[(self.source.strength, patch, 1.0, None, None)]",
-            "[(1.0, patch, 1.0, None, None)]",
+            "[(strength, patch, 1.0, None, turned)]",
+            "[(1.0, patch, 1.0, None, turned)]",
         ),
         ("dense updates may be NaN", "if not all_finite(delta):", "if False:"),
         (
@@ -143,5 +145,39 @@ MUTANTS = [
         "nodes/bridge/lora/adapters.py",
         PAIRS,
         ("a product of matrices that do not meet fits", "if rank and rank == right.shape[0] else 0", "if rank else 0"),
+    ),
+    *faults(
+        "nodes/bridge/lora/fitting.py",
+        LIBRARIES,
+        ("rows that the host keeps in another order stay", "if turned is None else replace(", "if True else replace("),
+        ("a scale for each row counts as in the host everywhere", "scale is not None and self.own:", "False:"),
+    ),
+    *faults(
+        "nodes/bridge/lora/dora.py",
+        LIBRARIES,
+        ("DoRA is divided by the norm of the weight", "norms = rows.norm(", "norms = before.flatten(1).norm("),
+    ),
+    *faults(
+        "nodes/bridge/lora/adapters.py",
+        LIBRARIES,
+        ("a Tucker core is left to the host", "whole = whole * (1.0 if", "return patch; (1.0 if"),
+        ("LoKr's alpha is lost with its core", "(1.0 if alpha is None else alpha / right.shape[0])", "1.0"),
+    ),
+    *faults(
+        "nodes/bridge/lora/diffusers_names.py",
+        NOTES,
+        ("all levels count as even", "if is_even(config):", "if True:"),
+    ),
+    *faults(
+        "nodes/bridge/lora/spellings.py",
+        NOTES,
+        ("kohya's constraint is the host's", " * blocks.shape[0] * blocks.shape[1]", ""),
+        ("the stock loader's conversions are left out", "tensors = convert_lora(tensors)", "pass"),
+    ),
+    *faults(
+        "nodes/bridge/lora/adapter_config.py",
+        NOTES,
+        ("another LoRA's configuration is used", "if not adapter_config.fits(tensors, configs):", "if False:"),
+        ("any folder's configuration is used", "own = os.path", "own = True or os.path"),
     ),
 ]

@@ -6,6 +6,7 @@ from . import faults
 
 FILES = ("tests/core/test_files.py", "tests/core/test_file_numbers.py")
 SAVED = ("tests/core/test_file_numbers.py", "tests/core/test_routing.py")
+CONFIGS = ("tests/core/test_adapter_config.py",)
 WRITING = ("tests/core/test_writing.py",)
 
 MUTANTS = [
@@ -118,5 +119,13 @@ MUTANTS = [
         ("a file is not synced", "                os.fsync(handle)\n            if", "            if"),
         ("its name is not synced", "            _sync(path.parent)\n", ""),
         ("what was abandoned stays", "_clear(path.parent, os.fstat(handle).st_mtime)", "pass"),
+    ),
+    *faults(
+        "ziplora_core/adapter_config.py",
+        CONFIGS,
+        ("rsLoRA is divided by the rank", "(math.sqrt(size) if self.rslora else size)", "size"),
+        ("patterns may stand anywhere", "(?:.*\\.)?(?:{pattern})$", ".*(?:{pattern})"),
+        ("a layer's own alpha is overwritten", 'or f"{layer}.alpha" in tensors or', "or"),
+        ("patterns that take for ever", r' or re.search(r"\)[*+?{]", pattern)', ""),
     ),
 ]

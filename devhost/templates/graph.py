@@ -38,6 +38,7 @@ _FORM = {  # what App mode asks for: the widgets that a user fills in, by node
     "StyleStrength": ("style_strength",),
     "CompareMerges": ("prompts",),
 }
+_LABELED = {"CheckpointLoaderSimple", "CLIPTextEncode", "LoadImage"}  # whose one widget is called as the node is
 _SHOWN = ("SaveImage", "PreviewAny")  # and what it shows
 _LABELS = {  # of the host's own nodes that have no title of their own
     "CheckpointLoaderSimple": "Checkpoint",
@@ -122,7 +123,7 @@ class Graph:
                 {
                     "id": number + 1,
                     "title": heading,
-                    "bounding": [self.left(number) - 20, -80, self.widths[number] + 40, height.get(number, 0) + 60],
+                    "bounding": [self.left(number) - 20, -80, self.widths[number] + 40, max(height.values()) + 60],
                     "color": "#3f789e" if number % 2 else "#88A",
                     "font_size": 24,
                     "flags": {},
@@ -176,7 +177,7 @@ class Graph:
         unknown = set(node.inputs) - set(described)
         if unknown:
             raise ValueError(f"{self.name}: {node.kind} has no input {', '.join(sorted(unknown))}")
-        for name, spec in sorted(described.items(), key=lambda one: self.lists_widgets and _has_widget(one[1])):
+        for name, spec in sorted(described.items(), key=lambda one: _has_widget(one[1])):  # as the frontend has them
             kind, options = spec[0], spec[1] if len(spec) > 1 else {}
             given = node.inputs.get(name)
             is_linked = isinstance(given, Link)
@@ -189,8 +190,11 @@ class Graph:
                 if options.get("control_after_generate"):
                     widgets.append("fixed")
                     lines += 1
-                if not (is_linked or self.lists_widgets):
+                label = node.kind in _LABELED and not self.lists_widgets and node.title
+                if not (is_linked or self.lists_widgets or label):
                     continue
+                if label:
+                    entry["label"] = label.lstrip("0123456789 ")
                 entry |= {"type": kind if isinstance(kind, str) else "COMBO", "widget": {"name": name}}
             elif is_linked or not options.get("advanced"):
                 sockets += 1

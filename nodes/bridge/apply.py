@@ -98,19 +98,29 @@ def stack(model, clip, sources: LoRASources, strength: float):
     """(model, clip) clones with LoRAs on them one after another, as LoRA loaders in a row put them there; what came in
     is not changed.
 
-    Also the layers of which the host's loader does not know the names. clip may be None. Raises LoRAFileError where a
-    file is another model's.
+    Also what the host's loader does not read. clip may be None. Raises LoRAFileError where a file is another model's.
     """
-    fitting.fit(sources, model.model)
+    fitted = fitting.fit(sources, model.model)
     if clip is None:
         _tell_left_out(sources)
     model, clip = model.clone(), None if clip is None else clip.clone()
-    for source in (of.times(strength) for of in sources.by_concept.values()):
+    for concept, source in ((concept, of.times(strength)) for concept, of in sources.by_concept.items()):
         if source.strength:
-            model.add_patches(fitting.patches(source, model.model), source.strength)
+            model.add_patches(_alone(sources, fitted, concept, model.model), source.strength)
         if clip is not None and source.of_clip:
             _text_encoder(clip, source, source.of_clip)
     return model, clip
+
+
+def _alone(sources: LoRASources, fitted: fitting.FittedSet, concept: str, model) -> dict:
+    """One LoRA's patches at strength 1: the host's own, or of a file that it reads not all of, its factors."""
+    source = sources[concept]
+    if concept not in fitted.own:
+        return fitting.patches(source, model)
+    alone = {name: layer[concept] for name, layer in fitted.loras.layers.items() if concept in layer}
+    alphas = {name: of.scale / source.strength * of.rank for name, of in alone.items()}
+    adapters = {n: LoRAAdapter(set(), (of.up, of.down, alphas[n], None, None, None)) for n, of in alone.items()}
+    return {**adapters, **fitted.passthrough[concept]}
 
 
 @torch.no_grad()

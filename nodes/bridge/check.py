@@ -21,7 +21,7 @@ from ...ziplora_core.words import WordEffect
 from . import zip as of_zip
 from .apply import apply
 from .drawing import references, sampling
-from .lora import base_models, described, fitting, loras, text_encoders
+from .lora import base_models, described, fitting, loras, refusals, text_encoders
 from .lora.loras import role
 from .lora.zipped import ZippedLoRA
 from .memory import plan
@@ -75,7 +75,7 @@ def check(model, clip, given: Mapping[str, of_zip.Given], seed: int, vae=None, d
             fitted = fitting.fit(sources, model.model)
         except loras.SameLoRAError as error:
             return _refused(f"The same file twice: {error}.", used)
-        except fitting.OtherModelError as error:
+        except refusals.OtherModelError as error:
             return _refused(f"Wrong base model: {error}.", used)
         said, encoders = {c: prompt.text for c, prompt in written.items()}, of_zip.encoders(clip, sources)
         side = drawn_size or sampling.best_side(model)

@@ -28,6 +28,8 @@ FIRST = {  # what people type -> the node of the pack that is meant
     "lora pair": "LoadLoRAPair",
     "dreambooth": "TrainConceptLoRA",
     "report": "ZippedLoRAReport",
+    "compare": "CompareMerges",
+    "side by side": "CompareMerges",
 }
 OPEN = "() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')"
 BOX = ".comfy-vue-node-search-box input"
@@ -86,6 +88,8 @@ def test_the_search_window_leads_to_the_node_that_is_meant(
             frontend.page.screenshot(path=str(picture))
             kept(picture, "search", ".dev/reports/screens/search.jpg", 1200)
     assert found == FIRST
+    assert search("zip")[0] == "Zip LoRAs", "a blueprint is no node's rival"
+    assert search("compare merges")[0] == "Compare Merges"
     # Other packs' nodes stay where their names put them.
     assert search("load image")[0] == "Load Image"
     assert search("ksampler")[0] == "KSampler"

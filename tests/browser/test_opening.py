@@ -156,6 +156,13 @@ def test_no_word_of_the_paper_is_in_sight_and_only_what_everybody_needs(
     assert "quality" in found and "3 What to draw" in found
     assert [text for text in found if PAPER.search(text)] == []
     assert page.evaluate(SEEN) == PLAIN
+    button = page.locator(".lg-node button", has_text="More options")
+    if renderer == "Vue":
+        button.click()
+        page.locator(".lg-node", has_text="drawn_size").wait_for(timeout=20_000)
+        page.locator(".lg-node button", has_text="Fewer options").click()
+        button.wait_for(timeout=20_000)
+        assert page.evaluate(SEEN) == PLAIN
 
 
 def test_what_is_connected_stays_in_sight_and_what_is_dragged_finds_its_socket(

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
+from devhost.templates.graph import file_name
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "workflows" / "api"
 Prompt = dict[str, dict[str, Any]]
@@ -57,6 +60,41 @@ def test_each_picture_has_the_clip_of_its_own_dials(file: Path) -> None:
             assert dials(encode["inputs"]["clip"][0]) == dials(node["inputs"]["model"][0])
 
 
+UI = sorted(FOLDER.parent.glob("*.json"))
+FILLED_IN = {  # what a graph cannot run without a user's own
+    "CheckpointLoaderSimple": {"ckpt_name"},
+    "ZipLoRAs": {"subject_lora", "subject_prompt", "style_lora", "style_prompt"},
+    "LoadLoRAPair": {"content_lora", "style_lora"},
+    "LoadImage": {"image"},
+}
+
+
+@pytest.mark.parametrize("file", UI, ids=lambda file: file.stem)
+def test_a_graph_is_a_form_in_reading_order_and_opens_on_its_note(file: Path) -> None:
+    graph = json.loads(file.read_text(encoding="utf-8"))
+    prompt: Prompt = json.loads((FOLDER / f"{file_name(file.stem)}.json").read_text(encoding="utf-8"))
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    places = [tuple(node["pos"]) for _, node in sorted(nodes.items())]
+    assert places == sorted(places), "the numbers are not in the order of reading"
+    assert graph["extra"]["ds"]["scale"] >= 0.7
+    form = graph["extra"]["linearData"]
+    asked: dict[str, set[str]] = {}
+    for number, widget in form["inputs"]:
+        assert not isinstance(prompt[str(number)]["inputs"][widget], list), "a link is nothing to fill in"
+        asked.setdefault(str(number), set()).add(widget)
+    for number, node in prompt.items():
+        assert asked.get(number, set()) >= FILLED_IN.get(node["class_type"], set())
+        if node["class_type"] == "CLIPTextEncode":  # a text that says something is asked for, by the node's title
+            assert (number in asked) == bool(node["inputs"]["text"])
+            (text,) = (one for one in nodes[int(number)]["inputs"] if one["name"] == "text")
+            assert text["label"] in node["_meta"]["title"]
+    assert len({(number, name) for number, names in asked.items() for name in names}) == len(form["inputs"])
+    shown = {nodes[number]["type"] for number in form["outputs"]}
+    assert {"SaveImage"} <= shown <= {"SaveImage", "PreviewAny"}
+    picture = Image.open(file.with_suffix(".jpg"))
+    assert picture.width == picture.height
+
+
 @pytest.mark.parametrize("name", ["1 Zip two LoRAs (start here)", "2 Zipped or stacked"])
 def test_the_first_graphs_are_small_and_open_large_enough_to_read(name: str) -> None:
     file = FOLDER.parent / f"{name}.json"
@@ -65,8 +103,6 @@ def test_the_first_graphs_are_small_and_open_large_enough_to_read(name: str) -> 
     assert len(nodes) <= 10
     left = min(node["pos"][0] for node in nodes.values())
     assert max(node["pos"][0] + node["size"][0] for node in nodes.values()) - left <= 2000
-    places = [(node["pos"][0], node["pos"][1]) for _, node in sorted(nodes.items())]
-    assert places == sorted(places), "the numbers are not in the order of reading"
     for node in nodes.values():
         (x, y), (wide, high) = node["pos"], node["size"]
         inside = [

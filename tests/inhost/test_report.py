@@ -136,7 +136,8 @@ def test_warnings_of_prompts_stand_in_the_verdict_once(pack):
     before, after = dict.fromkeys(NAMES, 2.0), dict.fromkeys(NAMES, 1.0)
     gains = {**dict.fromkeys(NAMES, ASLEEP), "style": AWAKE}
     outcome = outcome_of(pack, before, after, prompts=effects(pack, **gains))
-    verdict, _, advice = said(pack, outcome)
+    verdict, _, files, advice = said(pack, outcome)
+    assert files == "other: 'other file', other 2: 'other 2 file'"
     assert verdict.endswith("But the subject, other and other 2 prompts do not seem to wake their LoRAs.")
     assert "trigger word" in advice
     report = pack.nodes.bridge.optimize.report.report(outcome)

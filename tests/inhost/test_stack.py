@@ -238,6 +238,8 @@ def test_three_are_optimized_from_the_sockets(pack, patcher, folder, solver):
             patcher, sources, prompts["content"], prompts["style"], latents["content"], latents["style"],
             references(pack, 1), **given,
         )  # fmt: skip
+    said = result.args[2].split("details", 1)[0]
+    assert "\nother: 'hat.safetensors'" in said.replace("  \n", "\n"), "whose file is behind the name"
     zipped, loss_map, report = result.args
     assert list(zipped.coefficients.by_concept) == ["content", "style", "other"]
     assert "other: hat.safetensors (rank 4)" in report and "other retention loss on held-out noise" in report

@@ -39,6 +39,54 @@ def kind_of(patch: Any) -> str:
     return kind.title if patch.weights[kind.scale] is None else "DoRA"
 
 
+def scale_of(patch: Any) -> Tensor | None:
+    """A patch's DoRA scale; None where it has none."""
+    kind = None if isinstance(patch, tuple) else _KINDS.get(patch.name)
+    return None if kind is None else patch.weights[kind.scale]
+
+
+def without_scale(patch: Any) -> Any:
+    """The same update before its DoRA scale."""
+    if scale_of(patch) is None:
+        return patch
+    place = _KINDS[patch.name].scale
+    return type(patch)(patch.loaded_keys, (*patch.weights[:place], None, *patch.weights[place + 1 :]))
+
+
+def plainer(patch: Any) -> Any:
+    """A LoKr without its Tucker core, which is worked into the second factor: the host fails at the product of both.
+
+    w2[p, r, k] = alpha / rank · Σ_ij t2[i, j, k] · w2_a[i, p] · w2_b[j, r]
+    """
+    if isinstance(patch, tuple) or patch.name != "lokr" or patch.weights[7] is None or patch.weights[1] is not None:
+        return patch
+    one, _, alpha, a, b, left, right, core, scale = patch.weights
+    if None in (left, right) or min(left.ndim, right.ndim, core.ndim) < 2 or not right.shape[0]:
+        return patch
+    try:
+        whole = torch.einsum("ij...,ip,jr->pr...", *(m.double() for m in (core, left, right)))
+    except RuntimeError:
+        return patch  # what does not multiply is refused for its shapes
+    whole = whole * (1.0 if alpha is None else alpha / right.shape[0])
+    return type(patch)(patch.loaded_keys, (one, whole.contiguous(), None, a, b, None, None, None, scale))
+
+
+def precision(patch: Any) -> torch.dtype:
+    """In which the host can compute an update: rotations take an inverse in float32."""
+    return torch.float32 if not isinstance(patch, tuple) and patch.name in ("oft", "boft") else torch.float64
+
+
+def turns_nothing(patch: Any) -> bool:
+    """Whether an OFT or BOFT leaves a weight as it is, as blocks of size 1 must: no part of a block is skew.
+
+    A factor for each row that is beside it counts for more.
+    """
+    if isinstance(patch, tuple) or patch.name not in ("oft", "boft"):
+        return False
+    blocks = patch.weights[0]
+    return bool(torch.equal(blocks, blocks.transpose(-1, -2)))
+
+
 def all_used(patch: Any) -> bool:
     """Whether no matrix of an update is all zeros, as one is that was never trained."""
     weights = patch[1] if isinstance(patch, tuple) else patch.weights

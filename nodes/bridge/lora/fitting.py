@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,13 +19,9 @@ from ....ziplora_core import formats
 from ....ziplora_core.files import LoRAFileError, all_finite, shown
 from ....ziplora_core.lora_set import Factors, LoRASet
 from ..network.weights import dequantized
-from . import base_models, keys
-from .adapters import all_used, fits, is_low_rank, is_plain, kind_of, reshapes
+from . import base_models, dora, keys, refusals, spellings
+from .adapters import all_used, fits, is_low_rank, is_plain, kind_of, plainer, precision, reshapes, turns_nothing
 from .loras import LoRASource, LoRASources, text_encoder_alone
-
-
-class OtherModelError(LoRAFileError):
-    """A file that was made for another model."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +30,14 @@ class FittedSet:
 
     passthrough: concept -> host patches that are no matrix (bias and norm differences): they are not zipped
     and follow their LoRA's strength. notes: what a user should know about the files. names: how LoRA files call
-    this model's weights.
+    this model's weights. own: the concepts whose files the host's loader reads not all of, or unlike who wrote them.
     """
 
     loras: LoRASet
     passthrough: dict[str, dict[str, Any]]
     notes: list[str]
     names: keys.FileNames
+    own: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -54,11 +52,17 @@ class Fitting:
     absent: list[str] = field(default_factory=list)  # what a file changes and the model has not
     doubled: list[tuple[str, str]] = field(default_factory=list)  # names passed over for others of the same layer
     dense: dict[str, list[str]] = field(default_factory=dict)  # kind of update -> layers kept as ΔW itself
+    own: bool = False  # whether the host's loader reads not all of the file: what it computes is no measure then
+    as_host: list[str] = field(default_factory=list)  # layers whose DoRA the host computes unlike who trained it
+    nothing: list[str] = field(default_factory=list)  # layers whose update is zero as it must be
+    magnitudes: dict[str | tuple, Tensor] = field(default_factory=dict)  # of peft's DoRA, one number for each row
     eyes: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def add(self, target: str | tuple, patch: Any) -> None:
         """A patch of the host on a weight, or on a slice (axis, start, length) of a fused one."""
-        key, place = (target, None) if isinstance(target, str) else (target[0], target[1])
+        magnitude = self.magnitudes.get(target)
+        key, place, turned = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
+        patch = plainer(patch)
         weight = parameter(self.model, key)
         if weight is None:
             self.absent.append(key)
@@ -69,41 +73,71 @@ class Fitting:
                 f"'{self.source.title}' changes the shape of layer '{key}'; a zipped pair cannot: use another file"
             )
         if not (is_plain(patch) and part.ndim > 1) and not fits(patch, part.shape):
-            raise _other_model(self.source, key, kind_of(patch), part.shape)
+            raise refusals.other_model(self.source, key, kind_of(patch), part.shape)
         if part.ndim < 2:
             self.passthrough[key] = patch
             return
-        if is_low_rank(patch):
+        scale = dora.row_scale(patch, part.shape)
+        if magnitude is None and scale is not None and self.own:
+            magnitude = scale
+        elif scale is not None:
+            self.as_host.append(key)
+        if magnitude is None and is_low_rank(patch):
             factors = _reshaped(self.source, key, low_rank(self.source, key, patch), part.shape)
+            factors = factors if turned is None else replace(factors, up=turned(factors.up))
         else:
-            factors = self._dense(key, patch, place, part)
+            factors = self._dense(key, patch, place, part, turned, magnitude)
+            if factors is None:
+                self.nothing.append(key)
+                return
         if place is not None:
             factors = _widened(factors, weight.shape, *place)
         self.factors[key] = factors if key not in self.factors else _side_by_side(self.factors[key], factors)
 
-    def _dense(self, key: str, patch: Any, place: tuple[int, int, int] | None, part: Tensor) -> Factors:
-        """What the host makes of the base weight with any other kind of update, minus the weight.
+    def _dense(
+        self,
+        key: str,
+        patch: Any,
+        place: tuple[int, int, int] | None,
+        part: Tensor,
+        turned: Callable[[Tensor], Tensor] | None,
+        magnitude: Tensor | None,
+    ) -> Factors | None:
+        """What the host makes of the base weight with any other kind of update, minus the weight; None for nothing.
 
-        ΔW itself stands for `down`, with a unit matrix as `up`: columns scale as in any LoRA.
+        ΔW itself stands for `down`, with a unit matrix as `up`: columns scale as in any LoRA. turned: what the host
+        does to rows of an update whose weight it keeps in another order than the file.
         """
-        kind = kind_of(patch)
+        kind = "DoRA" if magnitude is not None else kind_of(patch)
         before = _base_weight(self.model, key)
-        before = (before if place is None else before.narrow(*place)).float().clone()
+        kept = precision(patch)
+        before = (before if place is None else before.narrow(*place)).to(kept).clone()
+        # The host's OFT at half the strength is not half of it: where ours alone counts, it is.
+        strength, scale = (
+            (1.0, self.source.strength) if self.own or magnitude is not None else (self.source.strength, 1.0)
+        )
         try:
-            after = comfy.lora.calculate_weight([(self.source.strength, patch, 1.0, None, None)], before.clone(), key)
+            if magnitude is None:
+                patched = [(strength, patch, 1.0, None, turned)]
+                after = comfy.lora.calculate_weight(patched, before.clone(), key, kept)
+                delta = after - before if after.shape == before.shape else None
+            else:
+                delta = dora.update(patch, magnitude, before, key, turned)
         except (RuntimeError, IndexError) as error:
-            raise _other_model(self.source, key, kind, part.shape) from error
-        delta = after - before if after.shape == before.shape else None
-        if delta is None or (self.source.strength and not delta.any() and all_used(patch)):
-            raise _other_model(self.source, key, kind, part.shape)  # the host only logs that it does not fit
+            raise refusals.other_model(self.source, key, kind, part.shape) from error
+        if delta is not None and not delta.any() and turns_nothing(patch):
+            return None
+        if delta is None or (strength and not delta.any() and all_used(patch)):
+            raise refusals.other_model(self.source, key, kind, part.shape)  # the host only logs that it does not fit
+        delta = delta.float()
         if not all_finite(delta):
-            raise _broken(self.source, key, "its update holds NaN or infinite numbers")
+            raise refusals.broken(self.source, key, "its update holds NaN or infinite numbers")
         dtype = part.dtype if part.dtype in (torch.float16, torch.bfloat16) else torch.float32
         self.dense.setdefault(kind, []).append(key)
         size = (delta.shape[0], dtype)
         if size not in self.eyes:
             self.eyes[size] = torch.eye(*size[:1], dtype=dtype)
-        return Factors(self.eyes[size], delta.to("cpu", dtype))
+        return Factors(self.eyes[size], delta.to("cpu", dtype), scale)
 
     def notes(self) -> list[str]:
         lines = []
@@ -112,6 +146,12 @@ class Fitting:
             lines.append(
                 f"'{self.source.title}' has {len(self.doubled)} layers twice, under different names; only one "
                 f"counts, as in ComfyUI's own LoRA loader: e.g. '{shown(used)}', not '{shown(over)}'"
+            )
+        if self.as_host:
+            lines.append(
+                f"{len(self.as_host)} layers of '{self.source.title}' have a DoRA scale for each row: as ComfyUI's own "
+                "loader computes it, by the norm of the weight alone, and not as LyCORIS or OneTrainer trained it, so "
+                "it draws as with Load LoRA"
             )
         for kind, layers in self.dense.items():
             size = sum(self.factors[k].down.numel() * self.factors[k].down.element_size() for k in set(layers))
@@ -141,22 +181,6 @@ def _base_weight(model, key: str) -> Tensor:
     return weight if scale is None else weight.float() * scale.float()
 
 
-def _other_model(source: LoRASource, key: str, kind: str, shape: torch.Size) -> OtherModelError:
-    return OtherModelError(
-        f"'{source.title}' was made for another model{_guess(source)}: its {kind} at layer '{key}' does not fit a "
-        f"weight of shape {tuple(shape)}; choose a LoRA of the same model family"
-    )
-
-
-def _broken(source: LoRASource, key: str, why: str) -> LoRAFileError:
-    return LoRAFileError(f"'{source.title}' is broken at layer '{key}': {why}; download it again")
-
-
-def _guess(source: LoRASource) -> str:
-    family = formats.looks_like(source.tensors)
-    return f" (it looks like a LoRA for {family})" if family else ""
-
-
 def low_rank(source: LoRASource, layer: str, adapter: LoRAAdapter) -> Factors:
     """The host's adapter of one layer as up (out, r) and down (r, in, *kernel), at its file's strength.
 
@@ -164,22 +188,22 @@ def low_rank(source: LoRASource, layer: str, adapter: LoRAAdapter) -> Factors:
     """
     up, down, alpha, mid, *_ = adapter.weights
     if min(up.ndim, down.ndim) < 2 or not down.shape[0]:
-        raise _broken(source, layer, f"up {tuple(up.shape)} and down {tuple(down.shape)} are no two matrices")
+        raise refusals.broken(source, layer, f"up {tuple(up.shape)} and down {tuple(down.shape)} are no two matrices")
     up, down = (m if m.is_floating_point() else m.float() for m in (up, down))
     if mid is not None:  # down'[p, in, kernel] = Σ_q mid[p, q, kernel] · down[q, in]
         down = torch.einsum("pq...,qi->pi...", mid.float(), down.flatten(1).float())
     try:
         return Factors(up.flatten(1), down, source.strength * (1.0 if alpha is None else alpha / down.shape[0]))
     except ValueError as error:
-        raise _broken(source, layer, str(error)) from error
+        raise refusals.broken(source, layer, str(error)) from error
 
 
 def _reshaped(source: LoRASource, key: str, factors: Factors, shape: torch.Size) -> Factors:
     """Factors for a weight of this shape: some files store a 1 x 1 convolution as a linear layer, or the reverse."""
     columns = factors.down.numel() // factors.rank
     if factors.up.shape[0] != shape[0] or columns != math.prod(shape[1:]):
-        raise OtherModelError(
-            f"'{source.title}' was made for another model{_guess(source)}: its layer '{key}' changes a weight of shape "
+        raise refusals.OtherModelError(
+            f"'{source.title}' was made for another model{refusals.guess(source)}: its layer '{key}' changes a weight of shape "
             f"({factors.up.shape[0]}, {columns}), this model's is {tuple(shape)}; "
             "choose a LoRA of the same model family"
         )
@@ -205,8 +229,14 @@ def _side_by_side(a: Factors, b: Factors) -> Factors:
 
 def fit_one(source: LoRASource, model) -> Fitting:
     """One file on the layers of a model. Raises LoRAFileError where it fits no layer, or another model's layers."""
+    source, renamed = spellings.as_host_reads(source)
     hosts, more = keys.unet_keys(model)
-    fitting = Fitting(source, model)
+    updated = keys.updated(source.tensors)
+    more = {name: target for name, target in more.items() if name in updated}
+    fitting = Fitting(source, model, own=bool(more) or renamed)
+    for names in (more, hosts):
+        found = {target: spellings.magnitude(source.tensors, name) for name, target in names.items() if name in updated}
+        fitting.magnitudes |= {target: numbers for target, numbers in found.items() if numbers is not None}
     with torch.no_grad():
         for target, patch in _patches(source, hosts, more).items():
             fitting.add(target, patch)
@@ -231,16 +261,14 @@ def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[st
     if source.tensors and formats.is_text_encoder_alone(source.tensors):
         raise text_encoder_alone(source.title)
     if not fitting.factors:
-        example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))
-        raise OtherModelError(
-            f"'{source.title}' has no layer that fits this model ({type(model).__name__}){_guess(source)}: "
-            f"found e.g. '{example}'; "
-            "choose a LoRA of the same model family"
-        )
+        raise refusals.nothing_fits(source, model, unused, fitting.nothing)
     unused += fitting.absent
     if not unused:
         return []
-    return [f"{len(unused)} tensors of '{source.title}' fit no layer and are not used, e.g. '{shown(unused[0])}'"]
+    kind = formats.unread_kind(unused)
+    example = shown(unused[0]) if kind is None else shown(kind[1])
+    which = "" if kind is None else f" ({kind[0]}, which is not read)"
+    return [f"{len(unused)} tensors of '{source.title}' fit no layer and are not used, e.g. '{example}'{which}"]
 
 
 _fitted: weakref.WeakKeyDictionary[LoRASources, tuple[weakref.ref, FittedSet]] = weakref.WeakKeyDictionary()
@@ -259,6 +287,7 @@ def fit(sources: LoRASources, model) -> FittedSet:
 
 def _fit(sources: LoRASources, model) -> FittedSet:
     notes = [*sources.warnings, *base_models.notes(sources, model)]
+    notes += [note for source in sources.by_concept.values() for note in source.notes]
     fitted = {}
     for concept, source in sources.by_concept.items():
         fitted[concept] = fit_one(source, model)
@@ -268,4 +297,5 @@ def _fit(sources: LoRASources, model) -> FittedSet:
         key: {c: fitting.factors[key] for c, fitting in fitted.items() if key in fitting.factors} for key in order
     }
     passthrough = {concept: fitting.passthrough for concept, fitting in fitted.items()}
-    return FittedSet(LoRASet(tuple(fitted), layers), passthrough, notes, keys.file_names(model))
+    own = frozenset(concept for concept, fitting in fitted.items() if fitting.own or fitting.magnitudes)
+    return FittedSet(LoRASet(tuple(fitted), layers), passthrough, notes, keys.file_names(model), own)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import comfy.lora
-import comfy.utils
 from torch import Tensor
 
 from ....ziplora_core import formats
 from ..network.bare import bare
+from . import diffusers_names
 
 Names = dict[str, str | tuple]
 
@@ -19,16 +19,28 @@ Names = dict[str, str | tuple]
 def unet_keys(model) -> tuple[Names, Names]:
     """Layer name in a LoRA file -> weight of this model (`diffusion_model.….weight`, or a slice of one).
 
-    model: the host's BaseModel. (The host's own map, every other diffusers name under every peft prefix).
+    model: the host's BaseModel. (The host's own map, right where its table is not; every name that it lacks: diffusers'
+    and the model's own, under every prefix of peft and the trainers).
     """
     hosts, more = comfy.lora.model_lora_keys_unet(bare(model), {}), Names()
-    for key, target in comfy.utils.unet_to_diffusers(model.model_config.unet_config).items():
-        if key.endswith(".weight"):
-            for prefix in formats.DIFFUSERS_PREFIXES:
-                name = f"{prefix}{key.removesuffix('.weight')}"
-                if name not in hosts:
-                    more[name] = f"diffusion_model.{target}"
-    return hosts, more
+    config = model.model_config.unet_config
+    unet = {k.removesuffix(".weight"): t for k, t in diffusers_names.of_unet(config).items() if k.endswith(".weight")}
+    modules = {name: f"diffusion_model.{target}" for name, target in unet.items()}
+    if not diffusers_names.is_even(config):
+        hosts |= {form: target for name, target in modules.items() for form in diffusers_names.host_forms(name)}
+    prefixes = formats.DIFFUSERS_PREFIXES
+    if not modules:
+        modules, prefixes = diffusers_names.of_transformer(config, hosts), formats.TRANSFORMER_PREFIXES
+        for name, target in modules.items():
+            more |= {f"{prefix}{name.replace('.', '_')}": target for prefix in formats.JOINED_PREFIXES}
+    for name, target in modules.items():
+        more |= {f"{prefix}{name}": target for prefix in prefixes}
+    return hosts, {name: target for name, target in more.items() if name not in hosts}
+
+
+def updated(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The layers that a LoRA file has an update of, by its names."""
+    return {formats.layer_name(key) for key in tensors if not key.endswith(formats.BESIDE_AN_UPDATE)}
 
 
 def doubled(tensors: Mapping[str, Tensor], hosts: Names, more: Names) -> list[tuple[str, str]]:
@@ -36,7 +48,7 @@ def doubled(tensors: Mapping[str, Tensor], hosts: Names, more: Names) -> list[tu
 
     It counts what the host's loader takes: the last of its own names; where it knows none of them, the last of ours.
     """
-    present = {formats.layer_name(key) for key in tensors if not key.endswith(formats.BESIDE_AN_UPDATE)}
+    present = updated(tensors)
     names_of: dict[str | tuple, list[str]] = {}
     for names in (more, hosts):
         for name, target in names.items():
@@ -65,6 +77,6 @@ class FileNames:
 
 def file_names(model) -> FileNames:
     """model: the host's BaseModel."""
-    table = comfy.utils.unet_to_diffusers(model.model_config.unet_config)
+    table = diffusers_names.of_unet(model.model_config.unet_config)
     names = {f"diffusion_model.{v}": k.removesuffix(".weight") for k, v in table.items() if k.endswith(".weight")}
     return FileNames(type(model.model_config).__name__, names)

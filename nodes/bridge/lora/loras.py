@@ -16,7 +16,7 @@ from ....ziplora_core import formats
 from ....ziplora_core.checks import Range
 from ....ziplora_core.files import LoRAFileError, check_lora_file, check_tensors, read_lora_file, shown
 from ....ziplora_core.lora_set import CONCEPTS, is_pair
-from . import hashes, reads
+from . import adapter_config, hashes, reads
 
 
 class SameLoRAError(LoRAFileError):
@@ -31,7 +31,7 @@ class LoRASource:
     """One LoRA file as read: its name in the loras folder, tensors on the CPU, and the strength it is used at.
 
     version, sha256: of the file as it was read; None where the tensors come from elsewhere. clip_strength: of its
-    text-encoder part; None where it is the same.
+    text-encoder part; None where it is the same. notes: on what was read of it.
     """
 
     name: str
@@ -40,6 +40,7 @@ class LoRASource:
     version: hashes.Version | None = None
     sha256: str | None = None
     clip_strength: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def of_clip(self) -> float:
@@ -109,9 +110,11 @@ def lora_path(name: str) -> str:
 
 
 def fingerprint(name: str) -> hashes.Version:
-    """Changes when the file does, and not where it only has new rights, a link or its old name again. Raises
-    LoRAFileError where there is none."""
-    return hashes.HASHES.version(lora_path(name))
+    """Changes when the file does, or what peft keeps beside it, and not where it only has new rights, a link or its old
+    name again. Raises LoRAFileError where there is none."""
+    path = lora_path(name)
+    version, beside = hashes.HASHES.version(path), adapter_config.place(path)
+    return version if beside is None else version._replace(changed=max(version.changed, hashes.key(beside).changed))
 
 
 def check(name: str) -> str | None:
@@ -229,10 +232,11 @@ def load(name: str, strength: float, clip_strength: float | None = None) -> LoRA
     known = hashes.HASHES.known(file)
     digest = hashlib.sha256() if known is None else None
     tensors = read_lora_file(path, digest)
+    tensors, notes = adapter_config.completed(path, shown(name, 255), tensors)
     if hashes.key(path) != file:
         raise LoRAFileError(f"'{shown(name, 255)}' has changed while it was read; queue again")
     if digest is not None:
         known = digest.hexdigest()
         hashes.HASHES.remember(file, known)
     apart = None if clip_strength == strength else clip_strength
-    return LoRASource(name, tensors, strength, version, known, apart)
+    return LoRASource(name, tensors, strength, version, known, apart, notes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +14,7 @@ from ....ziplora_core import triggers
 from ....ziplora_core.files import LoRAFileError, read_metadata, shown
 from ....ziplora_core.tag_counts import parsed
 from ....ziplora_core.triggers import Triggers
+from . import beside
 
 __all__ = ["Triggers", "of_file"]
 
@@ -82,70 +82,24 @@ def _beside(path: str, notes: list[str]) -> Iterator[tuple[str, Any]]:
     """(kind of file, its text or parsed JSON) of what lies beside a LoRA and can be read."""
     for ending in _BESIDE:
         for place in (os.path.splitext(path)[0] + ending, path + ending):
-            text = _text(place, path, _LARGEST_TEXT if ending == ".txt" else _LARGEST_TABLE, notes)
+            text = beside.text(place, path, _LARGEST_TEXT if ending == ".txt" else _LARGEST_TABLE, notes)
             if text is None:
                 continue
             found = text if ending == ".txt" else parsed(text)
             if ending == ".txt" and (len(text.strip()) > triggers.LONGEST or triggers.is_prose(text)):
-                notes.append(f"'{_title(place)}' is long or holds sentences, not trigger words; it is ignored")
+                notes.append(f"'{beside.title(place)}' is long or holds sentences, not trigger words; it is ignored")
             elif not isinstance(found, dict | str):
-                notes.append(f"'{_title(place)}' is no JSON table; it is ignored")
+                notes.append(f"'{beside.title(place)}' is no JSON table; it is ignored")
             else:
                 yield ending[1:], found
             break
-    if _alone(path):
-        text = _text(os.path.join(os.path.dirname(path), _CARD), path, _LARGEST_TEXT, notes)
+    if beside.alone(path):
+        text = beside.text(os.path.join(os.path.dirname(path), _CARD), path, _LARGEST_TEXT, notes)
         if text is not None:
             yield _CARD, triggers.front_matter(text)
-
-
-def _text(place: str, path: str, most: int, notes: list[str]) -> str | None:
-    """A file beside a LoRA, whole; None where there is none, or it is refused with a note."""
-    try:
-        status = os.stat(place)
-    except (OSError, ValueError):
-        return None
-    why = None
-    if not stat.S_ISREG(status.st_mode) or not _stays(place, path):
-        why = "is no file in the LoRA's folder"
-    elif status.st_size > most:
-        why = f"is too large ({status.st_size:,} bytes, {most:,} at most)"
-    else:
-        try:
-            with open(place, "rb") as file:
-                return file.read(most).decode("utf-8-sig")
-        except UnicodeDecodeError:
-            why = "is no text in UTF-8"
-        except OSError as error:
-            why = f"cannot be read ({shown(error.strerror or str(error))})"
-    notes.append(f"'{_title(place)}' {why}; it is ignored")
-    return None
-
-
-def _title(place: str) -> str:
-    return shown(os.path.basename(place), 255)
-
-
-def _stays(place: str, path: str) -> bool:
-    """Whether a file beside a LoRA is one there, or in a loras folder, and no link to somewhere else."""
-    own = os.path.realpath(place)
-    folders = [os.path.dirname(path), *folder_paths.get_folder_paths("loras")]
-    return any(own.startswith(os.path.realpath(folder).rstrip(os.sep) + os.sep) for folder in folders)
-
-
-def _alone(path: str) -> bool:
-    """Whether a LoRA has a folder to itself, so that a model card there is its own."""
-    folder = os.path.dirname(path)
-    if any(os.path.realpath(folder) == os.path.realpath(root) for root in folder_paths.get_folder_paths("loras")):
-        return False
-    try:
-        with os.scandir(folder) as entries:
-            return sum(entry.name.endswith(".safetensors") for entry in entries) == 1
-    except OSError:
-        return False
 
 
 def _thumbnail(path: str) -> str | None:
     stem = os.path.splitext(path)[0]
     places = (stem + ending for ending in _PICTURES)
-    return next((place for place in places if os.path.isfile(place) and _stays(place, path)), None)
+    return next((place for place in places if os.path.isfile(place) and beside.stays(place, path)), None)

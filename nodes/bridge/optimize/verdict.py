@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ....ziplora_core.lora_set import is_pair
+from ....ziplora_core.files import shown
+from ....ziplora_core.lora_set import CONCEPTS, is_pair
 from ..lora.described import ALONE
 from ..lora.loras import role
 from ..progress import lettering
@@ -22,10 +23,17 @@ _GAIN = 0.05  # a dial is advised where the worst share of the direct merge's lo
 
 
 def lines(outcome: Outcome) -> list[str]:
-    """The verdict with its warnings, how well each LoRA is kept, and advice where there is some: a line each."""
+    """The verdict with its warnings, how well each LoRA is kept, and advice where there is some: a line each.
+
+    Where there are more than the pair's two, a line says whose files the others are.
+    """
     found = [" ".join([verdict(outcome), *warnings(outcome)])]
     if outcome.retention:
         found.append(kept(*outcome.retention))
+    sources = outcome.sources.by_concept
+    others = [f"{role(c)}: '{shown(of.title, 60)}'" for c, of in sources.items() if c not in CONCEPTS]
+    if others and len(sources) > 1:
+        found.append(", ".join(others))
     return [*found, *advice(outcome)]
 
 

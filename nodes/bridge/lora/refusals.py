@@ -1,0 +1,55 @@
+"""Why a LoRA file cannot be used on a model, in a sentence that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ....ziplora_core import formats
+from ....ziplora_core.files import LoRAFileError, shown, unread
+from . import base_models
+from .loras import LoRASource
+
+
+class OtherModelError(LoRAFileError):
+    """A file that was made for another model."""
+
+
+def other_model(source: LoRASource, key: str, kind: str, shape: torch.Size) -> OtherModelError:
+    """Its update of a layer, of that kind, does not fit a weight of that shape."""
+    return OtherModelError(
+        f"'{source.title}' was made for another model{guess(source)}: its {kind} at layer '{key}' does not fit a "
+        f"weight of shape {tuple(shape)}; choose a LoRA of the same model family"
+    )
+
+
+def broken(source: LoRASource, key: str, why: str) -> LoRAFileError:
+    return LoRAFileError(f"'{source.title}' is broken at layer '{key}': {why}; download it again")
+
+
+def guess(source: LoRASource) -> str:
+    """The model family that a file looks like, in brackets; empty where none is known."""
+    family = formats.looks_like(source.tensors)
+    return f" (it looks like a LoRA for {family})" if family else ""
+
+
+def nothing_fits(source: LoRASource, model, unused: Sequence[str], zero: Sequence[str]) -> LoRAFileError:
+    """No layer of a file changes the model. model: the host's BaseModel. unused: tensors that fit no layer. zero: layers
+    whose update is zero."""
+    kind = formats.unread_kind(source.tensors)
+    if kind is not None:
+        return LoRAFileError(unread(source.title, *kind))
+    if zero:
+        return LoRAFileError(f"'{source.title}' changes nothing: its {len(zero)} updates are zero; choose another file")
+    example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))
+    family, own = formats.looks_like(source.tensors), base_models.model_family(model)
+    if family and own in (family, *family.split(" or ")):
+        return LoRAFileError(
+            f"'{source.title}' looks like a LoRA for {own}, as this model is, but calls its layers by names that "
+            f"are not known here, e.g. '{example}'; have its trainer write kohya's or diffusers' names"
+        )
+    return OtherModelError(
+        f"'{source.title}' has no layer that fits this model ({type(model).__name__}){guess(source)}: "
+        f"found e.g. '{example}'; choose a LoRA of the same model family"
+    )

@@ -1,0 +1,36 @@
+"""LoRA files as the host's loader is to see them: what it converts first, and names of which only ours know more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from comfy.lora_convert import convert_lora
+from torch import Tensor
+
+from ....ziplora_core import formats
+from .loras import LoRASource
+
+_KOHYA_OFT = "oft_unet_"
+
+
+def as_host_reads(source: LoRASource) -> tuple[LoRASource, bool]:
+    """(The file as the host's loader has it before it looks for layers, whether it would not know it so).
+
+    kohya's OFT (sd-scripts, networks/oft.py) is the host's under another prefix, with alpha for each row.
+    """
+    tensors = dict(source.tensors)
+    for key in [key for key in tensors if key.startswith(_KOHYA_OFT)]:
+        tensor = tensors.pop(key)
+        blocks = source.tensors.get(f"{formats.layer_name(key)}.oft_blocks")
+        if key.endswith(".alpha") and blocks is not None and blocks.ndim == 3:
+            tensor = tensor.double() * blocks.shape[0] * blocks.shape[1]
+        tensors[f"lora_unet_{key.removeprefix(_KOHYA_OFT)}"] = tensor
+    renamed = tensors.keys() != source.tensors.keys()
+    tensors = convert_lora(tensors)
+    return (source if tensors.keys() == source.tensors.keys() else replace(source, tensors=tensors)), renamed
+
+
+def magnitude(tensors: Mapping[str, Tensor], layer: str) -> Tensor | None:
+    """peft's DoRA scale of a layer; None where it has none."""
+    return next((tensors[layer + ending] for ending in formats.MAGNITUDES if layer + ending in tensors), None)

@@ -1,0 +1,170 @@
+"""How strong a LoRA's updates are where its matrices do not say it: peft's configuration, in a header or a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import formats
+
+HEADER = "lora_adapter_metadata"  # of diffusers
+FILE = "adapter_config.json"  # of peft, beside `adapter_model.safetensors`
+LARGEST = 2**20  # characters of either
+_LONGEST_PATTERN = 200
+_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # of a pipeline
+_BEFORE = re.compile(rf"^(?:(?P<part>{'|'.join(_PARTS)})\.)?(?P<peft>(?:unet\.)?base_model\.model\.)?")
+_RANKED = (  # matrix of a layer whose first size is the layer's rank
+    ".lora_A.weight", ".lora_A.default.weight", ".lora_A", ".lora.down.weight", ".lora_down.weight",
+    ".lora_linear_layer.down.weight", ".hada_w1_b",
+)  # fmt: skip
+_SCALED = (".lokr_w1", ".lokr_w1_a")  # LoKr's rank shows in no matrix where both factors are whole
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What peft keeps of an adapter: alpha and rank of all layers, and of those whose names a pattern ends."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+
+    def scale(self, layer: str, rank: int | None = None) -> float:
+        """By which a layer's matrices are multiplied: alpha / rank, alpha / √rank for rsLoRA (arXiv 2312.03732).
+
+        layer: its module's name. rank: of its matrices, where they tell.
+        """
+        alpha, size = _of(self.alpha_pattern, layer, self.alpha), rank or self.rank_of(layer)
+        return alpha / (math.sqrt(size) if self.rslora else size)
+
+    def rank_of(self, layer: str) -> int:
+        return _of(self.rank_pattern, layer, self.rank)
+
+
+def _of(patterns: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
+    """The value of the first pattern that a layer's name ends with, after a dot or from its start, as in peft."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(?:.*\.)?(?:{pattern})$", layer):
+            return value
+    return otherwise
+
+
+def _parsed(table: Any) -> AdapterConfig | None:
+    """None for what is no configuration of an adapter with a rank."""
+    if not isinstance(table, dict):
+        return None
+    alpha = table.get("lora_alpha", table.get("alpha"))
+    config = AdapterConfig(
+        table.get("r"),  # type: ignore[arg-type]
+        alpha,  # type: ignore[arg-type]
+        table.get("rank_pattern") or {},
+        table.get("alpha_pattern") or {},
+        bool(table.get("use_rslora")),
+    )
+    tables = (config.rank_pattern, config.alpha_pattern)
+    if not all(isinstance(patterns, dict) and all(map(_is_plain, patterns)) for patterns in tables):
+        return None
+    ranks, alphas = [config.rank, *config.rank_pattern.values()], [config.alpha, *config.alpha_pattern.values()]
+    if not all(type(r) is int and r > 0 for r in ranks):
+        return None
+    return config if all(type(a) in (int, float) and math.isfinite(a) for a in alphas) else None
+
+
+def _is_plain(pattern: str) -> bool:
+    """Whether a pattern is a name, perhaps with a few signs of a regular expression, and none that takes for ever."""
+    if len(pattern) > _LONGEST_PATTERN or len(re.findall(r"[*+?{]", pattern)) > 2 or re.search(r"\)[*+?{]", pattern):
+        return False
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _table(text: str) -> dict[str, Any]:
+    try:
+        table = json.loads(text) if len(text) <= LARGEST else {}
+    except (ValueError, RecursionError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def in_header(metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
+    """Part of a pipeline ("unet", …; "" where the file is of one part) -> its configuration, of those that are right.
+
+    metadata: of a safetensors header.
+    """
+    table = _table(metadata.get(HEADER, ""))
+    found = {"": _parsed(table)}
+    for part in _PARTS:
+        start = f"{part}."
+        found[part] = _parsed({k.removeprefix(start): v for k, v in table.items() if k.startswith(start)})
+    return {part: config for part, config in found.items() if config is not None}
+
+
+def in_file(text: str) -> dict[str, AdapterConfig]:
+    """As `in_header`, of the text of peft's `adapter_config.json`."""
+    config = _parsed(_table(text))
+    return {} if config is None else {"": config}
+
+
+def fits(tensors: Mapping[str, Tensor], configs: Mapping[str, AdapterConfig]) -> bool:
+    """Whether a file's ranks are those of its configuration, as they are not of one that another LoRA left there."""
+    ranks = [(*_configured(layer_name, configs), t.shape[0]) for layer_name, t in _ranked(tensors)]
+    return all(config is None or config.rank_of(name) == rank for config, name, rank in ranks)
+
+
+def _ranked(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((formats.layer_name(key), t) for key, t in tensors.items() if key.endswith(_RANKED) and t.ndim)
+
+
+def _configured(layer: str, configs: Mapping[str, AdapterConfig]) -> tuple[AdapterConfig | None, str]:
+    """(Configuration of a layer, the name that its patterns mean)."""
+    match = _BEFORE.match(layer)
+    assert match is not None  # it may be empty
+    return configs.get(match["part"] or "", configs.get("")), layer[match.end() :]
+
+
+def lacks_alpha(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file is as peft's `save_pretrained` writes it: its alpha then stands beside it alone."""
+    layers = {formats.layer_name(key) for key in tensors}
+    return any(_BEFORE.match(layer)["peft"] and f"{layer}.alpha" not in tensors for layer in layers)  # type: ignore[index]
+
+
+def with_alphas(
+    tensors: Mapping[str, Tensor], configs: Mapping[str, AdapterConfig]
+) -> tuple[dict[str, Tensor], list[float]]:
+    """(Tensors of a file with an alpha for each layer that a configuration speaks of and that has none, the scales).
+
+    alpha: such that alpha / rank, as every reader has it, is the layer's scale. LoKr, whose rank a reader may not know,
+    has its smaller factor scaled instead, in float32. Of layers that count once nothing changes, nor their scales
+    listed. Raises nothing.
+    """
+    found, scales = dict(tensors), []
+    for key, tensor in tensors.items():
+        layer = formats.layer_name(key)
+        config, name = _configured(layer, configs)
+        if config is None or f"{layer}.alpha" in tensors or not tensor.ndim:
+            continue
+        rank = tensor.shape[0]
+        if key.endswith(_RANKED) and rank:
+            scale = config.scale(name, rank)
+            if scale != 1:
+                found[f"{layer}.alpha"] = torch.tensor(scale * rank, dtype=torch.float64)
+        elif key.endswith(_SCALED):
+            scale = config.scale(name)
+            if scale != 1:
+                found[key] = tensor.float() * scale
+        else:
+            continue
+        if scale != 1:
+            scales.append(scale)
+    return found, scales
