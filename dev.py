@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
         "workflows": workflows,
         "validate": validate,
         "run": run,
-        "kit": make_kit,
+        "kit": kit,
         "lock": lock,
         "clean": clean,
     }
@@ -124,7 +124,7 @@ def run(rest: list[str]) -> int:
     return python(set_up(), *rest)
 
 
-def make_kit(rest: list[str]) -> int:
+def kit(rest: list[str]) -> int:
     return write_kit(set_up(), rest)
 
 

@@ -76,7 +76,7 @@ class ZipLoRAs(io.ComfyNode):
                     "model",
                     lazy=True,
                     tooltip="The checkpoint's model, without these LoRAs. Others may be on it. With both files [None] "
-                    "and no stack: the LoRAs that loaders have put on it are zipped, the first as the subject.",
+                    "and no stack: the LoRAs that loaders have put on it are used, the first as the subject.",
                 ),
                 io.Clip.Input("clip", lazy=True, tooltip="The checkpoint's text encoder."),
                 _file("subject_lora", "The LoRA of what to draw: a character, an animal, a thing."),

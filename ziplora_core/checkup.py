@@ -14,8 +14,8 @@ from .solver import EMPTY, OTHER, OWN
 from .words import WordEffect, swapped
 
 IDLE = 0.01  # a smaller change of predictions is none
-MORE = 1.35  # the least change with the prompt, in parts of that without, of a LoRA whose words do not speak to it
-MORE_UNHEARD = 1.15  # the same where no layer of the LoRA reads the prompt by itself
+MORE = 1.65  # the least change with the prompt, in parts of that without, of a LoRA whose words do not speak to it
+MORE_UNHEARD = 1.23  # the same where no layer of the LoRA reads the prompt by itself
 ENOUGH = 0.5  # of what a LoRA does, the largest part that stacking may spoil before zipping is worth it
 
 

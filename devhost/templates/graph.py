@@ -200,7 +200,7 @@ class Graph:
                 sockets += 1
             if name in info["input"].get("optional", {}):
                 entry["shape"] = 7
-            if is_linked:
+            if isinstance(given, Link):
                 entry["link"] = len(links) + 1
                 links.append([entry["link"], given.node.number, given.slot, node.number, len(inputs), entry["type"]])
                 targets.setdefault((given.node.number, given.slot), []).append(entry["link"])

@@ -33,7 +33,7 @@ class Parts:
 
     def zip(self, pair: Link, **references: Link) -> Node:
         """references: latents of pictures, and the prompts; without latents, each LoRA draws its own."""
-        return self.graph.add("ZipLoRAOptimize", model=self.model, lora_pair=pair, drawn_size=SIDE, **references)
+        return self.graph.add("ZipLoRAOptimize", None, model=self.model, lora_pair=pair, drawn_size=SIDE, **references)
 
     def dial(self, zipped: Link) -> Link:
         return self.graph.add("StyleStrength", zipped_lora=zipped)[0]

@@ -29,7 +29,7 @@ LARGEST_README = 9 * 1024  # bytes: what somebody reads before the first zip
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 COMMAND = re.compile(r"python3 dev\.py (\w+)([^`\n]*)")
 A_FILE = re.compile(r"(?<![\w./-])(?:[\w.-]+/)+[\w.-]+\.(?:py|md|json|yml|txt)(?![\w/])")
-PLACEHOLDERS = re.compile(r"NODE|NAME|LANGUAGE|\.dev/|^results/")
+PLACEHOLDERS = re.compile(r"NODE|NAME|LANGUAGE|^FOLDER/|\.dev/|^results/")
 
 
 def text_of(paper: Path) -> str:

@@ -86,10 +86,11 @@ class Fitting:
             factors = _reshaped(self.source, key, low_rank(self.source, key, patch), part.shape)
             factors = factors if turned is None else replace(factors, up=turned(factors.up))
         else:
-            factors = self._dense(key, patch, place, part, turned, magnitude)
-            if factors is None:
+            whole = self._dense(key, patch, place, part, turned, magnitude)
+            if whole is None:
                 self.nothing.append(key)
                 return
+            factors = whole
         if place is not None:
             factors = _widened(factors, weight.shape, *place)
         self.factors[key] = factors if key not in self.factors else _side_by_side(self.factors[key], factors)
@@ -203,8 +204,8 @@ def _reshaped(source: LoRASource, key: str, factors: Factors, shape: torch.Size)
     columns = factors.down.numel() // factors.rank
     if factors.up.shape[0] != shape[0] or columns != math.prod(shape[1:]):
         raise refusals.OtherModelError(
-            f"'{source.title}' was made for another model{refusals.guess(source)}: its layer '{key}' changes a weight of shape "
-            f"({factors.up.shape[0]}, {columns}), this model's is {tuple(shape)}; "
+            f"'{source.title}' was made for another model{refusals.guess(source)}: its layer '{key}' changes a weight "
+            f"of shape ({factors.up.shape[0]}, {columns}), this model's is {tuple(shape)}; "
             "choose a LoRA of the same model family"
         )
     return replace(factors, down=factors.down.reshape(factors.rank, *shape[1:]))

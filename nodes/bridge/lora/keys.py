@@ -25,7 +25,7 @@ def unet_keys(model) -> tuple[Names, Names]:
     hosts, more = comfy.lora.model_lora_keys_unet(bare(model), {}), Names()
     config = model.model_config.unet_config
     unet = {k.removesuffix(".weight"): t for k, t in diffusers_names.of_unet(config).items() if k.endswith(".weight")}
-    modules = {name: f"diffusion_model.{target}" for name, target in unet.items()}
+    modules: Names = {name: f"diffusion_model.{target}" for name, target in unet.items()}
     if not diffusers_names.is_even(config):
         hosts |= {form: target for name, target in modules.items() for form in diffusers_names.host_forms(name)}
     prefixes = formats.DIFFUSERS_PREFIXES

@@ -35,8 +35,8 @@ def guess(source: LoRASource) -> str:
 
 
 def nothing_fits(source: LoRASource, model, unused: Sequence[str], zero: Sequence[str]) -> LoRAFileError:
-    """No layer of a file changes the model. model: the host's BaseModel. unused: tensors that fit no layer. zero: layers
-    whose update is zero."""
+    """No layer of a file changes the model. model: the host's BaseModel. unused: tensors that fit no layer. zero:
+    layers whose update is zero."""
     kind = formats.unread_kind(source.tensors)
     if kind is not None:
         return LoRAFileError(unread(source.title, *kind))

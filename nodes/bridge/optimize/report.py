@@ -79,6 +79,11 @@ def _prompt_lines(outcome: Outcome) -> list[str]:
             f"{_percent(effect.gain[OWN])}, by {_percent(effect.gain[EMPTY])} with an empty prompt; the LoRA changes "
             f"the prediction by {_percent(effect.change[OWN])} and {_percent(effect.change[EMPTY])}"
         )
+    for concept, words in outcome.words.items():
+        lines.append(
+            f"{concept} prompt: the layers of its LoRA that read the prompt answer to its words "
+            f"{words.over_ordinary:.2f} times as strongly as to ordinary ones"
+        )
     if outcome.asleep:
         lines.append(
             "A prompt does not seem to wake its LoRA where this does about as much for its references under an empty "

@@ -192,8 +192,8 @@ def _row(concept: str, color: str, pictures: Tensor) -> Image.Image:
     row = Image.new("RGB", (_WIDTH, _MARGIN + _LINE + lines_of_pictures * (tall + _GAP)), GROUND)
     heading = f"{role(concept)} references, drawn by its LoRA"
     ImageDraw.Draw(row).text((_MARGIN, _MARGIN), heading, fill=color, font=lettering.font(_FONT))
-    for number, shown in enumerate(pictures):
-        pixels = Image.fromarray((shown.float().clamp(0, 1) * 255).round().cpu().numpy().astype(np.uint8))
+    for number, tensor in enumerate(pictures):
+        pixels = Image.fromarray((tensor.float().clamp(0, 1) * 255).round().cpu().numpy().astype(np.uint8))
         left = _MARGIN + number % columns * (side + _GAP)
         row.paste(pixels.resize((side, tall)), (left, _MARGIN + _LINE + number // columns * (tall + _GAP)))
     return row
