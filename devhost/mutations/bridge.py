@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from . import Mutant, bridge_drawn, bridge_files, bridge_host, bridge_nodes, bridge_pairs, bridge_plan, bridge_training
+from . import (
+    Mutant,
+    bridge_drawn,
+    bridge_files,
+    bridge_host,
+    bridge_nodes,
+    bridge_pairs,
+    bridge_plan,
+    bridge_remembered,
+    bridge_training,
+)
 
 MUTANTS: list[Mutant] = [
     *bridge_pairs.MUTANTS,
@@ -12,4 +22,5 @@ MUTANTS: list[Mutant] = [
     *bridge_drawn.MUTANTS,
     *bridge_training.MUTANTS,
     *bridge_nodes.MUTANTS,
+    *bridge_remembered.MUTANTS,
 ]

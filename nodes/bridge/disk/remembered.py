@@ -31,6 +31,7 @@ FOLDER = "ziplora_zips"  # in the host's user folder, which restarts leave alone
 MOST = 200  # files
 _MEGABYTES = 1000  # where ZIPLORA_REMEMBER_MB says nothing
 _KEY = "ziplora_remembered"  # in a file's metadata: what a zip leaves beside its coefficients, as JSON
+_OF_OTHER_HOSTS = (AttributeError, LookupError, TypeError, ValueError)  # whose models are kept in another way
 _DAMAGED = (LoRAFileError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
@@ -69,7 +70,7 @@ def key(model, sources: LoRASources, **given: Any) -> str | None:
         loras = {concept: [*_identity(source), source.clip_strength] for concept, source in sources.by_concept.items()}
         told = [list(sources.by_concept), sources.warnings, sources.own_text_encoders]
         return content.digest([versions(), content.of_code(), loras, told, content.of_model(model), given])
-    except (content.UnknownContent, OSError, RuntimeError, TypeError, ValueError) as reason:
+    except (content.UnknownContent, OSError, RuntimeError, *_OF_OTHER_HOSTS) as reason:
         logging.info("ZipLoRA: this zip is not remembered on disk: it depends on %s.", reason)
         return None
 

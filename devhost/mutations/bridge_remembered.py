@@ -1,0 +1,60 @@
+"""Faults in LoRAs that are stacked, taken off a model, and remembered on disk once they are zipped."""
+
+from __future__ import annotations
+
+from . import faults
+
+REMEMBERED = ("tests/inhost/test_remembered.py",)
+CAPTURED = ("tests/inhost/test_captured.py",)
+STACKED = ("tests/inhost/test_stacked.py",)
+
+MUTANTS = [
+    *faults(
+        "nodes/bridge/disk/remembered.py",
+        REMEMBERED,
+        ("a LoRA's strength is no part of the key", "[*_identity(source), source.clip_strength]", "[source.sha256]"),
+        ("settings are no part of the key", "content.of_model(model), given]", "content.of_model(model)]"),
+        ("the code is no part of the key", "content.of_code(), ", ""),
+        ("damaged numbers are taken", 'told["key"] != made_of or whole !=', 'told["key"] != made_of or None is'),
+        ("another key's file is taken", 'told["key"] != made_of or', "False or"),
+        ("the newest goes first", "sorted(found, reverse=True)", "sorted(found)"),
+        ("any number is kept", "number > MOST or total > most", "total > most"),
+        ("any size is kept", "number > MOST or total > most", "number > MOST"),
+        ("others' files are deleted", "if _is_ours(entry.name)]", "]"),
+        ("a use is not noted", "os.utime(path)", "pass"),
+    ),
+    *faults(
+        "nodes/bridge/disk/content.py",
+        REMEMBERED,
+        ("patched weights for the checkpoint's", "backup[k].weight if k in backup else v", "v"),
+        ("patches on a model do not count", "        patcher.patches,\n", ""),
+        ("others' objects on a model do not count", '"object_patches", ', ""),
+        (
+            "an unknown value counts as its type",
+            'raise UnknownContent(f"a value of the type',
+            "made.update(b'x') or (f\"x",
+        ),
+    ),
+    *faults(
+        "nodes/bridge/lora/captured.py",
+        CAPTURED,
+        ("differences of biases stay", "taken |= {id(entry) for entry in _differences(", "{*_differences("),
+        ("any file with one matrix of it", "if all(_same(made.get", "if any(_same(made.get"),
+        (
+            "block weights are taken for one strength",
+            "return found.pop() if len(found) == 1 else None",
+            "return found.pop()",
+        ),
+        ("models merged in after are overlooked", "if later and other[2] != 1.0:", "if False:"),
+        ("the text encoder keeps its parts", "for patcher in (model, clip.patcher):", "for patcher in (model,):"),
+    ),
+    *faults(
+        "nodes/bridge/lora/zipped.py",
+        STACKED,
+        (
+            "dials are lost where a pair is zipped anew",
+            "given.sources.dialled(turned) if turned else given.sources",
+            "given.sources",
+        ),
+    ),
+]
