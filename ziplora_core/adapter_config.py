@@ -42,11 +42,11 @@ class AdapterConfig:
 
         layer: its module's name. rank: of its matrices, where they tell.
         """
-        alpha, size = _of(self.alpha_pattern, layer, self.alpha), rank or self.rank_of(layer)
+        alpha, size = float(_of(self.alpha_pattern, layer, self.alpha)), rank or self.rank_of(layer)
         return alpha / (math.sqrt(size) if self.rslora else size)
 
     def rank_of(self, layer: str) -> int:
-        return _of(self.rank_pattern, layer, self.rank)
+        return int(_of(self.rank_pattern, layer, self.rank))
 
 
 def _of(patterns: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
