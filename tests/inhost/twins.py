@@ -41,7 +41,11 @@ def twins_of(patcher, twin: nn.Module, targets: dict[str, str | tuple], part: st
     """Gives the twin's random weights to the host's model, so that what a table maps wrong would show."""
     state = patcher.model.state_dict()
     own = twin.state_dict()
-    found = {name: target for name, target in targets.items() if name in own and own[name].ndim > 1}
+    found = {
+        name: target
+        for name, target in targets.items()
+        if name in own and name.endswith(".weight") and own[name].ndim > 1
+    }
     with torch.inference_mode():
         for name, target in found.items():
             key, place, turned = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
@@ -154,6 +158,7 @@ def z_image() -> Twins:
         "Lumina 2", dim=96, n_heads=6, n_kv_heads=6, z_image_modulation=True, ffn_dim_multiplier=8 / 3
     )
     table = comfy.utils.z_image_to_diffusers(config, "diffusion_model.")
+    table = {name: target for name, target in table.items() if "t_embedder" not in name}  # diffusers' has one size
     return twins_of(patcher, twin, table, "transformer", ZImageLoraLoaderMixin.save_lora_weights)
 
 

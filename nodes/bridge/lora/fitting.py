@@ -20,7 +20,18 @@ from ....ziplora_core.files import LoRAFileError, all_finite, shown
 from ....ziplora_core.lora_set import Factors, LoRASet
 from ..network.weights import dequantized
 from . import base_models, dora, keys, refusals, spellings
-from .adapters import all_used, fits, is_low_rank, is_plain, kind_of, plainer, precision, reshapes, turns_nothing
+from .adapters import (
+    all_used,
+    fits,
+    is_low_rank,
+    is_plain,
+    kind_of,
+    plainer,
+    precision,
+    reshapes,
+    scale_of,
+    turns_nothing,
+)
 from .loras import LoRASource, LoRASources, text_encoder_alone
 
 
@@ -112,6 +123,8 @@ class Fitting:
         kind = "DoRA" if magnitude is not None else kind_of(patch)
         before = _base_weight(self.model, key)
         kept = precision(patch)
+        if scale_of(patch) is not None and not self.own:
+            kept = torch.float32  # what overflows in the host's loader is to be refused, not normalized away
         before = (before if place is None else before.narrow(*place)).to(kept).clone()
         # The host's OFT at half the strength is not half of it: where ours alone counts, it is.
         strength, scale = (

@@ -12,7 +12,7 @@ from networks.oft import OFTInfModule
 from safetensors.torch import save_file
 
 LAYERS = {
-    "middle_block_1_transformer_blocks_0_attn1_to_q": 0.002,
+    "middle_block_1_transformer_blocks_0_attn1_to_q": 0.05,
     "middle_block_1_transformer_blocks_0_attn1_to_k": 1.0,
 }
 
@@ -23,11 +23,11 @@ def main(path: str) -> None:
     tensors = {}
     for layer, alpha in LAYERS.items():
         linear = torch.nn.Linear(64, 64, bias=False)
-        module = OFTInfModule(f"oft_unet_{layer}", linear, 1.0, 4, alpha)
+        module = OFTInfModule(f"oft_unet_{layer}", linear, 0.5, 4, alpha)
         torch.nn.init.normal_(module.oft_blocks, std=0.2)
         tensors[f"base.{layer}"] = linear.weight.detach().clone()
         tensors |= {f"oft_unet_{layer}.{name}": tensor for name, tensor in module.state_dict().items()}
-        module.merge_to(0.5)
+        module.merge_to()  # at the strength that it was made with, whatever it is told here
         tensors[f"merged at 0.5.{layer}"] = linear.weight.detach().clone()
     save_file(tensors, path)
 
