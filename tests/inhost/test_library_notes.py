@@ -11,7 +11,7 @@ import libraries
 import pytest
 import torch
 import twins
-from libraries import by_lycoris, by_peft, edit_config, peft_config
+from libraries import by_diffusers, by_lycoris, by_peft, edit_config, peft_config
 from safetensors.torch import load_file, save_file
 from test_apply import stock, weights
 from test_library_files import R, folder, off, updates
@@ -38,6 +38,26 @@ def test_a_dora_scale_for_rows_in_kohyas_names_is_the_hosts(pack, folder, algo, 
     assert off(found, hosts) < 1e-5
     assert off({k: trained[k] for k in hosts}, hosts) > 0.1, "the host computes what LyCORIS does: nothing to say"
     assert any("have a DoRA scale for each row: as ComfyUI's own loader computes it" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("write", "settings"),
+    [
+        (by_diffusers, R),
+        (by_peft, {**R, "use_dora": True}),
+        (by_lycoris, {"algo": "locon", "dora_wd": True, "names": "OneTrainer"}),
+    ],
+    ids=["diffusers", "peft, DoRA", "OneTrainer, DoRA"],
+)
+def test_what_the_hosts_loader_does_not_read_is_stacked_as_its_library_computes(pack, folder, write, settings):
+    """A bypassed zip is compared with all of the LoRA, at any strength."""
+    model, bridge = twins.sdxl(), pack.nodes.bridge
+    wanted = model.placed(write(model, folder, **settings))
+    sources = bridge.lora.loras.LoRASources({"content": bridge.lora.loras.load("one/subject.safetensors", -0.5)})
+    with torch.inference_mode():
+        stacked, _ = bridge.apply.stack(model.patcher, None, sources, 0.8)
+    found = changed(weights(model.patcher), weights(stacked))
+    assert off(found, {key: -0.4 * delta for key, delta in wanted.items()}) < 1e-4
 
 
 def test_of_peft_without_its_configuration_the_note_says_so(pack, folder):
