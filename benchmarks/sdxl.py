@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -268,17 +270,27 @@ class Parts:
         )
         return found
 
-    def limits(self) -> dict[str, Any]:
-        figures: dict[str, Any] = {}
-        for gigabytes in GIVEN.limits:
-            with meters.limited(gigabytes):
-                figures[f"{gigabytes:g} GB"] = part = {}
-                for name, measure in (("step", lambda: self.bench.steps(self.bench.plan())), ("zip", self.bench.run)):
-                    measured(part, name, measure)
-                    if name in part:
-                        peak, seconds = part[name]["peak"] / 1e9, part[name]["seconds"]
-                        print(f"{gigabytes:g} GB: {name} {seconds:.2f} s, peak {peak:.2f} GB", flush=True)
-        return figures
+    def smaller(self, gigabytes: float) -> dict[str, Any]:
+        """A step and a whole run as on a card of that size; of a part that fails, why."""
+        part: dict[str, Any] = {}
+        with meters.limited(gigabytes):
+            for name, measure in (("step", lambda: self.bench.steps(self.bench.plan())), ("zip", self.bench.run)):
+                measured(part, name, measure)
+                if name in part:
+                    peak, seconds = part[name]["peak"] / 1e9, part[name]["seconds"]
+                    print(f"{gigabytes:g} GB: {name} {seconds:.2f} s, peak {peak:.2f} GB", flush=True)
+        return part
+
+    def todo(self) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+        """(Where its figures stand, "" for the top; its name; what measures it), of all that is asked for."""
+        for name in PARTS:
+            if name in GIVEN.skip or (name in ON_A_CARD and not CUDA):
+                continue
+            if name != "limits":
+                yield "", name, getattr(self, name)
+            for gigabytes in GIVEN.limits if name == "limits" else ():
+                if gigabytes * 1e9 < torch.cuda.get_device_properties(0).total_memory:
+                    yield "limits", f"{gigabytes:g} GB", partial(self.smaller, gigabytes)
 
 
 HEADING = (
@@ -310,13 +322,14 @@ def main() -> int:
     print(f"ceilings: {top['tflops']:.2f} TFLOP/s in a matrix product, {top['copy_gb_s']:.0f} GB/s in a copy")
     parts = Parts(top["tflops"])
     figures["weights"] = parts.weights
-    for name in PARTS:
-        if name not in GIVEN.skip and (CUDA or name not in ON_A_CARD):
-            began = now()
-            measured(figures, name, getattr(parts, name))
-            figures.setdefault("seconds", {})[name] = now() - began
-            if GIVEN.json:
-                GIVEN.json.write_text(json.dumps(figures, indent=1))
+    for where, name, measure in parts.todo():
+        began = now()
+        measured(figures.setdefault(where, {}) if where else figures, name, measure)
+        figures.setdefault("seconds", {})[name] = now() - began
+        if GIVEN.json:  # whole or not at all: who waits for it may end this at any time
+            partial_file = GIVEN.json.with_suffix(".part")
+            partial_file.write_text(json.dumps(figures, indent=1))
+            os.replace(partial_file, GIVEN.json)
     return 1 if "failed" in figures else 0
 
 

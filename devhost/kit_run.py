@@ -4,9 +4,9 @@
     python3 kit/run.py --minutes 4        the first part of it
     python3 kit/run.py --device cpu       a rehearsal, on the processor
 
-What is measured stands in figures.json after every part, and at the end in figures.md beside it (`--output`; this
-folder's `results`). Python needs torch, torchvision, transformers and numpy; of the packages that the kit brings,
-those are used that this Python lacks, from a temporary folder: nothing is installed.
+What is measured stands in sdxl.json after every part, and at the end in figures.json and figures.md beside it
+(`--output`; this folder's `results`). Python needs torch, torchvision, transformers and numpy; of the packages that
+the kit brings, those are used that this Python lacks, from a temporary folder: nothing is installed.
 """
 
 from __future__ import annotations
@@ -88,25 +88,26 @@ def has(package: str) -> bool:
 
 
 def call(command: list[str], checkout: Path, environment: dict[str, str], seconds: float) -> tuple[int | None, str]:
-    """(exit status or None where the time was over, the last of what it said); all of it is printed as it comes."""
+    """(exit status or None where the time was over, the last of what it said); all of it is printed as it comes.
+
+    Whatever ends this, also ends what it started.
+    """
     print(f"\n$ {' '.join(command[1:])}", flush=True)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+    with tempfile.NamedTemporaryFile("ab") as said, open(said.name, encoding="utf-8", errors="replace") as heard:
         process = subprocess.Popen(
             command, cwd=checkout, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
         )
-        end, shown, status = time.monotonic() + seconds, 0, None
-        while True:
-            status = process.poll()
-            said.seek(shown)
-            print(said.read(), end="", flush=True)
-            shown = said.tell()
-            if status is not None or time.monotonic() > end:
-                break
-            time.sleep(0.2)
-        if status is None:
-            stop(process)
-        said.seek(0)
-        return status, said.read()[-4000:]
+        end, status = time.monotonic() + seconds, None
+        try:
+            while status is None and time.monotonic() < end:
+                time.sleep(0.2)
+                status = process.poll()
+                print(heard.read(), end="", flush=True)
+        finally:
+            if status is None:
+                stop(process)
+        heard.seek(0)
+        return status, heard.read()[-4000:]
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -151,13 +152,17 @@ def page(figures: dict[str, Any]) -> str:
     steps["published algorithm"] = {**(sdxl.get("dense") or {}), "tflop": steps.get("as planned", {}).get("tflop")}
     rows = {f"a step, {name}": found for name, found in steps.items()}
     rows |= {name: sdxl.get(key) for key, name in WHOLE.items()}
-    rows |= {f"{card}: {part}": found for card, of in sdxl.get("limits", {}).items() for part, found in of.items()}
+    limits = {card: of for card, of in sdxl.get("limits", {}).items() if card != "failed"}
+    rows |= {f"{card}: {part}": of.get(part) for card, of in limits.items() for part in ("step", "zip")}
     for name, found in rows.items():
         if found and "seconds" in found:
             rate = found["tflop"] / found["seconds"] if found.get("tflop") else None
             speed = f"{rate:.1f} | {rate / top['tflops']:.0%}" if rate else " | "
             lines.append(f"| {name} | {found['seconds']:.2f} | {speed} | {found['peak'] / 1e9:.2f} |")
-    for name, words in {**sdxl.get("failed", {}), **figures.get("problems", {})}.items():
+    failed = {**sdxl.get("failed", {}), **figures.get("problems", {})}
+    failed |= sdxl.get("limits", {}).get("failed", {})
+    failed |= {f"{card}: {part}": why for card, of in limits.items() for part, why in of.get("failed", {}).items()}
+    for name, words in failed.items():
         lines += ["", f"**{name}**: {words}"]
     if suite:
         counts = f"{suite['passed']} passed, {suite['failed']} failed, {suite['skipped']} skipped"
@@ -180,6 +185,7 @@ WHOLE = {
 
 def main() -> int:
     given, began = parse(), time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended with this
     missing = lacking()
     if missing:
         print(f"error: this Python has no {', '.join(missing)}, which the kit does not bring: run it with another.")
@@ -193,9 +199,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         checkout, tree, figures["brought"] = unpack(Path(name))
         brought = str(Path(name) / "site")
-        environment = {**os.environ, "COMFYUI_PATH": str(tree), "PYTHONPATH": brought, "PYTHONUNBUFFERED": "1"}
+        paths = os.pathsep.join(filter(None, (brought, os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "COMFYUI_PATH": str(tree), "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
-        sdxl = Path(name) / "sdxl.json"
+        sdxl = given.output.resolve() / "sdxl.json"
+        sdxl.unlink(missing_ok=True)
         command = [sys.executable, "benchmarks/sdxl.py", "--device", given.device, "--json", str(sdxl)]
         more = ["--limits", *LIMITS, "--skip"] if given.device == "cuda" else [*ON_A_PROCESSOR]
         status, said = call([*command, *more, *given.skip], checkout, environment, 0.7 * left())

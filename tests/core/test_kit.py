@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,8 @@ at = pathlib.Path(sys.argv[sys.argv.index("--json") + 1])
 step = {"seconds": 0.5, "peak": 3e9, "tflop": 100.0}
 figures = {"device": "a card", "torch": "2", "size": 1024, "dtype": "bf16", "ceilings": {"tflops": 400, "copy_gb_s": 9}}
 figures |= {"steps": {"as planned": step}, "dense": {"seconds": 1.0, "peak": 4e9}, "failed": {"paper": "no room"}}
-figures |= {"limits": {"8 GB": {"zip": {"seconds": 2.0, "peak": 7.5e9}}}}
+small = {"zip": {"seconds": 2.0, "peak": 7.5e9}, "failed": {"step": "OutOfMemoryError: none left"}}
+figures |= {"limits": {"8 GB": small, "failed": {"12 GB": "no card"}}}
 at.write_text(json.dumps(figures))
 time.sleep(float(carried.SLEEP))
 """
@@ -65,8 +67,23 @@ def test_the_runner_measures_tests_and_says_what_failed(small: Path) -> None:
     assert "| a step, as planned | 0.50 | 200.0 | 50% | 3.00 |" in page
     assert "| a step, published algorithm | 1.00 | 100.0 | 25% | 4.00 |" in page
     assert "| 8 GB: zip | 2.00 |" in page and "**paper**: no room" in page
+    assert "**8 GB: step**: OutOfMemoryError: none left" in page and "**12 GB**: no card" in page
     assert "1 passed, 1 failed, 0 skipped" in page and "test_it::test_wrong" in page
     assert figures["problems"] == {}
+
+
+def test_what_was_started_ends_with_the_runner(small: Path, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    script = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    packed(small / "checkout.zip", benchmarks__sdxl=script, tests__inhost__test_it=TEST)
+    running = subprocess.Popen([sys.executable, str(small / "run.py"), "--device", "cpu"], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not (pid.is_file() and pid.read_text()) and time.monotonic() < end:
+        time.sleep(0.1)
+    running.terminate()
+    assert running.wait(60) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_a_part_that_takes_too_long_is_stopped_and_its_figures_stay(small: Path) -> None:
