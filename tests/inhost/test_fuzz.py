@@ -80,7 +80,9 @@ def fuzz(pack, tmp_path_factory):
         patch.setattr(torch, "load", lambda *_, **__: Guard.tell("torch.load"))
         logging.disable(logging.CRITICAL)
         files = pack.ziplora_core.files
-        judge = Judge([base / "output", base / "temp"], (files.LoRAFileError, ValueError, FloatingPointError, OSError))
+        other_model = pack.nodes.bridge.lora.refusals.OtherModelError
+        errors = (files.LoRAFileError, other_model, ValueError, FloatingPointError, OSError)
+        judge = Judge([base / "output", base / "temp"], errors)
         judge.base, judge.outside = base, outside
         yield judge
         import matplotlib.font_manager  # writes into a cache of its own when it is first imported

@@ -28,10 +28,10 @@ def broken(source: LoRASource, key: str, why: str) -> LoRAFileError:
     return LoRAFileError(f"'{source.title}' is broken at layer '{key}': {why}; download it again")
 
 
-def guess(source: LoRASource) -> str:
-    """The model family that a file looks like, in brackets; empty where none is known."""
-    family = formats.looks_like(source.tensors)
-    return f" (it looks like a LoRA for {family})" if family else ""
+def guess(source: LoRASource, own: str | None = None) -> str:
+    """The model families that a file looks like, in brackets; empty where none is known. own: that it cannot be of."""
+    families = [family for family in (formats.looks_like(source.tensors) or "").split(" or ") if family != own]
+    return f" (it looks like a LoRA for {' or '.join(families)})" if any(families) else ""
 
 
 def nothing_fits(source: LoRASource, model, unused: Sequence[str], zero: Sequence[str]) -> LoRAFileError:
@@ -44,12 +44,12 @@ def nothing_fits(source: LoRASource, model, unused: Sequence[str], zero: Sequenc
         return LoRAFileError(f"'{source.title}' changes nothing: its {len(zero)} updates are zero; choose another file")
     example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))
     family, own = formats.looks_like(source.tensors), base_models.model_family(model)
-    if family and own in (family, *family.split(" or ")):
+    if family and family == own:
         return LoRAFileError(
             f"'{source.title}' looks like a LoRA for {own}, as this model is, but calls its layers by names that "
             f"are not known here, e.g. '{example}'; have its trainer write kohya's or diffusers' names"
         )
     return OtherModelError(
-        f"'{source.title}' has no layer that fits this model ({type(model).__name__}){guess(source)}: "
+        f"'{source.title}' has no layer that fits this model ({type(model).__name__}){guess(source, own)}: "
         f"found e.g. '{example}'; choose a LoRA of the same model family"
     )
