@@ -141,14 +141,15 @@ def lacks_alpha(tensors: Mapping[str, Tensor]) -> bool:
 
 def with_alphas(
     tensors: Mapping[str, Tensor], configs: Mapping[str, AdapterConfig]
-) -> tuple[dict[str, Tensor], list[float]]:
-    """(Tensors of a file with an alpha for each layer that a configuration speaks of and that has none, the scales).
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(Tensors of a file with an alpha for each layer that a configuration speaks of and that has none, layer's name in
+    the file -> its scale).
 
     alpha: such that alpha / rank, as every reader has it, is the layer's scale. LoKr, whose rank a reader may not know,
-    has its smaller factor scaled instead, in float32. Of layers that count once nothing changes, nor their scales
-    listed. Raises nothing.
+    has its smaller factor scaled instead, in float32. Layers that count once stay as they are and are in neither.
+    Raises nothing.
     """
-    found, scales = dict(tensors), []
+    found, scales = dict(tensors), dict[str, float]()
     for key, tensor in tensors.items():
         layer = formats.layer_name(key)
         config, name = _configured(layer, configs)
@@ -166,5 +167,5 @@ def with_alphas(
         else:
             continue
         if scale != 1:
-            scales.append(scale)
+            scales[layer] = scale
     return found, scales

@@ -51,20 +51,20 @@ def test_each_part_of_a_pipeline_has_its_own():
         "text_encoder.text_model.mlp.fc1.alpha": pytest.approx(2**0.5),
         "unet.mid.to_k.alpha": 1.0,
     }
-    assert sorted(scales) == pytest.approx([1 / 2**0.5, 2.0])
+    assert scales == pytest.approx({"unet.mid.to_q": 2.0, "text_encoder.text_model.mlp.fc1": 1 / 2**0.5})
     assert "unet.mid.to_q.alpha" not in tensors, "what came in is changed"
 
 
 def test_what_counts_once_stays_as_it_is():
     tensors = {"mid.to_q.lora_A.weight": torch.ones(4, 3), "mid.to_k.lokr_w1": torch.ones(2, 2)}
-    assert adapter_config.with_alphas(tensors, {"": AdapterConfig(4, 4.0)}) == (tensors, [])
-    assert adapter_config.with_alphas(tensors, {}) == (tensors, [])
+    assert adapter_config.with_alphas(tensors, {"": AdapterConfig(4, 4.0)}) == (tensors, {})
+    assert adapter_config.with_alphas(tensors, {}) == (tensors, {})
 
 
 def test_lokr_has_its_first_factor_scaled():
     tensors = {"mid.to_k.lokr_w1": torch.ones(2, 2).half(), "mid.to_k.lokr_w2": torch.ones(2, 2)}
     found, scales = adapter_config.with_alphas(tensors, {"": AdapterConfig(8, 2.0)})
-    assert torch.equal(found["mid.to_k.lokr_w1"], torch.full((2, 2), 0.25)) and scales == [0.25]
+    assert torch.equal(found["mid.to_k.lokr_w1"], torch.full((2, 2), 0.25)) and scales == {"mid.to_k": 0.25}
     assert "mid.to_k.alpha" not in found and torch.equal(found["mid.to_k.lokr_w2"], torch.ones(2, 2))
 
 

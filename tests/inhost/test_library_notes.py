@@ -100,6 +100,22 @@ def test_a_changed_configuration_is_another_file(pack, folder):
     assert fingerprint("one/subject.safetensors") != changed
 
 
+def test_scales_from_elsewhere_are_told_by_a_digest(pack, folder):
+    """Which a zip's identity needs: the file's bytes are the same whatever its configuration says."""
+    by_peft(twins.sdxl(), folder, **R)
+
+    def digest() -> str:
+        return pack.nodes.bridge.lora.loras.load("one/subject.safetensors", 1.0).config
+
+    first = digest()
+    edit_config(folder, inference_mode=False)
+    assert first and digest() == first, "what is no scale counts"
+    edit_config(folder, alpha_pattern={"attn2.to_k": 3})
+    assert digest() not in (first, "")
+    edit_config(folder, lora_alpha=4, alpha_pattern={})
+    assert digest() == "", "scales of 1 are none"
+
+
 @pytest.mark.parametrize("kind", ["OFTConfig", "BOFTConfig", "IA3Config", "VeraConfig"])
 def test_what_is_not_read_is_named(pack, folder, kind):
     """By its kind and a tensor that shows it, never as made for another model."""

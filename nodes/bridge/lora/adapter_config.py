@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -20,8 +23,9 @@ def place(path: str) -> str | None:
     return found if own and os.path.isfile(found) else None
 
 
-def completed(path: str, title: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """(The file's tensors with their alphas, notes on where these come from). Raises LoRAFileError as a header does."""
+def completed(path: str, title: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...], str]:
+    """(The file's tensors with their alphas, notes on where these come from, a short digest of what they are: "" where
+    nothing gives any). Raises LoRAFileError as a header does."""
     notes: list[str] = []
     metadata = read_metadata(path)
     configs, where = adapter_config.in_header(metadata), f"its header ({adapter_config.HEADER})"
@@ -36,7 +40,7 @@ def completed(path: str, title: str, tensors: dict[str, Tensor]) -> tuple[dict[s
             configs = {}
     found, scales = adapter_config.with_alphas(tensors, configs)
     if scales:
-        low, high = min(scales), max(scales)
+        low, high = min(scales.values()), max(scales.values())
         times = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
         notes.append(
             f"'{title}' has its alpha in {where}: {len(scales)} layers count {times} times, as the library that wrote "
@@ -47,4 +51,8 @@ def completed(path: str, title: str, tensors: dict[str, Tensor]) -> tuple[dict[s
             f"'{title}' gives no alpha: peft writes it into '{adapter_config.FILE}', which is not beside it, so its "
             "matrices count as they are; to have it as it was trained, put both into a folder of their own"
         )
-    return found, tuple(notes)
+    return found, tuple(notes), _digest(scales)
+
+
+def _digest(scales: Mapping[str, float]) -> str:
+    return hashlib.sha256(json.dumps(sorted(scales.items())).encode()).hexdigest()[:16] if scales else ""

@@ -31,7 +31,8 @@ class LoRASource:
     """One LoRA file as read: its name in the loras folder, tensors on the CPU, and the strength it is used at.
 
     version, sha256: of the file as it was read; None where the tensors come from elsewhere. clip_strength: of its
-    text-encoder part; None where it is the same. notes: on what was read of it.
+    text-encoder part; None where it is the same. notes: on what was read of it. config: a short digest of the scales
+    that its header or a file beside it gives its layers; "" where none does.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LoRASource:
     sha256: str | None = None
     clip_strength: float | None = None
     notes: tuple[str, ...] = ()
+    config: str = ""
 
     @property
     def of_clip(self) -> float:
@@ -232,11 +234,11 @@ def load(name: str, strength: float, clip_strength: float | None = None) -> LoRA
     known = hashes.HASHES.known(file)
     digest = hashlib.sha256() if known is None else None
     tensors = read_lora_file(path, digest)
-    tensors, notes = adapter_config.completed(path, shown(name, 255), tensors)
+    tensors, notes, config = adapter_config.completed(path, shown(name, 255), tensors)
     if hashes.key(path) != file:
         raise LoRAFileError(f"'{shown(name, 255)}' has changed while it was read; queue again")
     if digest is not None:
         known = digest.hexdigest()
         hashes.HASHES.remember(file, known)
     apart = None if clip_strength == strength else clip_strength
-    return LoRASource(name, tensors, strength, version, known, apart, notes)
+    return LoRASource(name, tensors, strength, version, known, apart, notes, config)
