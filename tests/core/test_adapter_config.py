@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import time
 
 import pytest
 import torch
@@ -32,6 +35,50 @@ def test_patterns_are_endings_of_names(layer, rank, scale):
     config = AdapterConfig(4, 3.0, {"conv_in": 16}, patterns)
     assert config.scale(layer, rank) == pytest.approx(scale)
     assert config.scale(layer) == pytest.approx(scale if rank == config.rank_of(layer) else scale * rank / 16)
+
+
+def pefts(patterns, layer, otherwise):
+    """As peft's `get_pattern_key` has it."""
+    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", layer)), None)
+    return otherwise if key is None else patterns[key]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_pattern_counts_as_in_peft(seed):
+    """Names and regular expressions in any order, several of which a layer ends with."""
+    draw = random.Random(seed)
+    parts = ["a", "b", "to_k", "0", "1"]
+    layers = [".".join(draw.choices(parts, k=draw.randint(1, 4))) for _ in range(300)]
+    names = [".".join(draw.choices(parts, k=draw.randint(1, 3))) for _ in range(30)]
+    patterns = [*names, *(f"^{name}" for name in names[:9]), r"a\.\d+", r"to_k|b\.1", r"[ab]\.to_k", "^a(?:\\.b)?"]
+    table = {pattern: 1 + place for place, pattern in enumerate(draw.sample(patterns, len(patterns)))}
+    config = AdapterConfig(1, 1, {}, table)
+    wanted = [pefts(table, layer, 1) for layer in layers]
+    assert len(set(wanted)) > 10
+    assert [config.scale(layer, 1) for layer in layers] == wanted
+
+
+def test_hundreds_of_patterns_take_no_time():
+    """As many as a model has layers, of each of which Python's own cache of expressions would lose every one."""
+    names = [f"blocks.{n}.attn.to_k" for n in range(2000)]
+    table = {"r": 4, "lora_alpha": 2, "alpha_pattern": dict.fromkeys(names, 8) | {r"x\d": 1}}
+    (config,) = adapter_config.in_header(header(**table)).values()
+    began = time.process_time()
+    assert {config.scale(f"model.{name}") for name in names} == {2.0}
+    assert time.process_time() - began < 2
+    table["alpha_pattern"] = {rf"blocks\.{n}\.to_k": 8 for n in range(101)}
+    assert adapter_config.in_header(header(**table)) == {}, "each is tried on each layer"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "no table"), ("[1]", "no table"), ('{"r": 4}', "no r and lora_alpha"),
+        ('{"r": 4, "lora_alpha": 2, "rank_pattern": {"(a+)+": 1}}', "patterns"),
+    ],
+)  # fmt: skip
+def test_why_a_file_is_of_no_use(text, why):
+    assert adapter_config.in_file(text) == {} and why in adapter_config.why_unusable(text)
 
 
 def test_each_part_of_a_pipeline_has_its_own():

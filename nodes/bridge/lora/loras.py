@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import NamedTuple
 
 import folder_paths
 import torch
@@ -21,6 +23,16 @@ from . import adapter_config, hashes, reads
 
 class SameLoRAError(LoRAFileError):
     """Two of the files hold one LoRA."""
+
+
+class FileVersion(NamedTuple):
+    """`hashes.Version` of a LoRA file, and of the configuration that peft keeps beside it; None where none counts."""
+
+    path: str
+    size: int
+    modified: int
+    changed: int
+    config: hashes.Version | None = None
 
 
 STRENGTH = Range(-100, 100)  # of a LoRA, a merge or a dial: wider than the nodes' sliders, for the API
@@ -38,7 +50,7 @@ class LoRASource:
     name: str
     tensors: dict[str, Tensor] = field(repr=False)  # the host keeps what an error's inputs look like
     strength: float
-    version: hashes.Version | None = None
+    version: FileVersion | None = None
     sha256: str | None = None
     clip_strength: float | None = None
     notes: tuple[str, ...] = ()
@@ -111,12 +123,15 @@ def lora_path(name: str) -> str:
     return path
 
 
-def fingerprint(name: str) -> hashes.Version:
-    """Changes when the file does, or what peft keeps beside it, and not where it only has new rights, a link or its old
-    name again. Raises LoRAFileError where there is none."""
+def fingerprint(name: str) -> FileVersion:
+    """Changes when the file does, or which configuration counts beside it, and not where the file only has new rights,
+    a link or its old name again. Raises LoRAFileError where there is none."""
     path = lora_path(name)
     version, beside = hashes.HASHES.version(path), adapter_config.place(path)
-    return version if beside is None else version._replace(changed=max(version.changed, hashes.key(beside).changed))
+    config = None
+    with suppress(LoRAFileError):  # it may go meanwhile
+        config = None if beside is None else hashes.version(beside)
+    return FileVersion(*version, config)
 
 
 def check(name: str) -> str | None:
