@@ -242,6 +242,11 @@ def test_what_the_stock_loader_converts_is_converted(pack, folder):
     hosts = changed(bare, patched)
     assert len(hosts) == 6
     assert off(found, hosts) < 1e-5
+    bridge = pack.nodes.bridge
+    sources = bridge.lora.loras.LoRASources({"content": bridge.lora.loras.load("one/subject.safetensors", 1.0)})
+    with torch.inference_mode():
+        stacked, _ = bridge.apply.stack(patcher, None, sources, 1.0)
+    assert off(changed(bare, weights(stacked)), hosts) < 1e-5
 
 
 def test_oft_of_kohyas_scripts(pack, folder):
