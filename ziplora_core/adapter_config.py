@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ HEADER = "lora_adapter_metadata"  # of diffusers
 FILE = "adapter_config.json"  # of peft, beside `adapter_model.safetensors`
 LARGEST = 2**20  # characters of either
 _LONGEST_PATTERN = 200
+_MOST_PATTERNS = 100  # regular expressions in a table: each is tried on each layer
+_NAME = re.compile(r"\^?[\w.-]+")  # a pattern that is a layer's name, or the whole of one
 _PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # of a pipeline
 _BEFORE = re.compile(rf"^(?:(?P<part>{'|'.join(_PARTS)})\.)?(?P<peft>(?:unet\.)?base_model\.model\.)?")
 _RANKED = (  # matrix of a layer whose first size is the layer's rank
@@ -42,19 +45,49 @@ class AdapterConfig:
 
         layer: its module's name. rank: of its matrices, where they tell.
         """
-        alpha, size = float(_of(self.alpha_pattern, layer, self.alpha)), rank or self.rank_of(layer)
+        alpha, size = float(self._alphas.of(layer, self.alpha)), rank or self.rank_of(layer)
         return alpha / (math.sqrt(size) if self.rslora else size)
 
     def rank_of(self, layer: str) -> int:
-        return int(_of(self.rank_pattern, layer, self.rank))
+        return int(self._ranks.of(layer, self.rank))
+
+    @cached_property
+    def _ranks(self) -> _Patterns:
+        return _Patterns(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> _Patterns:
+        return _Patterns(self.alpha_pattern)
 
 
-def _of(patterns: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
-    """The value of the first pattern that a layer's name ends with, after a dot or from its start, as in peft."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", layer):
-            return value
-    return otherwise
+class _Patterns:
+    """A table of peft's, by the endings of layers' names: those that are names are looked up, as files have hundreds,
+    the rest is compiled once."""
+
+    def __init__(self, table: Mapping[str, Any]) -> None:
+        self._values = list(table.values())
+        self._names = {pattern: place for place, pattern in enumerate(table) if _NAME.fullmatch(pattern)}
+        self._others = [
+            (place, re.compile(rf"(?:.*\.)?(?:{pattern})$"))
+            for place, pattern in enumerate(table)
+            if pattern not in self._names
+        ]
+
+    def of(self, layer: str, otherwise: Any) -> Any:
+        """The value of the first pattern that a layer's name ends with, after a dot or from its start, as in peft.
+
+        A dot in a pattern that is a name stands for itself, and for any character in other patterns.
+        """
+        parts = layer.split(".")
+        endings = [f"^{layer}", *(".".join(parts[start:]) for start in range(len(parts)))]
+        none = len(self._values)
+        first = min((self._names.get(ending, none) for ending in endings), default=none)
+        for place, pattern in self._others:
+            if place > first:
+                break
+            if pattern.match(layer):
+                return self._values[place]
+        return otherwise if first == none else self._values[first]
 
 
 def _parsed(table: Any) -> AdapterConfig | None:
@@ -70,12 +103,18 @@ def _parsed(table: Any) -> AdapterConfig | None:
         bool(table.get("use_rslora")),
     )
     tables = (config.rank_pattern, config.alpha_pattern)
-    if not all(isinstance(patterns, dict) and all(map(_is_plain, patterns)) for patterns in tables):
+    if not all(isinstance(patterns, dict) and _are_plain(patterns) for patterns in tables):
         return None
     ranks, alphas = [config.rank, *config.rank_pattern.values()], [config.alpha, *config.alpha_pattern.values()]
     if not all(type(r) is int and r > 0 for r in ranks):
         return None
     return config if all(type(a) in (int, float) and math.isfinite(a) for a in alphas) else None
+
+
+def _are_plain(patterns: Iterable[str]) -> bool:
+    """Whether the patterns that are no names are few and plain."""
+    others = [pattern for pattern in patterns if len(pattern) > _LONGEST_PATTERN or not _NAME.fullmatch(pattern)]
+    return len(others) <= _MOST_PATTERNS and all(map(_is_plain, others))
 
 
 def _is_plain(pattern: str) -> bool:
@@ -116,6 +155,15 @@ def in_file(text: str) -> dict[str, AdapterConfig]:
     return {} if config is None else {"": config}
 
 
+def why_unusable(text: str) -> str:
+    """What is wrong with the text of peft's `adapter_config.json`, of which `in_file` makes nothing."""
+    table = _table(text)
+    if not table:
+        return "holds no table in JSON"
+    without = {name: value for name, value in table.items() if name not in ("rank_pattern", "alpha_pattern")}
+    return "gives no r and lora_alpha" if _parsed(without) is None else "has patterns that are not read, or too many"
+
+
 def fits(tensors: Mapping[str, Tensor], configs: Mapping[str, AdapterConfig]) -> bool:
     """Whether a file's ranks are those of its configuration, as they are not of one that another LoRA left there."""
     ranks = [(*_configured(layer_name, configs), t.shape[0]) for layer_name, t in _ranked(tensors)]
@@ -141,14 +189,15 @@ def lacks_alpha(tensors: Mapping[str, Tensor]) -> bool:
 
 def with_alphas(
     tensors: Mapping[str, Tensor], configs: Mapping[str, AdapterConfig]
-) -> tuple[dict[str, Tensor], list[float]]:
-    """(Tensors of a file with an alpha for each layer that a configuration speaks of and that has none, the scales).
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(Tensors of a file with an alpha for each layer that a configuration speaks of and that has none, layer's name in
+    the file -> its scale).
 
     alpha: such that alpha / rank, as every reader has it, is the layer's scale. LoKr, whose rank a reader may not know,
-    has its smaller factor scaled instead, in float32. Of layers that count once nothing changes, nor their scales
-    listed. Raises nothing.
+    has its smaller factor scaled instead, in float32. Layers that count once stay as they are and are in neither.
+    Raises nothing.
     """
-    found, scales = dict(tensors), []
+    found, scales = dict(tensors), dict[str, float]()
     for key, tensor in tensors.items():
         layer = formats.layer_name(key)
         config, name = _configured(layer, configs)
@@ -166,5 +215,5 @@ def with_alphas(
         else:
             continue
         if scale != 1:
-            scales.append(scale)
+            scales[layer] = scale
     return found, scales

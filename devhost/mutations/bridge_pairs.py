@@ -150,7 +150,7 @@ MUTANTS = [
         "nodes/bridge/lora/fitting.py",
         LIBRARIES,
         ("rows that the host keeps in another order stay", "if turned is None else replace(", "if True else replace("),
-        ("a scale for each row counts as in the host everywhere", "scale is not None and self.own:", "False:"),
+        ("a scale for each row counts as in the host everywhere", "(ours or self.trained):", "False:"),
     ),
     *faults(
         "nodes/bridge/lora/dora.py",

@@ -71,6 +71,9 @@ def _text_encoder(clip, source: LoRASource, strength: float) -> None:
     if len(good) < len(patches):
         dropped = len(patches) - len(good)
         logging.warning("ZipLoRA: %d text-encoder parts of '%s' do not fit and are left out.", dropped, source.title)
+    scales = text_encoders.unread_scales(source)
+    if scales is not None:
+        logging.warning("ZipLoRA: %s.", scales)
     clip.add_patches(good, strength)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import time
 
 import pytest
 import torch
@@ -34,6 +37,50 @@ def test_patterns_are_endings_of_names(layer, rank, scale):
     assert config.scale(layer) == pytest.approx(scale if rank == config.rank_of(layer) else scale * rank / 16)
 
 
+def pefts(patterns, layer, otherwise):
+    """As peft's `get_pattern_key` has it."""
+    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", layer)), None)
+    return otherwise if key is None else patterns[key]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_pattern_counts_as_in_peft(seed):
+    """Names and regular expressions in any order, several of which a layer ends with."""
+    draw = random.Random(seed)
+    parts = ["a", "b", "to_k", "0", "1"]
+    layers = [".".join(draw.choices(parts, k=draw.randint(1, 4))) for _ in range(300)]
+    names = [".".join(draw.choices(parts, k=draw.randint(1, 3))) for _ in range(30)]
+    patterns = [*names, *(f"^{name}" for name in names[:9]), r"a\.\d+", r"to_k|b\.1", r"[ab]\.to_k", "^a(?:\\.b)?"]
+    table = {pattern: 1 + place for place, pattern in enumerate(draw.sample(patterns, len(patterns)))}
+    config = AdapterConfig(1, 1, {}, table)
+    wanted = [pefts(table, layer, 1) for layer in layers]
+    assert len(set(wanted)) > 10
+    assert [config.scale(layer, 1) for layer in layers] == wanted
+
+
+def test_hundreds_of_patterns_take_no_time():
+    """As many as a model has layers, of each of which Python's own cache of expressions would lose every one."""
+    names = [f"blocks.{n}.attn.to_k" for n in range(2000)]
+    table = {"r": 4, "lora_alpha": 2, "alpha_pattern": dict.fromkeys(names, 8) | {r"x\d": 1}}
+    (config,) = adapter_config.in_header(header(**table)).values()
+    began = time.process_time()
+    assert {config.scale(f"model.{name}") for name in names} == {2.0}
+    assert time.process_time() - began < 2
+    table["alpha_pattern"] = {rf"blocks\.{n}\.to_k": 8 for n in range(101)}
+    assert adapter_config.in_header(header(**table)) == {}, "each is tried on each layer"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "no table"), ("[1]", "no table"), ('{"r": 4}', "no r and lora_alpha"),
+        ('{"r": 4, "lora_alpha": 2, "rank_pattern": {"(a+)+": 1}}', "patterns"),
+    ],
+)  # fmt: skip
+def test_why_a_file_is_of_no_use(text, why):
+    assert adapter_config.in_file(text) == {} and why in adapter_config.why_unusable(text)
+
+
 def test_each_part_of_a_pipeline_has_its_own():
     table = {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": 2, "text_encoder.lora_alpha": 1,
              "text_encoder.use_rslora": True}  # fmt: skip
@@ -51,20 +98,20 @@ def test_each_part_of_a_pipeline_has_its_own():
         "text_encoder.text_model.mlp.fc1.alpha": pytest.approx(2**0.5),
         "unet.mid.to_k.alpha": 1.0,
     }
-    assert sorted(scales) == pytest.approx([1 / 2**0.5, 2.0])
+    assert scales == pytest.approx({"unet.mid.to_q": 2.0, "text_encoder.text_model.mlp.fc1": 1 / 2**0.5})
     assert "unet.mid.to_q.alpha" not in tensors, "what came in is changed"
 
 
 def test_what_counts_once_stays_as_it_is():
     tensors = {"mid.to_q.lora_A.weight": torch.ones(4, 3), "mid.to_k.lokr_w1": torch.ones(2, 2)}
-    assert adapter_config.with_alphas(tensors, {"": AdapterConfig(4, 4.0)}) == (tensors, [])
-    assert adapter_config.with_alphas(tensors, {}) == (tensors, [])
+    assert adapter_config.with_alphas(tensors, {"": AdapterConfig(4, 4.0)}) == (tensors, {})
+    assert adapter_config.with_alphas(tensors, {}) == (tensors, {})
 
 
 def test_lokr_has_its_first_factor_scaled():
     tensors = {"mid.to_k.lokr_w1": torch.ones(2, 2).half(), "mid.to_k.lokr_w2": torch.ones(2, 2)}
     found, scales = adapter_config.with_alphas(tensors, {"": AdapterConfig(8, 2.0)})
-    assert torch.equal(found["mid.to_k.lokr_w1"], torch.full((2, 2), 0.25)) and scales == [0.25]
+    assert torch.equal(found["mid.to_k.lokr_w1"], torch.full((2, 2), 0.25)) and scales == {"mid.to_k": 0.25}
     assert "mid.to_k.alpha" not in found and torch.equal(found["mid.to_k.lokr_w2"], torch.ones(2, 2))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,7 +70,9 @@ def test_of_peft_without_its_configuration_the_note_says_so(pack, folder):
     assert off({k: d / 2 for k, d in found.items()}, wanted) < 1e-6
 
 
-@pytest.mark.parametrize("spoil", ["another LoRA's", "no JSON", "catastrophic", "in a shared folder"])
+@pytest.mark.parametrize(
+    "spoil", ["another LoRA's", "no JSON", "no alpha", "too large", "catastrophic", "in a shared folder"]
+)
 def test_a_configuration_that_is_not_the_files_is_not_used(pack, folder, spoil):
     model = twins.sdxl()
     wanted = model.placed(by_peft(model, folder, **R))
@@ -76,15 +80,26 @@ def test_a_configuration_that_is_not_the_files_is_not_used(pack, folder, spoil):
         edit_config(folder, r=16)
     elif spoil == "no JSON":
         (folder / "adapter_config.json").write_text("{")
+    elif spoil == "no alpha":
+        edit_config(folder, lora_alpha=None)
+    elif spoil == "too large":
+        edit_config(folder, more=" " * 2**20)
     elif spoil == "catastrophic":
         edit_config(folder, alpha_pattern={"(a+)+$": 3})
     else:
         (folder / "style.safetensors").write_bytes((folder / "subject.safetensors").read_bytes())
     found, notes = updates(pack, model.patcher)
     assert off({k: d / 2 for k, d in found.items()}, wanted) < 1e-6
-    if spoil == "another LoRA's":
-        assert any("names other ranks than it has" in note for note in notes)
-    assert any("gives no alpha" in note for note in notes)
+    why = {
+        "another LoRA's": "names other ranks than it has",
+        "no JSON": "holds no table in JSON",
+        "no alpha": "gives no r and lora_alpha",
+        "too large": "is too large",
+        "catastrophic": "has patterns that are not read",
+        "in a shared folder": "may be another LoRA's, as they share a folder",
+    }[spoil]
+    (note,) = notes
+    assert "gives no alpha: 'adapter_config.json'" in note and why in note and "not beside it" not in note
 
 
 def test_a_changed_configuration_is_another_file(pack, folder):
@@ -96,8 +111,56 @@ def test_a_changed_configuration_is_another_file(pack, folder):
     edit_config(folder, lora_alpha=3)
     changed = fingerprint("one/subject.safetensors")
     assert changed != before
-    (folder / "adapter_config.json").unlink()
-    assert fingerprint("one/subject.safetensors") != changed
+    place = folder / "adapter_config.json"
+    status = place.stat()
+    place.write_text(place.read_text().replace('"lora_alpha": 3', '"lora_alpha": 5'))
+    os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns - 10**12))
+    older = fingerprint("one/subject.safetensors")
+    assert older not in (before, changed), "an older one was put there"
+    place.unlink()
+    without = fingerprint("one/subject.safetensors")
+    assert without not in (before, changed, older)
+
+
+def test_a_configuration_that_is_older_than_its_file_counts_too(pack, folder):
+    """Gone, or no longer its own as another LoRA came: what is read then is another update."""
+    by_peft(twins.sdxl(), folder, **R)
+    place, file = folder / "adapter_config.json", folder / "subject.safetensors"
+    time.sleep(0.02)
+    file.write_bytes(file.read_bytes())
+    assert file.stat().st_ctime_ns > place.stat().st_ctime_ns
+    fingerprint = pack.nodes.bridge.lora.loras.fingerprint
+    before = fingerprint("one/subject.safetensors")
+    assert pack.nodes.bridge.lora.loras.load("one/subject.safetensors", 1.0).version == before
+    (folder / "style.safetensors").write_bytes(b"")
+    assert fingerprint("one/subject.safetensors") != before
+    (folder / "style.safetensors").unlink()
+    assert fingerprint("one/subject.safetensors") == before
+    place.unlink()
+    assert fingerprint("one/subject.safetensors") != before
+
+
+def test_a_folder_without_a_configuration_is_not_listed(pack, folder, monkeypatch):
+    """Shared folders hold thousands of files, and each is asked for its fingerprint."""
+    by_peft(twins.sdxl(), folder, beside=False, **R)
+    monkeypatch.setattr(os, "scandir", None)
+    assert pack.nodes.bridge.lora.adapter_config.place(str(folder / "subject.safetensors")) is None
+
+
+def test_scales_from_elsewhere_are_told_by_a_digest(pack, folder):
+    """Which a zip's identity needs: the file's bytes are the same whatever its configuration says."""
+    by_peft(twins.sdxl(), folder, **R)
+
+    def digest() -> str:
+        return pack.nodes.bridge.lora.loras.load("one/subject.safetensors", 1.0).config
+
+    first = digest()
+    edit_config(folder, inference_mode=False)
+    assert first and digest() == first, "what is no scale counts"
+    edit_config(folder, alpha_pattern={"attn2.to_k": 3})
+    assert digest() not in (first, "")
+    edit_config(folder, lora_alpha=4, alpha_pattern={})
+    assert digest() == "", "scales of 1 are none"
 
 
 @pytest.mark.parametrize("kind", ["OFTConfig", "BOFTConfig", "IA3Config", "VeraConfig"])
@@ -179,6 +242,11 @@ def test_what_the_stock_loader_converts_is_converted(pack, folder):
     hosts = changed(bare, patched)
     assert len(hosts) == 6
     assert off(found, hosts) < 1e-5
+    bridge = pack.nodes.bridge
+    sources = bridge.lora.loras.LoRASources({"content": bridge.lora.loras.load("one/subject.safetensors", 1.0)})
+    with torch.inference_mode():
+        stacked, _ = bridge.apply.stack(patcher, None, sources, 1.0)
+    assert off(changed(bare, weights(stacked)), hosts) < 1e-5
 
 
 def test_oft_of_kohyas_scripts(pack, folder):

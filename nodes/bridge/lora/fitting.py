@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,7 +63,9 @@ class Fitting:
     absent: list[str] = field(default_factory=list)  # what a file changes and the model has not
     doubled: list[tuple[str, str]] = field(default_factory=list)  # names passed over for others of the same layer
     dense: dict[str, list[str]] = field(default_factory=dict)  # kind of update -> layers kept as ΔW itself
+    hosts: frozenset[str | tuple] = frozenset()  # targets whose update the host's loader reads
     own: bool = False  # whether the host's loader reads not all of the file: what it computes is no measure then
+    trained: bool = False  # whether DoRA scales for rows count as trained even where the host reads them
     as_host: list[str] = field(default_factory=list)  # layers whose DoRA the host computes unlike who trained it
     nothing: list[str] = field(default_factory=list)  # layers whose update is zero as it must be
     magnitudes: dict[str | tuple, Tensor] = field(default_factory=dict)  # of peft's DoRA, one number for each row
@@ -83,27 +85,27 @@ class Fitting:
             raise LoRAFileError(
                 f"'{self.source.title}' changes the shape of layer '{key}'; a zipped pair cannot: use another file"
             )
-        if not (is_plain(patch) and part.ndim > 1) and not fits(patch, part.shape):
+        if not (is_plain(patch) and part.ndim > 1 and magnitude is None) and not fits(patch, part.shape):
             raise refusals.other_model(self.source, key, kind_of(patch), part.shape)
         if part.ndim < 2:
             self.passthrough[key] = patch
             return
-        scale = dora.row_scale(patch, part.shape)
-        if magnitude is None and scale is not None and self.own:
+        scale, ours = dora.row_scale(patch, part.shape), target not in self.hosts
+        if magnitude is None and scale is not None and (ours or self.trained):
             magnitude = scale
         elif scale is not None:
             self.as_host.append(key)
-        if magnitude is None and is_low_rank(patch):
+        factors = None
+        if is_low_rank(patch):
             factors = _reshaped(self.source, key, low_rank(self.source, key, patch), part.shape)
+        if magnitude is None and factors is not None:
             factors = factors if turned is None else replace(factors, up=turned(factors.up))
+            factors = factors if place is None else _widened(factors, weight.shape, *place)
         else:
-            whole = self._dense(key, patch, place, part, turned, magnitude)
-            if whole is None:
+            factors = self._dense(key, patch, place, weight, turned, magnitude, ours)
+            if factors is None:
                 self.nothing.append(key)
                 return
-            factors = whole
-        if place is not None:
-            factors = _widened(factors, weight.shape, *place)
         self.factors[key] = factors if key not in self.factors else _side_by_side(self.factors[key], factors)
 
     def _dense(
@@ -111,33 +113,41 @@ class Fitting:
         key: str,
         patch: Any,
         place: tuple[int, int, int] | None,
-        part: Tensor,
+        weight: Tensor,
         turned: Callable[[Tensor], Tensor] | None,
         magnitude: Tensor | None,
+        ours: bool,
     ) -> Factors | None:
         """What the host makes of the base weight with any other kind of update, minus the weight; None for nothing.
 
-        ΔW itself stands for `down`, with a unit matrix as `up`: columns scale as in any LoRA. turned: what the host
-        does to rows of an update whose weight it keeps in another order than the file.
+        ΔW itself stands for `down`, with a unit matrix as `up`: columns scale as in any LoRA. Of a slice too, zeros
+        beside it: slices of one weight then share a `down`, and all weights of so many rows the matrix.
+        weight: the whole one. turned: what the host does to rows of an update whose weight it keeps in another order
+        than the file. ours: whether the host's loader does not read it. Raises LoRAFileError, MemoryError.
         """
+        part = weight if place is None else weight.narrow(*place)
         kind = "DoRA" if magnitude is not None else kind_of(patch)
         before = _base_weight(self.model, key)
         kept = precision(patch)
-        if scale_of(patch) is not None and not self.own:
+        if scale_of(patch) is not None and not ours:
             kept = torch.float32  # what overflows in the host's loader is to be refused, not normalized away
-        before = (before if place is None else before.narrow(*place)).to(kept).clone()
+        before = before if place is None else before.narrow(*place)
+        before = before.to("cpu").to(kept, copy=True)  # Apple's GPUs have no float64
         # The host's OFT at half the strength is not half of it: where ours alone counts, it is.
-        strength, scale = (
-            (1.0, self.source.strength) if self.own or magnitude is not None else (self.source.strength, 1.0)
-        )
+        strength, scale = (1.0, self.source.strength) if ours or magnitude is not None else (self.source.strength, 1.0)
         try:
-            if magnitude is None:
-                patched = [(strength, patch, 1.0, None, turned)]
-                after = comfy.lora.calculate_weight(patched, before.clone(), key, kept)
-                delta = after - before if after.shape == before.shape else None
-            else:
-                delta = dora.update(patch, magnitude, before, key, turned)
+            with refusals.logged() as said:
+                if magnitude is None:
+                    patched = [(strength, patch, 1.0, None, turned)]
+                    after = comfy.lora.calculate_weight(patched, before.clone(), key, kept)
+                    delta = after - before if after.shape == before.shape else None
+                else:
+                    delta = dora.update(patch, magnitude, before, key, turned)
+            if any(map(refusals.is_of_memory, said)):
+                raise refusals.no_memory(self.source, key, kind, part.shape)
         except (RuntimeError, IndexError) as error:
+            if refusals.is_of_memory(str(error)):
+                raise refusals.no_memory(self.source, key, kind, part.shape) from error
             raise refusals.other_model(self.source, key, kind, part.shape) from error
         if delta is not None and not delta.any() and turns_nothing(patch):
             return None
@@ -148,10 +158,15 @@ class Fitting:
             raise refusals.broken(self.source, key, "its update holds NaN or infinite numbers")
         dtype = part.dtype if part.dtype in (torch.float16, torch.bfloat16) else torch.float32
         self.dense.setdefault(kind, []).append(key)
-        size = (delta.shape[0], dtype)
+        delta = delta.to(dtype)
+        if place is not None:
+            whole = delta.new_zeros(weight.shape)
+            whole.narrow(*place).copy_(delta)
+            delta = whole
+        size = (weight.shape[0], dtype)
         if size not in self.eyes:
             self.eyes[size] = torch.eye(*size[:1], dtype=dtype)
-        return Factors(self.eyes[size], delta.to("cpu", dtype), scale)
+        return Factors(self.eyes[size], delta, scale)
 
     def notes(self) -> list[str]:
         lines = []
@@ -168,10 +183,10 @@ class Fitting:
                 "it draws as with Load LoRA"
             )
         for kind, layers in self.dense.items():
-            size = sum(self.factors[k].down.numel() * self.factors[k].down.element_size() for k in set(layers))
+            held = {id(m): m.nbytes for k in layers for m in (self.factors[k].up, self.factors[k].down)}
             lines.append(
                 f"{len(layers)} layers of '{self.source.title}' are {kind}, not of low rank: their updates are kept "
-                f"whole, {size / 1e6:.0f} MB, and more while optimising"
+                f"whole, {sum(held.values()) / 1e6:.0f} MB, and more while optimising"
             )
         return lines
 
@@ -235,7 +250,12 @@ def _widened(factors: Factors, shape: torch.Size, axis: int, start: int, length:
 
 
 def _side_by_side(a: Factors, b: Factors) -> Factors:
-    """The sum of two updates of one weight, exactly: ranks add up."""
+    """The sum of two updates of one weight, exactly: ranks add up, but of two that are ΔW itself."""
+    if a.up is b.up:
+        if a.scale == b.scale:
+            return replace(a, down=a.down + b.down)
+        down = a.scale * a.down.float() + b.scale * b.down.float()
+        return Factors(a.up, down.to(a.down.dtype))
     return Factors(
         torch.cat([f.up.float() * f.scale for f in (a, b)], dim=1), torch.cat([f.down.float() for f in (a, b)])
     )
@@ -247,27 +267,42 @@ def fit_one(source: LoRASource, model) -> Fitting:
     hosts, more = keys.unet_keys(model)
     updated = keys.updated(source.tensors)
     more = {name: target for name, target in more.items() if name in updated}
-    fitting = Fitting(source, model, own=bool(more) or renamed)
-    for names in (more, hosts):
-        found = {target: spellings.magnitude(source.tensors, name) for name, target in names.items() if name in updated}
-        fitting.magnitudes |= {target: numbers for target, numbers in found.items() if numbers is not None}
+    found, read = _patches(source, hosts, more)
+    read -= {hosts[name] for name in renamed if name in hosts}
+    fitting = Fitting(source, model, hosts=frozenset(read), own=found.keys() != read, trained=_is_fragment(found, read))
+    for name, target in [*more.items(), *hosts.items()]:
+        magnitude = spellings.magnitude(source.tensors, name) if name in updated else None
+        if magnitude is not None:
+            fitting.magnitudes[target] = magnitude
     with torch.no_grad():
-        for target, patch in _patches(source, hosts, more).items():
+        for target, patch in found.items():
             fitting.add(target, patch)
     fitting.unused = _unused(source, model, {**hosts, **more}, fitting)
     fitting.doubled = keys.doubled(source.tensors, hosts, more)
     return fitting
 
 
-def _patches(source: LoRASource, hosts: keys.Names, more: keys.Names) -> dict[str | tuple, Any]:
+def _patches(
+    source: LoRASource, hosts: keys.Names, more: keys.Names
+) -> tuple[dict[str | tuple, Any], set[str | tuple]]:
+    """(The patches of a file as the host's loader has it, those of them that this loader makes)."""
     patches, others = (comfy.lora.load_lora(source.tensors, names, log_missing=False) for names in (hosts, more))
-    return {**others, **patches}
+    return {**others, **patches}, set(patches)
+
+
+def _is_fragment(patches: Mapping[str | tuple, Any], read: set[str | tuple]) -> bool:
+    """Whether the host's loader skips so many of a file's DoRA layers that nobody has judged it by what is left.
+
+    Of OneTrainer's it skips all attention, 4 of 10 layers and more; of files in other names some odd layer.
+    """
+    scaled = [target for target, patch in patches.items() if scale_of(patch) is not None]
+    return sum(target not in read for target in scaled) > len(scaled) / 4
 
 
 def patches(source: LoRASource, model) -> dict[str | tuple, Any]:
     """A file as the host's patches of a model, by weight or slice of one, as its own loader makes them, and of layers
     too whose names that loader skips. model: the host's BaseModel."""
-    return _patches(source, *keys.unet_keys(model))
+    return _patches(spellings.as_host_reads(source)[0], *keys.unet_keys(model))[0]
 
 
 def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import NamedTuple
 
 import folder_paths
 import torch
@@ -23,6 +25,16 @@ class SameLoRAError(LoRAFileError):
     """Two of the files hold one LoRA."""
 
 
+class FileVersion(NamedTuple):
+    """`hashes.Version` of a LoRA file, and of the configuration that peft keeps beside it; None where none counts."""
+
+    path: str
+    size: int
+    modified: int
+    changed: int
+    config: hashes.Version | None = None
+
+
 STRENGTH = Range(-100, 100)  # of a LoRA, a merge or a dial: wider than the nodes' sliders, for the API
 
 
@@ -31,16 +43,18 @@ class LoRASource:
     """One LoRA file as read: its name in the loras folder, tensors on the CPU, and the strength it is used at.
 
     version, sha256: of the file as it was read; None where the tensors come from elsewhere. clip_strength: of its
-    text-encoder part; None where it is the same. notes: on what was read of it.
+    text-encoder part; None where it is the same. notes: on what was read of it. config: a short digest of the scales
+    that its header or a file beside it gives its layers; "" where none does.
     """
 
     name: str
     tensors: dict[str, Tensor] = field(repr=False)  # the host keeps what an error's inputs look like
     strength: float
-    version: hashes.Version | None = None
+    version: FileVersion | None = None
     sha256: str | None = None
     clip_strength: float | None = None
     notes: tuple[str, ...] = ()
+    config: str = ""
 
     @property
     def of_clip(self) -> float:
@@ -109,12 +123,15 @@ def lora_path(name: str) -> str:
     return path
 
 
-def fingerprint(name: str) -> hashes.Version:
-    """Changes when the file does, or what peft keeps beside it, and not where it only has new rights, a link or its old
-    name again. Raises LoRAFileError where there is none."""
+def fingerprint(name: str) -> FileVersion:
+    """Changes when the file does, or which configuration counts beside it, and not where the file only has new rights,
+    a link or its old name again. Raises LoRAFileError where there is none."""
     path = lora_path(name)
     version, beside = hashes.HASHES.version(path), adapter_config.place(path)
-    return version if beside is None else version._replace(changed=max(version.changed, hashes.key(beside).changed))
+    config = None
+    with suppress(LoRAFileError):  # it may go meanwhile
+        config = None if beside is None else hashes.version(beside)
+    return FileVersion(*version, config)
 
 
 def check(name: str) -> str | None:
@@ -232,11 +249,11 @@ def load(name: str, strength: float, clip_strength: float | None = None) -> LoRA
     known = hashes.HASHES.known(file)
     digest = hashlib.sha256() if known is None else None
     tensors = read_lora_file(path, digest)
-    tensors, notes = adapter_config.completed(path, shown(name, 255), tensors)
+    tensors, notes, config = adapter_config.completed(path, shown(name, 255), tensors)
     if hashes.key(path) != file:
         raise LoRAFileError(f"'{shown(name, 255)}' has changed while it was read; queue again")
     if digest is not None:
         known = digest.hexdigest()
         hashes.HASHES.remember(file, known)
     apart = None if clip_strength == strength else clip_strength
-    return LoRASource(name, tensors, strength, version, known, apart, notes)
+    return LoRASource(name, tensors, strength, version, known, apart, notes, config)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -26,6 +30,37 @@ def other_model(source: LoRASource, key: str, kind: str, shape: torch.Size) -> O
 
 def broken(source: LoRASource, key: str, why: str) -> LoRAFileError:
     return LoRAFileError(f"'{source.title}' is broken at layer '{key}': {why}; download it again")
+
+
+def no_memory(source: LoRASource, key: str, kind: str, shape: torch.Size) -> MemoryError:
+    """Its update of a layer, of that kind, could not be computed for a weight of that shape."""
+    return MemoryError(
+        f"there is not enough memory to compute the {kind} of '{source.title}' at layer '{key}', a weight of shape "
+        f"{tuple(shape)}; close other programs, or use a smaller model or a LoRA of low rank"
+    )
+
+
+def is_of_memory(said: str) -> bool:
+    """Whether an error's text is about memory that ran out, of a CPU or a GPU."""
+    return re.search("out of memory|enough memory|allocate memory", said, re.IGNORECASE) is not None
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """The errors that the host logs in this thread meanwhile: its adapters go on with the weight as it was then."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.thread == here:
+                said.append(record.getMessage())
+
+    here, listener, root = threading.get_ident(), Listener(logging.ERROR), logging.getLogger()
+    root.addHandler(listener)
+    try:
+        yield said
+    finally:
+        root.removeHandler(listener)
 
 
 def guess(source: LoRASource, own: str | None = None) -> str:

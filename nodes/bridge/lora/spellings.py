@@ -14,19 +14,20 @@ from .loras import LoRASource
 _KOHYA_OFT = "oft_unet_"
 
 
-def as_host_reads(source: LoRASource) -> tuple[LoRASource, bool]:
-    """(The file as the host's loader has it before it looks for layers, whether it would not know it so).
+def as_host_reads(source: LoRASource) -> tuple[LoRASource, set[str]]:
+    """(The file as the host's loader has it before it looks for layers, the layers that it would not know so).
 
     kohya's OFT (sd-scripts, networks/oft.py) is the host's under another prefix, with alpha for each row.
     """
-    tensors = dict(source.tensors)
+    tensors, renamed = dict(source.tensors), set()
     for key in [key for key in tensors if key.startswith(_KOHYA_OFT)]:
         tensor = tensors.pop(key)
         blocks = source.tensors.get(f"{formats.layer_name(key)}.oft_blocks")
         if key.endswith(".alpha") and blocks is not None and blocks.ndim == 3:
             tensor = tensor.double() * blocks.shape[0] * blocks.shape[1]
-        tensors[f"lora_unet_{key.removeprefix(_KOHYA_OFT)}"] = tensor
-    renamed = tensors.keys() != source.tensors.keys()
+        name = f"lora_unet_{key.removeprefix(_KOHYA_OFT)}"
+        renamed.add(formats.layer_name(name))
+        tensors[name] = tensor
     tensors = convert_lora(tensors)
     return (source if tensors.keys() == source.tensors.keys() else replace(source, tensors=tensors)), renamed
 

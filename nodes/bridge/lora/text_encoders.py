@@ -12,6 +12,17 @@ def parts(source: LoRASource) -> int:
     return len(set(formats.text_encoder_layers(source.tensors).values()))
 
 
+def unread_scales(source: LoRASource) -> str | None:
+    """What the host's loader does not read of a file's text-encoder part; None where it reads all."""
+    count = sum(formats.is_text_encoder(key) and key.endswith(formats.MAGNITUDES) for key in source.tensors)
+    if not count:
+        return None
+    return (
+        f"{count} text-encoder layers of '{source.title}' are DoRA in peft's form, whose scale is not read: they count "
+        "as LoRA without it, as in ComfyUI's own loader"
+    )
+
+
 def notes(sources: LoRASources, zipped: bool) -> list[str]:
     """What a report says of them, for each file and for all. zipped: whether prompts were looked at."""
     counted = [(source.title, parts(source)) for source in sources.by_concept.values()]
@@ -27,6 +38,7 @@ def notes(sources: LoRASources, zipped: bool) -> list[str]:
         for title, count in counted
         if count
     ]
+    lines += filter(None, map(unread_scales, sources.by_concept.values()))
     if lines and zipped and not sources.own_text_encoders:
         lines.append(
             "a prompt does not tell which text encoder made it: where the two prompts for zipping were encoded with "
