@@ -202,6 +202,39 @@ def a_zip(pack, miniature):
     return pack.nodes.bridge.disk.remembered.Remembered(zipped, {"loss": [0.1, 1 / 3]}, "two\nlines")
 
 
+def test_a_report_says_why_its_zip_is_not_remembered(pack, miniature, folder, kept, monkeypatch):  # noqa: F811
+    said = "this zip is not remembered on disk: "
+    others = miniature._replace(model=miniature.model.clone())
+    others.model.set_attachments("x", object())
+    with torch.inference_mode():
+        lines = zipped_by(pack, others, **inputs()).args[3].split("  \n")
+        (line,) = [line for line in lines if said in line]
+        assert line == f"{said}it depends on what other nodes have put on the model (attachments)"
+        assert lines.index(line) > lines.index("details") and not zipped_files(kept)
+        monkeypatch.setenv("ZIPLORA_REMEMBER_MB", "0.001")
+        assert f"{said}it takes " in zipped_by(pack, miniature, **inputs()).args[3] and not zipped_files(kept)
+        monkeypatch.setenv("ZIPLORA_REMEMBER_MB", "50")
+        assert said not in zipped_by(pack, miniature, **inputs()).args[3]
+        assert said not in zipped_by(pack, miniature, **inputs()).args[3], "of one that was remembered"
+
+
+def test_the_code_is_that_of_the_start(pack, monkeypatch):
+    """Also the host's: what a run goes through."""
+    content = pack.nodes.bridge.disk.content
+    read = []
+    own = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.as_posix()) or own(path))
+    assert content.of_code() == content._CODE and not read, "read again while it runs"
+    assert content._of_code() == content._CODE
+    for part in ("ldm/flux/model.py", "model_base.py", "ops.py", "lora.py", "samplers.py", "sd.py", "sd1_clip.py"):
+        assert any(path.endswith(f"/comfy/{part}") for path in read), part
+    assert any("/comfy/weight_adapter/" in path for path in read)
+    assert any(path.endswith("/ziplora_core/saved.py") for path in read)
+    one = next(path for path in read if path.endswith("/comfy/ops.py"))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: own(path) + b"#" * (path.as_posix() == one))
+    assert content._of_code() != content._CODE
+
+
 def test_a_damaged_file_counts_as_none(pack, miniature, folder, kept, caplog):  # noqa: F811
     remembered, made = pack.nodes.bridge.disk.remembered, a_zip(pack, miniature)
     key, other = "a" * 64, "b" * 64
@@ -266,8 +299,11 @@ def test_the_oldest_use_goes_first(pack, miniature, folder, kept, monkeypatch): 
     put(5)
     assert there() == "15" and stranger.exists()
     monkeypatch.setenv("ZIPLORA_REMEMBER_MB", str(0.5 * size / 1e6))
-    put_alone = remembered.keep("6" * 64, made)
-    assert put_alone is None and there() == ""
+    assert "not remembered on disk: it takes" in remembered.keep("6" * 64, made) and there() == "15"
+    monkeypatch.setenv("ZIPLORA_REMEMBER_MB", str(2.5 * size / 1e6))
+    large = kept / f"{'7' * 20}.safetensors"
+    large.write_bytes(bytes(3 * size))  # of a time when more was allowed
+    assert remembered.keep("8" * 64, made) == "" and there() == "18"
 
 
 def test_a_full_disk_costs_the_memory_and_not_the_zip(pack, miniature, folder, kept, solved, caplog):  # noqa: F811
@@ -291,7 +327,6 @@ def test_processes_share_the_folder(pack, miniature, folder, kept, monkeypatch):
     remembered, made = pack.nodes.bridge.disk.remembered, a_zip(pack, miniature)
     fitted = pack.nodes.bridge.lora.fitting.fit(made.zipped.sources, miniature.model.model)
     monkeypatch.setattr(remembered, "MOST", 2)
-    monkeypatch.setattr(remembered.time, "strftime", lambda form: "then")
     keys = [letter * 64 for letter in "abc"]
     context = multiprocessing.get_context("fork")
     failures = context.SimpleQueue()
