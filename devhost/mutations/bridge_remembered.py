@@ -39,15 +39,24 @@ MUTANTS = [
     *faults(
         "nodes/bridge/lora/captured.py",
         CAPTURED,
-        ("differences of biases stay", "taken |= {id(entry) for entry in _differences(", "{*_differences("),
-        ("any file with one matrix of it", "if all(_same(made.get", "if any(_same(made.get"),
+        ("differences of biases stay", "entries.append((place, put))", "pass"),
+        ("any file with one matrix of it", "if all(same(of.get", "if any(same(of.get"),
+        ("some of a file's layers count as all", "if there and len(there) < len(made):", "if False:"),
+        ("a chain outlives its files", "all(loras.fingerprint(name) == v for", "all(True for"),
+        ("an alpha that the loader has not read is used", "if source.config:", "if False:"),
+        ("names before they are converted", "places = convert_lora(dict(file.places))", "places = dict(file.places)"),
+        ("the folder is gone through again", "_recent[name] = None", "pass"),
+        ("models merged in after are overlooked", "if later and other[2] != 1.0:", "if False:"),
+        ("the text encoder keeps its parts", "for patcher in (model, clip.patcher):", "for patcher in (model,):"),
+    ),
+    *faults(
+        "nodes/bridge/lora/calls.py",
+        CAPTURED,
         (
             "block weights are taken for one strength",
             "return found.pop() if len(found) == 1 else None",
             "return found.pop()",
         ),
-        ("models merged in after are overlooked", "if later and other[2] != 1.0:", "if False:"),
-        ("the text encoder keeps its parts", "for patcher in (model, clip.patcher):", "for patcher in (model,):"),
     ),
     *faults(
         "nodes/bridge/lora/zipped.py",

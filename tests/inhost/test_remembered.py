@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -150,6 +151,24 @@ def test_any_change_is_another_zip(pack, miniature, load_miniature, folder, aske
     assert None not in keys.values()
     same = [(a, b) for a in keys for b in keys if a < b and keys[a] == keys[b]]
     assert not same
+
+
+def test_another_configuration_beside_a_file_is_another_zip(pack, miniature, folder, asked):  # noqa: F811
+    """Whose bytes are the same."""
+    import folder_paths
+
+    own = folder / "own"
+    own.mkdir()
+    tensors = {k: t for k, t in load_file(folder / file(NAMES[0])).items() if not k.endswith(".alpha")}
+    rank = next(t.shape[0] for k, t in tensors.items() if k.endswith("lora_down.weight"))
+    save_file(tensors, own / "adapter_model.safetensors")
+    folder_paths.filename_list_cache.clear()
+    keys = []
+    for alpha in (rank / 2, rank / 4, None):
+        config = own / "adapter_config.json"
+        config.unlink() if alpha is None else config.write_text(json.dumps({"r": rank, "lora_alpha": alpha}))
+        keys.append(asked(subject_lora="own/adapter_model.safetensors"))
+    assert None not in keys and len(set(keys)) == 3
 
 
 def test_what_changes_nothing_is_the_same_zip(pack, miniature, load_miniature, asked):
