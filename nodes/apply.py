@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from . import inputs
-from .bridge.apply import apply
+from .bridge.apply import apply_once
 from .schema import Schema
 from .sockets import LoRAsToApplySocket
 
@@ -49,4 +49,4 @@ class ApplyZippedLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, zipped_lora, strength: float, clip=None) -> io.NodeOutput:
         inputs.connected(model=model, zipped_lora=zipped_lora, **{} if clip is None else {"clip": clip})
-        return io.NodeOutput(*apply(model, clip, zipped_lora, strength))
+        return io.NodeOutput(*apply_once(model, clip, zipped_lora, strength))

@@ -164,6 +164,7 @@ class ZipLoRAs(io.ComfyNode):
     def check_lazy_status(cls, quality: str, **given) -> list[str]:
         """Which inputs to make next: what can be refused is refused before a checkpoint is loaded."""
         names = ["model", "clip"]
+        inputs.connected(**{name: given[name] for name in names if given.get(name) is not None})
         if _of_loaders(given) and inputs.not_made(names, given):  # which LoRAs, is known when they are there
             return inputs.not_made(names, given)
         listed = _listed(_chain(given), **given)

@@ -31,19 +31,22 @@ _KEY = "ziplora"  # in the file's metadata: everything but the numbers, as JSON
 @dataclass(frozen=True)
 class SavedLoRA:
     """Which file a concept's coefficients belong to. sha256, size: of the whole file. strength: it is used at;
-    clip_strength: its text-encoder part, None for the same."""
+    clip_strength: its text-encoder part, None for the same. config: a digest of the scales that its header or a file
+    beside it gave its layers, "" where none did; None where older files do not say it."""
 
     name: str
     sha256: str
     size: int
     strength: float
     clip_strength: float | None = None
+    config: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for what a file does not say so."""
         texts = isinstance(self.name, str) and isinstance(self.sha256, str)
         if not (
             texts
+            and isinstance(self.config, str | None)
             and isinstance(self.size, int)
             and math.isfinite(self.strength)
             and math.isfinite(self.clip_strength or 0)
@@ -51,7 +54,7 @@ class SavedLoRA:
             raise ValueError("expected a name, a hash, a size and a strength")
 
     def as_table(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "clip_strength" or value is not None}
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -137,16 +140,21 @@ def read(path: str | os.PathLike[str]) -> tuple[Coefficients, Routing, SavedZip]
     Raises LoRAFileError for a file that is cut off, no file of this pack, or of a format that it does not know.
     """
     with opened(path) as file:
-        about = _about(file)
-        vectors: dict[str, dict[str, torch.Tensor]] = {concept: {} for concept in about.sources}
-        matrices: dict[str, torch.Tensor] = {}
-        for key, m in file.tensors():
-            owner, _, name = key.partition(".")
-            if not bool(torch.isfinite(m).all()):
-                raise _unusable(file, key)
-            (matrices if owner == _ROUTING else vectors[owner])[name] = m
+        return read_opened(file)
+
+
+def read_opened(file: OpenFile) -> tuple[Coefficients, Routing, SavedZip]:
+    """As `read`, of a file that is open: its metadata are those of the same file then, whatever replaces it."""
+    about = _about(file)
+    vectors: dict[str, dict[str, torch.Tensor]] = {concept: {} for concept in about.sources}
+    matrices: dict[str, torch.Tensor] = {}
+    for key, m in file.tensors():
+        owner, _, name = key.partition(".")
+        if not bool(torch.isfinite(m).all()):
+            raise _unusable(file, key)
+        (matrices if owner == _ROUTING else vectors[owner])[name] = m
     if about.settings.get(ROUTED_LAYERS, len(matrices)) != len(matrices):
-        raise LoRAFileError(f"'{shown(os.path.basename(path))}' lacks matrices; zip the LoRAs again and save it anew")
+        raise LoRAFileError(f"'{file.name}' lacks matrices; zip the LoRAs again and save it anew")
     return Coefficients(vectors), matrices, about
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...ziplora_core.lora_set import Layer
 from ...ziplora_core.merge import merged_factors
-from .lora import fitting, text_encoders
+from .lora import captured, fitting, loader_patches, text_encoders
 from .lora.adapters import fits, reshapes
 from .lora.loras import STRENGTH, LoRASource, LoRASources
 from .lora.zipped import ZippedLoRA
@@ -54,13 +54,15 @@ def is_on(model, zipped: ZippedLoRA) -> bool:
     )
 
 
-def _patch(patcher, patches: dict, strength: float, names: str):
+def _patch(patcher, patches: dict, strength: float, names: str, made: str = "zipped"):
+    """made: how it came to be another model's."""
     applied = set(patcher.add_patches(patches, strength))
     missing = [k for k in patches if k not in applied]
     if missing:
+        own = "the model that it was optimised with, or one of the same family" if made == "zipped" else "its own model"
         raise ValueError(
-            f"{names} was zipped for another model: {len(missing)} of its {len(patches)} layers are not in this one, "
-            f"e.g. '{missing[0]}'; connect the model that it was optimised with, or one of the same family"
+            f"{names} was {made} for another model: {len(missing)} of its {len(patches)} layers are not in this one, "
+            f"e.g. '{missing[0]}'; connect {own}"
         )
 
 
@@ -101,29 +103,28 @@ def stack(model, clip, sources: LoRASources, strength: float):
     """(model, clip) clones with LoRAs on them one after another, as LoRA loaders in a row put them there; what came in
     is not changed.
 
-    Also what the host's loader does not read. clip may be None. Raises LoRAFileError where a file is another model's.
+    Also what the host's loader does not read; only for that, updates are computed here. clip may be None. Raises
+    LoRAFileError where a file is another model's.
     """
-    fitted = fitting.fit(sources, model.model)
+    bare(model.model)
+    alone = loader_patches.alone(sources, model.model)
     if clip is None:
         _tell_left_out(sources)
     model, clip = model.clone(), None if clip is None else clip.clone()
     for concept, source in ((concept, of.times(strength)) for concept, of in sources.by_concept.items()):
         if source.strength:
-            model.add_patches(_alone(sources, fitted, concept, model.model), source.strength)
+            _patch(model, alone[concept], source.strength, f"'{source.title}'", "made")
         if clip is not None and source.of_clip:
             _text_encoder(clip, source, source.of_clip)
     return model, clip
 
 
-def _alone(sources: LoRASources, fitted: fitting.FittedSet, concept: str, model) -> dict:
-    """One LoRA's patches at strength 1: the host's own, or of a file that it reads not all of, its factors."""
-    source = sources[concept]
-    if concept not in fitted.own:
-        return fitting.patches(source, model)
-    alone = {name: layer[concept] for name, layer in fitted.loras.layers.items() if concept in layer}
-    alphas = {name: of.scale / source.strength * of.rank for name, of in alone.items()}
-    adapters = {n: LoRAAdapter(set(), (of.up, of.down, alphas[n], None, None, None)) for n, of in alone.items()}
-    return {**adapters, **fitted.passthrough[concept]}
+def apply_once(model, clip, zipped: ZippedLoRA | LoRASources, strength: float):
+    """As `apply`, but raises ValueError also where LoRA loaders have put on what a zip brings. A pair that nothing has
+    zipped is one more loader itself."""
+    if isinstance(zipped, ZippedLoRA):
+        captured.refuse_twice(model, clip, zipped.sources)
+    return apply(model, clip, zipped, strength)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from ...ziplora_core.files import shown
 from . import direct
 from .apply import apply, is_on
 from .drawing.sampling import Drawing, best_side, draw_one
+from .lora import captured
 from .lora.loras import STRENGTH, LoRASource, LoRASources, of_kind
 from .lora.zipped import ZippedLoRA
 from .network.bare import bare
@@ -150,7 +151,7 @@ def compare(
     best = best_side(model)
     drawing = Drawing(**{**how, **{name: how[name] or best for name in ("width", "height")}})
     rows, across = read_prompts(prompts), columns(zipped, read_dials(dials))
-    _check_bare(model, zipped)
+    _check_bare(model, clip, zipped)
     _check_vae(model, vae)
     clips = [column.put(model, clip)[1] for column in across]  # raises where the LoRAs are another model's
     each = len(rows) * len(across)
@@ -165,7 +166,8 @@ def compare(
     return Compared([column.heading for column in across], rows, torch.cat(by_row))
 
 
-def _check_bare(model, zipped: ZippedLoRA) -> None:
+def _check_bare(model, clip, zipped: ZippedLoRA) -> None:
+    captured.refuse_twice(model, clip, zipped.sources)
     if is_on(model, zipped):
         raise ValueError(
             "model carries the zip already, so every picture would have it twice; connect the model and the clip of "

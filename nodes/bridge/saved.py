@@ -123,6 +123,11 @@ def load(model, name: str) -> ZippedLoRA:
     for concept, source in sources.by_concept.items():
         if bound(source).sha256 != about.sources[concept].sha256:
             raise LoRAFileError(f"'{source.title}' has changed while '{shown(name, 255)}' was loaded; queue again")
+        if about.sources[concept].config not in (None, source.config):
+            raise LoRAFileError(
+                f"'{shown(name, 255)}' was zipped while 'adapter_config.json' beside '{source.title}' gave its layers "
+                "other scales than now, by another alpha; restore that file, or zip again"
+            )
     fitted = fitting.fit(sources, model.model)
     try:
         fitted = replace(fitted, loras=direct.prepared(fitted.loras, about.method, about.settings))

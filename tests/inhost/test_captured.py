@@ -138,7 +138,7 @@ def test_what_is_no_lora_stays_on_the_model(pack, miniature, folder):  # noqa: F
     rows = [(FILES[0], 0.9, 0.9), (FILES[1], 1.1, 1.1)]
     ours = of_loaders(pack, loader(loader(changed, *rows[0]), *rows[1]))
     assert_same(ours, by_name(pack, changed, rows), miniature)
-    assert "1 other patches stay on the model: they are no LoRA" in ours.args[3]
+    assert "1 other patches stay on the model: no LoRA file was recognized in them" in ours.args[3]
 
 
 def test_what_cannot_be_captured_is_refused_in_a_sentence(pack, miniature, load_miniature, folder):  # noqa: F811
@@ -171,6 +171,175 @@ def test_what_cannot_be_captured_is_refused_in_a_sentence(pack, miniature, load_
     refused(fresh, r"LoRA 2 on the model \(72 layers\) is that of no file in the loras folder as it is now")
     (folder / FILES[1]).unlink()
     refused(two._replace(model=two.model.clone()), "LoRA 2 on the model")
+
+
+def test_a_lora_on_only_some_layers_is_refused(pack, miniature, folder):  # noqa: F811
+    """As packs for block weights leave out those at strength 0: the file by name would be more than what is drawn."""
+    import comfy.lora
+
+    two = loader(loader(miniature, FILES[0], 0.9, 0.6), FILES[1], 1.0, 1.0)
+    tensors = load_file(folder / FILES[0])
+    names = comfy.lora.model_lora_keys_unet(miniature.model.model, {})
+    names = comfy.lora.model_lora_keys_clip(miniature.clip.cond_stage_model, names)
+    made = comfy.lora.load_lora(tensors, names, log_missing=False)
+    on_model = miniature.model.model.state_dict().keys()
+
+    def behind_block_weights(left_out: str):
+        model, clip = miniature.model.clone(), miniature.clip.clone()
+        some = {key: patch for key, patch in made.items() if left_out not in key}
+        model.add_patches(some, 0.9)
+        clip.add_patches(some, 0.6)
+        return loader(miniature._replace(model=model, clip=clip), FILES[1], 1.0, 1.0), made.keys() - some.keys()
+
+    whole, none = behind_block_weights("no layer")
+    assert not none and largest_difference(weights(of_loaders(pack, whole).args[0]), weights(two.model)) < 1
+    for part, where in (("input_blocks", "model"), ("layers.0.", "text encoder")):
+        loaded, without = behind_block_weights(part)
+        of_this = [key for key in made if (key in on_model) == (where == "model")]
+        says = f"^only {len(of_this) - len(without)} of {len(of_this)} layers of '{FILES[0]}' are on the {where}"
+        assert without and without < set(of_this)
+        with pytest.raises(ValueError, match=says):
+            of_loaders(pack, loaded)
+
+
+@pytest.mark.parametrize("matrices", [True, False], ids=["beside matrices", "alone"])
+def test_differences_of_a_text_encoder_are_taken_too(pack, miniature, folder, matrices):  # noqa: F811
+    """They name no file themselves; left there, the zip would bring them a second time."""
+    tensors = load_file(folder / FILES[0])
+    parts = [key for key in tensors if key.startswith("lora_te")]
+    name = next(key for key in parts if key.endswith("lora_up.weight")).removesuffix(".lora_up.weight")
+    shape = tensors[f"{name}.lora_up.weight"].shape[0], tensors[f"{name}.lora_down.weight"].shape[1]
+    tensors = {k: t for k, t in tensors.items() if not k.startswith(name) and (matrices or k not in parts)}
+    g = torch.Generator().manual_seed(0)
+    tensors[f"{name}.diff"] = torch.randn(shape, generator=g) * 0.05
+    save_file(tensors, folder / "diff.safetensors")
+    rows = [("diff.safetensors", 0.9, 0.6), (FILES[1], 1.1, 1.1)]
+    loaded = loader(loader(miniature, *rows[0]), *rows[1])
+    ours = of_loaders(pack, loaded)
+    assert_same(ours, by_name(pack, miniature, rows), miniature)
+    assert "'diff.safetensors' at 0.9, text encoder 0.6" in ours.args[3]
+
+
+def test_a_call_that_was_put_on_again_counts_again(pack, miniature, folder):  # noqa: F811
+    once = loader(miniature, FILES[0], 0.5, 0.5)
+    twice = once._replace(model=once.model.clone(), clip=once.clip.clone())
+    for patcher in (twice.model, twice.clip.patcher):
+        patcher.patches = {key: [*on, *((0.25, *entry[1:]) for entry in on)] for key, on in patcher.patches.items()}
+    rows = [(FILES[0], 0.75, 0.75), (FILES[1], 1.0, 1.0)]
+    assert_same(of_loaders(pack, loader(twice, *rows[1])), by_name(pack, miniature, rows), miniature)
+
+
+def test_a_chain_is_looked_for_anew_when_a_file_changes(pack, miniature, folder):  # noqa: F811
+    two = loader(loader(miniature, FILES[0], 1.0, 1.0), FILES[1], 1.0, 1.0)
+    find = pack.nodes.bridge.lora.captured.find
+    chain = find(two.model, two.clip)
+    assert find(two.model, two.clip) is chain
+    tensors = load_file(folder / FILES[1])
+    (folder / file(f"te_{NAMES[1]}")).unlink()
+    name = next(key for key in tensors if key.endswith("lora_down.weight"))
+    tensors[name][0, 0] += 1
+    save_file(tensors, folder / "new.safetensors")
+    (folder / "new.safetensors").replace(folder / FILES[1])  # what was loaded is a map of the old file
+    with pytest.raises(ValueError, match="LoRA 2 on the model"):
+        find(two.model, two.clip)
+    (folder / FILES[1]).unlink()
+    with pytest.raises(ValueError, match="LoRA 2 on the model"):
+        find(two.model, two.clip)
+
+
+def test_the_folder_is_gone_through_once_and_what_was_found_comes_first(pack, miniature, folder, monkeypatch):  # noqa: F811
+    captured = pack.nodes.bridge.lora.captured
+    monkeypatch.setattr(captured, "_recent", {})
+    for number in range(5):
+        save_file({"x.lora_up.weight": torch.zeros(1, 1)}, folder / f"aa{number}.safetensors")
+    opened, looked = captured.opened, []
+    monkeypatch.setattr(captured, "opened", lambda path: looked.append(str(path)) or opened(path))
+    rows = [(name, 1.0, 1.0) for name in FILES]
+
+    def chain(times: float):
+        loaded = miniature
+        for name, *strengths in rows:
+            loaded = loader(loaded, name, *(times * strength for strength in strengths))
+        looked.clear()
+        found = captured.find(loaded.model, loaded.clip)
+        assert [lora.name for lora in found.loras] == FILES
+        return len(looked)
+
+    first = chain(1.0)
+    assert first == len(set(looked)) > 5
+    assert chain(0.5) == len(FILES)
+    monkeypatch.setattr(captured, "_MOST_RECENT", 2)
+    chain(0.25)
+    assert len(captured._recent) == 2
+
+
+def test_an_alpha_that_only_this_pack_reads_is_refused_for_what_it_is(pack, miniature, folder):  # noqa: F811
+    """The loader drew the LoRA at scale 1; by its configuration it counts half."""
+    import json
+
+    import folder_paths
+
+    own = folder / "own"
+    own.mkdir()
+    tensors = {k: t for k, t in load_file(folder / file(NAMES[0])).items() if not k.endswith(".alpha")}
+    rank = next(t.shape[0] for k, t in tensors.items() if k.endswith("lora_down.weight"))
+    save_file(tensors, own / "adapter_model.safetensors")
+    folder_paths.filename_list_cache.clear()
+    name = next(n for n in folder_paths.get_filename_list("loras") if n.endswith("adapter_model.safetensors"))
+    two = loader(loader(miniature, name, 1.0, 1.0), FILES[1], 1.0, 1.0)
+    assert of_loaders(pack, two) is not None
+    (own / "adapter_config.json").write_text(json.dumps({"r": rank, "lora_alpha": rank / 2}))
+    assert pack.nodes.bridge.lora.loras.load(name, 1.0).config
+    with pytest.raises(ValueError, match=rf"'{name}' has its alpha in its header or .*at scale 1.*choose its file in"):
+        of_loaders(pack, two)
+
+
+def test_names_that_the_loader_converts_are_found(pack, miniature, folder):  # noqa: F811
+    """As of Wan Fun's files: the host knows them by one of their tensors."""
+    tensors = load_file(folder / file(NAMES[0]))
+    converted = {key.replace("lora_unet_", "lora_unet__"): tensor for key, tensor in tensors.items()}
+    for part in ("down", "up"):
+        converted[f"lora_unet__blocks_0_cross_attn_k.lora_{part}.weight"] = torch.ones(1, 1)
+    save_file(converted, folder / "fun.safetensors")
+    (folder / file(NAMES[0])).unlink()
+    (folder / FILES[0]).unlink()
+    two = loader(loader(miniature, "fun.safetensors", 0.9, 0.9), FILES[1], 1.0, 1.0)
+    captured = pack.nodes.bridge.lora.captured.find(two.model, two.clip)
+    assert [lora.name for lora in captured.loras] == ["fun.safetensors", FILES[1]]
+    rows = [("fun.safetensors", 0.9, 0.9), (FILES[1], 1.0, 1.0)]
+    ours, theirs = of_loaders(pack, two).args[0], by_name(pack, miniature, rows)[0]
+    assert largest_difference(weights(ours), weights(theirs)) == 0
+
+
+def test_a_zip_of_a_chain_is_not_put_on_it_once_more(pack, miniature, folder):  # noqa: F811
+    """Apply Zipped LoRA and Compare Merges take the model from before the loaders."""
+    loaded = loader(loader(miniature, FILES[0], 0.9, 0.9), FILES[1], 1.1, 1.1)
+    zipped = of_loaders(pack, loaded).args[2]
+    apply, compare = pack.nodes.ApplyZippedLoRA.execute, pack.nodes.bridge.compare.compare
+    says = rf"has '{FILES[0]}' and '{FILES[1]}' on it already.*connect the model and the clip from before these loaders"
+    drawing = {"seed": 0, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal"}
+    drawing |= {"width": 64, "height": 64}
+    one = loader(miniature, FILES[1], -0.3, 0.0)
+    with torch.inference_mode():
+        for model, clip in ((loaded.model, None), (loaded.model, miniature.clip), (loaded.model, loaded.clip)):
+            with pytest.raises(ValueError, match=says):
+                apply(model, zipped, 1.0, clip)
+            with pytest.raises(ValueError, match=says):
+                compare(model, clip or miniature.clip, miniature.vae, zipped, "a", "", "1", **drawing)
+        with pytest.raises(ValueError, match=f"has '{FILES[1]}' on it already"):
+            apply(one.model, zipped, 1.0)
+        with pytest.raises(ValueError, match=f"has '{FILES[0]}' on it already"):
+            apply(miniature.model, zipped, 1.0, loaded.clip)
+        other = loader(miniature, FILES[2], 1.0, 1.0)
+        assert apply(other.model, zipped, 1.0, other.clip).args[0].patches
+        on = apply(miniature.model, zipped, 1.0, miniature.clip).args
+        assert largest_difference(weights(on[0]), weights(of_loaders(pack, loaded).args[0])) == 0
+
+
+def test_a_number_in_the_place_of_a_model_is_refused_in_a_sentence(pack, miniature, folder):  # noqa: F811
+    inputs = {**given(NO_FILE, NO_FILE), "clip": miniature.clip}
+    with pytest.raises(ValueError, match="^model is not connected"):
+        pack.nodes.ZipLoRAs.check_lazy_status(**inputs, model=5)
 
 
 def test_prompts_and_pictures_are_asked_for_when_the_chain_is_known(pack, miniature, folder):  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -152,6 +153,24 @@ def test_any_change_is_another_zip(pack, miniature, load_miniature, folder, aske
     assert not same
 
 
+def test_another_configuration_beside_a_file_is_another_zip(pack, miniature, folder, asked):  # noqa: F811
+    """Whose bytes are the same."""
+    import folder_paths
+
+    own = folder / "own"
+    own.mkdir()
+    tensors = {k: t for k, t in load_file(folder / file(NAMES[0])).items() if not k.endswith(".alpha")}
+    rank = next(t.shape[0] for k, t in tensors.items() if k.endswith("lora_down.weight"))
+    save_file(tensors, own / "adapter_model.safetensors")
+    folder_paths.filename_list_cache.clear()
+    keys = []
+    for alpha in (rank / 2, rank / 4, None):
+        config = own / "adapter_config.json"
+        config.unlink() if alpha is None else config.write_text(json.dumps({"r": rank, "lora_alpha": alpha}))
+        keys.append(asked(subject_lora="own/adapter_model.safetensors"))
+    assert None not in keys and len(set(keys)) == 3
+
+
 def test_what_changes_nothing_is_the_same_zip(pack, miniature, load_miniature, asked):
     """Another load of the checkpoint; one whose weights are patched, as while it draws; a clone."""
     from comfy.model_management import load_models_gpu
@@ -200,6 +219,39 @@ def a_zip(pack, miniature):
     pair = pack.nodes.LoadLoRAPair.execute(file(NAMES[0]), file(NAMES[1]), 1.0, 1.0).args[0]
     zipped = pack.nodes.DirectMergeLoRA.execute(miniature.model, pair, "shared columns").args[0]
     return pack.nodes.bridge.disk.remembered.Remembered(zipped, {"loss": [0.1, 1 / 3]}, "two\nlines")
+
+
+def test_a_report_says_why_its_zip_is_not_remembered(pack, miniature, folder, kept, monkeypatch):  # noqa: F811
+    said = "this zip is not remembered on disk: "
+    others = miniature._replace(model=miniature.model.clone())
+    others.model.set_attachments("x", object())
+    with torch.inference_mode():
+        lines = zipped_by(pack, others, **inputs()).args[3].split("  \n")
+        (line,) = [line for line in lines if said in line]
+        assert line == f"{said}it depends on what other nodes have put on the model (attachments)"
+        assert lines.index(line) > lines.index("details") and not zipped_files(kept)
+        monkeypatch.setenv("ZIPLORA_REMEMBER_MB", "0.001")
+        assert f"{said}it takes " in zipped_by(pack, miniature, **inputs()).args[3] and not zipped_files(kept)
+        monkeypatch.setenv("ZIPLORA_REMEMBER_MB", "50")
+        assert said not in zipped_by(pack, miniature, **inputs()).args[3]
+        assert said not in zipped_by(pack, miniature, **inputs()).args[3], "of one that was remembered"
+
+
+def test_the_code_is_that_of_the_start(pack, monkeypatch):
+    """Also the host's: what a run goes through."""
+    content = pack.nodes.bridge.disk.content
+    read = []
+    own = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.as_posix()) or own(path))
+    assert content.of_code() == content._CODE and not read, "read again while it runs"
+    assert content._of_code() == content._CODE
+    for part in ("ldm/flux/model.py", "model_base.py", "ops.py", "lora.py", "samplers.py", "sd.py", "sd1_clip.py"):
+        assert any(path.endswith(f"/comfy/{part}") for path in read), part
+    assert any("/comfy/weight_adapter/" in path for path in read)
+    assert any(path.endswith("/ziplora_core/saved.py") for path in read)
+    one = next(path for path in read if path.endswith("/comfy/ops.py"))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: own(path) + b"#" * (path.as_posix() == one))
+    assert content._of_code() != content._CODE
 
 
 def test_a_damaged_file_counts_as_none(pack, miniature, folder, kept, caplog):  # noqa: F811
@@ -266,8 +318,11 @@ def test_the_oldest_use_goes_first(pack, miniature, folder, kept, monkeypatch): 
     put(5)
     assert there() == "15" and stranger.exists()
     monkeypatch.setenv("ZIPLORA_REMEMBER_MB", str(0.5 * size / 1e6))
-    put_alone = remembered.keep("6" * 64, made)
-    assert put_alone is None and there() == ""
+    assert "not remembered on disk: it takes" in remembered.keep("6" * 64, made) and there() == "15"
+    monkeypatch.setenv("ZIPLORA_REMEMBER_MB", str(2.5 * size / 1e6))
+    large = kept / f"{'7' * 20}.safetensors"
+    large.write_bytes(bytes(3 * size))  # of a time when more was allowed
+    assert remembered.keep("8" * 64, made) == "" and there() == "18"
 
 
 def test_a_full_disk_costs_the_memory_and_not_the_zip(pack, miniature, folder, kept, solved, caplog):  # noqa: F811
@@ -291,7 +346,6 @@ def test_processes_share_the_folder(pack, miniature, folder, kept, monkeypatch):
     remembered, made = pack.nodes.bridge.disk.remembered, a_zip(pack, miniature)
     fitted = pack.nodes.bridge.lora.fitting.fit(made.zipped.sources, miniature.model.model)
     monkeypatch.setattr(remembered, "MOST", 2)
-    monkeypatch.setattr(remembered.time, "strftime", lambda form: "then")
     keys = [letter * 64 for letter in "abc"]
     context = multiprocessing.get_context("fork")
     failures = context.SimpleQueue()

@@ -454,3 +454,42 @@ def test_a_name_with_line_breaks_is_one_line_of_a_report(pack, folders, pair):
     zipped = lora.zipped.ZippedLoRA(sources, fitted, ones)
     about = pack.nodes.bridge.export.export_tensors(zipped, 0, "fp16", "kohya").metadata
     assert about["modelspec.title"].isprintable() and about["modelspec.description"].isprintable()
+
+
+def test_another_configuration_beside_a_file_is_refused(pack, folders, pair):
+    """The file's bytes are the same, its updates are not. Older zips do not say what it was."""
+    patcher, saved = pair[0], pack.nodes.bridge.saved
+    own = folders / "loras" / "own"
+    own.mkdir()
+    tensors = load_file(folders / "loras" / "subject.safetensors")
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    rank = next(t.shape[0] for key, t in tensors.items() if key.endswith("lora_down.weight"))
+    save_file(tensors, own / "adapter_model.safetensors")
+    config = own / "adapter_config.json"
+
+    def says(alpha: float) -> None:
+        config.write_text(json.dumps({"r": rank, "lora_alpha": alpha}))
+
+    says(rank / 2)
+    lora = pack.nodes.bridge.lora.loras
+    sources = lora.load_pair("own/adapter_model.safetensors", "style.safetensors", 1.0, 1.0)
+    assert sources["content"].config and not sources["style"].config
+    name = saved.save(pack.nodes.bridge.direct.merge(patcher, sources, "sum"), "configured")
+    assert saved.load(patcher, name).sources["content"].config == sources["content"].config
+    path = folders / "output" / "ziplora" / name
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+        numbers = {key: file.get_tensor(key) for key in file.keys()}
+    about = json.loads(metadata["ziplora"])
+    for concept in ("content", "style"):
+        del about[concept]["config"]
+    save_file(numbers, path.with_name("old.safetensors"), {**metadata, "ziplora": json.dumps(about)})
+    says(rank / 4)
+    with pytest.raises(ValueError, match="'adapter_config.json' beside 'own/adapter_model.safetensors' gave"):
+        saved.load(patcher, name)
+    assert saved.load(patcher, "old.safetensors")
+    config.unlink()
+    with pytest.raises(ValueError, match="restore that file, or zip again"):
+        saved.load(patcher, name)
+    says(rank / 2)
+    assert saved.load(patcher, name)

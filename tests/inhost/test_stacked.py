@@ -101,6 +101,39 @@ def test_layers_that_the_hosts_loader_skips_are_stacked_too(pack, miniature, fol
     assert largest_difference(found, weights(other)) < 2e-6 and largest_difference(found, weights(style)) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["LoHa", "OFT"])
+def test_what_the_hosts_loader_reads_whole_is_stacked_without_computing_it(pack, miniature, folder, kind, monkeypatch):  # noqa: F811
+    """An update of such a file takes seconds and gigabytes on a large model, and its loader needs none."""
+    name = "diffusion_model.middle_block.1.proj_in"
+    layer = "lora_unet_" + name.removeprefix("diffusion_model.").replace(".", "_")
+    out, columns = miniature.model.model.state_dict()[f"{name}.weight"].shape[:2]
+    g = torch.Generator().manual_seed(0)
+    shapes = {"hada_w1_a": (out, 2), "hada_w1_b": (2, columns), "hada_w2_a": (out, 2), "hada_w2_b": (2, columns)}
+    shapes = shapes if kind == "LoHa" else {"oft_blocks": (4, out // 4, out // 4)}
+    made = {f"{layer}.{part}": torch.randn(*shape, generator=g) * 0.3 for part, shape in shapes.items()}
+    kept = load_file(folder / FILES[0])
+    save_file({**{k: t for k, t in kept.items() if layer not in k}, **made}, folder / "dense.safetensors")
+    fitting = pack.nodes.bridge.lora.fitting
+    monkeypatch.setattr(fitting.Fitting, "_dense", lambda *given: pytest.fail("an update was computed"))
+    pair = pack.nodes.LoadLoRAPair.execute("dense.safetensors", FILES[1], 0.9, 1.1).args[0]
+    with torch.inference_mode():
+        ours = pack.nodes.ApplyZippedLoRA.execute(miniature.model, pair, 1.0, miniature.clip).args
+        assert_same(ours, loaders(miniature, ("dense.safetensors", 0.9, 0.9), (FILES[1], 1.1, 1.1)), miniature)
+
+
+def test_another_models_file_is_not_stacked(pack, miniature, folder):  # noqa: F811
+    """The host only logs what it cannot put on."""
+    tensors = load_file(folder / FILES[0])
+    up = next(k for k in tensors if k.endswith("lora_up.weight") and k.startswith("lora_unet"))
+    larger = {**tensors, up: torch.randn(tensors[up].shape[0] + 1, tensors[up].shape[1])}
+    strange = {f"lora_unet_strange_{part}.weight": torch.ones(2, 2) for part in ("a.lora_up", "a.lora_down")}
+    for name, made in (("larger", larger), ("strange", strange)):
+        save_file(made, folder / file(name))
+        pair = pack.nodes.LoadLoRAPair.execute(file(name), FILES[1], 1.0, 1.0).args[0]
+        with pytest.raises(ValueError, match=f"'{name}.safetensors' (was made for another|has no layer that fits)"):
+            pack.nodes.ApplyZippedLoRA.execute(miniature.model, pair, 1.0)
+
+
 def test_a_zipped_pair_is_zipped_anew_at_its_dials(pack, miniature, folder, monkeypatch):  # noqa: F811
     nodes = pack.nodes
     monkeypatch.setattr(nodes.bridge.drawing.sampling, "STEPS", 2)

@@ -6,10 +6,10 @@ import hashlib
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import comfy.model_base
 import torch
 from comfy.ldm.modules import attention
 from comfy.model_management import throw_exception_if_processing_interrupted
@@ -110,9 +110,25 @@ def of_model(patcher) -> list[Any]:
     ]
 
 
-@cache
+def _of_code() -> str | None:
+    """None where there are no files to be read."""
+    root, host = Path(__file__).resolve().parents[3], Path(comfy.model_base.__file__).resolve().parent
+    try:
+        folders = (root / "nodes", root / "ziplora_core", host)
+        files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+        return digest([[path.relative_to(path.anchor).as_posix(), path.read_bytes().hex()] for path in files])
+    except OSError:
+        return None
+
+
+_CODE = _of_code()  # when it is loaded: files that are updated meanwhile are not the code that runs
+
+
 def of_code() -> str:
-    """Of this pack's own code: what another version makes of the same may differ."""
-    root = Path(__file__).resolve().parents[3]
-    files = sorted(path for folder in ("nodes", "ziplora_core") for path in (root / folder).rglob("*.py"))
-    return digest([[path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")] for path in files])
+    """Of this pack's code and the host's that a run goes through: what another version makes of the same may differ.
+
+    Raises UnknownContent where it could not be read when the host started.
+    """
+    if _CODE is None:
+        raise UnknownContent("code whose files could not be read when ComfyUI started")
+    return _CODE

@@ -25,7 +25,8 @@ def bound(source: loras.LoRASource) -> saved.SavedLoRA:
     same = loras.fingerprint(source.name) == source.version
     if not same and hashes.HASHES.checked(loras.lora_path(source.name)) != source.sha256:
         raise LoRAFileError(f"'{source.title}' has changed since it was loaded; queue again, then save")
-    return saved.SavedLoRA(source.name, source.sha256, source.version.size, source.strength, source.clip_strength)
+    strengths = source.strength, source.clip_strength
+    return saved.SavedLoRA(source.name, source.sha256, source.version.size, *strengths, source.config)
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ....ziplora_core import routing, saved
-from ....ziplora_core.files import LoRAFileError, read_metadata
+from ....ziplora_core.files import LoRAFileError, opened, shown
 from ..lora.described import DETAILS
 from ..lora.fitting import FittedSet
 from ..lora.loras import LoRASource, LoRASources
@@ -30,6 +30,7 @@ from .provenance import versions
 FOLDER = "ziplora_zips"  # in the host's user folder, which restarts leave alone
 MOST = 200  # files
 _MEGABYTES = 1000  # where ZIPLORA_REMEMBER_MB says nothing
+_NOT_KEPT = "this zip is not remembered on disk: "
 _KEY = "ziplora_remembered"  # in a file's metadata: what a zip leaves beside its coefficients, as JSON
 _OF_OTHER_HOSTS = (AttributeError, LookupError, TypeError, ValueError)  # whose models are kept in another way
 _DAMAGED = (LoRAFileError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
@@ -58,42 +59,46 @@ def most_bytes() -> float:
         return _MEGABYTES * 1e6
 
 
-def key(model, sources: LoRASources, **given: Any) -> str | None:
-    """A hash of all that a zip depends on; None where nothing is to be remembered, or where content does not tell it.
+def key(model, sources: LoRASources, **given: Any) -> tuple[str | None, str]:
+    """(A hash of all that a zip depends on, ""); or None and a sentence on why there is none, which is empty where
+    nothing is to be remembered.
 
     model: ModelPatcher, unchanged. given: what else there is: conditioning, latents, settings. The first zip on a model
     reads all of its weights. Interrupts pass through.
     """
     if not most_bytes() > 0:
-        return None
+        return None, ""
     try:
-        loras = {concept: [*_identity(source), source.clip_strength] for concept, source in sources.by_concept.items()}
+        loras = {concept: _identity(source).as_table() for concept, source in sources.by_concept.items()}
         told = [list(sources.by_concept), sources.warnings, sources.own_text_encoders]
-        return content.digest([versions(), content.of_code(), loras, told, content.of_model(model), given])
-    except (content.UnknownContent, OSError, RuntimeError, *_OF_OTHER_HOSTS) as reason:
-        logging.info("ZipLoRA: this zip is not remembered on disk: it depends on %s.", reason)
-        return None
+        return content.digest([versions(), content.of_code(), loras, told, content.of_model(model), given]), ""
+    except content.UnknownContent as reason:
+        why = f"it depends on {reason}"
+    except (OSError, RuntimeError, *_OF_OTHER_HOSTS) as error:
+        why = f"what it depends on could not be read ({shown(str(error))})"
+    logging.info("ZipLoRA: %s%s.", _NOT_KEPT, why)
+    return None, f"{_NOT_KEPT}{why}"
 
 
-def _identity(source: LoRASource) -> tuple[str, str, int, float]:
-    """Name, hash, size and strength of a LoRA; of one that comes from no file, of its tensors."""
-    sha256 = source.sha256 or content.digest(source.tensors)
-    return source.name, sha256, source.version.size if source.version else 0, source.strength
+def _identity(source: LoRASource) -> saved.SavedLoRA:
+    """What tells a LoRA from any other; of one that comes from no file, the hash of its tensors."""
+    sha256, size = source.sha256 or content.digest(source.tensors), source.version.size if source.version else 0
+    return saved.SavedLoRA(source.name, sha256, size, source.strength, source.clip_strength, source.config)
 
 
 def _path(made_of: str) -> str:
     return os.path.join(folder(), f"{made_of[:20]}.safetensors")
 
 
-def keep(made_of: str | None, zip_: Remembered) -> None:
+def keep(made_of: str | None, zip_: Remembered) -> str:
     """Write a zip, and make room for it: what was not used for the longest time goes first. Raises nothing: where it
-    cannot be written, the log says so."""
+    is not written, it gives a sentence on why."""
     if made_of is None:
-        return
+        return ""
     zipped, path = zip_.zipped, _path(made_of)
     sources = zipped.sources.by_concept
     about = saved.SavedZip(
-        sources={c: saved.SavedLoRA(*_identity(of), clip_strength=of.clip_strength) for c, of in sources.items()},
+        sources={concept: _identity(of) for concept, of in sources.items()},
         dials={concept: zipped.dial(concept) for concept in sources},
         method=zipped.method,
         settings=zipped.settings,
@@ -106,21 +111,33 @@ def keep(made_of: str | None, zip_: Remembered) -> None:
     told["drawn"] = [] if zip_.drawn is None else [_as_text(_image(picture)) for picture in zip_.drawn]
     try:
         told["whole"] = _check(told, about, zipped.coefficients.by_concept, zipped.routing)
+        text = json.dumps(told)
+        vectors = [m for of in zipped.coefficients.by_concept.values() for m in of.values()]
+        size = len(text) + 4 * sum(m.numel() for m in [*vectors, *zipped.routing.values()])
+        if size > most_bytes():  # it would push out every other
+            return f"{_NOT_KEPT}it takes {size / 1e6:.0f} MB, and ZIPLORA_REMEMBER_MB allows {most_bytes() / 1e6:g}"
         os.makedirs(folder(), exist_ok=True)
-        saved.write(path, zipped.coefficients, about, {_KEY: json.dumps(told)}, zipped.routing)
+        saved.write(path, zipped.coefficients, about, {_KEY: text}, zipped.routing)
         _make_room()
     except (content.UnknownContent, OSError, ValueError) as error:
         logging.warning("ZipLoRA: this zip could not be remembered on disk: %s", error)
+        return f"{_NOT_KEPT}it could not be written ({shown(str(error))})"
+    return ""
 
 
 def _make_room() -> None:
     """Files that another process deletes meanwhile are gone all the same."""
+    found = []
     with os.scandir(folder()) as entries:
-        found = [(entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in entries if _is_ours(entry.name)]
-    most, total = most_bytes(), 0
-    for number, (_, size, path) in enumerate(sorted(found, reverse=True), 1):
-        total += size
-        if number > MOST or total > most:
+        for entry in (entry for entry in entries if _is_ours(entry.name)):
+            with suppress(FileNotFoundError):
+                about = entry.stat()
+                found.append((about.st_mtime, about.st_size, entry.path))
+    most, stay, total = most_bytes(), 0, 0
+    for _, size, path in sorted(found, reverse=True):
+        if stay < MOST and total + size <= most:
+            stay, total = stay + 1, total + size
+        else:
             with suppress(OSError):
                 os.unlink(path)
 
@@ -138,8 +155,8 @@ def find(made_of: str | None, sources: LoRASources, fitted: FittedSet) -> Rememb
     if path is None or not os.path.lexists(path):
         return None
     try:
-        coefficients, matrices, about = saved.read(path)
-        told = json.loads(read_metadata(path)[_KEY])
+        with opened(path) as file:
+            (coefficients, matrices, about), told = saved.read_opened(file), json.loads(file.metadata[_KEY])
         whole = told.pop("whole")
         if told["key"] != made_of or whole != _check(told, about, coefficients.by_concept, matrices):
             raise ValueError("its content is not what was written")

@@ -1,31 +1,26 @@
 """LoRAs that loaders have put on a model: which files they are, and the model without them.
 
-The host's loader makes all patches of one file at once, and each of them keeps one and the same set: the names of that
-file's tensors that it has used. So patches of one call are told from another's, whoever made it: ComfyUI's own loaders
-and the loaders of other packs, which call it too. A file with these names and numbers is the one that was loaded.
+A file with the names that a call of the host's loader used, and with its numbers, is the one that was loaded.
 """
 
 from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from graphlib import CycleError, TopologicalSorter
+from dataclasses import dataclass
 from typing import Any
 
 import folder_paths
-import torch
+from comfy.lora_convert import convert_lora
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.weight_adapter.base import WeightAdapterBase
-from torch import Tensor
 
-from ....ziplora_core.files import LoRAFileError, opened
-from . import fitting, loras, text_encoders
-from .keys import unet_keys
+from ....ziplora_core.files import LoRAFileError, OpenFile, opened, read_lora_file
+from . import hashes, loras, text_encoders
+from .calls import Call, Loader, Place, calls_on, matrices, same
 
-_Place = tuple[str, Any]  # a weight, and the slice of it (axis, start, length) or None
 _CHOOSE = "choose its file in subject_lora or style_lora, and take its loader away"
 
 
@@ -54,7 +49,8 @@ class Chain:
 
     def lines(self) -> list[str]:
         """What a report says of them."""
-        stay = f"{self.others} other patches stay on the model: they are no LoRA" if self.others else ""
+        why = "other patches stay on the model: no LoRA file was recognized in them"
+        stay = f"{self.others} {why}" if self.others else ""
         return [*(lora.line() for lora in self.loras), *filter(None, [stay])]
 
     def without(self, model, clip) -> tuple[Any, Any]:
@@ -67,91 +63,121 @@ class Chain:
         return model, clip
 
 
-@dataclass
-class _Call:
-    """What one call of the host's loader has put on a model or a text encoder."""
+@dataclass(frozen=True)
+class _Known:
+    """What was found on a model. state: of its patches and its clip's. versions: of the files, by name."""
 
-    names: set[str]  # of the file's tensors that it used; its identity tells the call
-    entries: list[tuple[_Place, tuple]] = field(default_factory=list)
+    state: tuple
+    versions: Mapping[str, hashes.Version | None]
+    chain: Chain
 
-    def strength(self) -> float | None:
-        """None where it has several."""
-        found = {entry[0] for _, entry in self.entries}
-        return found.pop() if len(found) == 1 else None
-
-
-def _calls(patches: Mapping[str, list[tuple]]) -> list[_Call]:
-    """In the order in which they were made, as far as layers that they share tell it."""
-    calls: dict[int, _Call] = {}
-    before: dict[int, set[int]] = {}
-    for key, entries in patches.items():
-        earlier: set[int] = set()
-        for entry in entries:
-            names = getattr(entry[1], "loaded_keys", None)
-            if isinstance(entry[1], WeightAdapterBase) and names:  # those that are made of no file have none
-                calls.setdefault(id(names), _Call(names)).entries.append(((key, entry[3]), entry))
-                before.setdefault(id(names), set()).update(earlier - {id(names)})
-                earlier.add(id(names))
-    try:
-        order = list(TopologicalSorter(before).static_order())
-    except CycleError:  # as where a patch was put on twice
-        order = list(calls)
-    return [calls[call] for call in order]
+    def holds(self, state: tuple) -> bool:
+        try:
+            return state == self.state and all(loras.fingerprint(name) == v for name, v in self.versions.items())
+        except LoRAFileError:
+            return False
 
 
-_known: weakref.WeakKeyDictionary[Any, tuple[tuple, Chain]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
 
 def find(model, clip) -> Chain:
     """The LoRAs on a model. model: ModelPatcher; it and clip are unchanged, and nothing of them is loaded.
 
-    Raises LoRAFileError for one that is the LoRA of no file, or that is no longer a LoRA by itself. Interrupts pass
-    through.
+    Raises LoRAFileError for one that is the LoRA of no file, that is not on the model whole and at one strength, or
+    that its loader has read unlike this pack. Interrupts pass through.
     """
     state = (model.patches_uuid, clip.patcher.patches_uuid)
     known = _known.get(model)
-    if known is None or known[0] != state:
-        known = _known[model] = (state, _find(model, clip))
-    return known[1]
+    if known is None or not known.holds(state):
+        known = _known[model] = _Known(state, *_find(model, clip))
+    return known.chain
 
 
-def _find(model, clip) -> Chain:
-    of_clip = {id(call.names): call for call in _calls(clip.patcher.patches)}
+def _find(model, clip) -> tuple[dict[str, hashes.Version | None], Chain]:
+    of_clip = {id(call.names): call for call in calls_on(clip.patcher.patches)}
+    calls = [(call, of_clip.get(id(call.names), Call(call.names))) for call in calls_on(model.patches)]
+    files = _files(calls, Loader(model.model, clip))
     found: dict[str, Captured] = {}
     taken: set[int] = set()
-    for place, call in enumerate(_calls(model.patches), 1):
-        source = _file_of(call, model.model)
-        if source is None:
+    for place, (call, beside) in enumerate(calls, 1):
+        if id(call.names) not in files:
             raise LoRAFileError(
                 f"LoRA {place} on the model ({len(call.entries)} layers) is that of no file in the loras folder as it "
-                "is now: connect the file's own loader, or what trained it to Pair LoRAs"
+                f"is now: {_CHOOSE}; connect what a node has trained to Pair LoRAs"
             )
-        beside = of_clip.get(id(call.names), _Call(call.names))
-        strength = call.strength()
-        clip_strength = beside.strength() if beside.entries else 0.0
+        file = files[id(call.names)]
+        source, (of_model, of_text) = file.source, file.made
+        if source.config:
+            raise LoRAFileError(
+                f"'{source.title}' has its alpha in its header or in 'adapter_config.json' beside it, which the loader "
+                f"does not read: it put it on the model at scale 1, and this pack would use alpha / r; {_CHOOSE}"
+            )
+        strengths = _take(call, of_model, model.patches, "model", source, taken)
+        clip_strengths = _take(beside, of_text, clip.patcher.patches, "text encoder", source, taken, len(strengths))
+        strength, clip_strength = sum(strengths), sum(clip_strengths)
         if not text_encoders.parts(source):
             clip_strength = strength
-        if strength is None or clip_strength is None:
-            raise LoRAFileError(
-                f"'{source.title}' is on the model at several strengths, as by block weights, which cannot be zipped; "
-                f"{_CHOOSE}"
-            )
-        _check_unmixed(model, call, source)
-        taken |= {id(entry) for _, entry in [*call.entries, *beside.entries]}
-        taken |= {id(entry) for entry in _differences(model, source, strength, taken)}
         earlier = found.get(source.name, Captured(source.name, 0.0, 0.0, 0))
         sums = earlier.strength + strength, earlier.clip_strength + clip_strength
         found[source.name] = Captured(source.name, *sums, len(call.entries))
     others = sum(id(entry) not in taken for entries in model.patches.values() for entry in entries)
-    return Chain(list(found.values()), frozenset(taken), others)
+    versions = {file.source.name: file.source.version for file in files.values()}
+    return versions, Chain(list(found.values()), frozenset(taken), others)
 
 
-def _check_unmixed(model, call: _Call, source: loras.LoRASource) -> None:
+def _take(
+    call: Call,
+    made: Mapping[Place, Any],
+    patches: Mapping[str, list[tuple]],
+    where: str,
+    source: loras.LoRASource,
+    taken: set[int],
+    most: int = 1,
+) -> tuple[float, ...]:
+    """A call's strengths on a model or a text encoder, none where it has put nothing there; `taken` grows by its
+    patches, those included that are no matrices, as of biases and norms, which name no file themselves.
+
+    most: of these, where nothing else tells how often they are on. Raises LoRAFileError where it is not on whole.
+    """
+    strengths, entries = call.strengths(), list(call.entries)
+    if strengths is None:
+        raise LoRAFileError(
+            f"'{source.title}' is on the {where} at several strengths, as by block weights, which cannot be zipped; "
+            f"{_CHOOSE}"
+        )
+    for place, patch in made.items():
+        if isinstance(patch, tuple):
+            alike = [entry for entry in patches.get(place[0], ()) if _is_of(entry, place, patch, taken)]
+            strengths = strengths or tuple(entry[0] for entry in alike[:most])
+            for strength in strengths:
+                put = next((entry for entry in alike if entry[0] == strength), None)
+                if put is not None:
+                    alike.remove(put)
+                    entries.append((place, put))
+    there = {place for place, _ in entries}
+    if there and len(there) < len(made):
+        raise LoRAFileError(
+            f"only {len(there)} of {len(made)} layers of '{source.title}' are on the {where}, as by block weights, "
+            f"which cannot be zipped; {_CHOOSE}"
+        )
+    _check_unmixed(patches, entries, source)
+    taken |= {id(entry) for _, entry in entries}
+    return strengths
+
+
+def _is_of(entry: tuple, place: Place, patch: tuple, taken: set[int]) -> bool:
+    return isinstance(entry[1], tuple) and entry[3] == place[1] and id(entry) not in taken and same(entry[1], patch)
+
+
+def _check_unmixed(
+    patches: Mapping[str, list[tuple]], entries: Iterable[tuple[Place, tuple]], source: loras.LoRASource
+) -> None:
     """Raises LoRAFileError where a later patch scales what a LoRA has made of a weight, as nodes that merge models do:
     the model without it would be another one."""
-    for (key, _), entry in call.entries:
+    for (key, _), entry in entries:
         later = False
-        for other in model.patches[key]:
+        for other in patches[key]:
             if later and other[2] != 1.0:
                 raise LoRAFileError(
                     f"another model was merged in after '{source.title}' was put on (layer '{key}'); put LoRA loaders "
@@ -160,67 +186,98 @@ def _check_unmixed(model, call: _Call, source: loras.LoRASource) -> None:
             later = later or other is entry
 
 
-def _differences(model, source: loras.LoRASource, strength: float, taken: set[int]) -> Iterator[tuple]:
-    """Patches of the same file that are no matrices, as of biases and norms: they name no file themselves."""
-    for target, patch in fitting.patches(source, model.model).items():
-        key = target if isinstance(target, str) else target[0]
-        if isinstance(patch, tuple):
-            same = (e for e in model.patches.get(key, ()) if isinstance(e[1], tuple) and e[0] == strength)
-            yield from [entry for entry in same if id(entry) not in taken and _same(entry[1], patch)][:1]
+@dataclass(frozen=True)
+class _File:
+    """made: what the host's loader makes of it on the model, and on the text encoder."""
+
+    source: loras.LoRASource
+    made: list[dict[Place, Any]]
 
 
-def _file_of(call: _Call, model) -> loras.LoRASource | None:
-    """The file in the loras folders whose LoRA a call has put on, read; the first one where there are copies.
+_MOST_RECENT = 64
+_recent: dict[str, None] = {}  # names of files that were found, the last one last
 
-    Of most others the header is read, and of those with the same names one matrix. model: the host's BaseModel.
+
+def _files(calls: Sequence[tuple[Call, Call]], loader: Loader) -> dict[int, _File]:
+    """The files in the loras folders whose LoRAs calls have put on, read, by the identity of a call's names; of copies
+    the one that was found last, or else the first.
+
+    calls: on the model, and beside it on the text encoder. Of most other files the header is read, and of those with
+    the same names one matrix; each at most once.
     """
-    is_alike = _first_matrix(call, model)
-    for name in folder_paths.get_filename_list("loras"):
+    left = {id(call.names): (call, beside, _FirstMatrix(call, loader)) for call, beside in calls}
+    found: dict[int, _File] = {}
+    listed = folder_paths.get_filename_list("loras")
+    for name in dict.fromkeys([*(name for name in reversed(list(_recent)) if name in set(listed)), *listed]):
+        if not left:
+            break
         throw_exception_if_processing_interrupted()
-        with suppress(LoRAFileError):  # of files that cannot be read, none was loaded
+        with suppress(LoRAFileError, LookupError, AttributeError):  # what cannot be read, or converted, was not loaded
             path = loras.lora_path(name)
-            if is_alike(path):
-                source = loras.load(name, 1.0)
-                made = {_place(target): patch for target, patch in fitting.patches(source, model).items()}
-                if all(_same(made.get(place), entry[1]) for place, entry in call.entries):
-                    return source
-    return None
+            with opened(path) as file:
+                alike = [call for call, (_, _, first) in left.items() if first.is_in(file)]
+            if not alike:
+                continue
+            source = loras.load(name, 1.0)
+            as_it_stands = read_lora_file(path) if source.config else source.tensors
+            made = loader.makes(as_it_stands)
+            for call in alike:
+                on_both = zip(left[call][:2], made, strict=True)
+                if all(same(of.get(place), entry[1]) for put, of in on_both for place, entry in put.entries):
+                    found[call] = _File(source, made)
+                    del left[call]
+                    _recent.pop(name, None)
+                    _recent[name] = None
+    for name in list(_recent)[:-_MOST_RECENT]:
+        del _recent[name]
+    return found
 
 
-def _place(target: str | tuple) -> _Place:
-    return (target, None) if isinstance(target, str) else (target[0], target[1])
+class _FirstMatrix:
+    """The names that a call used, and its first matrix under one of them."""
+
+    def __init__(self, call: Call, loader: Loader) -> None:
+        place, (_, adapter, *_) = call.entries[0]
+        self._names = call.names
+        self._matrix = next(iter(matrices(adapter)), None)
+        layers = loader.layers(place)
+        self._own = [name for name in call.names if name.startswith(layers)]
+
+    def is_in(self, file: OpenFile) -> bool:
+        if self._matrix is None:
+            return False
+        names = {id(place): name for name, place in file.places.items()}
+        places = convert_lora(dict(file.places))  # by the names that the loader makes of a file's
+        if not self._names <= places.keys():
+            return False
+        alike = [places[name] for name in self._own if tuple(places[name].shape) == tuple(self._matrix.shape)]
+        return any(same(file.tensor(names[id(place)]), self._matrix) for place in alike if id(place) in names)
 
 
-def _first_matrix(call: _Call, model) -> Callable[[str], bool]:
-    """Whether a file, by its path, has the names that a call used, and the call's first matrix under one of them."""
-    place, (_, adapter, *_) = call.entries[0]
-    layers = tuple(name for name, target in unet_keys(model)[0].items() if _place(target) == place)
-    matrices = [part for part in adapter.weights if isinstance(part, Tensor) and part.ndim > 1]
-
-    def is_alike(path: str) -> bool:
-        with opened(path) as file:
-            if not matrices or not call.names <= file.places.keys():
-                return False
-            own = [name for name in call.names if name.startswith(layers)]
-            found = [file.tensor(n) for n in own if tuple(file.places[n].shape) == tuple(matrices[0].shape)]
-            return any(_same(tensor, matrices[0]) for tensor in found)
-
-    return is_alike
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two patches, or parts of patches, are one to the last bit."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        alike = one.shape == other.shape and one.dtype == other.dtype
-        return alike and torch.equal(_bits(one), _bits(other))
-    if isinstance(one, WeightAdapterBase) and isinstance(other, WeightAdapterBase):
-        return one.name == other.name and _same(tuple(one.weights), tuple(other.weights))
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return type(one) is type(other) and bool(one == other)
+def refuse_twice(model, clip, sources: loras.LoRASources) -> None:
+    """Raises ValueError where loaders have put LoRAs on a model or its text encoder that a zip brings too: each would
+    count twice. model: ModelPatcher; clip may be None."""
+    calls = calls_on(model.patches), [] if clip is None else calls_on(clip.patcher.patches)
+    if not any(calls):
+        return
+    loader, twice = Loader(model.model, clip), []
+    for source in sources.by_concept.values():
+        names = convert_lora(dict(source.tensors)).keys()
+        put = [[call for call in of if call.names <= names] for of in calls]
+        made = loader.makes(source.tensors) if any(put) else []
+        if any(_is_all_of(call, of) for of, there in zip(made, put, strict=False) for call in there):
+            twice.append(f"'{source.title}'")
+    if twice:
+        raise ValueError(
+            f"model or clip has {' and '.join(twice)} on it already, by LoRA loaders, and the zip brings them too, so "
+            "they would count twice; connect the model and the clip from before these loaders"
+        )
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """torch compares no float8 with itself."""
-    here = tensor.detach().cpu()
-    return here.contiguous().view(torch.uint8) if here.element_size() == 1 else here
+def _is_all_of(call: Call, made: Mapping[Place, Any]) -> bool:
+    """Whether a call has put on matrices of a file and no others, at whatever alpha."""
+    for place, entry in call.entries:
+        patch = made.get(place)
+        if not isinstance(patch, WeightAdapterBase) or not same(matrices(patch), matrices(entry[1])):
+            return False
+    return True

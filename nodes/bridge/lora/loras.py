@@ -197,12 +197,13 @@ def _same_file(one: str, other: str, of_inputs: bool = True) -> SameLoRAError:
 def _hold_the_same(sources: LoRASources) -> tuple[str, str] | None:
     """The first two concepts whose LoRAs are one."""
     for (one, a), (other, b) in combinations(sources.by_concept.items(), 2):
-        if a.tensors.keys() == b.tensors.keys() and all(_same(t, b.tensors[key]) for key, t in a.tensors.items()):
+        if a.tensors.keys() == b.tensors.keys() and all(same_bits(t, b.tensors[key]) for key, t in a.tensors.items()):
             return one, other
     return None
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one to the last bit, on whatever device."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if one.element_size() == 1:  # torch compares no float8 with itself

@@ -112,7 +112,7 @@ def optimize(
         zipped = _zipped(outcome)
         return zipped, outcome.loss_map, zipped.report, None
     given = {"conditioning": conditioning, "latents": dict(samples), "request": asdict(request)}
-    made_of = remembered.key(model, sources, **given, settings=_told(settings))
+    made_of, untold = remembered.key(model, sources, **given, settings=_told(settings))
     known = remembered.find(made_of, sources, fitted)
     if known is not None:
         finish(known.words, known.picture)
@@ -143,7 +143,9 @@ def optimize(
     said = "\n".join(lines)
     picture, drawings = verdict.picture(lines, progress.picture, thumbnails, sources.by_concept), _pictures(thumbnails)
     progress.finish(said, picture)
-    remembered.keep(made_of, remembered.Remembered(zipped, outcome.loss_map, said, picture, drawings))
+    untold += remembered.keep(made_of, remembered.Remembered(zipped, outcome.loss_map, said, picture, drawings))
+    if untold:
+        zipped = replace(zipped, report=f"{zipped.report}  \n{untold}")
     return zipped, outcome.loss_map, zipped.report, drawings
 
 
