@@ -421,8 +421,8 @@ def test_figures_that_are_no_numbers_are_no_verdict(pack, miniature, folder):  #
         return bridge.findings.found(effects, fitted)[0]
 
     assert said(1.44, 0.42) == (
-        "Worth zipping: LoRA loaders in a row spoil much of what the subject LoRA would draw alone (subject 144%; 100%: "
-        "as far from it as without LoRAs)."
+        "Worth zipping: LoRA loaders in a row spoil much of what the subject LoRA would draw alone (subject 144%; "
+        "100%: as far from it as without LoRAs)."
     )
     assert "the subject and style LoRAs would draw alone (subject 144%, style 60%; 100%" in said(1.44, 0.6)
     assert said(0.042, 0.42).startswith("A plain stack is enough: ") and "(subject 4.2%, style 42%; 100%" in said(
