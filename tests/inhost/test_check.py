@@ -395,6 +395,24 @@ def test_an_interrupt_passes_through(pack, miniature, folder):  # noqa: F811
     assert len(calls) <= 41 and miniature.model.patches == {}
 
 
+def test_an_interrupt_ends_the_look_at_words(pack, miniature, folder, monkeypatch):  # noqa: F811
+    """Updates of many layers that are kept whole take a while: nothing is drawn after it."""
+    import comfy.model_management as management
+
+    bridge = pack.nodes.bridge
+    real = bridge.network.text.readers
+
+    def readers(*given):
+        management.interrupt_current_processing()
+        return real(*given)
+
+    monkeypatch.setattr(bridge.network.text, "readers", readers)
+    monkeypatch.setattr(bridge.drawing.sampling, "draw_plain", lambda *_: pytest.fail("it is drawn"))
+    monkeypatch.setattr(pack.ziplora_core.words, "_size", lambda *_: pytest.fail("a layer was looked at"))
+    with pytest.raises(management.InterruptProcessingException):
+        check(pack, miniature, **given())
+
+
 def test_three_and_one_are_looked_at_too(pack, miniature, folder):  # noqa: F811
     stack = [(file("dusk"), 1.0, 1.0)]
     found, report = looked(pack, miniature, **given(lora_stack=stack, stack_prompts=learned("dusk")))
