@@ -22,9 +22,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
@@ -32,6 +32,9 @@ from benchmarks import new_concepts
 from benchmarks.intervals import WEAK, of_pairs
 from benchmarks.quality_table import Record, read_records
 from benchmarks.workers import share_out
+
+if TYPE_CHECKING:
+    from ziplora_core.checkup import Finding
 
 RESULTS = Path(__file__).resolve().parent / "results" / "verdicts.jsonl"
 WORDED = ("good", "short", "cat", "other words", "swapped")
@@ -110,7 +113,9 @@ def measure(job: Job) -> list[Record]:
         with torch.inference_mode():
             fitted = fitting.fit(sources, studio.model.model)
             encoders = dict.fromkeys(pair, studio.prompt)
-            looked = bridge.check.look(studio.model, studio.clip, sources, fitted, said, encoders, SEED, SIDE)
+            looked = bridge.check.look(
+                studio.model, studio.prompt, sources, fitted, said, encoders, SEED, SIDE, other=True
+            )
             record["seconds"] = round(time.monotonic() - began, 2)
             own, after = {c: studio.prompt(text) for c, text in said.items()}, {}
             latents = {c: drawn for c, (_, drawn) in looked.drawn.items()}
@@ -131,24 +136,35 @@ def measure(job: Job) -> list[Record]:
     return records
 
 
-def measure_words(block: str) -> list[Record]:
-    """A record for each case of every strong pair, with no figure of a pass."""
+def word_jobs(block: str, done: set[tuple[str, str, str]]) -> list[Job]:
+    """Every strong subject with every strong style, of the cases that are not measured yet."""
+    subjects, styles = strong(block)
+    found = []
+    for place, (subject, style) in enumerate((subject, style) for subject in subjects for style in styles):
+        missing = tuple(case for case in WORDED if (block, f"{subject}+{style}", case) not in done)
+        if missing:
+            found.append(Job(block, place, subject, style, missing))
+    return found
+
+
+def measure_words(jobs: Sequence[Job]) -> list[Record]:
+    """A record for each case of one block's pairs, with no figure of a pass."""
     from benchmarks.quality_job import studio_of
 
-    studio = studio_of(block)
+    studio = studio_of(jobs[0].block)
     from benchmarks.studio import PACK, fitting, torch
 
-    subjects, styles = ([studio.concepts[name] for name in names] for names in strong(block))
     records = []
-    for pair in ({"content": subject, "style": style} for subject in subjects for style in styles):
+    for job in jobs:
+        pair = {"content": studio.concepts[job.subject], "style": studio.concepts[job.style]}
         fitted = fitting.fit(studio.set_of(pair), studio.model.model)
-        for case in WORDED:
+        for case in job.cases:
             said = {c: words(case, t, pair["style" if c == "content" else "content"], c) for c, t in pair.items()}
             with torch.inference_mode():
                 heard = PACK.nodes.bridge.network.text.word_effects(
                     fitted.loras, said, dict.fromkeys(pair, studio.prompt)
                 )
-            record: Record = {"block": block, "pair": "+".join(t.name for t in pair.values()), "case": case}
+            record: Record = {"block": job.block, "pair": job.pair, "case": case}
             record |= {c: rounded(effect) for c, effect in heard.items()}
             records.append({**record, "words alone": True})
     return records
@@ -189,16 +205,21 @@ def effects(record: Record) -> dict[str, Any]:
     }
 
 
-def after_zip(record: Record, with_words: bool) -> tuple[bool, set[str]]:
-    """(swapped, asleep) as the report of a zip says it of drawn references, with and without the prompts' words."""
+def after_zip(record: Record, with_words: bool) -> Finding:
+    """As the report of a zip says it of drawn references, with and without the prompts' words."""
+    from ziplora_core import checkup
     from ziplora_core.prompts import PromptEffect
-    from ziplora_core.words import swapped
 
     measured = {c: PromptEffect(record[c]["change"], record[c]["gain"]) for c in ("content", "style")}
     heard = {c: effect.words for c, effect in effects(record).items() if with_words and effect.words}
-    turned = swapped(heard) if len(heard) == 2 else all(effect.swapped for effect in measured.values())
-    asleep = {c for c, e in measured.items() if not e.fires and not (c in heard and heard[c].speaks)}
-    return turned, set() if turned else asleep
+    return checkup.after_zip(measured, heard)
+
+
+def unheard(record: Record) -> Finding:
+    """As Zip Check says it where no layer reads the prompt by itself: of the same figures, with the words left out."""
+    from ziplora_core.checkup import find
+
+    return find({c: replace(effect, words=None) for c, effect in effects(record).items()})
 
 
 def words_table(records: Sequence[Record]) -> list[str]:
@@ -222,9 +243,9 @@ def table(records: Sequence[Record]) -> list[str]:
     from ziplora_core.checkup import find
 
     found = {id(r): find(effects(r)) for r in records if "content" in r}
-    before: Callable[[Record], tuple[bool, set[str]]] = lambda r: (found[id(r)].swapped, set(found[id(r)].asleep))  # noqa: E731
-    judges = {
-        "Zip Check": before,
+    judges: dict[str, Callable[[Record], Finding]] = {
+        "Zip Check": lambda r: found[id(r)],
+        "Zip Check, words left out": unheard,
         "after a zip, as Zip LoRAs": lambda r: after_zip(r, True),
         "after a zip, without words": lambda r: after_zip(r, False),
     }
@@ -234,9 +255,9 @@ def table(records: Sequence[Record]) -> list[str]:
             said = [judge(r) for r in records if r["case"] == case]
             if not said:
                 continue
-            cells = [rate([turned or bool(asleep) for turned, asleep in said])]
-            cells += [rate([turned or c in asleep for turned, asleep in said]) for c in ("content", "style")]
-            cells.append(rate([turned for turned, _ in said]))
+            cells = [rate([f.swapped or bool(f.asleep) for f in said])]
+            cells += [rate([f.swapped or c in f.asleep for f in said]) for c in ("content", "style")]
+            cells.append(rate([f.swapped for f in said]))
             lines.append(f"| {name} | {case} | {' | '.join(cells)} |")
     zeros = [found[id(r)].idle == (r["silenced"],) for r in records if r["case"] == "zeros"]
     idle = [bool(found[id(r)].idle) for r in records if r["case"] in ("good", "short")]
@@ -286,7 +307,9 @@ def main() -> int:
     given = parser.parse_args()
     failed = False
     if given.words:
-        share_out(measure_words, given.blocks, given.results, 1 if len(given.blocks) == 1 else 2)
+        done = {(r["block"], r["pair"], r["case"]) for r in kept(given.results) if r.get("words alone")}
+        missing = [found for block in given.blocks if (found := word_jobs(block, done))]  # a process loads each once
+        failed |= not share_out(measure_words, missing, given.results, min(len(missing), given.processes) or 1)
     elif not given.table:
         done = {(r["block"], r["pair"], r["case"]) for r in kept(given.results) if not r.get("words alone")}
         for block in given.blocks:  # a process knows one block's concepts

@@ -69,9 +69,7 @@ class ZipCheck(io.ComfyNode):
     def execute(cls, model, clip, seed: int, vae=None, drawn_size: int = 0, **given) -> io.NodeOutput:
         inputs.connected(model=model, clip=clip)
         chain = _chain({**given, "model": model, "clip": clip})
-        if chain is not None:
-            model, clip = chain.without(model, clip)
-        checked = checking.check(model, clip, _listed(chain, **given), seed, vae, drawn_size)
+        checked = checking.check(model, clip, _listed(chain, **given), seed, vae, drawn_size, chain)
         drawn = checked.pictures if checked.pictures is not None else torch.zeros(0)
         image = sheet.strip(checking.HEADINGS, checked.prompts if len(drawn) else (), drawn, checked.said)
         return io.NodeOutput(image, checked.report, ui=ui.PreviewImage(image, cls=cls))

@@ -63,10 +63,12 @@ def measure(
     seed: int,
     draws: int = DRAWS,
     on_draw: Callable[[], None] | None = None,
+    other: bool | None = None,
 ) -> dict[str, PromptEffect]:
     """PromptEffect of each concept: 4 · draws forward passes without gradient (of one or two batches each).
 
-    Where a prompt does not activate its LoRA and there are two, 2 · draws more, under the other concept's prompt.
+    other: whether they are two that are measured under the other concept's prompt too, in 2 · draws passes more; None
+    for where a prompt does not activate its LoRA, which only references of the LoRAs tell.
     Deterministic for a seed.
     """
     with torch.inference_mode(False), torch.no_grad():
@@ -80,7 +82,8 @@ def measure(
             if on_draw is not None:
                 on_draw()
         effects = _effects(sums, joined.concepts, (OWN, EMPTY))
-        if len(joined.concepts) == 2 and not all(effect.fires for effect in effects.values()):
+        wanted = not all(effect.fires for effect in effects.values()) if other is None else other
+        if len(joined.concepts) == 2 and wanted:
             for batch in seen:
                 _add(sums, joined, predictor, bare, batch, (OTHER,))
             effects = _effects(sums, joined.concepts, (OWN, EMPTY, OTHER))

@@ -192,7 +192,8 @@ MUTANTS = [
         ),
         ("every prompt is the own one", "prompted = replace(batch, prompt=prompt)", "prompted = batch"),
         ("a LoRA is compared with itself", "joined.student(bare)", "joined.teacher(batch.concept_index)"),
-        ("another prompt is tried where none need be", "and not all(effect.fires for", "and any(effect.fires for"),
+        ("another prompt is tried where none need be", "wanted = not all(effect.fires", "wanted = any(effect.fires"),
+        ("what is asked for is not measured", "if other is None else other", ""),
     ),
     *faults(
         "ziplora_core/words.py",
@@ -201,6 +202,8 @@ MUTANTS = [
         ("a strong LoRA answers more", "/ (size * whole)", "/ size"),
         ("a long prompt answers more", "/ (size * whole)", "/ whole"),
         ("layers are added up", "total / counted if counted", "total if counted"),
+        ("what hears nothing is heard", "if not counted:", "if False:"),
+        ("any square factor is a unit matrix", "== up.shape[1] and torch.equal(", "== up.shape[1] or torch.equal("),
         ("one LoRA turned is two", "return len(effects) == 2 and all(", "return len(effects) == 2 and any("),
     ),
     *faults(
@@ -211,8 +214,24 @@ MUTANTS = [
             "if not effect.idle and not effect.woken",
             "if not effect.woken",
         ),
-        ("swapped prompts are also called asleep", "asleep = () if turned else", "asleep ="),
+        (
+            "swapped prompts are also called asleep",
+            "asleep = () if turned else tuple(c for c, effect",
+            "asleep = tuple(c for c, effect",
+        ),
         ("words alone wake", "return self.words.speaks or self.more >= MORE", "return self.words.speaks"),
-        ("one LoRA kept is enough", "enough = all(", "enough = any("),
+        (
+            "what is not finite is spoiled by nothing",
+            "if not effect.spoiled <= ENOUGH",
+            "if effect.spoiled > ENOUGH",
+        ),
+        ("a LoRA of a wrong prompt is one that no prompt can wake", "if effects[concept].silent", "if True"),
+        ("by passes alone all is well", "if effect.words is None and c not in", "if False and c not in"),
+        ("after a zip words alone wake", "if not e.fires and c not in speaking", "if c not in speaking"),
+        (
+            "after a zip swapped prompts are also asleep",
+            "asleep = () if turned else tuple(c for c, e in",
+            "asleep = tuple(c for c, e in",
+        ),
     ),
 ]

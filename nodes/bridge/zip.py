@@ -155,7 +155,8 @@ def loaders(model, clip) -> captured.Chain:
 def prompts(given: Mapping[str, Given]) -> dict[str, Prompt]:
     """Each LoRA's prompt: what is written, or what its file and the files beside it say. From headers alone.
 
-    Raises ValueError where there is neither, naming the LoRA and the input.
+    What files say is remembered for the fingerprint of the node that runs. Raises ValueError where there is neither,
+    naming the LoRA and the input.
     """
     found = {concept: _prompt(of) for concept, of in given.items()}
     missing = [of for concept, of in given.items() if not found[concept].text]
@@ -173,6 +174,7 @@ def _prompt(of: Given) -> Prompt:
     if of.prompt.strip():
         pictures.check_prompt(of.asked, of.prompt)
         return Prompt(of.prompt, "as written on the node", of.title)
+    reads.remember(_known_prompt, of.name)
     known = triggers.of_file(of.name)
     return Prompt(known.prompt.strip(), f"empty on the node; trigger words from {known.source}", of.title)
 
@@ -197,9 +199,6 @@ def zip_loras(
     one_of("quality", quality, [*QUALITIES, STACKED])
     settings, written = QUALITIES.get(quality), {}
     if settings is not None:
-        for of in given.values():
-            if not of.prompt.strip():
-                reads.remember(_known_prompt, of.name)
         settings, written = replace(settings, seed=seed), prompts(given)
         sampling.SIDE_OR_BEST.check("drawn_size", drawn_size)
         check_connected(given, [*images, *(["vae"] if vae is not None else [])])
@@ -255,27 +254,34 @@ def sources_of(given: Mapping[str, Given]) -> loras.LoRASources:
     return replace(sources, inputs=inputs, own_text_encoders=True)
 
 
-def encoders(clip, sources: loras.LoRASources) -> dict[str, text.Encode]:
-    """By concept, what makes its user's prompts of words; each words once."""
-    found: dict[str, text.Encode] = {}
-    without: text.Encode | None = None
-    for concept, source in sources.by_concept.items():
-        if text_encoders.parts(source):
-            found[concept] = functools.cache(functools.partial(_encoded, clip, source))
-        else:
-            without = without or functools.cache(functools.partial(_encoded, clip, source))
-            found[concept] = without
-    return found
+def encoder(clip) -> text.Encode:
+    """What makes conditioning of words with a CLIP as it is; each words once."""
+    return functools.cache(functools.partial(_encoded, clip))
+
+
+def encoders(clip, sources: loras.LoRASources, plain: text.Encode | None = None) -> dict[str, text.Encode]:
+    """By concept, what makes its user's prompts of words: with the LoRA's own text-encoder part on, as CLIP Text Encode
+    makes them for a user of that LoRA alone; each words once.
+
+    plain: the clip's own `encoder`, where there is one. A clone for each LoRA that needs one, made here: the host moves
+    a text encoder for each clone that it has not just used.
+    """
+    plain = plain or encoder(clip)
+    return {
+        concept: encoder(with_text_encoder(clip, source, source.of_clip))
+        if source.of_clip and text_encoders.parts(source)
+        else plain
+        for concept, source in sources.by_concept.items()
+    }
 
 
 def _words(written: Mapping[str, Prompt], encode: Mapping[str, text.Encode], fitted: LoRASet) -> dict[str, WordEffect]:
     return text.word_effects(fitted, {concept: prompt.text for concept, prompt in written.items()}, encode)
 
 
-def _encoded(clip, source: loras.LoRASource, words: str) -> list:
-    """A prompt as CLIP Text Encode makes it, with one LoRA's own text-encoder part on: what its user sees."""
-    own = with_text_encoder(clip, source, source.of_clip)
-    conditioning: list = own.encode_from_tokens_scheduled(own.tokenize(words))
+def _encoded(clip, words: str) -> list:
+    """A prompt as CLIP Text Encode makes it."""
+    conditioning: list = clip.encode_from_tokens_scheduled(clip.tokenize(words))
     return conditioning
 
 

@@ -95,6 +95,15 @@ def test_a_prompt_without_the_word_does_not_fire_whatever_the_other_does(pair, r
     assert predictor.calls == 6 * prompts.DRAWS, "then the other concept's prompt is tried"
 
 
+@pytest.mark.parametrize(("said", "asked", "passes"), [(RIGHT, True, 6), (SWAPPED, False, 4), (SWAPPED, True, 6)])
+def test_the_other_prompt_is_tried_where_it_is_asked_for(pair, references, said, asked, passes) -> None:
+    predictor = Words(pair, said)
+    joined = JoinedSet(pair, dtype=torch.float64)
+    found = prompts.measure(joined, predictor, references, seed=5, other=asked)
+    assert predictor.calls == passes * prompts.DRAWS
+    assert all((OTHER in effect.change) == asked for effect in found.values())
+
+
 def test_swapped_prompts_are_seen(pair, references) -> None:
     predictor = Words(pair, SWAPPED)
     found = prompts.measure(JoinedSet(pair, dtype=torch.float64), predictor, references, seed=5)

@@ -67,9 +67,52 @@ def test_zeros_say_nothing_and_hear_nothing() -> None:
     assert words.responses([zero, lora(1)], [prompt(3)], prompt(9)) == words.responses(
         [lora(1)], [prompt(3)], prompt(9)
     )
-    effect = words.measure([zero], "content", {"content": prompt(3)}, [prompt(4)], prompt(9))
-    assert math.isnan(effect.over_ordinary) and not effect.speaks
+    mute = words.measure([lora(1)], "content", {"content": prompt(3)}, [prompt(9)], prompt(9))
+    assert math.isnan(mute.over_ordinary) and not mute.speaks, "ordinary prompts that say nothing are no measure"
     assert words.measure([lora(1)], "content", {"content": prompt(3)}, [], prompt(9)).speaks is False
+
+
+def test_of_layers_that_hear_nothing_no_words_are_known() -> None:
+    """All zero, or of another width than the prompts: nothing is said of them, and one that hears is enough."""
+    zero = Factors(torch.zeros(7, 2), torch.ones(2, WIDTH))
+    other = Factors(torch.ones(7, 1), torch.ones(1, WIDTH + 1))
+    given = "content", {"content": prompt(3), "style": prompt(4)}, [prompt(5)], prompt(9)
+    assert words.measure([zero], *given) is None
+    assert words.measure([other], *given) is None
+    assert words.measure([zero, other, lora(1)], *given) == words.measure([lora(1)], *given) is not None
+
+
+def test_an_update_kept_whole_is_the_same_update(monkeypatch) -> None:
+    """`up` a unit matrix, as of updates that are no low-rank product: the same numbers, without a product with it."""
+    factors, said, empty = lora(1), [prompt(3), prompt(4)], prompt(9)
+    whole = Factors(torch.eye(7), factors.up @ factors.down)
+    assert words.responses([whole], said, empty) == pytest.approx(words.responses([factors], said, empty), rel=1e-5)
+    monkeypatch.setattr(words, "_size", lambda *_: pytest.fail("a product with a unit matrix"))
+    words.responses([whole], said, empty)
+    nearly = torch.eye(7)
+    nearly[3, 2] = 0.5
+    monkeypatch.undo()
+    dense = Factors(torch.eye(7), nearly @ factors.up @ factors.down)
+    square = Factors(nearly, factors.up @ factors.down)
+    assert words.responses([square], said, empty) == pytest.approx(words.responses([dense], said, empty), rel=1e-5)
+
+
+def test_an_interrupt_ends_it_between_layers() -> None:
+    """What the callback raises passes through, before the next layer is looked at."""
+    seen = []
+
+    def layers():
+        for seed in range(9):
+            seen.append(seed)
+            yield lora(seed)
+
+    def stop() -> None:
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        words.responses(layers(), [prompt(3)], prompt(9), stop)
+    assert len(seen) == 3
 
 
 def test_layers_of_another_width_and_convolutions_are_left_out() -> None:

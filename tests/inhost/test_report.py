@@ -168,6 +168,18 @@ def test_words_are_asked_where_they_are_known(pack):
     assert outcome.swapped and not replace(outcome, words=heard).swapped
 
 
+def test_no_report_says_nan_times(pack):
+    """Ordinary prompts that say nothing, or numbers that are none, are no measure of other words."""
+    words = pack.ziplora_core.words.WordEffect
+    for own, ordinary in ((2.0, (0.0, 0.0)), (NAN, (NAN,)), (INF, (INF,)), (2.0, ())):
+        heard = {"content": words(own, {}, ordinary), "style": words(2.4, {}, (1.2, 1.0))}
+        outcome = outcome_of(pack, {"content": 2.0, "style": 2.0}, {"content": 1.0, "style": 1.0},
+                             prompts=effects(pack, content=AWAKE, style=AWAKE), words=heard)  # fmt: skip
+        report = pack.nodes.bridge.optimize.report.report(outcome)
+        assert "style prompt: the layers of its LoRA that read the prompt answer to its words 2.00 times" in report
+        assert not re.search(r"\b(nan|inf) times", report) and "cannot be compared with ordinary words'" in report
+
+
 def test_no_zero_has_a_sign(pack):
     nearly = {"own": -0.001, "empty": 0.0001}
     prompts, alignment = effects(pack, content=nearly, style=nearly), [{"a": -1e-9}, {"a": 1e-9}]

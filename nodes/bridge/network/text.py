@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from comfy.model_management import throw_exception_if_processing_interrupted
+from torch import Tensor
+
 from ....ziplora_core import words
 from ....ziplora_core.lora_set import Factors, LoRASet
 
@@ -21,23 +24,25 @@ def readers(loras: LoRASet, concept: str) -> list[Factors]:
 def word_effects(
     loras: LoRASet, prompts: Mapping[str, str], encoders: Mapping[str, Encode]
 ) -> dict[str, words.WordEffect]:
-    """By concept, of the LoRAs that change layers which read the prompt.
+    """By concept, of the LoRAs that change layers which read the prompt and hear it.
 
     prompts: of each concept, as written. encoders: of each concept, what a user of that LoRA has its prompts encoded
-    with, as CLIP Text Encode does it.
+    with, as CLIP Text Encode does it. All prompts of one LoRA are encoded one after another. Interrupts pass through.
     """
-    found, known = {}, {}
-
-    def encoded(concept: str, text: str):
-        encode = encoders[concept]
-        if (encode, text) not in known:
-            known[encode, text] = encode(text)[0][0][0].cpu()
-        return known[encode, text]
-
+    found = {}
     for concept in loras.concepts:
         layers = readers(loras, concept)
         if layers:
-            every = {other: encoded(concept, text) for other, text in prompts.items()}
-            ordinary = [encoded(concept, text) for text in words.ORDINARY]
-            found[concept] = words.measure(layers, concept, every, ordinary, encoded(concept, ""))
+
+            def encoded(text: str, encode: Encode = encoders[concept]) -> Tensor:
+                context: Tensor = encode(text)[0][0]
+                return context[0].cpu()
+
+            every = {other: encoded(text) for other, text in prompts.items()}
+            ordinary = [encoded(text) for text in words.ORDINARY]
+            effect = words.measure(
+                layers, concept, every, ordinary, encoded(""), throw_exception_if_processing_interrupted
+            )
+            if effect is not None:
+                found[concept] = effect
     return found

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ....ziplora_core import checkup
 from ....ziplora_core.coefficients import Coefficients
 from ....ziplora_core.prompts import PromptEffect
 from ....ziplora_core.solver import Result, Settings
-from ....ziplora_core.words import WordEffect, swapped
+from ....ziplora_core.words import WordEffect
 from ..drawing.sampling import GeneratedReferences
 from ..lora.fitting import FittedSet
 from ..lora.loras import LoRASources
@@ -76,16 +77,13 @@ class Outcome:
 
     @property
     def asleep(self) -> list[str]:
-        """Concepts whose own prompt does not wake their LoRA, whatever its words are."""
-        heard = {concept for concept, effect in self.words.items() if effect.speaks}
-        return [concept for concept, effect in self.prompts.items() if not effect.fires and concept not in heard]
+        """Concepts whose own prompt does not wake their LoRA, whatever its words are; none of swapped prompts."""
+        return list(checkup.after_zip(self.prompts, self.words).asleep)
 
     @property
     def swapped(self) -> bool:
         """Whether each of two LoRAs is woken by the other's prompt. Its words tell it best, where they are known."""
-        if self.words.keys() == self.prompts.keys():
-            return bool(self.prompts) and swapped(self.words)
-        return bool(self.prompts) and all(effect.swapped for effect in self.prompts.values())
+        return checkup.after_zip(self.prompts, self.words).swapped
 
     def left(self, retention: Mapping[str, float]) -> dict[str, float]:
         """By concept, a retention in parts of the direct merge's: 0 where nothing is lost, 1 where as much is."""
@@ -95,7 +93,7 @@ class Outcome:
     def dials_to_try(self) -> list[tuple[str, float]]:
         """(concept, strength) of dials that are worth a measurement: of the LoRA that is kept much worse than the
         others, where the figures can be trusted."""
-        if not (self.retention and self.finite) or self.asleep or not self.shared:
+        if not (self.retention and self.finite) or self.swapped or self.asleep or not self.shared:
             return []
         left = self.left(self.retention[1])
         worst = max(left, key=left.__getitem__)

@@ -80,11 +80,10 @@ def _prompt_lines(outcome: Outcome) -> list[str]:
             f"the prediction by {_percent(effect.change[OWN])} and {_percent(effect.change[EMPTY])}"
         )
     for concept, words in outcome.words.items():
-        lines.append(
-            f"{concept} prompt: the layers of its LoRA that read the prompt answer to its words "
-            f"{words.over_ordinary:.2f} times as strongly as to ordinary ones"
-        )
-    if outcome.asleep:
+        times = f"{words.over_ordinary:.2f} times as strongly as to ordinary ones"
+        how = times if math.isfinite(words.over_ordinary) else "by numbers that cannot be compared with ordinary words'"
+        lines.append(f"{concept} prompt: the layers of its LoRA that read the prompt answer to its words {how}")
+    if outcome.swapped or outcome.asleep:
         lines.append(
             "A prompt does not seem to wake its LoRA where this does about as much for its references under an empty "
             "prompt. Are these the words, trigger word included, that the LoRA was trained with? (A LoRA without a "

@@ -19,6 +19,7 @@ from .outcome import Outcome, Tried, share_left
 
 _WIDTH, _LINE, _MARGIN, _GAP, _FONT = 512, 28, 10, 6, 20
 _TEXT = "white"
+APART = "These LoRAs share no layer of the model, so there is little to settle between them."
 _GAIN = 0.05  # a dial is advised where the worst share of the direct merge's loss falls by so much
 
 
@@ -48,7 +49,7 @@ def verdict(outcome: Outcome) -> str:
     if not outcome.finite:
         return "It cannot be told whether zipping helped: what was measured is not finite."
     if not outcome.shared:
-        return "These LoRAs share no layer of the model, so there is little to settle between them."
+        return APART
     before, after = outcome.retention
     if sum(after.values()) >= sum(before.values()):
         return "Zipping did not help: on the whole, plain stacking keeps these LoRAs as well or better."
