@@ -1,13 +1,12 @@
-// Advanced inputs of the pack's nodes, widgets and sockets, out of sight until they are asked for or connected.
+// Advanced widgets of the pack's nodes, out of sight until they are asked for or connected. Sockets stay as they are:
+// links are saved by their places.
 
 import { app } from "../../scripts/app.js";
 import { word } from "./ziplora_words.js";
 
 // Known to frontends whose newer renderer leaves advanced widgets away by itself, with a button of its own.
 const ALWAYS = "Comfy.Node.AlwaysShowAdvancedWidgets";
-const INPUT = 1; // litegraph's number for that side of a node
 const NO_ROOM = () => [0, -4]; // what a frontend that draws a widget no more still leaves for it, taken back
-const LET_GO = 500; // milliseconds between looks at whether a link is still being dragged
 
 const isOurs = (node) => node.constructor?.nodeData?.category?.startsWith("ZipLoRA");
 
@@ -34,11 +33,9 @@ function after(node, name, then) {
 }
 
 class Advanced {
-  constructor(node, widgets, sockets) {
+  constructor(node, widgets) {
     this.node = node;
     this.sizes = new Map(widgets.map((widget) => [widget, widget.computeSize]));
-    this.sockets = sockets;
-    this.first = [...(node.inputs ?? [])]; // as the frontend made them, in their order
     this.isNative = setting(ALWAYS) !== undefined;
     this.isConfiguring = false;
   }
@@ -47,50 +44,27 @@ class Advanced {
     return Boolean(this.node.showAdvanced);
   }
 
-  isLinked(which) {
-    const place = this.node.inputs.findIndex(which);
+  isLinked(widget) {
+    const place = this.node.inputs?.findIndex((input) => input.widget?.name === widget.name) ?? -1;
     return place >= 0 && this.node.isInputConnected(place);
   }
 
-  /** Sockets that are not on the node now. */
-  away() {
-    return this.sockets.filter(({ name }) => !this.node.inputs.some((input) => input.name === name));
-  }
-
-  putBack(sockets) {
-    for (const { name, type, ...more } of sockets) this.node.addInput(name, type, more);
-  }
-
-  /** The sockets that nothing is connected to taken off; a file that is opened by other means has them all again. */
-  takeAway() {
-    for (const { name } of this.sockets) {
-      const isIt = (input) => input.name === name;
-      if (!this.isLinked(isIt)) {
-        const place = this.node.inputs.findIndex(isIt);
-        if (place >= 0) this.node.removeInput(place);
-      }
-    }
-  }
-
-  settle() {
+  show() {
     for (const [widget, size] of this.sizes) {
-      const isLinked = this.isLinked((input) => input.widget?.name === widget.name);
+      const isLinked = this.isLinked(widget);
       widget.advanced = !isLinked;
       widget.computeSize = this.isOpen || isLinked ? size : NO_ROOM;
       if (!this.isNative) widget.options.hidden = !(this.isOpen || isLinked);
     }
-    if (this.isOpen) this.putBack(this.away());
-    else this.takeAway();
     this.button.label = this.button.options.label = words()[this.isOpen ? "fewer" : "more"]; // by canvas, by Vue
     this.refresh();
   }
 
-  /** Nodes that Vue draws look at their widgets and sockets again. */
+  /** Nodes that Vue draws look at their widgets again, where it does not see by itself which are advanced. */
   refresh() {
-    const { graph, id } = this.node;
-    if (!graph || app.configuringGraph || !window.LiteGraph?.vueNodesMode) return;
-    if (this.isNative) graph.trigger?.("node:slot-links:changed", { nodeId: id, slotType: INPUT });
-    else graph.onNodeAdded?.(this.node);
+    const { graph } = this.node;
+    if (this.isNative || !graph || app.configuringGraph || !window.LiteGraph?.vueNodesMode) return;
+    graph.onNodeAdded?.(this.node);
   }
 
   /** The room that was free on the node stays free. */
@@ -99,23 +73,8 @@ class Advanced {
     const free = Math.max(node.size[1] - node.computeSize()[1], 0);
     open();
     if (this.isConfiguring) return;
-    this.settle();
+    this.show();
     node.setSize([node.size[0], Math.round(node.computeSize()[1] + free)]);
-  }
-
-  /** A link that is dragged finds the sockets of its type, which leave again if it goes elsewhere. */
-  reveal(type) {
-    const fitting = this.away().filter((socket) => socket.type === type);
-    this.putBack(fitting);
-    if (fitting.length) {
-      this.refresh();
-      this.look();
-    }
-    return fitting.length > 0;
-  }
-
-  look() {
-    setTimeout(() => (app.canvas?.linkConnector?.isConnecting ? this.look() : this.settle()), LET_GO);
   }
 
   watch() {
@@ -129,22 +88,16 @@ class Advanced {
       set: (is) => this.opened(() => (own?.set ? own.set.call(node, is) : (value = is))),
     });
     const configure = node.configure;
-    node.configure = (saved, ...more) => {
+    node.configure = (...saved) => {
       this.isConfiguring = true;
       try {
-        node.inputs = [...this.first, ...node.inputs.filter(({ name }) => !this.first.some((is) => is.name === name))];
-        if (node.showAdvanced) node.showAdvanced = Boolean(saved?.showAdvanced);
-        return configure.call(node, saved, ...more);
+        return configure.apply(node, saved);
       } finally {
         this.isConfiguring = false;
-        if (app.configuringGraph) setTimeout(() => this.settle()); // no one tells nodes of a subgraph when it is done
-        else this.settle();
+        this.show();
       }
     };
-    after(node, "onAfterGraphConfigured", () => this.settle());
-    const find = node.findInputByType;
-    node.findInputByType = (type, ...more) =>
-      find.call(node, type, ...more) ?? (this.reveal(type) ? find.call(node, type, ...more) : undefined);
+    after(node, "onAfterGraphConfigured", () => this.show()); // some frontends know links only then
   }
 
   /** In no file and in no queue; where the newer renderer has a button of its own, on the canvas alone. */
@@ -155,25 +108,16 @@ class Advanced {
   }
 }
 
-/** Sockets without a widget that the node's description calls advanced. */
-function sockets(node) {
-  const { required, optional } = node.constructor.nodeData.input ?? {};
-  const inputs = { ...required, ...optional };
-  return (node.inputs ?? [])
-    .filter((input) => !input.widget && inputs[input.name]?.[1]?.advanced)
-    .map(({ name, type, shape, localized_name }) => ({ name, type, shape, localized_name }));
-}
-
 app.registerExtension({
   name: "ziplora.advanced",
   nodeCreated(node) {
     if (!isOurs(node) || setting(ALWAYS)) return;
     const widgets = node.widgets?.filter((widget) => widget.options?.advanced) ?? [];
-    const hidden = new Advanced(node, widgets, sockets(node));
-    if (!widgets.length && !hidden.sockets.length) return;
+    if (!widgets.length) return;
+    const hidden = new Advanced(node, widgets);
     hidden.addButton();
     hidden.watch();
-    hidden.settle();
+    hidden.show();
     node.setSize([node.size[0], node.computeSize()[1]]);
   },
 });

@@ -196,7 +196,7 @@ class Graph:
                 if label:
                     entry["label"] = label.lstrip("0123456789 ")
                 entry |= {"type": kind if isinstance(kind, str) else "COMBO", "widget": {"name": name}}
-            elif is_linked or not options.get("advanced"):
+            else:
                 sockets += 1
             if name in info["input"].get("optional", {}):
                 entry["shape"] = 7

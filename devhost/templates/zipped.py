@@ -186,9 +186,9 @@ def export() -> Graph:
     parts = Parts(
         "6 Save and export",
         "# Keep it, and take it elsewhere\n\n**Save Zipped LoRA** keeps the coefficients alone, a few megabytes, bound "
-        "to the two files. **Export Merged LoRA** writes one ordinary LoRA, here at half the rank; the "
-        "picture is drawn with it through the stock *Load LoRA Model*, which has no clip: **Apply Zipped LoRA** is "
-        "here for that." + _REPLACE,
+        "to the two files. **Export Merged LoRA** writes one ordinary LoRA, cut to rank 64 (0 is exact); "
+        "the picture is drawn with it through the stock *Load LoRA Model*, which has no clip: **Apply Zipped LoRA** "
+        "is here for that." + _REPLACE,
     )
     parts.graph.column("Zip")
     pair = parts.pair()

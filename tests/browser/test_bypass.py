@@ -151,6 +151,112 @@ def test_bypassed_optimize_draws_what_load_lora_draws(frontend: Frontend, server
     assert np.array_equal(drawn, stock_picture(server, prompt, only(prompt, "ApplyZippedLoRA")[0], files))
 
 
+MODE = "([type, mode]) => { window.app.graph.nodes.find(node => node.type === type).mode = mode }"
+MUTED = 2
+# Two calls at once, and a look at the graph for an undo step while each is under way.
+AT_ONCE = """async () => {
+    const { app } = window, tracker = app.extensionManager.workflow.activeWorkflow.changeTracker
+    const widget = app.graph.nodes.find(node => node.type === 'EmptyLatentImage').widgets[0]
+    const zip = app.graph.nodes.find(node => node.type === 'ZipLoRAs')
+    tracker.checkState()
+    const steps = tracker.undoQueue.length, seen = []
+    widget.serializeValue = async () => {
+        tracker.checkState()
+        await new Promise(done => setTimeout(done, 100))
+        seen.push(zip.mode)
+        tracker.checkState()
+        return widget.value
+    }
+    const both = await Promise.all([app.graphToPrompt(), app.graphToPrompt()])
+    delete widget.serializeValue
+    tracker.checkState()
+    return JSON.stringify({ outputs: both.map(({ output }) => output), steps: tracker.undoQueue.length - steps,
+        looked: seen.length, mode: zip.mode, open: tracker.changeCount }) }"""
+
+
+@pytest.fixture
+def chosen(shared_frontend: Frontend) -> Frontend:
+    """The first graph with two files that are there, and a stacker on lora_stack."""
+    frontend, world = shared_frontend, read_manifest()
+    subject, style = world.subjects[0].learned, world.styles[0].learned
+    frontend.load(FOLDER / f"{START}.json")
+    put_in(frontend, "CheckpointLoaderSimple", ckpt_name=world.checkpoint)
+    put_in(frontend, "ZipLoRAs", subject_lora=subject.file, style_lora=style.file)
+    frontend.page.evaluate(
+        """files => {
+        const { graph } = window.app, zip = graph.nodes.find(node => node.type === 'ZipLoRAs')
+        const pair = window.LiteGraph.createNode('LoadLoRAPair')
+        graph.add(pair)
+        for (const [name, value] of Object.entries(files))
+            pair.widgets.find(widget => widget.name === name).value = value
+        pair.connect(pair.outputs.findIndex(({ type }) => type === 'LORA_STACK'), zip, 'lora_stack') }""",
+        {"content_lora": world.subjects[1].learned.file, "style_lora": world.styles[1].learned.file},
+    )
+    return frontend
+
+
+def is_stacked(frontend: Frontend) -> bool:
+    """Whether Zip LoRAs, bypassed, is queued as stacked; else it has to be gone, with its model handed on."""
+    frontend.page.evaluate(MODE, ["ZipLoRAs", BYPASSED])
+    queued = frontend.both()
+    assert [n["mode"] for n in queued["workflow"]["nodes"] if n["type"] == "ZipLoRAs"] == [BYPASSED]
+    assert frontend.page.evaluate(MODES, "ZipLoRAs") == [BYPASSED]
+    prompt = queued["output"]
+    if "ZipLoRAs" in [node["class_type"] for node in prompt.values()]:
+        assert only(prompt, "ZipLoRAs")[1]["quality"] == "stacked"
+        return True
+    assert only(prompt, "KSampler")[1]["model"] == [only(prompt, "CheckpointLoaderSimple")[0], 0]
+    return False
+
+
+@pytest.mark.parametrize("mode", [0, MUTED, BYPASSED])
+@pytest.mark.parametrize(
+    ("given", "with_stack", "without"),
+    [
+        ({}, True, True),
+        ({"subject_lora": "not there.safetensors"}, False, False),
+        ({"style_lora": "[None]"}, True, False),
+        ({"subject_lora": "[None]", "style_lora": "[None]"}, True, False),
+        ({"stack_prompts": "a dog\na house"}, True, False),
+    ],
+    ids=["two files", "a missing file", "one file", "no file", "prompts of the stack"],
+)
+def test_only_what_can_be_stacked_is(
+    chosen: Frontend, mode: int, given: dict[str, str], with_stack: bool, without: bool
+) -> None:
+    """A muted or bypassed stacker gives no stack. What cannot run would stop the run that a bypass is to let go on."""
+    put_in(chosen, "ZipLoRAs", **given)
+    chosen.page.evaluate(MODE, ["LoadLoRAPair", mode])
+    assert is_stacked(chosen) == (without if mode else with_stack)
+
+
+def test_one_file_twice_is_not_stacked(chosen: Frontend) -> None:
+    put_in(chosen, "ZipLoRAs", style_lora=read_manifest().subjects[0].learned.file)
+    chosen.page.evaluate(MODE, ["LoadLoRAPair", MUTED])
+    assert not is_stacked(chosen)
+
+
+@pytest.mark.parametrize("mode", [0, MUTED])
+def test_a_file_that_a_node_gives_is_stacked_while_that_node_runs(chosen: Frontend, mode: int) -> None:
+    chosen.page.evaluate(
+        """() => { const { graph } = window.app, zip = graph.nodes.find(node => node.type === 'ZipLoRAs')
+        const name = window.LiteGraph.createNode('PrimitiveString')
+        graph.add(name)
+        name.outputs[0].type = '*' // as nodes of other packs that give the name of a file
+        if (!name.connect(0, zip, 'subject_lora')) throw new Error('not connected') }"""
+    )
+    chosen.page.evaluate(MODE, ["PrimitiveString", mode])
+    assert is_stacked(chosen) == (mode == 0)
+
+
+def test_calls_at_once_give_the_same_and_no_undo_step(chosen: Frontend) -> None:
+    chosen.page.evaluate(MODE, ["ZipLoRAs", BYPASSED])
+    found = json.loads(chosen.page.evaluate(AT_ONCE))
+    first, second = found.pop("outputs")
+    assert first == second and only(first, "ZipLoRAs")[1]["quality"] == "stacked"
+    assert found == {"steps": 0, "looked": 2, "mode": BYPASSED, "open": 0}
+
+
 def test_a_chain_of_loaders_is_handed_on_as_it_is(shared_frontend: Frontend) -> None:
     """Where the node brings no LoRA of its own, the page's bypass is the plain stack."""
     frontend = shared_frontend
