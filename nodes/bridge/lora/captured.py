@@ -18,7 +18,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.weight_adapter.base import WeightAdapterBase
 
 from ....ziplora_core.files import LoRAFileError, OpenFile, opened, read_lora_file
-from . import hashes, loras, text_encoders
+from . import loras, text_encoders
 from .calls import Call, Loader, Place, calls_on, matrices, same
 
 _CHOOSE = "choose its file in subject_lora or style_lora, and take its loader away"
@@ -68,7 +68,7 @@ class _Known:
     """What was found on a model. state: of its patches and its clip's. versions: of the files, by name."""
 
     state: tuple
-    versions: Mapping[str, hashes.Version | None]
+    versions: Mapping[str, loras.FileVersion | None]
     chain: Chain
 
     def holds(self, state: tuple) -> bool:
@@ -94,7 +94,7 @@ def find(model, clip) -> Chain:
     return known.chain
 
 
-def _find(model, clip) -> tuple[dict[str, hashes.Version | None], Chain]:
+def _find(model, clip) -> tuple[dict[str, loras.FileVersion | None], Chain]:
     of_clip = {id(call.names): call for call in calls_on(clip.patcher.patches)}
     calls = [(call, of_clip.get(id(call.names), Call(call.names))) for call in calls_on(model.patches)]
     files = _files(calls, Loader(model.model, clip))

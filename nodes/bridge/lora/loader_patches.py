@@ -44,7 +44,7 @@ def _is_read_otherwise(source: LoRASource, model) -> bool:
     hosts, more = keys.unet_keys(model)
     updated = keys.updated(source.tensors)
     scaled = (spellings.magnitude(source.tensors, name) is not None for name in hosts if name in updated)
-    return renamed or not updated.isdisjoint(more) or any(scaled)
+    return bool(renamed) or not updated.isdisjoint(more) or any(scaled)
 
 
 def _checked(source: LoRASource, model) -> Patches:

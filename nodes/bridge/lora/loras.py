@@ -242,6 +242,11 @@ def _check_strengths(by_concept: Mapping[str, float]) -> None:
         STRENGTH.check(f"{concept}_strength", strength)
 
 
+def _check_same(name: str, path: str, file: hashes.Key) -> None:
+    if hashes.key(path) != file:
+        raise LoRAFileError(f"'{shown(name, 255)}' has changed while it was read; queue again")
+
+
 def load(name: str, strength: float, clip_strength: float | None = None) -> LoRASource:
     """Read one file, and its hash in the same pass where it is not known. Raises LoRAFileError."""
     path = lora_path(name)
@@ -250,9 +255,9 @@ def load(name: str, strength: float, clip_strength: float | None = None) -> LoRA
     known = hashes.HASHES.known(file)
     digest = hashlib.sha256() if known is None else None
     tensors = read_lora_file(path, digest)
+    _check_same(name, path, file)  # before the header is read once more, which may be another's by now
     tensors, notes, config = adapter_config.completed(path, shown(name, 255), tensors)
-    if hashes.key(path) != file:
-        raise LoRAFileError(f"'{shown(name, 255)}' has changed while it was read; queue again")
+    _check_same(name, path, file)
     if digest is not None:
         known = digest.hexdigest()
         hashes.HASHES.remember(file, known)
