@@ -33,6 +33,7 @@ def test_what_does_nothing_is_idle_and_not_asleep() -> None:
     assert found.idle == ("content", "style") and not found.asleep and not found.swapped and not found.good
     found = find({"content": effect(own=0.0, empty=0.0, words=DEAF), "style": effect(own=0.2, empty=0.2, words=DEAF)})
     assert (found.idle, found.asleep) == (("content",), ("style",))
+    assert find({"content": effect(own=0.005, empty=0.1, words=DEAF)}).asleep == ()
 
 
 def test_what_no_prompt_can_wake_is_told_from_what_this_one_does_not() -> None:
