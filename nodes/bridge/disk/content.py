@@ -114,9 +114,12 @@ def _of_code() -> str | None:
     """None where there are no files to be read."""
     root, host = Path(__file__).resolve().parents[3], Path(comfy.model_base.__file__).resolve().parent
     try:
-        folders = (root / "nodes", root / "ziplora_core", host)
-        files = sorted(path for folder in folders for path in folder.rglob("*.py"))
-        return digest([[path.relative_to(path.anchor).as_posix(), path.read_bytes().hex()] for path in files])
+        files = [
+            [path.relative_to(folder.parent).as_posix(), path.read_bytes().hex()]
+            for folder in (root / "nodes", root / "ziplora_core", host)
+            for path in sorted(folder.rglob("*.py"))
+        ]
+        return digest(files)
     except OSError:
         return None
 
