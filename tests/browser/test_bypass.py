@@ -104,6 +104,8 @@ def test_bypassed_zip_loras_draws_what_load_lora_draws(frontend: Frontend, serve
 def test_bypassed_inside_a_subgraph(frontend: Frontend) -> None:
     """With it, the whole subgraph is gone, as any; without it, the node in it stacks."""
     frontend.load(FOLDER / f"{START}.json")
+    world = read_manifest()
+    put_in(frontend, "ZipLoRAs", subject_lora=world.subjects[0].learned.file, style_lora=world.styles[0].learned.file)
     subgraph = frontend.page.evaluate(WRAP, "ZipLoRAs")
     page = frontend.page
     page.evaluate("id => { window.app.graph.subgraphs.get(id).nodes[0].mode = 4 }", subgraph)
