@@ -326,9 +326,8 @@ def test_a_zip_of_a_chain_is_not_put_on_it_once_more(pack, miniature, folder):  
                 apply(model, zipped, 1.0, clip)
             with pytest.raises(ValueError, match=says):
                 compare(model, clip or miniature.clip, miniature.vae, zipped, "a", "", "1", **drawing)
-        with pytest.raises(ValueError, match=f"has '{FILES[1]}' on it already"):
-            apply(one.model, zipped, 1.0)
-        with pytest.raises(ValueError, match=f"has '{FILES[0]}' on it already"):
+        assert apply(one.model, zipped, 1.0).args[0].patches, "one of them may be meant: a little more of it"
+        with pytest.raises(ValueError, match=says):
             apply(miniature.model, zipped, 1.0, loaded.clip)
         other = loader(miniature, FILES[2], 1.0, 1.0)
         assert apply(other.model, zipped, 1.0, other.clip).args[0].patches

@@ -255,8 +255,8 @@ class _FirstMatrix:
 
 
 def refuse_twice(model, clip, sources: loras.LoRASources) -> None:
-    """Raises ValueError where loaders have put LoRAs on a model or its text encoder that a zip brings too: each would
-    count twice. model: ModelPatcher; clip may be None."""
+    """Raises ValueError where loaders have put all LoRAs of a zip on a model or its text encoder already: each would
+    count twice. One of several may be meant: a little more of a subject. model: ModelPatcher; clip may be None."""
     calls = calls_on(model.patches), [] if clip is None else calls_on(clip.patcher.patches)
     if not any(calls):
         return
@@ -267,7 +267,7 @@ def refuse_twice(model, clip, sources: loras.LoRASources) -> None:
         made = loader.makes(source.tensors) if any(put) else []
         if any(_is_all_of(call, of) for of, there in zip(made, put, strict=False) for call in there):
             twice.append(f"'{source.title}'")
-    if twice:
+    if twice and len(twice) == len(sources.by_concept):
         raise ValueError(
             f"model or clip has {' and '.join(twice)} on it already, by LoRA loaders, and the zip brings them too, so "
             "they would count twice; connect the model and the clip from before these loaders"
