@@ -9,7 +9,7 @@ from . import inputs, sheet
 from .bridge import check as checking
 from .bridge import zip as zipping
 from .schema import Schema
-from .zip import ZipLoRAs, _chain, _listed, _of_loaders
+from .zip import ZipLoRAs, _chain, _listed, _of_loaders, own_fingerprint
 
 _OF_ZIP = ("model", "clip", "subject_lora", "subject_prompt", "style_lora", "style_prompt", "seed")
 _ADVANCED = ("subject_strength", "style_strength", "lora_stack", "stack_prompts", "drawn_size")
@@ -46,15 +46,8 @@ class ZipCheck(io.ComfyNode):
         return "; ".join(filter(None, problems)) or True
 
     @classmethod
-    def fingerprint_inputs(
-        cls,
-        subject_lora: str | None,
-        style_lora: str | None,
-        subject_prompt: str | None = None,
-        style_prompt: str | None = None,
-        **_,
-    ):
-        return zipping.fingerprint((subject_lora, subject_prompt), (style_lora, style_prompt))
+    def fingerprint_inputs(cls, **given):
+        return own_fingerprint(given)
 
     @classmethod
     def check_lazy_status(cls, **given) -> list[str]:

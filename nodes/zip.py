@@ -150,15 +150,8 @@ class ZipLoRAs(io.ComfyNode):
         return zipping.check_files(subject_lora=subject_lora, style_lora=style_lora) or True
 
     @classmethod
-    def fingerprint_inputs(
-        cls,
-        subject_lora: str | None,
-        style_lora: str | None,
-        subject_prompt: str | None = None,
-        style_prompt: str | None = None,
-        **_,
-    ):
-        return zipping.fingerprint((subject_lora, subject_prompt), (style_lora, style_prompt))
+    def fingerprint_inputs(cls, **given):
+        return own_fingerprint(given)
 
     @classmethod
     def check_lazy_status(cls, quality: str, **given) -> list[str]:
@@ -182,6 +175,11 @@ class ZipLoRAs(io.ComfyNode):
         listed = _listed(chain, **given)
         *outputs, drawn = zipping.zip_loras(model, clip, listed, quality, seed, images, vae, drawn_size, chain)
         return io.NodeOutput(*outputs, ui=None if drawn is None else ui.PreviewImage(drawn, cls=cls))
+
+
+def own_fingerprint(given: Mapping[str, Any]) -> list[Any]:
+    """What tells that a run is to be made anew though its inputs are the same; an input that a link brings is None."""
+    return zipping.fingerprint(*((given[f"{role}_lora"], given.get(f"{role}_prompt")) for role in _OWN))
 
 
 def _of_loaders(given: Mapping[str, Any]) -> bool:

@@ -260,18 +260,18 @@ def refuse_twice(model, clip, sources: loras.LoRASources) -> None:
     calls = calls_on(model.patches), [] if clip is None else calls_on(clip.patcher.patches)
     if not any(calls):
         return
-    loader, twice = Loader(model.model, clip), []
+    loader = Loader(model.model, clip)
     for source in sources.by_concept.values():
         names = convert_lora(dict(source.tensors)).keys()
         put = [[call for call in of if call.names <= names] for of in calls]
         made = loader.makes(source.tensors) if any(put) else []
-        if any(_is_all_of(call, of) for of, there in zip(made, put, strict=False) for call in there):
-            twice.append(f"'{source.title}'")
-    if twice and len(twice) == len(sources.by_concept):
-        raise ValueError(
-            f"model or clip has {' and '.join(twice)} on it already, by LoRA loaders, and the zip brings them too, so "
-            "they would count twice; connect the model and the clip from before these loaders"
-        )
+        if not any(_is_all_of(call, of) for of, there in zip(made, put, strict=False) for call in there):
+            return
+    titles = " and ".join(f"'{source.title}'" for source in sources.by_concept.values())
+    raise ValueError(
+        f"model or clip has {titles} on it already, by LoRA loaders, and the zip brings them too, so they would count "
+        "twice; connect the model and the clip from before these loaders"
+    )
 
 
 def _is_all_of(call: Call, made: Mapping[Place, Any]) -> bool:
