@@ -12,7 +12,9 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,6 +30,7 @@ from devhost.templates import TEMPLATES, words, zipped
 from devhost.workflows import FOLDER, api_file
 
 PAIR = ("mushroom", "ember")  # a subject and a style
+THIRD = "house"  # a subject that no prompt asks for
 QUALITY = 80  # of thumbnails: the archive has room for no more
 ZIPPED = ("subject", "style")
 NEW_STYLE, NEW_SUBJECT = "flat", "a red star"  # of the base's own words
@@ -42,7 +45,7 @@ def replacements(world: Manifest) -> dict[str, str]:
     """Placeholder -> the miniature's word, longest first: files, training prompts, prompts for a subject in a style."""
     of_name = {trained.name: trained for trained in (*world.subjects, *world.styles)}
     subject, style = (of_name[name] for name in PAIR)
-    loras = {words.SUBJECT: subject, words.STYLE: style}
+    loras = {words.SUBJECT: subject, words.STYLE: style, words.THIRD: of_name[THIRD]}
     found = {words.MODEL: world.checkpoint}
     found |= {placeholder: loras[lora].learned.picture for placeholder, lora in words.PICTURES.items()}
     found |= {placeholder: trained.learned.file for placeholder, trained in loras.items()}
@@ -72,12 +75,24 @@ def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt
         if node["class_type"] in ("KSampler", "CompareMerges"):
             node["inputs"] |= {"steps": steps, "cfg": CFG}
         node["inputs"] |= TRAINING.get(node["class_type"], {})
-        if node["class_type"] == "ZipLoRAs":  # whose files name no trigger words
-            prompt_of = {one.learned.file: one.learned.prompt for one in (*world.subjects, *world.styles)}
-            node["inputs"] |= {f"{which}_prompt": prompt_of[node["inputs"][f"{which}_lora"]] for which in ZIPPED}
+        if node["class_type"] in ("ZipLoRAs", "ZipCheck"):  # whose files name no trigger words
+            node["inputs"] |= _prompts(node["inputs"], world)
         if node["class_type"] == "ExportMergedLoRA":
             node["inputs"]["rank"] = 16
     return made
+
+
+def _prompts(inputs: Mapping[str, Any], world: Manifest) -> dict[str, str]:
+    """The training prompts of the LoRAs that a node zips; of loaders', where it names none itself."""
+    prompt_of = {one.learned.file: one.learned.prompt for one in (*world.subjects, *world.styles)}
+    files = [inputs[f"{which}_lora"] for which in ZIPPED]
+    ours = replacements(world)
+    of_loaders = files == [words.NO_FILE] * len(ZIPPED)
+    if of_loaders:
+        files = [ours[file] for file in (words.SUBJECT, words.STYLE, words.THIRD)]
+    first, second, *others = (prompt_of[file] for file in files)
+    found = {f"{which}_prompt": prompt for which, prompt in zip(ZIPPED, (first, second), strict=True)}
+    return found | ({"stack_prompts": "\n".join(others)} if of_loaders else {})
 
 
 def caption(name: str) -> str:

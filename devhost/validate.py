@@ -17,7 +17,7 @@ from typing import Any
 from .base import make_base
 from .host import DEV, ROOT
 from .server import ComfyServer
-from .templates.words import CLIP, DINO, MODEL, PICTURES, STYLE, SUBJECT, WHOLE
+from .templates.words import CLIP, DINO, MODEL, PICTURES, STYLE, SUBJECT, THIRD, WHOLE
 from .workflows import api_file, ui_files
 
 CLI = DEV / "venv-comfy-cli"
@@ -25,6 +25,9 @@ CHOICES = {  # input -> what stands in the graphs
     ("CheckpointLoaderSimple", "ckpt_name"): [MODEL],
     ("ZipLoRAs", "subject_lora"): [SUBJECT],
     ("ZipLoRAs", "style_lora"): [STYLE],
+    ("ZipCheck", "subject_lora"): [SUBJECT],
+    ("ZipCheck", "style_lora"): [STYLE],
+    ("LoraLoader", "lora_name"): [SUBJECT, STYLE, THIRD],
     ("LoadLoRAPair", "content_lora"): [SUBJECT],
     ("LoadLoRAPair", "style_lora"): [STYLE],
     ("LoadImage", "image"): [*PICTURES, WHOLE],

@@ -9,7 +9,7 @@ from . import inputs, sheet
 from .bridge import check as checking
 from .bridge import zip as zipping
 from .schema import Schema
-from .zip import ZipLoRAs, _chain, _listed, _of_loaders, own_fingerprint
+from .zip import ZipLoRAs, listed_loras, loader_chain, of_loaders, own_fingerprint
 
 _OF_ZIP = ("model", "clip", "subject_lora", "subject_prompt", "style_lora", "style_prompt", "seed")
 _ADVANCED = ("subject_strength", "style_strength", "lora_stack", "stack_prompts", "drawn_size")
@@ -53,16 +53,16 @@ class ZipCheck(io.ComfyNode):
     def check_lazy_status(cls, **given) -> list[str]:
         """Which inputs to make next: what can be refused is refused before a checkpoint is loaded."""
         missing = inputs.not_made(("model", "clip"), given)
-        if missing and _of_loaders(given):  # which LoRAs, is known when they are there
+        if missing and of_loaders(given):  # which LoRAs, is known when they are there
             return missing
-        zipping.prompts(_listed(_chain(given), **given))
+        zipping.prompts(listed_loras(loader_chain(given), **given))
         return inputs.not_made(("model", "clip", "vae"), given)
 
     @classmethod
     def execute(cls, model, clip, seed: int, vae=None, drawn_size: int = 0, **given) -> io.NodeOutput:
         inputs.connected(model=model, clip=clip)
-        chain = _chain({**given, "model": model, "clip": clip})
-        checked = checking.check(model, clip, _listed(chain, **given), seed, vae, drawn_size, chain)
+        chain = loader_chain({**given, "model": model, "clip": clip})
+        checked = checking.check(model, clip, listed_loras(chain, **given), seed, vae, drawn_size, chain)
         drawn = checked.pictures if checked.pictures is not None else torch.zeros(0)
         image = sheet.strip(checking.HEADINGS, checked.prompts if len(drawn) else (), drawn, checked.said)
         return io.NodeOutput(image, checked.report, ui=ui.PreviewImage(image, cls=cls))

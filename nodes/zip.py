@@ -158,9 +158,9 @@ class ZipLoRAs(io.ComfyNode):
         """Which inputs to make next: what can be refused is refused before a checkpoint is loaded."""
         names = ["model", "clip"]
         inputs.connected(**{name: given[name] for name in names if given.get(name) is not None})
-        if _of_loaders(given) and inputs.not_made(names, given):  # which LoRAs, is known when they are there
+        if of_loaders(given) and inputs.not_made(names, given):  # which LoRAs, is known when they are there
             return inputs.not_made(names, given)
-        listed = _listed(_chain(given), **given)
+        listed = listed_loras(loader_chain(given), **given)
         if zipping.QUALITIES.get(quality) is not None:
             zipping.prompts(listed)
             zipping.check_connected(listed, given)
@@ -170,9 +170,9 @@ class ZipLoRAs(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, quality: str, seed: int, vae=None, drawn_size: int = 0, **given) -> io.NodeOutput:
         inputs.connected(model=model, clip=clip)
-        chain = _chain({**given, "model": model, "clip": clip})
+        chain = loader_chain({**given, "model": model, "clip": clip})
         images = {name: given[name] for name in _PICTURES if given.get(name) is not None}
-        listed = _listed(chain, **given)
+        listed = listed_loras(chain, **given)
         *outputs, drawn = zipping.zip_loras(model, clip, listed, quality, seed, images, vae, drawn_size, chain)
         return io.NodeOutput(*outputs, ui=None if drawn is None else ui.PreviewImage(drawn, cls=cls))
 
@@ -182,16 +182,19 @@ def own_fingerprint(given: Mapping[str, Any]) -> list[Any]:
     return zipping.fingerprint(*((given[f"{role}_lora"], given.get(f"{role}_prompt")) for role in _OWN))
 
 
-def _of_loaders(given: Mapping[str, Any]) -> bool:
+def of_loaders(given: Mapping[str, Any]) -> bool:
     """Whether no LoRA is chosen here: then those count that loaders have put on the model."""
     return given.get("lora_stack") is None and all(given[f"{role}_lora"] == zipping.NO_FILE for role in _OWN)
 
 
-def _chain(given: Mapping[str, Any]) -> Chain | None:
-    return zipping.loaders(given["model"], given["clip"]) if _of_loaders(given) else None
+def loader_chain(given: Mapping[str, Any]) -> Chain | None:
+    """The LoRAs that loaders have put on the model and the text encoder, where they count."""
+    return zipping.loaders(given["model"], given["clip"]) if of_loaders(given) else None
 
 
-def _listed(chain: Chain | None, lora_stack=None, stack_prompts: str = "", **given: Any) -> dict[str, zipping.Given]:
+def listed_loras(
+    chain: Chain | None, lora_stack=None, stack_prompts: str = "", **given: Any
+) -> dict[str, zipping.Given]:
     """The LoRAs by concept, from the node's inputs, or from loaders before it: the first is the subject's then, the
     second the style's, and the prompts of others stand in stack_prompts."""
     chosen = {}

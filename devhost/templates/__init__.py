@@ -15,7 +15,12 @@ from .graph import Graph
 
 __all__ = ["BLUEPRINTS", "SKETCHES", "TEMPLATES"]
 
-SKETCHES: tuple[Callable[[], Graph], ...] = (sketches.load_zipped, sketches.sparsify, sketches.direct_merge)
+SKETCHES: tuple[Callable[[], Graph], ...] = (
+    sketches.load_zipped,
+    sketches.sparsify,
+    sketches.direct_merge,
+    sketches.stack,
+)
 TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.start,
     zipped.zipped_or_stacked,
@@ -25,6 +30,8 @@ TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.export,
     trained.from_pictures,
     trained.unzip,
+    zipped.several,
+    zipped.check,
     trained.b_lora,
     zipped.scores,
 )

@@ -33,3 +33,14 @@ def direct_merge() -> Graph:
     parts.graph.column("Draw")
     parts.apply(merged[0])
     return parts.graph
+
+
+def stack() -> Graph:
+    """More than two LoRAs by single nodes; what gives the stack is another pack's."""
+    parts = Parts("stack", "")
+    parts.graph.column("LoRAs and prompts")
+    loaded = parts.graph.add("LoadLoRAStack")
+    third = parts.graph.add("ZipLoRAReference", positive=parts.text("a zrt hat", "Training prompt of the third LoRA"))
+    parts.graph.column("Zip", 400)
+    parts.zip(loaded[0], **parts.training_prompts(), references=third[0])
+    return parts.graph

@@ -5,6 +5,8 @@ from __future__ import annotations
 MODEL = "sd_xl_base_1.0.safetensors"
 MODEL_ADDRESS = f"https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/{MODEL}"
 SUBJECT, STYLE = "my_subject.safetensors", "my_style.safetensors"
+THIRD = "my_other_subject.safetensors"
+NO_FILE = "[None]"  # among the choices of Zip LoRAs
 SUBJECT_PROMPT, STYLE_PROMPT = "a sks dog", "a house in szn style"  # that each was trained with
 IN_STYLE = STYLE_PROMPT.split(" in ")[1]
 DRAWN = f"{SUBJECT_PROMPT} in {IN_STYLE}"  # the subject in the style

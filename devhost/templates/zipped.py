@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .graph import Graph, Link, Node
 from .parts import Parts
-from .words import CLIP, DINO, DRAWN, ELSEWHERE, MODEL, SIDE, STYLE, SUBJECT
+from .words import CLIP, DINO, DRAWN, ELSEWHERE, MODEL, NO_FILE, SIDE, STYLE, SUBJECT, THIRD
 
 _REPLACE = (
     "\n\n## What to choose\nThe checkpoint, the LoRA files and the words of their training prompts: what stands here "
@@ -75,6 +75,32 @@ def start() -> Graph:
     return _result(graph, checkpoint, _drawn(graph, zipped[0], zipped[1], 3), zipped, "zipped")
 
 
+def check() -> Graph:
+    """Before the zip: whether the prompts wake their LoRAs."""
+    graph = Graph(
+        "0 Check two LoRAs",
+        "# Are these two LoRAs ready to be zipped?\n\nDraws each LoRA roughly with its prompt, beside the model without "
+        "it, and says in a sentence whether the prompts wake their LoRAs, whether zipping is worth it, and what it "
+        "would take.\n\n" + _CHOOSE + "3. **Run**.\n\n**What to look at**: the sentence on top of the picture. Then "
+        "give the same files and prompts to template *1 Zip two LoRAs*." + _MORE,
+    )
+    graph.column("Model and LoRAs")
+    checkpoint = graph.add("CheckpointLoaderSimple", "1 Checkpoint", ckpt_name=MODEL)
+    checked = graph.add(
+        "ZipCheck",
+        "2 LoRAs to check",
+        model=checkpoint[0],
+        clip=checkpoint[1],
+        vae=checkpoint[2],
+        subject_lora=SUBJECT,
+        style_lora=STYLE,
+    )
+    graph.column("Result", 640)
+    graph.add("SaveImage", "Without and with each LoRA", images=checked[0], filename_prefix="ziplora/checked")
+    graph.add("PreviewAny", "Report", source=checked[1])
+    return graph
+
+
 def zipped_or_stacked() -> Graph:
     """Whether zipping is worth it for a pair: seen, with one seed."""
     graph = Graph(
@@ -118,6 +144,38 @@ def style_dial() -> Graph:
     applied = graph.add("ApplyZippedLoRA", "On the model", model=checkpoint[0], zipped_lora=dial[0], clip=checkpoint[1])
     graph.column("Picture")
     return _result(graph, checkpoint, _drawn(graph, applied[0], applied[1], 4), zipped, "style_dial")
+
+
+def several() -> Graph:
+    """LoRAs as loaders have put them on the model, any number of them."""
+    graph = Graph(
+        "9 More than two LoRAs",
+        "# More than two LoRAs\n\n**Zip LoRAs** with *[None]* for both files takes the LoRAs that the loaders before "
+        "it have put on the model, in their order: the first is the subject's, the second the style's, then any "
+        "others. Those that a prompt does not ask for are held back.\n\n1. **Checkpoint**: the model that all LoRAs "
+        "were made for.\n2. **LoRAs**: a loader for each; add more, or take one out.\n3. **Zip**: leave the prompts "
+        "empty to use the trigger words that the files name; else write what each LoRA was trained with. The prompts "
+        "of the third LoRA and of those after it stand in *stack_prompts*, a line for each, under *More options*.\n"
+        "4. **How much of each**: turn any of them up or down; nothing is zipped again.\n5. **What to draw**: with "
+        "the words of those that you want.\n6. **Run**." + _MORE,
+    )
+    graph.column("Model and LoRAs")
+    checkpoint = graph.add("CheckpointLoaderSimple", "1 Checkpoint", ckpt_name=MODEL)
+    model, clip = checkpoint[0], checkpoint[1]
+    for which, file in (("subject", SUBJECT), ("style", STYLE), ("other", THIRD)):
+        loaded = graph.add("LoraLoader", f"2 LoRA: {which}", model=model, clip=clip, lora_name=file)
+        model, clip = loaded[0], loaded[1]
+    graph.column("Zip")
+    zipped = graph.add(
+        "ZipLoRAs", "3 Zip what is loaded", model=model, clip=clip, subject_lora=NO_FILE, style_lora=NO_FILE
+    )
+    dials = "subject: 1.0\nstyle: 1.0\nother: 1.0"
+    dialled = graph.add("ConceptStrengths", "4 How much of each", zipped_lora=zipped[2], strengths=dials)
+    graph.column("Picture")
+    applied = graph.add(
+        "ApplyZippedLoRA", "On the checkpoint", model=checkpoint[0], zipped_lora=dialled[0], clip=checkpoint[1]
+    )
+    return _result(graph, checkpoint, _drawn(graph, applied[0], applied[1], 5), zipped, "several")
 
 
 def every_step() -> Graph:

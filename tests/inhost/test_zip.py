@@ -242,7 +242,7 @@ def test_empty_prompts_are_what_the_files_say(pack, folder, monkeypatch):
         node.check_lazy_status(**inputs)
     inputs["style_prompt"] = " in ember style"
     assert node.check_lazy_status(**inputs) == ["model", "clip"]
-    listed = pack.nodes.zip._listed(None, **inputs)
+    listed = pack.nodes.zip.listed_loras(None, **inputs)
     found = bridge.prompts(listed)
     assert (found["content"].text, found["style"].text) == ("a mushroom figure", " in ember style")
     assert "trigger words from civitai.info" in found["content"].line("content")
