@@ -28,6 +28,7 @@ from .lora import captured, loras, reads, stack, text_encoders, triggers
 from .lora.zipped import ZippedLoRA
 from .memory.retry import LESS, is_out_of_memory
 from .network import text
+from .network.checks import OTHER_CLIP
 from .optimize import zipping
 from .training import pictures
 
@@ -40,7 +41,12 @@ QUALITIES: dict[str, Settings | None] = {
 }
 STACKED = "stacked"  # in the place of a quality, to compare with; web/ziplora_bypass.js asks for it by this name
 # What errors say to users of the other nodes, and what this one's can do. Whole words, never inside quotes.
-_OTHERS = {"content_lora": "subject_lora", "content_strength": "subject_strength", "content": "subject"}
+_OTHERS = {
+    "content_lora": "subject_lora",
+    "content_strength": "subject_strength",
+    "content": "subject",
+    OTHER_CLIP: "connect the clip that came with this checkpoint",
+}
 _EASIER = {"balanced": "choose quality fast", "paper": "choose quality balanced or fast"}
 
 

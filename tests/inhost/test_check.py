@@ -242,7 +242,8 @@ def test_another_models_clip_is_said_before_a_tensor_fails(pack, miniature, fold
     for change, says in (
         (
             lambda context: torch.cat([context, context], -1),
-            r"^subject_prompt is \d+ wide, this model's prompts are \d+",
+            r"^subject_prompt is \d+ wide, this model's prompts are \d+: .*; "
+            "connect the clip that came with this checkpoint$",
         ),
         (lambda context: context * float("nan"), r"^subject_prompt holds no usable numbers"),
     ):

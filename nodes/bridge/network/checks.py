@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ....ziplora_core.files import all_finite
 
+OTHER_CLIP = "connect a text encode node with this checkpoint's own clip"  # what to do
 _UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks")
 
 
@@ -57,7 +58,7 @@ def check_width(name: str, conditioning: list, model) -> None:
     if expected and width not in expected:
         raise ValueError(
             f"{name} is {width} wide, this model's prompts are {expected[0]}: it comes from another model's text "
-            "encoder; connect a text encode node with this checkpoint's own clip"
+            f"encoder; {OTHER_CLIP}"
         )
 
 
