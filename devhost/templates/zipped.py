@@ -81,7 +81,9 @@ def check() -> Graph:
         "0 Check two LoRAs",
         "# Are these two LoRAs ready to be zipped?\n\nDraws each LoRA roughly with its prompt, beside the model "
         "without it, and says in a sentence whether the prompts wake their LoRAs, whether zipping is worth it, and "
-        "what it would take.\n\n" + _CHOOSE + "3. **Run**.\n\n**What to look at**: the sentence on top of the picture. Then "
+        "what it would take.\n\n"
+        + _CHOOSE
+        + "3. **Run**.\n\n**What to look at**: the sentence on top of the picture. Then "
         "give the same files and prompts to template *1 Zip two LoRAs*." + _MORE,
     )
     graph.column("Model and LoRAs")
