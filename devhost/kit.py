@@ -51,7 +51,7 @@ CHECKOUT = (
     *("ziplora_core", "nodes", "ziplora_batch", "benchmarks", "demo", "devhost", "tests/core", "tests/inhost"),
     *("tests/conftest.py", "locales", "web", "workflows", "recipes", "__init__.py", "dev.py", "pyproject.toml"),
 )
-NOT_NEEDED = (".jpg", ".jsonl", ".md")  # of the checkout; pictures that tests read are PNGs
+NOT_NEEDED = (".jpg", ".webp", ".jsonl", ".md")  # of the checkout; pictures that tests read are PNGs
 TREE = ("comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras", "app", "utils", "middleware")
 LARGEST = 60_000_000
 

@@ -68,11 +68,14 @@ class Link:
 
 @dataclass
 class Node:
+    """open: sockets that something outside of the graph is connected to."""
+
     number: int
     kind: str
     title: str | None
     column: int
     inputs: dict[str, Any]
+    open: tuple[str, ...] = ()
 
     def __getitem__(self, slot: int) -> Link:
         return Link(self, slot)
@@ -96,8 +99,8 @@ class Graph:
     def left(self, column: int) -> int:
         return sum(width + _GAP for width in self.widths[:column])
 
-    def add(self, kind: str, title: str | None = None, **inputs: Any) -> Node:
-        node = Node(len(self.nodes) + 2, kind, title or _LABELS.get(kind), len(self.headings) - 1, inputs)
+    def add(self, kind: str, title: str | None = None, *, open: tuple[str, ...] = (), **inputs: Any) -> Node:
+        node = Node(len(self.nodes) + 2, kind, title or _LABELS.get(kind), len(self.headings) - 1, inputs, open)
         self.nodes.append(node)
         return node
 
@@ -208,7 +211,7 @@ class Graph:
                 entry["link"] = len(links) + 1
                 links.append([entry["link"], given.node.number, given.slot, node.number, len(inputs), entry["type"]])
                 targets.setdefault((given.node.number, given.slot), []).append(entry["link"])
-            elif name in info["input"].get("required", {}) and "widget" not in entry:
+            elif name in info["input"].get("required", {}) and "widget" not in entry and name not in node.open:
                 raise ValueError(f"{self.name}: {node.kind} needs {name}")
             inputs.append(entry)
         outputs = [

@@ -171,12 +171,13 @@ def several() -> Graph:
     zipped = graph.add(
         "ZipLoRAs", "3 Zip what is loaded", model=model, clip=clip, subject_lora=NO_FILE, style_lora=NO_FILE
     )
+    graph.column("How much of each")
     dials = "subject: 1.0\nstyle: 1.0\nother: 1.0"
     dialled = graph.add("ConceptStrengths", "4 How much of each", zipped_lora=zipped[2], strengths=dials)
-    graph.column("Picture")
     applied = graph.add(
         "ApplyZippedLoRA", "On the checkpoint", model=checkpoint[0], zipped_lora=dialled[0], clip=checkpoint[1]
     )
+    graph.column("Picture")
     return _result(graph, checkpoint, _drawn(graph, applied[0], applied[1], 5), zipped, "several")
 
 

@@ -33,14 +33,14 @@ def browser() -> Iterator[Browser]:
 
 
 PUBLISH = bool(os.environ.get("ZIPLORA_PUBLISH"))  # write the README's and the help pages' pictures
-AS_JPEG: dict[str, Any] = {"optimize": True, "progressive": True}
+SAVED_AS: dict[str, dict[str, Any]] = {".jpg": {"optimize": True, "progressive": True}, ".webp": {"method": 6}}
 
 
 @pytest.fixture
 def kept() -> Callable[..., None]:
-    """Keep a screenshot as a test artefact, and when publishing as a JPG of that width in the checkout.
+    """Keep a screenshot as a test artefact, and when publishing as a picture of that width in the checkout.
 
-    edges: the part of width and of height that is cut off on each side. quality: the JPG's.
+    edges: the part of width and of height that is cut off on each side. quality: the file's.
     """
     from PIL import Image
 
@@ -58,7 +58,8 @@ def kept() -> Callable[..., None]:
             image = image.crop((left, top, image.width - left, image.height - top))
             size = (width, round(width * image.height / image.width))
             (ROOT / publish).parent.mkdir(parents=True, exist_ok=True)
-            image.resize(size, Image.Resampling.LANCZOS).save(ROOT / publish, **AS_JPEG, quality=quality)
+            how = SAVED_AS[Path(publish).suffix]
+            image.resize(size, Image.Resampling.LANCZOS).save(ROOT / publish, **how, quality=quality)
 
     return keep
 
