@@ -11,6 +11,7 @@ from .words import MODEL, MODEL_ADDRESS
 
 ObjectInfo = Mapping[str, Any]
 
+OUTSIDE = object()  # in the place of a link: from a node that is not in the graph
 _WIDTH, _GAP, _LINE = 340, 60, 30
 _BELOW = 70  # from a node to the next one's top edge, its title bar included
 _VIEW = {"scale": 0.8, "offset": [645, 215]}  # as a graph opens: the note and the first columns, large enough to read
@@ -68,14 +69,11 @@ class Link:
 
 @dataclass
 class Node:
-    """open: sockets that something outside of the graph is connected to."""
-
     number: int
     kind: str
     title: str | None
     column: int
     inputs: dict[str, Any]
-    open: tuple[str, ...] = ()
 
     def __getitem__(self, slot: int) -> Link:
         return Link(self, slot)
@@ -99,8 +97,8 @@ class Graph:
     def left(self, column: int) -> int:
         return sum(width + _GAP for width in self.widths[:column])
 
-    def add(self, kind: str, title: str | None = None, *, open: tuple[str, ...] = (), **inputs: Any) -> Node:
-        node = Node(len(self.nodes) + 2, kind, title or _LABELS.get(kind), len(self.headings) - 1, inputs, open)
+    def add(self, kind: str, title: str | None = None, **inputs: Any) -> Node:
+        node = Node(len(self.nodes) + 2, kind, title or _LABELS.get(kind), len(self.headings) - 1, inputs)
         self.nodes.append(node)
         return node
 
@@ -211,7 +209,7 @@ class Graph:
                 entry["link"] = len(links) + 1
                 links.append([entry["link"], given.node.number, given.slot, node.number, len(inputs), entry["type"]])
                 targets.setdefault((given.node.number, given.slot), []).append(entry["link"])
-            elif name in info["input"].get("required", {}) and "widget" not in entry and name not in node.open:
+            elif name in info["input"].get("required", {}) and "widget" not in entry and given is not OUTSIDE:
                 raise ValueError(f"{self.name}: {node.kind} needs {name}")
             inputs.append(entry)
         outputs = [

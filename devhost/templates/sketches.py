@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .graph import Graph
+from .graph import OUTSIDE, Graph
 from .parts import Parts
 from .words import STYLE
 
@@ -39,7 +39,7 @@ def stack() -> Graph:
     """More than two LoRAs by single nodes; what gives the stack is another pack's."""
     parts = Parts("stack", "")
     parts.graph.column("LoRAs and prompts")
-    loaded = parts.graph.add("LoadLoRAStack", open=("lora_stack",))
+    loaded = parts.graph.add("LoadLoRAStack", lora_stack=OUTSIDE)
     third = parts.graph.add("ZipLoRAReference", positive=parts.text("a zrt hat", "Training prompt of the third LoRA"))
     parts.graph.column("Zip", 400)
     parts.zip(loaded[0], **parts.training_prompts(), references=third[0])

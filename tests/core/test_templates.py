@@ -30,7 +30,7 @@ def drawn_prompts(prompt: Prompt) -> list[tuple[str, list[Any]]]:
 def test_prompts_to_draw_are_encoded_with_the_clip_of_apply(file: Path) -> None:
     prompt: Prompt = json.loads(file.read_text(encoding="utf-8"))
     found = drawn_prompts(prompt)
-    compared = [node["inputs"] for node in prompt.values() if node["class_type"] == "CompareMerges"]
+    compared = [node["inputs"] for node in prompt.values() if node["class_type"] in ("CompareMerges", "ZipCheck")]
     assert found or compared
     for inputs in compared:  # it puts the LoRAs on by itself, each variant's own
         for slot, socket in enumerate(("model", "clip", "vae")):
