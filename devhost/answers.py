@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .server import ComfyServer
-
 Prompt = dict[str, dict[str, Any]]
+
+
+class Files(Protocol):
+    """Where what an output names can be had: a server."""
+
+    def path_of(self, entry: dict[str, str]) -> Path: ...
+
+    def view(self, entry: dict[str, str]) -> np.ndarray: ...
 
 
 class PromptRefused(ValueError):
@@ -60,7 +65,7 @@ class Event:
 class Result:
     """What one prompt left: the history entry, the websocket's events, and the seconds it took."""
 
-    server: ComfyServer
+    server: Files
     prompt_id: str
     history: dict[str, Any]
     events: list[Event]
