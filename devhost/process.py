@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import requests
 
+from . import required
 from .host import THREADS, current_host
 from .listener import Listener
 
@@ -103,8 +104,8 @@ class ComfyProcess:
         """Start the process on `port`."""
         # Zips are not remembered on disk, unless a caller wants it: who runs one twice wants it computed twice.
         ours = {**THREADS, "ZIPLORA_REMEMBER_MB": "0"}
-        environment = {**ours, **os.environ, "DO_NOT_TRACK": "1", **self.environment}
-        environment.pop("PYTHONPATH", None)  # the pack's folder `nodes` would hide ComfyUI's module of that name
+        # PYTHONPATH with the pack on it would hide ComfyUI's module `nodes`: there is a folder `nodes` here.
+        environment = {**ours, **os.environ, "DO_NOT_TRACK": "1", **self.environment, **required.environment()}
         with open(self.log_file, "ab") as log:
             self.process = subprocess.Popen(
                 self.command(), cwd=self.base, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from devhost import host, install, suites
+from devhost import host, install, required, suites
 from devhost.base import MissingMiniature, find_miniature, link, make_base
 
 
@@ -32,6 +32,16 @@ def test_every_package_asked_for_is_pinned() -> None:
     if tree.is_dir():  # absent where COMFYUI_PATH names another
         asked += install.requirements(tree)
     assert {canonical(line) for line in asked} <= pinned
+
+
+def test_a_server_finds_what_users_have_and_no_tool_of_ours() -> None:
+    """Installed as ComfyUI and requirements.txt say, and nothing else: so each node on a server runs with that."""
+    names = ("torch", "safetensors", "matplotlib", "requests", "pytest", "hypothesis", "peft", "diffusers", "lycoris")
+    code = f"from importlib.util import find_spec\nprint(*(name for name in {names} if find_spec(name)))"
+    process = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **required.environment()}, capture_output=True, text=True
+    )
+    assert process.stdout.split() == ["torch", "safetensors", "matplotlib", "requests"], process.stderr
 
 
 @pytest.mark.slow
