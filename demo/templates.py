@@ -76,23 +76,19 @@ def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt
             node["inputs"] |= {"steps": steps, "cfg": CFG}
         node["inputs"] |= TRAINING.get(node["class_type"], {})
         if node["class_type"] in ("ZipLoRAs", "ZipCheck"):  # whose files name no trigger words
-            node["inputs"] |= _prompts(node["inputs"], world)
+            node["inputs"] |= _prompts(node["inputs"], ours, world)
         if node["class_type"] == "ExportMergedLoRA":
             node["inputs"]["rank"] = 16
     return made
 
 
-def _prompts(inputs: Mapping[str, Any], world: Manifest) -> dict[str, str]:
-    """The training prompts of the LoRAs that a node zips; of loaders', where it names none itself."""
+def _prompts(inputs: Mapping[str, Any], ours: Mapping[str, str], world: Manifest) -> dict[str, str]:
+    """The training prompts of the LoRAs that a node zips: its own, or those of the loaders before it."""
     prompt_of = {one.learned.file: one.learned.prompt for one in (*world.subjects, *world.styles)}
-    files = [inputs[f"{which}_lora"] for which in ZIPPED]
-    ours = replacements(world)
-    of_loaders = files == [words.NO_FILE] * len(ZIPPED)
-    if of_loaders:
-        files = [ours[file] for file in (words.SUBJECT, words.STYLE, words.THIRD)]
-    first, second, *others = (prompt_of[file] for file in files)
-    found = {f"{which}_prompt": prompt for which, prompt in zip(ZIPPED, (first, second), strict=True)}
-    return found | ({"stack_prompts": "\n".join(others)} if of_loaders else {})
+    names, files = [f"{which}_prompt" for which in ZIPPED], [inputs[f"{which}_lora"] for which in ZIPPED]
+    if set(files) == {words.NO_FILE}:
+        names, files = [*names, "stack_prompts"], [ours[file] for file in (words.SUBJECT, words.STYLE, words.THIRD)]
+    return dict(zip(names, (prompt_of[file] for file in files), strict=True))
 
 
 def caption(name: str) -> str:

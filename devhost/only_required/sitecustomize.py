@@ -8,10 +8,10 @@ from typing import Any
 _HIDDEN = frozenset(os.environ.get("ZIPLORA_NOT_REQUIRED", "").split(","))
 
 
-class _Required(PathFinder):
+class _OnlyRequired(PathFinder):
     @classmethod
     def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return None if fullname in _HIDDEN else super().find_spec(fullname, path, target)
 
 
-sys.meta_path[:] = [_Required if finder is PathFinder else finder for finder in sys.meta_path]
+sys.meta_path[:] = [_OnlyRequired if finder is PathFinder else finder for finder in sys.meta_path]

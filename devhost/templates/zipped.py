@@ -18,19 +18,28 @@ _CHOOSE = (
 _MORE = "\n\nMore: select a node, then the **i** above it."
 
 
-def _zipped_at_once(graph: Graph) -> tuple[Node, Node]:
-    """The checkpoint, and Zip LoRAs on it, in a column of their own."""
+def _on_a_checkpoint(graph: Graph, kind: str, title: str, *sockets: str) -> tuple[Node, Node]:
+    """The checkpoint, and a node on it that takes a subject's file and a style's, in a column of their own.
+
+    sockets: of the node, for the checkpoint's outputs in their order.
+    """
     graph.column("Model and LoRAs")
     checkpoint = graph.add("CheckpointLoaderSimple", "1 Checkpoint", ckpt_name=MODEL)
-    zipped = graph.add(
-        "ZipLoRAs",
-        "2 LoRAs to zip",
-        model=checkpoint[0],
-        clip=checkpoint[1],
-        subject_lora=SUBJECT,
-        style_lora=STYLE,
-    )
-    return checkpoint, zipped
+    linked = {name: checkpoint[slot] for slot, name in enumerate(sockets)}
+    return checkpoint, graph.add(kind, title, subject_lora=SUBJECT, style_lora=STYLE, **linked)
+
+
+def _zipped_at_once(graph: Graph) -> tuple[Node, Node]:
+    """The checkpoint, and Zip LoRAs on it."""
+    return _on_a_checkpoint(graph, "ZipLoRAs", "2 LoRAs to zip", "model", "clip")
+
+
+def _strip(graph: Graph, images: Link, title: str, name: str, report: Link) -> Graph:
+    """A picture of several in a wide column, and the report below it."""
+    graph.column("Result", 640)
+    graph.add("SaveImage", title, images=images, filename_prefix=f"ziplora/{name}")
+    graph.add("PreviewAny", "Report", source=report)
+    return graph
 
 
 def _drawn(graph: Graph, model: Link, clip: Link, number: int) -> Link:
@@ -86,21 +95,8 @@ def check() -> Graph:
         + "3. **Run**.\n\n**What to look at**: the sentence on top of the picture. Then "
         "give the same files and prompts to template *1 Zip two LoRAs*." + _MORE,
     )
-    graph.column("Model and LoRAs")
-    checkpoint = graph.add("CheckpointLoaderSimple", "1 Checkpoint", ckpt_name=MODEL)
-    checked = graph.add(
-        "ZipCheck",
-        "2 LoRAs to check",
-        model=checkpoint[0],
-        clip=checkpoint[1],
-        vae=checkpoint[2],
-        subject_lora=SUBJECT,
-        style_lora=STYLE,
-    )
-    graph.column("Result", 640)
-    graph.add("SaveImage", "Without and with each LoRA", images=checked[0], filename_prefix="ziplora/checked")
-    graph.add("PreviewAny", "Report", source=checked[1])
-    return graph
+    _, checked = _on_a_checkpoint(graph, "ZipCheck", "2 LoRAs to check", "model", "clip", "vae")
+    return _strip(graph, checked[0], "Without and with each LoRA", "checked", checked[1])
 
 
 def zipped_or_stacked() -> Graph:
@@ -126,10 +122,7 @@ def zipped_or_stacked() -> Graph:
         prompts=f"{DRAWN}\n{ELSEWHERE}",
         steps=30,
     )
-    graph.column("Result", 640)
-    graph.add("SaveImage", "Side by side", images=compared[0], filename_prefix="ziplora/compared")
-    graph.add("PreviewAny", "Report", source=zipped[3])
-    return graph
+    return _strip(graph, compared[0], "Side by side", "compared", zipped[3])
 
 
 def style_dial() -> Graph:

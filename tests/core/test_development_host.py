@@ -27,7 +27,14 @@ def test_every_package_asked_for_is_pinned() -> None:
     lines = [line for line in install.PINS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==\S+", line) for line in lines)
     pinned = {canonical(line) for line in lines}
-    asked = [*install.TOOLS, *install.HOST_EXTRAS, install.CARRIER, "torch", "torchvision"]
+    asked = [
+        *install.TOOLS,
+        *install.HOST_EXTRAS,
+        *install.requirements(host.ROOT),
+        install.CARRIER,
+        "torch",
+        "torchvision",
+    ]
     tree = host.DEV / "comfyui"
     if tree.is_dir():  # absent where COMFYUI_PATH names another
         asked += install.requirements(tree)
