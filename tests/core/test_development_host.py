@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,6 +51,21 @@ def test_a_server_finds_what_users_have_and_no_tool_of_ours() -> None:
         [sys.executable, "-c", code], env={**os.environ, **required.environment()}, capture_output=True, text=True
     )
     assert process.stdout.split() == ["torch", "safetensors", "matplotlib", "requests"], process.stderr
+
+
+def test_beside_a_python_of_ones_own_its_torch_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tool pulls in another: what that Python has counts as installed, at the very version."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(install, "pip", lambda _, command, purpose: commands.append(command))
+    monkeypatch.setattr(install, "DEV", tmp_path)
+    own = host.Host(host.DEV / "comfyui", tmp_path, own_tree=True, own_python=sys.executable)
+    install.install_packages(own, install.Stages())
+    for command in commands:  # pip would fetch what it may not see
+        assert "--no-deps" in command or "--ignore-installed" not in command
+    constraints = Path(commands[-1][commands[-1].index("--constraint") + 1]).read_text(encoding="utf-8").split()
+    known = {name: version(name) for name in ("torch", "torchvision", "torchaudio") if find_spec(name)}
+    assert constraints == [f"{name}=={version}" for name, version in sorted(known.items())] and "torch" in known
+    assert {canonical(tool) for tool in install.TOOLS} <= {canonical(word) for word in commands[-1]}
 
 
 @pytest.mark.slow

@@ -192,6 +192,35 @@ def test_shipped_code_runs_no_text_and_swallows_no_exception(name: str) -> None:
             assert node.type is not None, f"{name}:{node.lineno} is a bare except"
 
 
+def without_encoding(tree: ast.AST) -> list[int]:
+    """Lines where a text file is opened in the encoding of the machine, which is not UTF-8 on every Windows."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(k.arg in ("encoding", None) for k in node.keywords):
+            continue
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+        mode = next((k.value for k in node.keywords if k.arg == "mode"), node.args[1] if len(node.args) > 1 else None)
+        text = mode is None or "b" not in str(getattr(mode, "value", "b"))
+        if (ast.unparse(node.func) == "open" and text) or (
+            called in ("read_text", "write_text") and len(node.args) < 2
+        ):
+            found.append(node.lineno)
+    return found
+
+
+def test_text_files_are_opened_as_utf8() -> None:
+    for name in (n for n in repository_files() if n.endswith(".py") and not n.startswith("tests/")):
+        assert not without_encoding(tree_of(name)), f"{name}: {without_encoding(tree_of(name))}"
+    seen = "open(a)\nopen(a, 'wb')\nopen(a, mode='w')\np.read_text()\np.write_text(t, encoding='utf-8')\np.open(5)"
+    assert without_encoding(ast.parse(seen)) == [1, 3, 4]
+
+
+def test_what_other_programs_read_by_their_own_lights_is_plain() -> None:
+    """pip and the registry's tools open these in the encoding of the machine, on Windows a page of 256 letters."""
+    for name in ("requirements.txt", "pyproject.toml", ".comfyignore", "devhost/pins.txt"):
+        assert (ROOT / name).read_bytes().isascii(), name
+
+
 @pytest.mark.parametrize("name", core_python())
 def test_core_never_imports_the_host(name: str) -> None:
     for level, module in imports(name):
