@@ -208,7 +208,7 @@ def main() -> int:
             totals[key] = totals.get(key, 0.0) + kind.count * value
     print(_line("all 560", totals))
     if given.json:
-        given.json.write_text(json.dumps({**rows, "all": totals}, indent=1))
+        given.json.write_text(json.dumps({**rows, "all": totals}, indent=1), encoding="utf-8")
     return 0
 
 

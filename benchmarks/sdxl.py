@@ -328,7 +328,7 @@ def main() -> int:
         figures.setdefault("seconds", {})[name] = now() - began
         if GIVEN.json:  # whole or not at all: who waits for it may end this at any time
             partial_file = GIVEN.json.with_suffix(".part")
-            partial_file.write_text(json.dumps(figures, indent=1))
+            partial_file.write_text(json.dumps(figures, indent=1), encoding="utf-8")
             os.replace(partial_file, GIVEN.json)
     return 1 if "failed" in figures else 0
 

@@ -133,7 +133,7 @@ def _gate_concepts(plan: Plan, names: list[str]) -> None:
         lora.load_into(branches, load_file(str(path)))
         figures = check(model, jury, concept, plan.work, seed=1000)
         concepts.draw_pictures(concept, str(plan.output))
-        (plan.work / f"{concept.name}.json").write_text(json.dumps(figures))
+        (plan.work / f"{concept.name}.json").write_text(json.dumps(figures), encoding="utf-8")
         passed = "passes" if gates.passes(concept, figures) else "FAILS"
         print(f"{concept.name}: {passed} " + " ".join(f"{k} {v:.2f}" for k, v in figures.items()), flush=True)
 
@@ -171,7 +171,7 @@ def gate_all(plan: Plan, names: list[str]) -> None:
         note = plan.work / f"{concept.name}.json"
         if not note.exists() or not (plan.output / concept.file).exists():
             continue
-        gated = json.loads(note.read_text())
+        gated = json.loads(note.read_text(encoding="utf-8"))
         if gates.passes(concept, gated):
             entries[concept.name] = concepts.describe(concept, gated)
     concepts.write_manifest(entries, figures, str(plan.output / "world.json"))
