@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field, replace
 
 import comfy.lora
-import comfy.utils
 import folder_paths
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from .lora import fitting
 from .lora.adapters import is_plain
 from .lora.loras import role
 from .lora.zipped import ZIPPED, ZippedLoRA
+from .progress.bar import Steps
 
 FORMATS = ("kohya", "diffusers")
 _ARCHITECTURES = {  # modelspec's names, by the host's
@@ -59,16 +59,16 @@ def export_tensors(zipped: ZippedLoRA, rank: int, dtype: str, form: str) -> Expo
     if form == "diffusers":
         _check_diffusers_names(zipped)
     report: list[str] = []
-    bar = comfy.utils.ProgressBar(len(zipped.fitted.loras.layers))
+    bar = Steps(len(zipped.fitted.loras.layers))
     layers: dict[str, ExportLayer] = {}
-    for done, (key, layer) in enumerate(zipped.fitted.loras.layers.items()):
+    for key, layer in zipped.fitted.loras.layers.items():
         chosen = zipped.coefficients.of_layer(key)
         if 0 < rank < sum(f.rank for f in layer.values()):
             exported = export.cut(*merged_factors(layer, chosen), rank)
         else:
             exported = export.whole(layer, chosen, precision)
         layers[key] = export.rounded(key, exported, precision)
-        bar.update_absolute(done + 1)
+        bar.advance()
     text, left_out = text_encoder_layers(zipped, rank)
     text = {name: export.rounded(name, layer, precision) for name, layer in text.items()}
     report += left_out

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import comfy.utils
 import torch
 from torch import Tensor
 
 from ...ziplora_core.scores import alignment
+from .progress.bar import Steps
 
 _AT_ONCE = 8  # pictures
 
 
-def picture_features(encoder, pictures: Tensor, bar: comfy.utils.ProgressBar) -> Tensor:
+def picture_features(encoder, pictures: Tensor, bar: Steps) -> Tensor:
     """(pictures, d): what a CLIP vision or DINOv2 model makes of an IMAGE, as its loader in the host gives it."""
     features = []
     for part in pictures.split(_AT_ONCE):
         features.append(encoder.encode_image(part)["image_embeds"].float().cpu())
-        bar.update(len(part))
+        bar.advance(len(part))
     return torch.cat(features)
 
 
@@ -48,7 +48,7 @@ def score(images: Tensor, subject: Tensor, style: Tensor, clip_vision, dino, cli
     images, subject, style: IMAGE (N, H, W, 3). Raises ValueError where text and picture features do not match.
     """
     text = None if clip is None else prompt_features(clip, prompt)
-    bar = comfy.utils.ProgressBar(2 * len(images) + len(subject) + len(style))
+    bar = Steps(2 * len(images) + len(subject) + len(style))
     pictures = picture_features(clip_vision, images, bar)
     if text is not None and text.shape[1] != pictures.shape[1]:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from ...ziplora_core import formats
 from ...ziplora_core.files import all_finite
 from ...ziplora_core.sparse import top_elements
 from .lora import fitting, keys, loras
+from .progress.bar import Steps
 
 
 @torch.no_grad()
@@ -25,11 +25,11 @@ def sparsify(model, name: str, percent: float) -> tuple[dict[str, Tensor], str]:
     source = loras.load(name, 1.0)
     fitted = fitting.fit_one(source, model.model)
     names = keys.file_names(model.model)
-    bar = comfy.utils.ProgressBar(len(fitted.factors))
+    bar = Steps(len(fitted.factors))
     tensors = {k: t for k, t in source.tensors.items() if formats.is_text_encoder(k)}
     held: dict[str, float] = {}
     elements, wide = 0, 0
-    for done, (key, factors) in enumerate(fitted.factors.items()):
+    for key, factors in fitted.factors.items():
         delta, held[key] = top_elements(factors, percent / 100)
         elements += delta.numel()
         if not all_finite(delta):
@@ -38,7 +38,7 @@ def sparsify(model, name: str, percent: float) -> tuple[dict[str, Tensor], str]:
         fits = all_finite(half)
         wide += not fits
         tensors[f"{names.kohya(key)}.diff"] = half if fits else delta
-        bar.update_absolute(done + 1)
+        bar.advance()
     for key, (kind, (values, *_)) in fitted.passthrough.items():
         if kind == "diff":
             tensors[names.kohya(key) + (".diff_b" if key.endswith(".bias") else ".diff")] = values

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
+from test_apply import zip_pair
 
 
 @pytest.fixture
@@ -62,6 +66,58 @@ def test_an_interrupt_ends_the_loop_that_runs(pack, monkeypatch, no_hook, place)
     with pytest.raises(management.InterruptProcessingException):
         optimise(pack, tiny.tiny_patcher(), latents)
     assert len(heard) == 2, "it went on"
+
+
+def sparsified(pack, strike, folder):
+    patcher = tiny.tiny_patcher()
+    save_file(tiny.full_size.attention_lora(patcher.model, 2, 1), folder / "mine.safetensors")
+    strike(pack.nodes.bridge.sparse, "top_elements")
+    pack.nodes.bridge.sparse.sparsify(patcher, "mine.safetensors", 10.0)
+
+
+def exported(pack, strike, folder):
+    patcher = tiny.tiny_patcher()
+    zipped = zip_pair(pack, patcher, tiny.sources(pack, patcher.model))
+    strike(pack.nodes.bridge.export.export, "cut")
+    pack.nodes.bridge.export.export_tensors(zipped, 2, "fp32", "kohya")
+
+
+def scored(pack, strike, folder):
+    encoder = SimpleNamespace(encode_image=lambda pictures: {"image_embeds": torch.ones(len(pictures), 4)})
+    strike(encoder, "encode_image")
+    pictures = torch.zeros(20, 8, 8, 3)  # more than are looked at at once
+    pack.nodes.bridge.scores.score(pictures, pictures, pictures, encoder, encoder, None, "")
+
+
+def shown_while_training(pack, strike, folder):
+    progress = pack.nodes.bridge.training.progress.TrainingProgress(0, 9)
+    strike(progress, "_picture")
+    for index in range(1, 10):
+        progress.step(pack.ziplora_core.training.Step(index, 9, 1.0))
+
+
+@pytest.mark.parametrize("work", [sparsified, exported, scored, shown_while_training])
+def test_an_interrupt_ends_work_at_the_step_in_which_it_comes(pack, monkeypatch, no_hook, tmp_path, work):
+    import comfy.model_management as management
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    folder_paths.filename_list_cache.clear()
+    calls = []
+
+    def strike(module, name):
+        own = getattr(module, name)
+
+        def called(*given):
+            calls.append(name)
+            management.interrupt_current_processing()
+            return own(*given)
+
+        monkeypatch.setattr(module, name, called)
+
+    with pytest.raises(management.InterruptProcessingException):
+        work(pack, strike, tmp_path)
+    assert len(calls) == 1, "it went on"
 
 
 def test_the_bar_divides_what_is_left_where_a_run_starts_again(pack, no_hook, monkeypatch):

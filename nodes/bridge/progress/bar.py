@@ -97,3 +97,19 @@ class Bar:
         if gone < _SECONDS_TO_JUDGE_BY or not self._share:
             return ""
         return f", about {seconds(gone * (1 - self._share) / self._share)} left"
+
+
+class Steps:
+    """The host's bar over equal steps. Looks at each whether the user has interrupted, as `Bar` does.
+
+    total: of all steps; done: of those that an earlier run has made.
+    """
+
+    def __init__(self, total: int, done: int = 0):
+        self._bar, self._done = comfy.utils.ProgressBar(total), done
+
+    def advance(self, steps: int = 1, preview: tuple[str, Image.Image, int] | None = None) -> None:
+        """preview: as the host's bar takes it."""
+        self._done += steps
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._bar.update_absolute(self._done, preview=preview)

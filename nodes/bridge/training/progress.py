@@ -6,10 +6,10 @@ import itertools
 import time
 from collections.abc import Sequence
 
-import comfy.utils
 from PIL import Image
 
 from ....ziplora_core import training
+from ..progress.bar import Steps
 from ..progress.plots import CONTENT, GROUND, SECONDS_BETWEEN_PREVIEWS, SIZE, plotted
 
 
@@ -17,7 +17,7 @@ class TrainingProgress:
     """Moves the node's bar and shows the loss so far, or the newest sample beside it."""
 
     def __init__(self, first: int, steps: int):
-        self._bar = comfy.utils.ProgressBar(steps)
+        self._bar = Steps(steps, first)
         self._first = first
         self._losses: list[float] = []
         self._last = 0.0
@@ -29,7 +29,7 @@ class TrainingProgress:
         preview = None
         if step.index == step.steps or now - self._last >= SECONDS_BETWEEN_PREVIEWS:
             self._last, preview = now, ("JPEG", self._picture(step), SIZE[0] + SIZE[1])
-        self._bar.update_absolute(step.index, step.steps, preview)
+        self._bar.advance(preview=preview)
 
     def _picture(self, step: training.Step) -> Image.Image:
         losses = _smooth(self._losses)
