@@ -67,7 +67,7 @@ MUTANTS = [
         ("what the model lacks is not told", "unused += fitting.absent", "unused += []"),
     ),
     *faults(
-        "nodes/bridge/lora/fitting.py",
+        "nodes/bridge/lora/base_weights.py",
         PAIRS_DENSE_FORMATS,
         (
             "dense updates are made from a weight that is patched",

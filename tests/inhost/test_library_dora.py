@@ -121,8 +121,8 @@ def test_weights_are_widened_on_the_cpu(pack, folder, monkeypatch):
 
     model, bridge = twins.flux(), pack.nodes.bridge
     wanted = model.placed(by_diffusers(model, folder, **DORA, target_modules=["to_q", "norm_out.linear"]))
-    base = bridge.lora.fitting._base_weight
-    monkeypatch.setattr(bridge.lora.fitting, "_base_weight", lambda *of: OnApple(base(*of)))
+    base = bridge.lora.fitting.base_weight
+    monkeypatch.setattr(bridge.lora.fitting, "base_weight", lambda *of: OnApple(base(*of)))
     assert off(updates(pack, model.patcher)[0], wanted) < 1e-6
 
 

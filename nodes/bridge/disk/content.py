@@ -20,6 +20,7 @@ from ....ziplora_core.files import bytes_of
 from ..network.bare import bare
 from ..network.foreign import is_patched
 
+_WRITTEN_OUT = ("dequant_dtype", "patch_dtype")  # of a layer of ComfyUI-GGUF's: how it makes its weight
 _THREADS = 4  # that read a model at once
 # Of a patcher: code and things of other nodes and packs, of which nobody knows what they do.
 _OTHERS = ("object_patches", "weight_wrapper_patches", "injections", "hook_patches", "attachments", "additional_models")
@@ -38,7 +39,10 @@ def digest(value: Any) -> str:
 
 
 def _feed(made: hashlib._Hash, value: Any) -> None:
-    if isinstance(value, Tensor):
+    if (kind := getattr(value, "tensor_type", None)) is not None:  # ComfyUI-GGUF's, whose patches the patcher knows
+        made.update(f"blocks {kind} {tuple(value.shape)} ".encode())
+        _feed(made, value.data.as_subclass(Tensor))
+    elif isinstance(value, Tensor):
         if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_meta:
             raise UnknownContent(f"a tensor of the kind {type(value).__name__}")
         here = value.detach().cpu().contiguous()
@@ -63,6 +67,12 @@ def _feed(made: hashlib._Hash, value: Any) -> None:
         raise UnknownContent(f"a value of the type {type(value).__name__}")
 
 
+def _numbers(model: torch.nn.Module) -> dict[str, Any]:
+    """A state dict; of layers that show only sizes there, as ComfyUI-GGUF's, the parameters themselves."""
+    shown, held = model.state_dict(), dict(model.named_parameters())
+    return {k: held[k] if v.is_meta else v for k, v in shown.items() if k in held or not v.is_meta}
+
+
 _weights: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
@@ -71,7 +81,7 @@ def _of_weights(patcher) -> str:
     known = _weights.get(patcher.model)
     if known is None:
         backup = patcher.backup
-        values = {k: backup[k].weight if k in backup else v for k, v in bare(patcher.model).state_dict().items()}
+        values = {k: backup[k].weight if k in backup else v for k, v in _numbers(bare(patcher.model)).items()}
         with ThreadPoolExecutor(_THREADS) as pool:
             try:
                 hashes = []
@@ -105,6 +115,7 @@ def of_model(patcher) -> list[Any]:
         [config.unet_config, getattr(model, "manual_cast_dtype", None), str(getattr(model, "model_type", ""))],
         [patcher.load_device.type, attention.optimized_attention.__name__],
         _of_weights(patcher),
+        sorted({str([getattr(m, name, None) for name in _WRITTEN_OUT]) for m in model.modules()}),
         patcher.patches,
         patcher.model_options,
     ]

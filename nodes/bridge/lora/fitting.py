@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.lora
-import comfy.model_management
 import comfy.utils
 import torch
 from comfy.weight_adapter import LoRAAdapter
@@ -18,7 +17,6 @@ from torch import Tensor
 from ....ziplora_core import formats
 from ....ziplora_core.files import LoRAFileError, all_finite, shown
 from ....ziplora_core.lora_set import Factors, LoRASet
-from ..network.weights import dequantized
 from . import base_models, dora, keys, refusals, spellings
 from .adapters import (
     all_used,
@@ -32,6 +30,7 @@ from .adapters import (
     scale_of,
     turns_nothing,
 )
+from .base_weights import base_weight, form
 from .loras import LoRASource, LoRASources, text_encoder_alone
 
 
@@ -80,7 +79,7 @@ class Fitting:
         if weight is None:
             self.absent.append(key)
             return
-        part = weight if place is None else weight.narrow(*place)
+        part = form(weight, place)
         if reshapes(patch):
             raise LoRAFileError(
                 f"'{self.source.title}' changes the shape of layer '{key}'; a zipped pair cannot: use another file"
@@ -125,9 +124,9 @@ class Fitting:
         weight: the whole one. turned: what the host does to rows of an update whose weight it keeps in another order
         than the file. ours: whether the host's loader does not read it. Raises LoRAFileError, MemoryError.
         """
-        part = weight if place is None else weight.narrow(*place)
+        part = form(weight, place)
         kind = "DoRA" if magnitude is not None else kind_of(patch)
-        before = _base_weight(self.model, key)
+        before = base_weight(self.model, key)
         kept = precision(patch)
         if scale_of(patch) is not None and not ours:
             kept = torch.float32  # what overflows in the host's loader is to be refused, not normalized away
@@ -198,16 +197,6 @@ def parameter(model, key: str) -> Tensor | None:
     except AttributeError:
         return None
     return value if isinstance(value, Tensor) else None
-
-
-def _base_weight(model, key: str) -> Tensor:
-    """A weight without the patches that the host may have written into it, in its stored dtype or float32."""
-    loaded = [entry.model for entry in comfy.model_management.current_loaded_models if entry.model is not None]
-    backups = [patcher.backup for patcher in loaded if patcher.model is model and key in patcher.backup]
-    weight = backups[0][key].weight if backups else comfy.utils.get_attr(model, key)
-    weight = dequantized(weight)
-    scale = comfy.utils.get_attr(model, key.rpartition(".")[0]).__dict__.get("_parameters", {}).get("scale_weight")
-    return weight if scale is None else weight.float() * scale.float()
 
 
 def low_rank(source: LoRASource, layer: str, adapter: LoRAAdapter) -> Factors:

@@ -10,6 +10,7 @@ from comfy.weight_adapter import LoRAAdapter
 from ....ziplora_core import formats
 from . import fitting, keys, refusals, spellings
 from .adapters import fits, plainer, reshapes
+from .base_weights import form
 from .loras import LoRASource, LoRASources, text_encoder_alone
 
 Patches = dict[str | tuple, Any]
@@ -57,7 +58,7 @@ def _checked(source: LoRASource, model) -> Patches:
         weight = fitting.parameter(model, key)
         if weight is None:
             continue
-        part = weight if place is None else weight.narrow(*place)
+        part = form(weight, place)
         if reshapes(patch) or not fits(plainer(patch), part.shape):
             fitting.Fitting(source, model).add(target, patch)  # refuses it, but where a matrix is only kept flat
         found[target] = patch

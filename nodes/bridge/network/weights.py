@@ -28,6 +28,8 @@ def cast(module: Any, like: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
     """The module's weight and bias as the host would use them for `like`; valid inside the block only."""
     if module.weight is None:
         yield None, None
+    elif _writes_out(module):
+        yield module.cast_bias_weight(dtype=like.dtype, device=like.device, bias_dtype=like.dtype)
     elif isinstance(module, comfy.ops.CastWeightBiasOp) and _is_cast(module):
         weight, bias, stream = comfy.ops.cast_bias_weight(
             module, dtype=like.dtype, bias_dtype=like.dtype, device=like.device, offloadable=True
@@ -53,9 +55,25 @@ def is_quantized(weight: Tensor) -> bool:
     return isinstance(weight, _QUANTIZED)
 
 
-def dequantized(weight: Tensor) -> Tensor:
-    """The numbers that a weight stands for, as ordinary floats."""
-    return weight.dequantize() if is_quantized(weight) else weight
+def dequantized(weight: Tensor, module: Any = None) -> Tensor:
+    """The numbers that a weight stands for, as ordinary floats, without LoRAs that lie on the tensor itself.
+
+    module: the layer that it is of, where that may be another pack's.
+    """
+    if is_quantized(weight):
+        return weight.dequantize()
+    kind: Any = getattr(weight, "tensor_type", None)
+    if kind is None or not _writes_out(module):
+        return weight
+    alone: Any = weight.data
+    alone.tensor_type, alone.tensor_shape, alone.patches = kind, weight.shape, []
+    numbers: Tensor = module.get_weight(alone, torch.float32)
+    return numbers
+
+
+def _writes_out(module: Any) -> bool:
+    """Whether a layer makes its weight itself, as ComfyUI-GGUF's do, of a tensor that no other code can read."""
+    return hasattr(module, "cast_bias_weight") and hasattr(module, "get_weight")
 
 
 def _is_cast(module: comfy.ops.CastWeightBiasOp) -> bool:
