@@ -489,3 +489,11 @@ def test_a_dynamic_patcher_is_injected_loaded_and_left_as_any(pack, monkeypatch)
     assert rehearsed(pack, patcher) == rehearsed(pack, plain)
     assert patcher.injections == {} and not any("forward" in vars(m) for m in patcher.model.modules())
     assert torch.equal(tiny.sample(patcher), before)
+
+
+def test_a_configuration_may_answer_none_to_every_name(pack, monkeypatch):
+    """Newer hosts' do, for what they have not."""
+    from comfy.supported_models_base import BASE
+
+    monkeypatch.setattr(BASE, "__getattr__", lambda self, name: None, raising=False)
+    assert pack.nodes.bridge.drawing.sampling.best_side(tiny.tiny_patcher()) == 1024

@@ -62,6 +62,7 @@ def taught(miniature, name: str, words: str, strength: float, clip_strength: flo
 
 def encoded_picture(miniature, image: torch.Tensor, width: int, height: int) -> dict:
     """Each through Upscale Image and VAE Encode, then Latent Batch."""
+    import comfy_extras.nodes_post_processing  # noqa: F401  first: two files of newer hosts import each other
     from comfy_extras.nodes_latent import LatentBatch
 
     import nodes

@@ -186,7 +186,8 @@ def best_side(model) -> int:
     """
     form = model.get_model_object("latent_format")
     known = 512 if isinstance(form, comfy.latent_formats.SD15) else 1024
-    return getattr(model.model.model_config, "picture_side", known)
+    # Of the class: newer hosts' configurations answer None, with a warning, to every name that they have not.
+    return getattr(type(model.model.model_config), "picture_side", known)
 
 
 def thumbnails(model, latents: Tensor) -> Tensor | None:
