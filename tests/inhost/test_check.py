@@ -346,12 +346,10 @@ def test_it_costs_a_part_of_a_zip(pack, miniature, folder, monkeypatch):  # noqa
     rows.clear()
     with torch.inference_mode():
         quality = {"quality": "balanced", "subject_strength": 1.0, "style_strength": 1.0}
-        monkeypatch.setattr(pack.nodes.bridge.drawing.sampling, "STEPS", 20)
+        monkeypatch.setattr(pack.nodes.bridge.drawing.recipes, "STEPS", 20)
         pack.nodes.ZipLoRAs.execute(miniature.model, miniature.clip, **given(), **quality)
     handle.remove()
-    each = pack.nodes.bridge.drawing.sampling.GeneratedReferences.rows(
-        pack.nodes.bridge.drawing.sampling.ReferenceRequest(4, 128)
-    )
+    each = pack.nodes.bridge.drawing.recipes.of(miniature.model).rows(4)
     reckoned = 2 * each + expected(pack.ziplora_core.solver.Settings(), 2, [], each).rows
     assert checked <= 0.35 * sum(rows), (checked, sum(rows))
     assert reckoned == pytest.approx(sum(rows), rel=0.15)

@@ -5,9 +5,10 @@ A file with the names that a call of the host's loader used, and with its number
 
 from __future__ import annotations
 
+import os
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -231,6 +232,26 @@ def _files(calls: Sequence[tuple[Call, Call]], loader: Loader) -> dict[int, _Fil
     for name in list(_recent)[:-_MOST_RECENT]:
         del _recent[name]
     return found
+
+
+def names_on(model, says: Callable[[str], Any]) -> list[str]:
+    """Files in the loras folders that loaders have put on a model, the last one first, of those whose name says
+    something alone. says: of a file's name without its folder. A header and one matrix of each are read.
+
+    model: ModelPatcher, unchanged. What no file is known of is left out.
+    """
+    calls = calls_on(model.patches)
+    names = [name for name in folder_paths.get_filename_list("loras") if says(os.path.basename(name))] if calls else []
+    if not names:
+        return []
+    loader = Loader(model.model)
+    wanted = [_FirstMatrix(call, loader) for call in reversed(calls)]
+    found: dict[int, str] = {}
+    for name in names:
+        throw_exception_if_processing_interrupted()
+        with suppress(LoRAFileError, LookupError, AttributeError), opened(loras.lora_path(name)) as file:
+            found |= {i: name for i, first in enumerate(wanted) if i not in found and first.is_in(file)}
+    return [found[i] for i in sorted(found)]
 
 
 class _FirstMatrix:
