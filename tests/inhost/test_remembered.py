@@ -139,6 +139,9 @@ def test_any_change_is_another_zip(pack, miniature, load_miniature, folder, aske
     with torch.inference_mode():
         changed.model.model.diffusion_model.out[2].bias[0] += 1e-3
     keys["one number of the checkpoint"] = asked(changed)
+    with monkeypatch.context() as patch:
+        patch.setattr(pack.nodes.bridge.lora.base_models, "running_checkpoints", lambda: ["x_lightning_4step"])
+        keys["the checkpoint's name"] = asked()
     code = pack.nodes.bridge.disk.content.of_code()
     monkeypatch.setattr(pack.nodes.bridge.disk.content, "of_code", lambda: code[::-1])
     keys["the pack's code"] = asked()

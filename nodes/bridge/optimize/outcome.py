@@ -34,7 +34,8 @@ class Tried:
 class Outcome:
     """Everything a report tells. retention and alignment: [direct merge, zipped]. drawn, prompts, words: by concept.
 
-    tried: dials that were measured of what was found. recipe: how the model draws. again: memory ran out, and this is the second run.
+    tried: dials that were measured of what was found. again: memory ran out, and this is the second run. recipe: how
+    the model draws.
     """
 
     sources: LoRASources
