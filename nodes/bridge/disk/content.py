@@ -22,7 +22,8 @@ from ..network.foreign import is_patched
 
 _THREADS = 4  # that read a model at once
 # Of a patcher: code and things of other nodes and packs, of which nobody knows what they do.
-_OTHERS = ("object_patches", "weight_wrapper_patches", "injections", "hook_patches", "attachments", "additional_models")
+_OTHERS = ("object_patches", "weight_wrapper_patches", "injections", "hook_patches", "additional_models")
+_OF_LORAS = "lora_metadata"  # text that newer hosts' LoRA loaders leave beside their patches
 
 
 class UnknownContent(Exception):
@@ -92,6 +93,10 @@ def of_model(patcher) -> list[Any]:
     for name in _OTHERS:
         if getattr(patcher, name, None):
             raise UnknownContent(f"what other nodes have put on the model ({name})")
+    beside = dict(getattr(patcher, "attachments", {}))
+    said = beside.pop(_OF_LORAS, None)
+    if beside:
+        raise UnknownContent("what other nodes have put on the model (attachments)")
     for name in ("wrappers", "callbacks"):
         if any(found for kind in getattr(patcher, name, {}).values() for found in kind.values()):
             raise UnknownContent(f"what other nodes have put on the model ({name})")
@@ -106,6 +111,7 @@ def of_model(patcher) -> list[Any]:
         [patcher.load_device.type, attention.optimized_attention.__name__],
         _of_weights(patcher),
         patcher.patches,
+        said,
         patcher.model_options,
     ]
 
