@@ -5,7 +5,17 @@ from __future__ import annotations
 from . import faults
 
 DRAWN = ("tests/inhost/test_contracts_drawn.py",)
-RECIPES = ("tests/inhost/test_recipes.py",)
+RECIPES = tuple(
+    f"tests/inhost/test_recipes.py::{test}"
+    for test in (
+        "test_families_are_drawn_as_they_draw",
+        "test_flux_schnell_is_known_by_its_layers",
+        "test_a_name_in_the_graph_tells_where_it_is_the_only_one",
+        "test_what_the_host_keeps_with_a_model_tells_more_than_the_graph",
+        "test_sampling_that_was_put_on_tells",
+        "test_loras_are_compared_at_the_noise_levels_that_the_model_draws_at",
+    )
+)
 REPORT = tuple(
     f"tests/inhost/test_report.py::{test}"
     for test in (
@@ -40,7 +50,7 @@ MUTANTS = [
     *faults(
         "nodes/bridge/drawing/recipes.py",
         RECIPES,
-        ("references are drawn without guidance", 'unet.get("guidance_embed", False) else GUIDANCE', "True else 1.0"),
+        ("references are drawn without guidance", "takes_guidance(model) else GUIDANCE", "True else 1.0"),
         ("a model with guidance in its prompt is guided twice", "Recipe(STEPS, 1.0 if", "Recipe(STEPS, GUIDANCE if"),
         ("a few-step model is guided", "return Recipe(steps, 1.0, sampler", "return Recipe(steps, GUIDANCE, sampler"),
         (
@@ -55,7 +65,7 @@ MUTANTS = [
             "if isinstance(sampling, x0) and not isinstance(sampling, pictures)",
             "if isinstance(sampling, x0)",
         ),
-        ("a model that was trained back is drawn in few steps", "0 if said and few_steps.is_undone(said[1]) else", ""),
+        ("a model that was trained back is drawn in few steps", "0 if undone else", ""),
         ("titles of models are not read", "if key in about", "if False"),
     ),
     *faults(

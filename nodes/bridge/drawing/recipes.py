@@ -54,13 +54,13 @@ class Recipe:
 
 def of(model) -> Recipe:
     """model: ModelPatcher, with everything that is on it; unchanged."""
-    sampling, unet = model.get_model_object("model_sampling"), model.model.model_config.unet_config
+    sampling = model.get_model_object("model_sampling")
     for steps, told_by in _signs(model, sampling):
         if steps:
             sampler = "lcm" if _is_lcm(sampling) else SAMPLER
             return Recipe(steps, 1.0, sampler, _SIMPLE, told_by)
     scheduler = _SIMPLE if isinstance(sampling, comfy.model_sampling.CONST) else SCHEDULER
-    return Recipe(STEPS, 1.0 if unet.get("guidance_embed", False) else GUIDANCE, SAMPLER, scheduler)
+    return Recipe(STEPS, 1.0 if takes_guidance(model) else GUIDANCE, SAMPLER, scheduler)
 
 
 def takes_guidance(model) -> bool:
@@ -82,9 +82,10 @@ def _signs(model, sampling) -> Iterator[tuple[int, str]]:
     said = _said_by_file(model)
     if said:
         yield few_steps.of_model(said[1], families), f"'{shown(said[0], 120)}'"
-    if isinstance(config, comfy.supported_models.FluxSchnell) and config.unet_config.get("vec_in_dim"):
-        schnell = 0 if said and few_steps.is_undone(said[1]) else _SCHNELL_STEPS  # Ovis has the class, and no vector
-        yield schnell, "its layers, those of Flux schnell"
+    of_schnell = isinstance(config, comfy.supported_models.FluxSchnell)
+    if of_schnell and config.unet_config.get("vec_in_dim"):  # Ovis is of this class too, and takes no vector
+        undone = said is not None and few_steps.is_undone(said[1])
+        yield 0 if undone else _SCHNELL_STEPS, "its layers, those of Flux schnell"
 
 
 def _is_lcm(sampling) -> bool:
