@@ -103,8 +103,11 @@ def test_families_are_drawn_as_they_draw(pack, told, name, expected):
 
 
 def test_flux_schnell_is_known_by_its_layers(pack, graph):
-    flux = FAMILIES["Flux"]
-    family = replace(flux, config="FluxSchnell", unet={**flux.unet, "guidance_embed": False})
+    from comfy.ldm.flux.model import FluxParams
+
+    flux, newer = FAMILIES["Flux"], "txt_ids_dims" in FluxParams.__dataclass_fields__
+    unet = {**flux.unet, "guidance_embed": False, **({"txt_ids_dims": []} if newer else {})}
+    family = replace(flux, config="FluxSchnell", unet=unet)
     patcher, seen = family.patcher(), []
     hook = patcher.model.diffusion_model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     line = draw(pack, patcher, family.prompts()["content"]).line("content")
