@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io, ui
 from ..ziplora_core.checks import Range
 from . import inputs, sheet
 from .bridge import compare as comparing
-from .bridge.drawing import sampling
+from .bridge.drawing import recipes, sampling
 from .schema import Schema
 from .sockets import LoRAsToApplySocket
 
@@ -71,8 +71,8 @@ class CompareMerges(io.ComfyNode):
                     round=0.01,
                     tooltip="How closely pictures follow their prompt, as in KSampler.",
                 ),
-                inputs.advanced(inputs.choice("sampler_name", sampling.SAMPLERS, "As in KSampler.", sampling.SAMPLER)),
-                inputs.advanced(inputs.choice("scheduler", sampling.SCHEDULERS, "As in KSampler.", sampling.SCHEDULER)),
+                inputs.advanced(inputs.choice("sampler_name", sampling.SAMPLERS, "As in KSampler.", recipes.SAMPLER)),
+                inputs.advanced(inputs.choice("scheduler", sampling.SCHEDULERS, "As in KSampler.", recipes.SCHEDULER)),
                 _side("width"),
                 _side("height"),
             ],
@@ -111,8 +111,8 @@ class CompareMerges(io.ComfyNode):
         seed: int,
         steps: int,
         cfg: float,
-        sampler_name: str = sampling.SAMPLER,
-        scheduler: str = sampling.SCHEDULER,
+        sampler_name: str = recipes.SAMPLER,
+        scheduler: str = recipes.SCHEDULER,
         width: int = 0,
         height: int = 0,
     ) -> io.NodeOutput:

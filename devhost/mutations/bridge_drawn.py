@@ -5,6 +5,17 @@ from __future__ import annotations
 from . import faults
 
 DRAWN = ("tests/inhost/test_contracts_drawn.py",)
+RECIPES = tuple(
+    f"tests/inhost/test_recipes.py::{test}"
+    for test in (
+        "test_families_are_drawn_as_they_draw",
+        "test_flux_schnell_is_known_by_its_layers",
+        "test_a_name_in_the_graph_tells_where_it_is_the_only_one",
+        "test_what_the_host_keeps_with_a_model_tells_more_than_the_graph",
+        "test_sampling_that_was_put_on_tells",
+        "test_loras_are_compared_at_the_noise_levels_that_the_model_draws_at",
+    )
+)
 REPORT = tuple(
     f"tests/inhost/test_report.py::{test}"
     for test in (
@@ -29,13 +40,38 @@ MUTANTS = [
     *faults(
         "nodes/bridge/drawing/sampling.py",
         DRAWN,
-        ("references are drawn without guidance", "guidance = 1.0 if distilled else GUIDANCE", "guidance = 1.0"),
         ("references that are NaN are used", "if bool(torch.isfinite(samples).all()) else None", ""),
         (
             "thumbnails are not of the model's own space",
             "ready = form.process_in(latents.float())",
             "ready = latents.float()",
         ),
+    ),
+    *faults(
+        "nodes/bridge/drawing/recipes.py",
+        RECIPES,
+        ("references are drawn without guidance", "takes_guidance(model) else GUIDANCE", "True else 1.0"),
+        ("a model with guidance in its prompt is guided twice", "Recipe(STEPS, 1.0 if", "Recipe(STEPS, GUIDANCE if"),
+        ("a few-step model is guided", "return Recipe(steps, 1.0, sampler", "return Recipe(steps, GUIDANCE, sampler"),
+        (
+            "flow models are drawn with the U-Nets' scheduler",
+            "_SIMPLE if isinstance(sampling",
+            "SCHEDULER if isinstance(sampling",
+        ),
+        ("one of two models of a graph is taken for this one", "if len(names) != 1:", "if not names:"),
+        ("LCM is drawn with euler", '"lcm" if _is_lcm(sampling) else SAMPLER', "SAMPLER"),
+        (
+            "a model of pictures to pictures is taken for x0",
+            "if isinstance(sampling, x0) and not isinstance(sampling, pictures)",
+            "if isinstance(sampling, x0)",
+        ),
+        ("a model that was trained back is drawn in few steps", "0 if undone else", ""),
+        ("titles of models are not read", "if key in about", "if False"),
+    ),
+    *faults(
+        "nodes/bridge/network/predictor.py",
+        RECIPES,
+        ("few-step models are asked at all noise levels", "if recipe.told_by:", "if False:"),
     ),
     *faults(
         "nodes/bridge/network/empty_prompt.py",

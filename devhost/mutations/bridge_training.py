@@ -26,7 +26,11 @@ MUTANTS = [
     *faults(
         "nodes/bridge/training/denoiser.py",
         TRAINING,
-        ("samples are drawn without guidance", "plain + GUIDANCE * (wanted - plain)", "wanted"),
+        (
+            "samples are drawn without guidance",
+            "plain[0] + recipe.cfg * (wanted - plain[0]) if plain else wanted",
+            "wanted",
+        ),
     ),
     *faults(
         "nodes/bridge/training/loading.py",

@@ -20,7 +20,7 @@ from ...ziplora_core.solver import References
 from . import findings
 from . import zip as of_zip
 from .apply import apply
-from .drawing import sampling
+from .drawing import recipes, sampling
 from .findings import Looked
 from .lora import base_models, captured, described, fitting, loras, refusals
 from .lora.loras import role
@@ -131,8 +131,9 @@ def look(
             checks.check_conditioning(sources.input_name(concept, "positive"), conditioning)
     other = len(said) == 2 and (other or len(words) < len(said))
     rows = len(said) * ((6 if other else 4) * DRAWS + 3 * DRAWS_STACKED)
-    bar = Bar({_DRAWING: 4.0 * STEPS * len(said), _MEASURING: float(rows)})
-    watch, took = _Watch(bar), list[float]()
+    recipe = recipes.of(model).at_most(STEPS)
+    bar = Bar({_DRAWING: 2.0 * recipe.rows(len(said)), _MEASURING: float(rows)})
+    watch, took = _Watch(bar, recipe), list[float]()
     drawn: dict[str, tuple[Tensor, Tensor]] = {}
 
     def work(predict: predictor.HostPredictor, joined: JoinedSet, refs: References) -> tuple:
@@ -185,8 +186,9 @@ def _moved(own: list, bare: list) -> float:
 class _Watch:
     """Moves the bar while pictures are drawn, one after another, and takes the time from step to step."""
 
-    def __init__(self, bar: Bar):
+    def __init__(self, bar: Bar, recipe: recipes.Recipe):
         self._bar, self._words, self._before = bar, "", 0.0
+        self._rows, self._rows_a_step = recipe.rows(1), recipe.rows(1) / recipe.steps
         self._last: float | None = None
         self._steps: list[float] = []
 
@@ -199,14 +201,14 @@ class _Watch:
         if self._last is not None:  # the first step of a picture also loads the model
             self._steps.append(now - self._last)
         self._last = now
-        self._bar.at(_DRAWING, self._before + 2 * STEPS * share, self._words, preview)
+        self._bar.at(_DRAWING, self._before + self._rows * share, self._words, preview)
         if share >= 1:
-            self._before += 2 * STEPS
+            self._before += self._rows
 
     @property
     def per_row(self) -> float:
-        """Seconds; a step of a guided picture has two rows."""
-        return statistics.median(self._steps) / 2 if self._steps else 0.0
+        """Seconds."""
+        return statistics.median(self._steps) / self._rows_a_step if self._steps else 0.0
 
 
 class _Timed:

@@ -12,7 +12,7 @@ from ...ziplora_core import checkup, zipper
 from ...ziplora_core.checkup import Effect, Finding
 from ...ziplora_core.solver import EMPTY, OWN, Settings
 from ...ziplora_core.words import WordEffect
-from .drawing import references, sampling
+from .drawing import recipes, references
 from .lora import described, fitting, loras, text_encoders
 from .lora.loras import role
 from .memory import plan
@@ -148,8 +148,7 @@ def cost(model, fitted: fitting.FittedSet, looked: Looked, side: int) -> list[st
         return []
     own = dict(looked.own)
     drawing, measuring = looked.per_row
-    request = sampling.ReferenceRequest(references.DEFAULT.count, side)
-    each = sampling.GeneratedReferences.rows(request)
+    each = recipes.of(model).rows(references.DEFAULT.count)
     after = Progress(settings, len(own), [], each).rows
     took = len(own) * each * drawing + after * measuring
     latents = {concept: with_lora for concept, (_, with_lora) in looked.drawn.items()}

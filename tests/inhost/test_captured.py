@@ -87,6 +87,23 @@ def test_a_chain_of_three_in_its_order(pack, miniature, folder):  # noqa: F811
     assert_same(of_loaders(pack, loaded), by_name(pack, miniature, rows), miniature)
 
 
+def test_a_lora_of_few_steps_stays_on_the_model(pack, miniature, folder):  # noqa: F811
+    """Wherever in the chain its loader is."""
+    fast = "Hyper-SDXL-8steps-lora.safetensors"
+    (folder / FILES[2]).rename(folder / fast)
+    rows = [(FILES[0], 0.9, 0.9), (FILES[1], 1.1, 1.1)]
+    below = model_only(miniature, fast, 0.5)
+    expected = by_name(pack, below, rows)
+    for loaded in (
+        loader(loader(below, *rows[0]), *rows[1]),
+        model_only(loader(loader(miniature, *rows[0]), *rows[1]), fast, 0.5),
+    ):
+        ours = of_loaders(pack, loaded)
+        assert_same(ours, expected, miniature)
+        assert f"stays on the model, which draws in few steps by it: '{fast}'" in ours.args[3]
+        assert "other patches stay" not in ours.args[3]
+
+
 def test_stacked_is_the_chain(pack, miniature, folder):  # noqa: F811
     loaded = loader(loader(miniature, FILES[0], 0.9, 0.6), FILES[1], 1.1, 1.1)
     model, clip, *_ = of_loaders(pack, loaded, quality="stacked").args

@@ -346,15 +346,30 @@ def test_it_costs_a_part_of_a_zip(pack, miniature, folder, monkeypatch):  # noqa
     rows.clear()
     with torch.inference_mode():
         quality = {"quality": "balanced", "subject_strength": 1.0, "style_strength": 1.0}
-        monkeypatch.setattr(pack.nodes.bridge.drawing.sampling, "STEPS", 20)
+        monkeypatch.setattr(pack.nodes.bridge.drawing.recipes, "STEPS", 20)
         pack.nodes.ZipLoRAs.execute(miniature.model, miniature.clip, **given(), **quality)
     handle.remove()
-    each = pack.nodes.bridge.drawing.sampling.GeneratedReferences.rows(
-        pack.nodes.bridge.drawing.sampling.ReferenceRequest(4, 128)
-    )
+    each = pack.nodes.bridge.drawing.recipes.of(miniature.model).rows(4)
     reckoned = 2 * each + expected(pack.ziplora_core.solver.Settings(), 2, [], each).rows
     assert checked <= 0.35 * sum(rows), (checked, sum(rows))
     assert reckoned == pytest.approx(sum(rows), rel=0.15)
+
+
+def test_a_model_of_few_steps_is_drawn_in_these(pack, miniature, folder, monkeypatch):  # noqa: F811
+    import comfy.sample
+
+    real, seen = comfy.sample.sample, []
+
+    def sample(model, noise, steps, cfg, *rest, **given):
+        seen.append((steps, cfg))
+        return real(model, noise, steps, cfg, *rest, **given)
+
+    monkeypatch.setattr(comfy.sample, "sample", sample)
+    name = "x_lightning_2step.safetensors"
+    miniature.model.cached_patcher_init = (check, (name,))  # where newer hosts keep it
+    monkeypatch.setattr(pack.nodes.bridge.lora.base_models, "running_checkpoints", lambda: [name])
+    check(pack, miniature, **given())
+    assert seen == [(2, 1.0)] * 4
 
 
 def test_what_cannot_be_looked_at_is_refused_before_work(pack, miniature, folder, monkeypatch):  # noqa: F811

@@ -50,7 +50,7 @@ def test_references_are_the_hosts_pictures_of_one_lora_under_its_prompt(pack, pa
             patcher, sources, fitted, concept, prompt, drawing.sampling.ReferenceRequest(2, 64), 5
         )
     expected = host_draws(patcher, sources.by_concept[concept], prompt, seed, 2)
-    assert (drawn.seed, drawn.guidance) == (seed, 4.0)
+    assert (drawn.seed, drawn.recipe.cfg) == (seed, 4.0)
     torch.testing.assert_close(drawn.latents, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
     assert not torch.equal(*drawn.latents)
 
@@ -92,7 +92,7 @@ def test_a_model_that_was_distilled_is_not_guided_again(pack, name, guidance, ro
         asked = pack.nodes.bridge.drawing.sampling.ReferenceRequest(1, 64)
         drawn = pack.nodes.bridge.drawing.sampling.draw_plain(patcher, family.prompts()["content"], asked, 0)
     hook.remove()
-    assert drawn.guidance == guidance and seen == {rows}
+    assert drawn.recipe.cfg == guidance and seen == {rows}
 
 
 def test_thumbnails_are_in_the_hosts_colours(pack, patcher):

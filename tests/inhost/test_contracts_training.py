@@ -99,10 +99,15 @@ def test_prompts_of_two_lengths_have_passes_of_their_own(pack, patcher):  # noqa
     assert sorted(set(rows.prompts) for rows in found) == [{0}, {1}]
 
 
-def test_a_sample_is_the_hosts_picture_with_that_lora(pack, patcher):  # noqa: F811
+@pytest.mark.parametrize(
+    ("checkpoint", "how"),
+    [("sdxl_base", (20, 4.0, "euler", "normal")), ("sdxl_lightning_4step", (4, 1.0, "euler", "simple"))],
+)
+def test_a_sample_is_the_hosts_picture_with_that_lora(pack, patcher, monkeypatch, checkpoint, how):  # noqa: F811
     import comfy.sample
     import comfy.sd
 
+    monkeypatch.setattr(pack.nodes.bridge.lora.base_models, "running_checkpoints", lambda: [checkpoint])
     asked, found = task(pack), {}
 
     def work(denoiser, given, trained):
@@ -116,7 +121,7 @@ def test_a_sample_is_the_hosts_picture_with_that_lora(pack, patcher):  # noqa: F
     noise = torch.randn(empty.shape, generator=torch.Generator().manual_seed(11))
     with torch.inference_mode():
         theirs = comfy.sample.sample(
-            model, noise, 20, 4.0, "euler", "normal", prompt, oracle.emptied(prompt), empty, seed=0, disable_pbar=True
+            model, noise, *how, prompt, oracle.emptied(prompt), empty, seed=0, disable_pbar=True
         )
         ours = patcher.model.process_latent_out(found["ours"])
     assert (ours - theirs).norm() < 2e-2 * theirs.norm()

@@ -16,14 +16,21 @@ DTYPES = {  # storage, compute (None: the same), relative difference allowed by 
 }
 
 
-def dense_loss(pack, copied, fitted, m, references, batch, conditioning):
-    """Eq. 3 by ordinary autograd: every weight of a copied model replaced by W0 + dense update."""
+def eps_of(x, x0, sigma):
+    return (x - x0) / sigma
+
+
+def dense_loss(pack, copied, fitted, m, references, batch, conditioning, raw=eps_of):
+    """Eq. 3 by ordinary autograd: every weight of a copied model replaced by W0 + dense update.
+
+    raw: what the network gave, by its formula.
+    """
     sampling = copied.model_sampling
     sigma = sampling.sigmas[batch.timesteps]
     x = sampling.noise_scaling(sigma, batch.noise, batch.latents, False)
     dtype = x.dtype
 
-    def eps(row: int, updates: dict):
+    def predicted(row: int, updates: dict):
         weights = {k: copied.get_parameter(k).to(dtype) + u for k, u in updates.items()}
         concept = ("content", "style")[batch.concept_index[row]]
         c = {k: v.process_cond(batch_size=1, area=None) for k, v in conditioning[concept].items()}
@@ -33,7 +40,7 @@ def dense_loss(pack, copied, fitted, m, references, batch, conditioning):
         x0 = torch.func.functional_call(
             Apply(copied), {f"model.{k}": w for k, w in weights.items()}, (x_row, sigma_row, arguments, options)
         )
-        return (x_row - x0) / sigma_row
+        return raw(x_row, x0, sigma_row)
 
     own, merged = {"content": {}, "style": {}}, {}
     for name, layer in fitted.loras.layers.items():
@@ -44,8 +51,8 @@ def dense_loss(pack, copied, fitted, m, references, batch, conditioning):
     loss = 0.0
     for row, place in enumerate(batch.concept_index.tolist()):
         with torch.no_grad():
-            teacher = eps(row, own[("content", "style")[place]])
-        loss = loss + (eps(row, merged) - teacher).flatten().norm()
+            teacher = predicted(row, own[("content", "style")[place]])
+        loss = loss + (predicted(row, merged) - teacher).flatten().norm()
     return loss + LAMBDA * sum((m["content"][k] @ m["style"][k]).abs() for k in m["content"])
 
 

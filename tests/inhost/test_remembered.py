@@ -139,6 +139,11 @@ def test_any_change_is_another_zip(pack, miniature, load_miniature, folder, aske
     with torch.inference_mode():
         changed.model.model.diffusion_model.out[2].bias[0] += 1e-3
     keys["one number of the checkpoint"] = asked(changed)
+    named = miniature._replace(model=miniature.model.clone())
+    named.model.cached_patcher_init = (load_miniature, ("x_lightning_4step",))  # where newer hosts keep it
+    with monkeypatch.context() as patch:
+        patch.setattr(pack.nodes.bridge.lora.base_models, "running_checkpoints", lambda: ["x_lightning_4step"])
+        keys["the checkpoint's name"] = asked(named)
     code = pack.nodes.bridge.disk.content.of_code()
     monkeypatch.setattr(pack.nodes.bridge.disk.content, "of_code", lambda: code[::-1])
     keys["the pack's code"] = asked()
@@ -201,6 +206,8 @@ def test_what_content_does_not_tell_is_not_remembered(pack, miniature, asked, ca
     patch = {name: ("diff", (torch.zeros_like(weight),))}
     known = asked(with_code(lambda model: model.add_patches(patch)))
     assert known not in (None, asked())
+    text = {"ss_tag_frequency": "{}"}  # of a LoRA's header, as newer hosts' loaders leave it there
+    assert asked(with_code(lambda model: model.set_attachments("lora_metadata", text))) is not None
     for do in (
         lambda model: model.set_model_sampler_cfg_function(lambda args: args["cond"]),
         lambda model: model.add_object_patch("model_sampling", SimpleNamespace()),

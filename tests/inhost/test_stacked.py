@@ -136,7 +136,7 @@ def test_another_models_file_is_not_stacked(pack, miniature, folder):  # noqa: F
 
 def test_a_zipped_pair_is_zipped_anew_at_its_dials(pack, miniature, folder, monkeypatch):  # noqa: F811
     nodes = pack.nodes
-    monkeypatch.setattr(nodes.bridge.drawing.sampling, "STEPS", 2)
+    monkeypatch.setattr(nodes.bridge.drawing.recipes, "STEPS", 2)
     pair = nodes.LoadLoRAPair.execute(*FILES[:2], 0.8, 1.0).args[0]
     with torch.inference_mode():
         merged = nodes.DirectMergeLoRA.execute(miniature.model, pair, "shared columns").args[0]

@@ -43,7 +43,7 @@ def folder(tmp_path, monkeypatch, lora_files, miniature) -> Path:
 @pytest.fixture(autouse=True)
 def few_steps(pack, monkeypatch) -> None:
     """Of drawing a reference, in both routes: their number makes them no more alike."""
-    monkeypatch.setattr(pack.nodes.bridge.drawing.sampling, "STEPS", 3)
+    monkeypatch.setattr(pack.nodes.bridge.drawing.recipes, "STEPS", 3)
 
 
 def picture(height: int, width: int, seed: int, count: int = 1) -> torch.Tensor:

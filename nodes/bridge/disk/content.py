@@ -23,7 +23,8 @@ from ..network.foreign import is_patched
 _WRITTEN_OUT = ("dequant_dtype", "patch_dtype")  # of a layer of ComfyUI-GGUF's: how it makes its weight
 _THREADS = 4  # that read a model at once
 # Of a patcher: code and things of other nodes and packs, of which nobody knows what they do.
-_OTHERS = ("object_patches", "weight_wrapper_patches", "injections", "hook_patches", "attachments", "additional_models")
+_OTHERS = ("object_patches", "weight_wrapper_patches", "injections", "hook_patches", "additional_models")
+_OF_LORAS = "lora_metadata"  # text that newer hosts' LoRA loaders leave beside their patches
 
 
 class UnknownContent(Exception):
@@ -102,6 +103,10 @@ def of_model(patcher) -> list[Any]:
     for name in _OTHERS:
         if getattr(patcher, name, None):
             raise UnknownContent(f"what other nodes have put on the model ({name})")
+    beside = dict(getattr(patcher, "attachments", {}))
+    said = beside.pop(_OF_LORAS, None)
+    if beside:
+        raise UnknownContent("what other nodes have put on the model (attachments)")
     for name in ("wrappers", "callbacks"):
         if any(found for kind in getattr(patcher, name, {}).values() for found in kind.values()):
             raise UnknownContent(f"what other nodes have put on the model ({name})")
@@ -117,6 +122,7 @@ def of_model(patcher) -> list[Any]:
         _of_weights(patcher),
         sorted({str([getattr(m, name, None) for name in _WRITTEN_OUT]) for m in model.modules()}),
         patcher.patches,
+        said,
         patcher.model_options,
     ]
 

@@ -19,9 +19,9 @@ from ....ziplora_core.checks import SEED, Range, one_of
 from ..memory.retry import is_out_of_memory
 from ..network.empty_prompt import zeros
 from ..network.session import attention_with_gradient
+from . import recipes
 
 Watch = Callable[[float, Image.Image | None], None]
-STEPS, GUIDANCE, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
 COUNT, SIDE = Range(1, 64), Range(64, 8192)  # of a ReferenceRequest
 SIDE_OR_BEST = Range(0, SIDE.high)  # 0: what the model draws best
 SAMPLERS, SCHEDULERS = tuple(comfy.samplers.KSampler.SAMPLERS), tuple(comfy.samplers.KSampler.SCHEDULERS)
@@ -43,31 +43,29 @@ class ReferenceRequest:
 
 @dataclass(frozen=True)
 class GeneratedReferences:
-    """What was drawn for one concept: latents as a LATENT's samples, and the seed that draws them again."""
+    """What was drawn for one concept: latents as a LATENT's samples, and the seed and recipe that draw them again.
+    guidance: in the prompt, where it holds such a number and the model takes it."""
 
     latents: Tensor
     seed: int
-    guidance: float
-
-    @staticmethod
-    def rows(request: ReferenceRequest) -> int:
-        """About how many rows go through the network for so many references: with guidance, two a step each."""
-        return 2 * STEPS * request.count
+    recipe: recipes.Recipe
+    guidance: float | None = None
 
     def line(self, concept: str) -> str:
         count, height, width = len(self.latents), *self.latents.shape[-2:]
+        guided = "" if self.guidance is None else f", guidance {self.guidance:g} in the prompt"
         return (
             f"{concept} references: {count} drawn with its LoRA alone, latents of {width} x {height}, "
-            f"seed {self.seed}, {SAMPLER}, {SCHEDULER}, {STEPS} steps, cfg {self.guidance:g}"
+            f"seed {self.seed}, {self.recipe.line()}{guided}"
         )
 
 
 def draw_plain(
-    model, conditioning: list, request: ReferenceRequest, seed: int, watch: Watch | None = None, steps: int = 0
+    model, conditioning: list, request: ReferenceRequest, seed: int, watch: Watch | None = None, most_steps: int = 0
 ) -> GeneratedReferences | None:
     """Latents that a model draws from a prompt; None where they are not finite. model: ModelPatcher, unchanged.
 
-    steps: 0 for as many as references get.
+    most_steps: 0 for as many as references get.
 
     watch: hears after each step how much is done, 0 to 1, and sees a rough picture where the host previews; what it
     raises ends the drawing, as an interrupt does. Without it the progress shows as any sampler's.
@@ -78,8 +76,9 @@ def draw_plain(
         options["optimized_attention_override"] = attention_with_gradient
     side = request.side // getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
     shape = (request.count, 4, side, side)
-    distilled = model.model.model_config.unet_config.get("guidance_embed", False)  # guided in one pass, as Flux dev
-    guidance = 1.0 if distilled else GUIDANCE
+    recipe = recipes.of(model)
+    if most_steps:
+        recipe = recipe.at_most(most_steps)
     latents = comfy.sample.fix_empty_latent_channels(model, torch.zeros(shape))
     seed %= 2**64
     noise = comfy.sample.prepare_noise(latents, seed)
@@ -89,20 +88,21 @@ def draw_plain(
         return comfy.sample.sample(
             model,
             noise[part],
-            steps or STEPS,
-            guidance,
-            SAMPLER,
-            SCHEDULER,
+            recipe.steps,
+            recipe.cfg,
+            recipe.sampler,
+            recipe.scheduler,
             conditioning,
             zeros(conditioning),
             latents[part],
-            callback=_callback(model, watch, start / request.count, (stop - start) / request.count),
+            callback=_callback(model, watch, recipe.steps, start / request.count, (stop - start) / request.count),
             disable_pbar=True,
             seed=seed,
         )
 
     samples = _at_once_or_one_by_one(sample, request.count)
-    return GeneratedReferences(samples, seed, guidance) if bool(torch.isfinite(samples).all()) else None
+    guidance = conditioning[0][1].get("guidance") if recipes.takes_guidance(model) else None
+    return GeneratedReferences(samples, seed, recipe, guidance) if bool(torch.isfinite(samples).all()) else None
 
 
 @dataclass(frozen=True)
@@ -147,17 +147,17 @@ def draw_one(model, positive: list, negative: list, drawing: Drawing, watch: Wat
         positive,
         negative,
         latents,
-        callback=_callback(model, watch, 0.0, 1.0),
+        callback=_callback(model, watch, drawing.steps, 0.0, 1.0),
         disable_pbar=True,
         seed=drawing.seed,
     )
     return samples
 
 
-def _callback(model, watch: Watch | None, before: float, mine: float) -> Callable[..., None]:
+def _callback(model, watch: Watch | None, steps: int, before: float, mine: float) -> Callable[..., None]:
     """The sampler's, of pictures that are so much of all of them, after so many others."""
     if watch is None:
-        return latent_preview.prepare_callback(model, STEPS)
+        return latent_preview.prepare_callback(model, steps)
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
     def callback(step: int, x0: Tensor, _: Tensor, steps: int) -> None:

@@ -5,9 +5,10 @@ A file with the names that a call of the host's loader used, and with its number
 
 from __future__ import annotations
 
+import os
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from comfy.lora_convert import convert_lora
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.weight_adapter.base import WeightAdapterBase
 
+from ....ziplora_core import few_steps
 from ....ziplora_core.files import LoRAFileError, OpenFile, opened, read_lora_file
 from . import loras, text_encoders
 from .calls import Call, Loader, Place, calls_on, matrices, same
@@ -41,17 +43,20 @@ class Captured:
 
 @dataclass(frozen=True)
 class Chain:
-    """The LoRAs of a model, in the order of their loaders. taken: its patches and its clip's that are theirs, by id."""
+    """The LoRAs of a model, in the order of their loaders. taken: its patches and its clip's that are theirs, by id.
+    stays: names of those that make it draw in few steps, which are left on it."""
 
     loras: list[Captured]
     taken: frozenset[int]
     others: int
+    stays: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """What a report says of them."""
         why = "other patches stay on the model: no LoRA file was recognized in them"
         stay = f"{self.others} {why}" if self.others else ""
-        return [*(lora.line() for lora in self.loras), *filter(None, [stay])]
+        few = [f"stays on the model, which draws in few steps by it: '{loras.shown(n, 255)}'" for n in self.stays]
+        return [*(lora.line() for lora in self.loras), *few, *filter(None, [stay])]
 
     def without(self, model, clip) -> tuple[Any, Any]:
         """(model, clip) clones without the LoRAs; what came in is not changed. model: ModelPatcher."""
@@ -100,6 +105,7 @@ def _find(model, clip) -> tuple[dict[str, loras.FileVersion | None], Chain]:
     files = _files(calls, Loader(model.model, clip))
     found: dict[str, Captured] = {}
     taken: set[int] = set()
+    fast: dict[str, list[int]] = {}
     for place, (call, beside) in enumerate(calls, 1):
         if id(call.names) not in files:
             raise LoRAFileError(
@@ -108,6 +114,9 @@ def _find(model, clip) -> tuple[dict[str, loras.FileVersion | None], Chain]:
             )
         file = files[id(call.names)]
         source, (of_model, of_text) = file.source, file.made
+        if few_steps.of_lora(os.path.basename(source.name)):
+            fast.setdefault(source.name, []).extend(id(entry) for _, entry in call.entries)
+            continue
         if source.config:
             raise LoRAFileError(
                 f"'{source.title}' has its alpha in its header or in 'adapter_config.json' beside it, which the loader "
@@ -121,9 +130,10 @@ def _find(model, clip) -> tuple[dict[str, loras.FileVersion | None], Chain]:
         earlier = found.get(source.name, Captured(source.name, 0.0, 0.0, 0))
         sums = earlier.strength + strength, earlier.clip_strength + clip_strength
         found[source.name] = Captured(source.name, *sums, len(call.entries))
-    others = sum(id(entry) not in taken for entries in model.patches.values() for entry in entries)
+    known = taken.union(*fast.values())
+    others = sum(id(entry) not in known for entries in model.patches.values() for entry in entries)
     versions = {file.source.name: file.source.version for file in files.values()}
-    return versions, Chain(list(found.values()), frozenset(taken), others)
+    return versions, Chain(list(found.values()), frozenset(taken), others, tuple(fast))
 
 
 def _take(
@@ -231,6 +241,26 @@ def _files(calls: Sequence[tuple[Call, Call]], loader: Loader) -> dict[int, _Fil
     for name in list(_recent)[:-_MOST_RECENT]:
         del _recent[name]
     return found
+
+
+def names_on(model, says: Callable[[str], Any]) -> list[str]:
+    """Files in the loras folders that loaders have put on a model, the last one first, of those whose name says
+    something alone. says: of a file's name without its folder. A header and one matrix of each are read.
+
+    model: ModelPatcher, unchanged. What no file is known of is left out.
+    """
+    calls = calls_on(model.patches)
+    names = [name for name in folder_paths.get_filename_list("loras") if says(os.path.basename(name))] if calls else []
+    if not names:
+        return []
+    loader = Loader(model.model)
+    wanted = [_FirstMatrix(call, loader) for call in reversed(calls)]
+    found: dict[int, str] = {}
+    for name in names:
+        throw_exception_if_processing_interrupted()
+        with suppress(LoRAFileError, LookupError, AttributeError), opened(loras.lora_path(name)) as file:
+            found |= {i: name for i, first in enumerate(wanted) if i not in found and first.is_in(file)}
+    return [found[i] for i in sorted(found)]
 
 
 class _FirstMatrix:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ....ziplora_core.branch import Branch, JoinedSet
 from ....ziplora_core.lora_set import LoRASet
 from ....ziplora_core.solver import EMPTY, OTHER, Batch, References
+from ..drawing import recipes
 from . import session
 from .empty_prompt import zeros
 from .injection import Injection
@@ -23,11 +24,16 @@ T = TypeVar("T")
 
 
 class HostPredictor(session.Network):
-    """The core's Predictor: references of each concept and their prompts."""
+    """The core's Predictor: references of each concept and their prompts. Its timesteps are all of the model's, and of
+    one that was distilled to few steps these alone."""
 
     def __init__(self, guider, model_options: dict, injection: Injection, references: References):
         super().__init__(guider, model_options, injection)
         self._references = references
+        recipe = recipes.of(guider.model_patcher)
+        if recipe.told_by:
+            self._sigmas = recipe.levels(self._model.model_sampling).to(self._device)
+            self.timesteps = len(self._sigmas)
         self._conds = {(c, c): self.encode(c, latents) for c, latents in self._references.items()}
         first, *others = [self._rows(concept, concept, 1) for concept in references]
         self.joins = all(comfy.samplers.cond_equal_size(first, other) for other in others)

@@ -11,6 +11,7 @@ from ....ziplora_core.coefficients import Coefficients
 from ....ziplora_core.prompts import PromptEffect
 from ....ziplora_core.solver import Result, Settings
 from ....ziplora_core.words import WordEffect
+from ..drawing.recipes import Recipe
 from ..drawing.sampling import GeneratedReferences
 from ..lora.fitting import FittedSet
 from ..lora.loras import LoRASources
@@ -33,7 +34,8 @@ class Tried:
 class Outcome:
     """Everything a report tells. retention and alignment: [direct merge, zipped]. drawn, prompts, words: by concept.
 
-    tried: dials that were measured of what was found. again: memory ran out, and this is the second run.
+    tried: dials that were measured of what was found. again: memory ran out, and this is the second run. recipe: how
+    the model draws.
     """
 
     sources: LoRASources
@@ -49,6 +51,7 @@ class Outcome:
     words: Mapping[str, WordEffect] = field(default_factory=dict)
     tried: list[Tried] = field(default_factory=list)
     plan: Plan = field(default_factory=Plan)
+    recipe: Recipe | None = None
     again: bool = False
 
     @property

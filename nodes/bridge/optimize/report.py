@@ -27,6 +27,12 @@ def _details(outcome: Outcome) -> list[str]:
     lines = described.lines(outcome.sources, outcome.fitted)
     lines.append(f"solver: {settings.solver}, seed {settings.seed}; {result.stopped}")
     lines.extend(drawn.line(concept) for concept, drawn in outcome.drawn.items())
+    if outcome.recipe is not None and outcome.recipe.told_by:
+        recipe = outcome.recipe
+        lines.append(
+            f"the model draws in {recipe.steps} steps without guidance, by {recipe.told_by}: zipped and measured at "
+            "the noise levels of these"
+        )
     layers = outcome.fitted.loras.layers
     errors = {name: left for name, left in result.relative_error.items() if len(layers[name]) > 1}
     if errors:

@@ -23,7 +23,7 @@ from ....ziplora_core.saved import ROUTED, ROUTED_LAYERS
 from ....ziplora_core.words import WordEffect
 from .. import saved
 from ..disk import remembered
-from ..drawing import references, sampling
+from ..drawing import recipes, references, sampling
 from ..lora import fitting, loras
 from ..lora.zipped import ZIPPED, ZippedLoRA
 from ..memory import plan, retry
@@ -111,7 +111,9 @@ def optimize(
         outcome = replace(outcome, alignment=_alignment(outcome))
         zipped = _zipped(outcome)
         return zipped, outcome.loss_map, zipped.report, None
+    recipe = recipes.of(model)
     given = {"conditioning": conditioning, "latents": dict(samples), "request": asdict(request)}
+    given["recipe"] = asdict(recipe)  # files' names tell it, which no content does
     made_of, untold = remembered.key(model, sources, **given, settings=_told(settings))
     known = remembered.find(made_of, sources, fitted)
     if known is not None:
@@ -119,7 +121,7 @@ def optimize(
         return known.zipped, known.loss_map, known.zipped.report, known.drawn
     outcome = replace(outcome, words=words(fitted.loras))  # before the model is loaded: text encoders need room too
     without = [concept for concept in latents if concept not in samples]
-    progress = Progress(settings, len(fitted.loras.concepts), without, sampling.GeneratedReferences.rows(request))
+    progress = Progress(settings, len(fitted.loras.concepts), without, recipe.rows(request.count))
     with explained(model, sources, conditioning):
         drawn = {}
         for concept in without:
@@ -128,7 +130,7 @@ def optimize(
                 model, sources, fitted, concept, conditioning[concept], request, settings.seed, watch
             )
             samples[concept] = drawn[concept].latents
-        outcome = replace(outcome, drawn=drawn)
+        outcome = replace(outcome, recipe=recipe, drawn=drawn)
         planned = plan.make(model, fitted.loras, conditioning, samples, settings, plan.room_for(model))
         try:
             used, solved = retry.carry_out(

@@ -12,12 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from ....ziplora_core import training
-from ..drawing.sampling import GUIDANCE, SCHEDULER, thumbnails
+from ..drawing import recipes
+from ..drawing.sampling import thumbnails
 from ..network import session
 from ..network.injection import Injection
 from .pictures import Prepared
-
-_SAMPLE_STEPS = 20
 
 
 class Denoiser(session.Network):
@@ -50,18 +49,20 @@ class Denoiser(session.Network):
 
     @torch.no_grad()
     def sample(self, prompt: int, latents: Tensor, branch: training.Adapted, seed: int) -> Tensor:
-        """A picture's latents, as large as these (1, C, *space): Euler, guided away from an empty prompt."""
-        sampling = self._model.model_sampling
-        sigmas = comfy.samplers.calculate_sigmas(sampling, SCHEDULER, _SAMPLE_STEPS).to(self._device)
+        """A picture's latents, as large as these (1, C, *space): Euler, guided away from an empty prompt where it
+        is the model's way."""
+        sampling, recipe = self._model.model_sampling, recipes.of(self._guider.model_patcher)
+        sigmas = comfy.samplers.calculate_sigmas(sampling, recipe.scheduler, recipe.steps).to(self._device)
+        prompts = (prompt,) if recipe.cfg == 1 else (prompt, "empty")
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed % 2**63)).to(self._device)
         x = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), True)
         for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
             level = sigma.expand(1)
-            wanted, plain = (
+            wanted, *plain = (
                 self.denoised(x, level, comfy.samplers.cond_cat([self._conditioning(p, latents)]), branch)
-                for p in (prompt, "empty")
+                for p in prompts
             )
-            x0 = plain + GUIDANCE * (wanted - plain)
+            x0 = plain[0] + recipe.cfg * (wanted - plain[0]) if plain else wanted
             x = x + (x - x0) / sigma * (following - sigma)
         return x
 
