@@ -122,8 +122,10 @@ class Frontend:
             const node = window.app.graph.getNodeById(id)
             const widget = node?.widgets?.find(widget => widget.name === name)
             if (!widget) throw new Error(`node ${id} has no widget ${name}`)
+            const before = widget.value
             widget.value = value
             widget.callback?.(value)
+            node.onWidgetChanged?.(name, value, before, widget)
         }"""
         self.page.evaluate(script, [int(node), widget, value])
 

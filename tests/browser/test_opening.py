@@ -36,7 +36,7 @@ VUE = "on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', o
 SET = "([name, value]) => window.app.extensionManager.setting.set(name, value)"
 # On nodes that the page draws: our button, or the frontend's own for widgets out of sight.
 MORE, FEWER = (
-    f".lg-node button:is(:text-is('{text}'), [data-testid='advanced-inputs-button'])"
+    f".lg-node button:is(:has-text('{text}'), [data-testid='advanced-inputs-button'])"
     for text in ("More options", "Fewer options")
 )
 ZIP = "window.app.graph.nodes.find(node => node.type === 'ZipLoRAs')"
