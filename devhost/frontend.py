@@ -27,6 +27,10 @@ SWITCHES = (
 # The graph can be replaced only once the start-up has put its own there.
 READY = "() => window.app?.extensionManager?.workflow?.activeWorkflow && window.app.graph && window.LiteGraph"
 
+# Newer pages mark missing files once they know the folders, which they ask for at last: then, not later.
+LOAD = """async graph => {
+    await window.app.loadGraphData(graph)
+    await window.app.api.getFolderPaths?.() }"""
 # The window that searches nodes: a list under a line of text, in newer frontends a dialog.
 SEARCH = "() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')"
 SEARCH_LINE = ".comfy-vue-node-search-box input, input[aria-controls='results-list']"
@@ -92,7 +96,7 @@ class Frontend:
     def load(self, workflow: Path | dict[str, Any]) -> None:
         """Put a UI workflow into the graph, as opening its file does."""
         graph = json.loads(workflow.read_text(encoding="utf-8")) if isinstance(workflow, Path) else workflow
-        self.page.evaluate("graph => window.app.loadGraphData(graph)", graph)
+        self.page.evaluate(LOAD, graph)
 
     def missing_nodes(self) -> list[str]:
         """Types of nodes in the graph that no pack provides."""
