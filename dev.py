@@ -18,7 +18,8 @@
     python3 dev.py lock        write the environment's versions into devhost/pins.txt
     python3 dev.py clean       remove what set-up made
 
-COMFYUI_PATH, COMFYUI_PYTHON and CHROMIUM_PATH name a ComfyUI, a Python and a Chromium of your own;
+COMFYUI_PATH, COMFYUI_PYTHON, COMFYUI_FRONTEND and CHROMIUM_PATH name a ComfyUI, a Python, a frontend and a Chromium of
+your own;
 ZIPLORA_TEST_DEVICE=auto lets the tests use the GPU that ComfyUI finds,
 and ZIPLORA_MINIATURE names a folder with another miniature model, laid out as demo/ is.
 """

@@ -27,6 +27,17 @@ SWITCHES = (
 # The graph can be replaced only once the start-up has put its own there.
 READY = "() => window.app?.extensionManager?.workflow?.activeWorkflow && window.app.graph && window.LiteGraph"
 
+# Newer pages mark missing files once they know the folders, which they ask for at last: then, not later.
+LOAD = """async graph => {
+    await window.app.loadGraphData(graph)
+    await window.app.api.getFolderPaths?.() }"""
+# The window that searches nodes: a list under a line of text, in newer frontends a dialog.
+SEARCH = "() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')"
+SEARCH_LINE = ".comfy-vue-node-search-box input, input[aria-controls='results-list']"
+SEARCH_ROWS = "li.p-autocomplete-option, #results-list [role='option']"
+SEARCH_NAMES = f"""() => [...document.querySelectorAll("{SEARCH_ROWS}")]
+    .map(row => row.getAttribute('aria-label') ?? row.querySelector('.truncate')?.textContent.trim())"""
+
 _SMALLEST_TEXT = "LiteGraph.Canvas.MinFontSizeForLOD"  # pixels below which the canvas leaves texts out
 CLOSE_UP = """([kind, width, height]) => {
     const graph = window.app.graph, view = window.app.canvas.ds
@@ -85,7 +96,7 @@ class Frontend:
     def load(self, workflow: Path | dict[str, Any]) -> None:
         """Put a UI workflow into the graph, as opening its file does."""
         graph = json.loads(workflow.read_text(encoding="utf-8")) if isinstance(workflow, Path) else workflow
-        self.page.evaluate("graph => window.app.loadGraphData(graph)", graph)
+        self.page.evaluate(LOAD, graph)
 
     def missing_nodes(self) -> list[str]:
         """Types of nodes in the graph that no pack provides."""
@@ -115,8 +126,10 @@ class Frontend:
             const node = window.app.graph.getNodeById(id)
             const widget = node?.widgets?.find(widget => widget.name === name)
             if (!widget) throw new Error(`node ${id} has no widget ${name}`)
+            const before = widget.value
             widget.value = value
             widget.callback?.(value)
+            node.onWidgetChanged?.(name, value, before, widget)
         }"""
         self.page.evaluate(script, [int(node), widget, value])
 
@@ -125,6 +138,23 @@ class Frontend:
         with self.page.expect_response(lambda answer: answer.url.endswith("/prompt") and answer.ok) as caught:
             self.page.evaluate("() => window.app.queuePrompt(0, 1)")
         return str(caught.value.json()["prompt_id"])
+
+    def open_search(self) -> None:
+        """Open the window that searches nodes."""
+        self.page.evaluate(SEARCH)
+        self.page.locator(SEARCH_LINE).wait_for()
+
+    def search(self, text: str) -> list[str]:
+        """Names of the nodes that the open search window finds, the best first."""
+        self.page.locator(SEARCH_LINE).fill(text)
+        self.page.wait_for_timeout(700)  # the list follows a moment after the last letter
+        return list(self.page.evaluate(SEARCH_NAMES))
+
+    def pick(self, name: str) -> None:
+        """Search a node by its name and put it on the canvas, by a click on its row."""
+        self.page.locator(SEARCH_LINE).fill(name)
+        self.page.wait_for_function(f"name => ({SEARCH_NAMES})().includes(name)", arg=name, timeout=20_000)
+        self.page.locator(SEARCH_ROWS).nth(self.page.evaluate(SEARCH_NAMES).index(name)).click()
 
     def fit(self) -> None:
         """Bring all of the graph into view."""

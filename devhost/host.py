@@ -2,7 +2,8 @@
 
 Two environment variables choose another host: `COMFYUI_PATH` names a ComfyUI tree of one's own, and `COMFYUI_PYTHON`
 the Python that runs it. Neither is ever written to: what the tests need besides goes into an environment of ours that
-looks through to the packages of that Python.
+looks through to the packages of that Python. A third, `COMFYUI_FRONTEND`, names the folder of a frontend that servers
+give pages in the place of the host's own.
 """
 
 from __future__ import annotations
@@ -58,3 +59,14 @@ def current_host() -> Host:
         raise SetupError(f"COMFYUI_PYTHON names {own_python}, which is not a program: give the path of a Python.")
     key = hashlib.sha256(f"{tree}|{own_python}".encode()).hexdigest()[:8]
     return Host(tree, DEV / f"venv-{key}", own_tree=True, own_python=own_python)
+
+
+def named_frontend() -> Path | None:
+    """The frontend's folder that COMFYUI_FRONTEND names. SetupError where it holds no index.html."""
+    named = os.environ.get("COMFYUI_FRONTEND")
+    if not named:
+        return None
+    folder = Path(named).expanduser().resolve()
+    if not (folder / "index.html").is_file():
+        raise SetupError(f"COMFYUI_FRONTEND names {folder}, which holds no index.html: give the folder that has it.")
+    return folder

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import requests
 
 from . import required
-from .host import THREADS, current_host
+from .host import THREADS, current_host, named_frontend
 from .listener import Listener
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class ComfyProcess:
         command += ["--disable-api-nodes"]  # with them the frontend asks other machines for things
         if self.device == "cpu" and not DEVICE_FLAGS & set(self.flags):
             command += ["--cpu"]
+        if frontend := named_frontend():
+            command += ["--front-end-root", str(frontend)]
         return command + list(self.flags)
 
     def start(self) -> Self:

@@ -30,6 +30,8 @@ from .templates import BLUEPRINTS, TEMPLATES
 from .templates.graph import Graph, ObjectInfo, file_name
 
 FOLDER = ROOT / "workflows"
+# Inputs that newer hosts' nodes ask for, and older ones pass over: with them an API file runs on both.
+LATER: dict[str, dict[str, Any]] = {"LoraModelLoader": {"bypass": False}}
 BLUEPRINTS_FOLDER = ROOT / "subgraphs"  # where the host looks for a pack's
 
 
@@ -54,7 +56,10 @@ def generate(frontend: Frontend, ui_file: Path) -> str:
     missing = frontend.missing_nodes()
     if missing:
         raise ValueError(f"{ui_file.name} uses {', '.join(missing)}, which the server does not have.")
-    return api_text(frontend.api())
+    prompt = frontend.api()
+    for node in prompt.values():
+        node["inputs"] = {**node["inputs"], **LATER.get(node["class_type"], {})}
+    return api_text(prompt)
 
 
 def main() -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_finding import BOX, OPEN
 
 from demo.gates import CFG
 from demo.manifest import read_manifest
@@ -85,9 +84,8 @@ def placed(frontend: Frontend, name: str) -> int:
     """Its node on an empty canvas, put there as a user does."""
     page = frontend.page
     page.evaluate("() => window.app.graph.clear()")
-    page.evaluate(OPEN)
-    page.locator(BOX).fill(name)
-    page.locator(f"li.p-autocomplete-option[aria-label='{name}']").click(timeout=20_000)
+    frontend.open_search()
+    frontend.pick(name)
     page.wait_for_function("() => window.app.graph.nodes.length === 1", timeout=20_000)
     node, title = page.evaluate("() => [window.app.graph.nodes[0].id, window.app.graph.nodes[0].title]")
     assert title == name

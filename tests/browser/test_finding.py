@@ -31,8 +31,6 @@ FIRST = {  # what people type -> the node of the pack that is meant
     "compare": "CompareMerges",
     "side by side": "CompareMerges",
 }
-OPEN = "() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')"
-BOX = ".comfy-vue-node-search-box input"
 # A node alone in an empty graph, under the middle of the page.
 NEW = """type => {
     window.app.graph.clear()
@@ -57,29 +55,16 @@ HELP = "[data-testid='info-button'], .help-button, .pi-info-circle"
 COLORS = """() => Object.fromEntries(Object.entries(window.LGraphCanvas.node_colors).map(([k, v]) => [k, v.color]))"""
 
 
-@pytest.fixture
-def search(frontend: Frontend) -> Callable[[str], list[str]]:
-    frontend.page.evaluate(OPEN)
-    frontend.page.locator(BOX).wait_for()
-
-    def names(text: str) -> list[str]:
-        frontend.page.locator(BOX).fill(text)
-        frontend.page.wait_for_timeout(700)  # the list follows a moment after the last letter
-        rows = frontend.page.locator("li.p-autocomplete-option").all()
-        return [str(row.get_attribute("aria-label")) for row in rows]
-
-    return names
-
-
 def test_the_search_window_leads_to_the_node_that_is_meant(
-    frontend: Frontend, search: Callable[[str], list[str]], tmp_path: Path, kept: Callable[..., None]
+    frontend: Frontend, tmp_path: Path, kept: Callable[..., None]
 ) -> None:
     ours = {
         info["display_name"]: name
         for name, info in frontend.server.object_info().items()
         if info["category"].startswith("ZipLoRA")
     }
-    found = {}
+    found, search = {}, frontend.search
+    frontend.open_search()
     for text in FIRST:
         names = search(text)
         found[text] = next((ours[name] for name in names if name in ours), None)
@@ -163,6 +148,5 @@ def test_nodes_are_in_the_pages_language_after_a_reload(
     help_picture = tmp_path / f"{language}_help.png"
     page.screenshot(path=str(help_picture))
     kept(help_picture, f"help_{language}", f".dev/reports/screens/help_{language}.jpg", 1200)
-    page.evaluate(OPEN)
-    page.locator(BOX).fill(texts["display_name"])
-    page.locator(f"li.p-autocomplete-option[aria-label='{texts['display_name']}']").wait_for(timeout=10_000)
+    frontend.open_search()
+    assert texts["display_name"] in frontend.search(texts["display_name"])

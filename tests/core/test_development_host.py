@@ -87,6 +87,19 @@ def test_wrong_comfyui_path_is_one_sentence(tmp_path: Path) -> None:
     assert re.fullmatch(r"error: COMFYUI_PATH names .* holds no main\.py: .*\.\n", done.stderr)
 
 
+def test_a_named_frontend_is_given_to_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from devhost.process import ComfyProcess
+
+    monkeypatch.delenv("COMFYUI_FRONTEND", raising=False)
+    assert "--front-end-root" not in ComfyProcess(tmp_path).command()
+    monkeypatch.setenv("COMFYUI_FRONTEND", str(tmp_path))
+    with pytest.raises(host.SetupError, match=r"^COMFYUI_FRONTEND names .* holds no index\.html: .*\.$"):
+        ComfyProcess(tmp_path).command()
+    (tmp_path / "index.html").touch()
+    command = ComfyProcess(tmp_path).command()
+    assert Path(command[command.index("--front-end-root") + 1]).samefile(tmp_path)
+
+
 def test_base_directory_leads_to_the_checkout_and_can_be_made_twice(tmp_path: Path) -> None:
     for _ in range(2):
         base = make_base(tmp_path / "base", miniature=False)
