@@ -176,8 +176,7 @@ def test_a_host_without_that_flag_gets_none(pack, monkeypatch):
     import comfy.model_management as management
 
     monkeypatch.delattr(management, "in_training", raising=False)
-    frozen = pack.nodes.bridge.network.injection
-    with frozen.with_gradient():
+    with pack.nodes.bridge.network.differentiable.with_gradient():
         pass
     assert not hasattr(management, "in_training")
 

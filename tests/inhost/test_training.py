@@ -9,7 +9,7 @@ import pytest
 import test_gradient
 import tiny
 import torch
-from families import FAMILIES
+from families import FIRST
 
 from devhost import full_size
 
@@ -380,12 +380,12 @@ def test_full_size_training_is_planned_under_12_gb(pack):
     assert 0 < planned.recomputed < planned.blocks
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FIRST)
 def test_every_family_is_trained(pack, monkeypatch, name):
     """A clip and a VAE that give the family's own prompts and latents; the file is one that the stock loader takes."""
     import comfy.lora
 
-    family, bridge = FAMILIES[name], pack.nodes.bridge.training.concept
+    family, bridge = FIRST[name], pack.nodes.bridge.training.concept
     patcher = family.patcher()
 
     class Clip(Words):

@@ -81,6 +81,7 @@ def kept_for_backward(pack, patcher, pair, prompts, latents, recomputed: int) ->
     def work(predict, joined, references):
         flat = joined.flatten(pack.ziplora_core.coefficients.Coefficients.ones(pair)).requires_grad_()
         vectors.append(flat.untyped_storage())
+        predict._injection.seen = keep  # of blocks that see to it themselves
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             for batch in next(pack.ziplora_core.draws.spread_batches(references, predict, 0, 1)):
                 predict(batch, joined.student(flat))

@@ -196,7 +196,9 @@ def thumbnails(model, latents: Tensor) -> Tensor | None:
     factors = getattr(form, "latent_rgb_factors", None)
     if factors is None:
         return None
-    previewer = latent_preview.Latent2RGBPreviewer(factors, getattr(form, "latent_rgb_factors_bias", None))
+    previewer = latent_preview.Latent2RGBPreviewer(
+        factors, getattr(form, "latent_rgb_factors_bias", None), getattr(form, "latent_rgb_factors_reshape", None)
+    )
     ready = form.process_in(latents.float())
     pictures = [previewer.decode_latent_to_preview(x[None]) for x in ready]
     side = max(256, pictures[0].width)

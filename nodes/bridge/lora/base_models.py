@@ -22,8 +22,14 @@ _FAMILIES = {  # ours, by the host's classes of models; "" where ours has no nam
     "Lumina2": "Lumina 2 or Z-Image",
     "QwenImage": "Qwen-Image",
     "WAN21_T2V": "Wan",
-    "HunyuanImage21": "",
+    "HunyuanImage21": "HunyuanImage",
     "HunyuanVideo": "HunyuanVideo",
+    "HunyuanDiT": "HunyuanDiT",
+    "HiDream": "HiDream",
+    "LTXV": "LTX-Video",
+    "Anima": "Anima",
+    "CosmosT2IPredict2": "Cosmos Predict2",
+    "Krea2": "Krea 2",
 }
 _LOADED_BY = ("ckpt_name", "unet_name")  # inputs by which the host's loaders are told a model's file
 

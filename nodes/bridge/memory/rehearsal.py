@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -25,10 +26,12 @@ from ....ziplora_core.solver import Batch
 from ....ziplora_core.trained_lora import TrainedLoRA
 from ..network import predictor, session
 from ..network.bare import bare
-from ..network.injection import Injection, blocks, with_gradient
+from ..network.differentiable import with_gradient
+from ..network.injection import Injection, blocks
 from ..network.weights import compute_dtype
 
 _PROMPT = "prompt"  # of the one that is trained on
+_ENDLESS = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,42 @@ def _meta_loras(loras: LoRASet) -> LoRASet:
     return LoRASet(loras.concepts, layers)
 
 
-class _FlashAttention(TorchFunctionMode):
-    """Attention without memory as devices with memory do it: torch's own way there would keep every score."""
+class _AsWithMemory(TorchFunctionMode):
+    """Attention and norms without memory as devices with memory do them: torch's own way there would keep every score
+    and every step of a norm."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args[0].is_meta and not kwargs.get("enable_gqa"):
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+        if func in (F.rms_norm, torch.rms_norm) and args[0].is_meta:
+            return _rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    return torch.ops.aten._fused_rms_norm(x, shape, weight, eps)[0]
+
+
+@contextlib.contextmanager
+def _on_meta() -> Iterator[None]:
+    """What hosts ask of a device that is none."""
+    torch_itself: Any = torch
+    autocast, free = torch.autocast, comfy.model_management.get_free_memory
+
+    def without(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
+
+    def endless(device: Any = None, torch_free_too: bool = False) -> Any:
+        if getattr(device, "type", None) != "meta":
+            return free(device, torch_free_too)
+        return (_ENDLESS, _ENDLESS) if torch_free_too else _ENDLESS
+
+    torch_itself.autocast, comfy.model_management.get_free_memory = without, endless
+    try:
+        yield
+    finally:
+        torch_itself.autocast, comfy.model_management.get_free_memory = autocast, free
 
 
 class _WithoutMemory:
@@ -118,8 +149,7 @@ class _WithoutMemory:
 
     @staticmethod
     def attention(*args: Any, **kwargs: Any) -> Tensor:
-        with _FlashAttention():
-            return session.attention_with_gradient(*args, **kwargs)
+        return session.attention_with_gradient(*args, **kwargs)
 
 
 class _Network(_WithoutMemory, session.Network):
@@ -152,6 +182,7 @@ class MetaModel:
             if self.base.get_dtype() != model.model.get_dtype():
                 self.base.to(model.model.get_dtype())
             _fill(self.base, model.model)
+            self.base.requires_grad_(False)
             self.base.current_patcher = SimpleNamespace(
                 apply_hooks=lambda hooks: {}, prepare_state=lambda sigma: None, is_dynamic=lambda: False
             )
@@ -228,8 +259,11 @@ def _rehearsed(meta: MetaModel, forward: Callable[[], None], elsewhere: Iterable
     for block in blocks(meta.base):
         block.register_forward_pre_hook(kept.enter, with_kwargs=True)
         block.register_forward_hook(kept.leave)
+    meta.injection.seen = kept.save
     with (
         meta.injected(),
+        _on_meta(),
+        _AsWithMemory(),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(kept.save, lambda nothing: nothing),
     ):

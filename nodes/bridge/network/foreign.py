@@ -86,7 +86,7 @@ def patched_pass(sigma: Tensor) -> Iterator[None]:
         if on_cuda:
             torch.cuda.manual_seed(seed)
         if torch.is_grad_enabled():
-            copies = _CopyBeforeChange()
+            copies = CopyBeforeChange()
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(copies.keep, copies.kept))
             stack.enter_context(copies)
             stack.enter_context(OrdinaryTensors())
@@ -121,18 +121,20 @@ class _Cell:
         self.tensor = tensor.detach()
 
 
-class _CopyBeforeChange(TorchDispatchMode):
+class CopyBeforeChange(TorchDispatchMode):
     """What autograd keeps is copied just before something changes it in place.
 
     As torch's `allow_mutation_on_saved_tensors`, but for forward passes alone: that one has to hold the backward pass
-    as well, here the whole run, and never forgets a step.
+    as well, here the whole run, and never forgets a step. seen: hears of every tensor that is kept, also of a copy.
     """
 
-    def __init__(self):
+    def __init__(self, seen: Callable[[Tensor], None] = lambda _: None):
         super().__init__()
+        self._seen = seen
         self._cells: defaultdict[int, WeakSet[_Cell]] = defaultdict(WeakSet)
 
     def keep(self, tensor: Tensor) -> _Cell:
+        self._seen(tensor)
         cell = _Cell(tensor)
         self._cells[tensor.untyped_storage()._cdata].add(cell)
         return cell
@@ -148,6 +150,7 @@ class _CopyBeforeChange(TorchDispatchMode):
                 if isinstance(tensor, Tensor):
                     for cell in self._cells.pop(tensor.untyped_storage()._cdata, ()):
                         cell.tensor = cell.tensor.clone()
+                        self._seen(cell.tensor)
         return func(*args, **kwargs)
 
 
@@ -185,7 +188,7 @@ class _Again:
         return self._cells[number].tensor
 
     def _run(self) -> None:
-        copies = _CopyBeforeChange()
+        copies = CopyBeforeChange()
 
         def keep(tensor: Tensor) -> _Cell:
             self._cells.append(copies.keep(tensor))

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ....ziplora_core.branch import Branch
 from ....ziplora_core.frozen import Base, frozen
+from .differentiable import adds_in_place, copying
+from .experts import is_mixture, over_all
 from .foreign import Given, Rerun, run_again_in_backward
 from .replaced import Replaced, is_replaced
 from .weights import cast
@@ -39,23 +41,14 @@ _BLOCKS = (  # transformer blocks of the host's networks
     "JointBlock",
     "JointTransformerBlock",
     "QwenImageTransformerBlock",
+    "WanAttentionBlock",
+    "HiDreamImageTransformerBlock",
+    "HiDreamImageSingleTransformerBlock",
+    "HunYuanDiTBlock",
+    "TextFusionBlock",
+    "Block",  # of Cosmos Predict2 and Anima
 )
 _NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm, comfy.ops.disable_weight_init.RMSNorm)
-
-
-@contextlib.contextmanager
-def with_gradient() -> Iterator[None]:
-    """Passes whose operations all have a gradient: newer hosts leave their fused kernels, which have none, out of
-    training. Older hosts have neither."""
-    before = getattr(comfy.model_management, "in_training", None)
-    if before is None:
-        yield
-        return
-    comfy.model_management.in_training = True
-    try:
-        yield
-    finally:
-        comfy.model_management.in_training = before
 
 
 class _Layer:
@@ -128,6 +121,15 @@ def _convolution_options(module: torch.nn.Module) -> dict[str, Any]:
     return {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
 
 
+def _is_convolution(module: torch.nn.Module) -> bool:
+    return isinstance(module, _CONV) and not isinstance(module, torch.nn.modules.conv._ConvTransposeNd)
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    cast = isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
+    return isinstance(module, torch.nn.Linear) or cast
+
+
 def blocks(model) -> list[torch.nn.Module]:
     """A BaseModel's transformer blocks, in the order in which they run."""
     return [module for module in model.diffusion_model.modules() if type(module).__name__ in _BLOCKS]
@@ -139,6 +141,7 @@ class Injection:
     Set `branch` before each forward pass; leave it until the backward pass is done, which may run blocks again.
     layers: names as in LoRASet (`diffusion_model.….weight`). recomputed: of how many transformer blocks, from the
     first, only the input is kept for backward, which runs them again. is_patched: whether others' code runs in a pass.
+    seen: hears of what is kept where the blocks themselves see to it.
 
     The host never hears of it: it ejects injections in the order in which they came, and so puts the dead forward of
     one over the live one of another.
@@ -148,6 +151,7 @@ class Injection:
         self.branch: Branch | None = None
         self.recomputed = recomputed
         self.is_patched = False
+        self.seen: Callable[[Tensor], None] = lambda _: None
         self._layers = set(layers)
         self._changes_inputs = True
         self._injected: list[Replaced] = []
@@ -204,12 +208,13 @@ class Injection:
         for path, module in list(model.named_modules()):
             if not path.startswith("diffusion_model"):
                 continue
-            forward = self._checkpointed(module.forward) if module in again else self._replacement(path, module)
+            forward = self._checkpointed(module) if module in again else self._replacement(path, module)
             if forward is not None:
                 if module not in again:
                     forward = self._noted(forward, parts.get(module, 0))
                 self._injected.append(Replaced(module, forward))
-                injected.add(f"{path}.weight")
+                if _is_convolution(module) or _is_linear(module):
+                    injected.add(f"{path}.weight")
         missing = sorted(self._layers - injected)
         if missing:
             raise ValueError(
@@ -234,13 +239,15 @@ class Injection:
 
     def _replacement(self, path: str, module: torch.nn.Module) -> Callable[..., Tensor] | None:
         forward, name, replaced = module.forward, f"{path}.weight", is_replaced(module)
-        if isinstance(module, _CONV) and not isinstance(module, torch.nn.modules.conv._ConvTransposeNd):
+        if adds_in_place(module) and type(module).__name__ in _BLOCKS and not self.is_patched:
+            return copying(forward, lambda tensor: self.seen(tensor))
+        if is_mixture(module) and not replaced:
+            return over_all(module)
+        if _is_convolution(module):
             options = _convolution_options(module)
             plain = self._frozen(name, _Convolution(module, forward), options)
             return self._through(path, forward, plain, options) if replaced else plain
-        if isinstance(module, torch.nn.Linear) or (
-            isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
-        ):
+        if _is_linear(module):
             plain = self._frozen(name, _Linear(module, forward), {})
             return self._through(path, forward, plain, {}) if replaced else plain
         if isinstance(module, _NORMS) and not replaced:
@@ -270,7 +277,9 @@ class Injection:
 
         return run
 
-    def _checkpointed(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _checkpointed(self, block: torch.nn.Module) -> Callable[..., Tensor]:
+        forward, is_changing = block.forward, self.is_patched or adds_in_place(block)
+
         def again(*args, **kwargs):
             """On copies: what is kept to run the block again must not be what the block adds to in place."""
             return forward(*map(_copied, args), **{name: _copied(value) for name, value in kwargs.items()})
@@ -280,7 +289,7 @@ class Injection:
                 return forward(*args, **kwargs)
             if "transformer_options" in kwargs:  # the host rewrites this dict from block to block
                 kwargs["transformer_options"] = dict(kwargs["transformer_options"])
-            if self.is_patched:
+            if is_changing:
                 return run_again_in_backward(again, *args, **kwargs)
             return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 

@@ -18,8 +18,9 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
+from .differentiable import with_gradient
 from .foreign import is_patched, leave_out, patched_pass
-from .injection import Injection, with_gradient
+from .injection import Injection
 from .weights import compute_dtype
 
 T = TypeVar("T")
