@@ -56,6 +56,24 @@ FILES = {
         by_peft, {"kind": "LoKrConfig", "r": 2, "alpha": 3, "use_effective_conv2d": True, "decompose_both": True,
                   **CONVOLUTIONS}
     ),
+    "peft, AdaLoRA": (by_peft, {"kind": "AdaLoraConfig", "init_r": 4, "lora_alpha": 3, "total_step": 10}),
+    "peft, OFT": (by_peft, {"kind": "OFTConfig", "r": 0, "oft_block_size": 8}),
+    "peft, OFT by an inverse": (
+        by_peft, {"kind": "OFTConfig", "r": 4, "oft_block_size": 0, "use_cayley_neumann": False}
+    ),
+    "peft, OFT of three terms": (
+        by_peft, {"kind": "OFTConfig", "r": 0, "oft_block_size": 8, "num_cayley_neumann_terms": 3}
+    ),
+    "peft, OFT of shared and constrained blocks": (
+        by_peft, {"kind": "OFTConfig", "r": 0, "oft_block_size": 8, "block_share": True, "coft": True, "eps": 0.5}
+    ),
+    "peft, OFT of convolutions": (by_peft, {"kind": "OFTConfig", "r": 0, "oft_block_size": 8, **CONVOLUTIONS}),
+    "peft, IA³": (by_peft, {"kind": "IA3Config", "feedforward_modules": []}),
+    "peft, IA³ of what goes in": (by_peft, {"kind": "IA3Config", "feedforward_modules": ["to_out.0", "to_k"]}),
+    "peft, IA³ of convolutions": (
+        by_peft, {"kind": "IA3Config", "feedforward_modules": ["conv1", "ff.net.2"], **CONVOLUTIONS}
+    ),
+    "peft, VeRA": (by_peft, {"kind": "VeraConfig", "r": 6}),
     "lycoris, LoCon": (by_lycoris, {"algo": "locon"}),
     "lycoris, LoCon with Tucker core": (by_lycoris, {"algo": "locon", "use_tucker": True}),
     "lycoris, LoHa": (by_lycoris, {"algo": "loha"}),
@@ -94,6 +112,7 @@ WAYS = {
     "model": (by_diffusers, {"how": "model"}),
     "DoRA": (by_diffusers, {"use_dora": True}),
     "peft": (by_peft, {}),
+    "AdaLoRA": (by_peft, {"kind": "AdaLoraConfig", "init_r": 4, "total_step": 10}),
 }
 
 # file -> (makes the model, writes the file and says what its library makes of it)
@@ -109,7 +128,7 @@ def cases() -> dict[str, Case]:
     for family, (make, layers) in TRANSFORMERS.items():
         for way, (write, settings) in WAYS.items():
             given = {**R, **settings, "target_modules": layers}
-            name = f"{write.__name__.removeprefix('by_')}, {'DoRA' if way == 'DoRA' else 'LoRA'} of {family} ({way})"
+            name = f"{write.__name__.removeprefix('by_')}, {way if 'oRA' in way else 'LoRA'} of {family} ({way})"
             found[name] = (make, lambda model, folder, w=write, s=given: w(model, folder, **s))
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import comfy.lora
@@ -13,11 +14,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ....ziplora_core import formats
+from ....ziplora_core import formats, other_kinds
 from ....ziplora_core.files import LoRAFileError, all_finite, shown
 from ....ziplora_core.lora_set import Factors, LoRASet
 from ..network.weights import dequantized
-from . import base_models, dora, keys, matrices, refusals, spellings
+from . import base_models, dora, keys, matrices, own_adapters, refusals, spellings
 from .adapters import (
     all_used,
     fits,
@@ -66,6 +67,7 @@ class Fitting:
     trained: bool = False  # whether DoRA scales for rows count as trained even where the host reads them
     as_host: list[str] = field(default_factory=list)  # layers whose DoRA the host computes unlike who trained it
     as_trained: list[str] = field(default_factory=list)  # layers whose DoRA scale the host leaves out, or unlike them
+    singular: int = 0  # layers with singular values, AdaLoRA's
     nothing: list[str] = field(default_factory=list)  # layers whose update is zero as it must be
     magnitudes: dict[str | tuple, Tensor] = field(default_factory=dict)  # of peft's DoRA, one number for each row
     eyes: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
@@ -189,6 +191,11 @@ class Fitting:
                 "they were trained; ComfyUI's own loader reads these layers too, but leaves the scale out, or divides "
                 "by the norm of the weight alone: Load LoRA draws another picture"
             )
+        if self.singular:
+            lines.append(
+                f"'{self.source.title}' is AdaLoRA: {self.singular} layers count with their singular values, which "
+                "ComfyUI's own loader leaves out where it knows a layer"
+            )
         for kind, layers in self.dense.items():
             held = {id(m): m.nbytes for k in layers for m in (self.factors[k].up, self.factors[k].down)}
             lines.append(
@@ -213,19 +220,24 @@ def _base_weight(model, key: str) -> Tensor:
     backups = [patcher.backup for patcher in loaded if patcher.model is model and key in patcher.backup]
     weight = backups[0][key].weight if backups else comfy.utils.get_attr(model, key)
     weight = dequantized(weight)
+    if weight.ndim < 2:
+        return weight
     scale = comfy.utils.get_attr(model, key.rpartition(".")[0]).__dict__.get("_parameters", {}).get("scale_weight")
     return weight if scale is None else weight.float() * scale.float()
 
 
 def fit_one(source: LoRASource, model) -> Fitting:
     """One file on the layers of a model. Raises LoRAFileError where it fits no layer, or another model's layers."""
+    singular = len(other_kinds.present(source.tensors, other_kinds.ADALORA))
     source, renamed = spellings.as_host_reads(source)
     hosts, more = keys.unet_keys(model)
     updated = keys.updated(source.tensors)
     more = {name: target for name, target in more.items() if name in updated}
     found, read = _patches(source, hosts, more)
+    found |= own_adapters.patches(source, {**more, **hosts}, partial(parameter, model), partial(_base_weight, model))
     read -= {hosts[name] for name in renamed if name in hosts}
     fitting = Fitting(source, model, hosts=frozenset(read), own=found.keys() != read, trained=_is_fragment(found, read))
+    fitting.singular = singular
     for name, target in [*more.items(), *hosts.items()]:
         magnitude = spellings.magnitude(source.tensors, name) if name in updated else None
         if magnitude is not None:
@@ -262,7 +274,7 @@ def patches(source: LoRASource, model) -> dict[str | tuple, Any]:
 
 
 def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[str]:
-    unused = [k for k in source.tensors if not formats.is_text_encoder(k) and formats.layer_name(k) not in names]
+    unused = [k for k in source.tensors if not formats.is_elsewhere(k) and formats.layer_name(k) not in names]
     if source.tensors and formats.is_text_encoder_alone(source.tensors):
         raise text_encoder_alone(source.title)
     if not fitting.factors:
