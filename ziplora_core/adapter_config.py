@@ -39,12 +39,15 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
+    adalora: bool = False  # whose ranks shrink in training, with the scale of the first
 
     def scale(self, layer: str, rank: int | None = None) -> float:
         """By which a layer's matrices are multiplied: alpha / rank, alpha / √rank for rsLoRA (arXiv 2312.03732).
 
         layer: its module's name. rank: of its matrices, where they tell.
         """
+        if self.adalora:
+            return (self.alpha if self.alpha > 0 else self.rank) / (self.rank + 1e-5)
         alpha, size = float(self._alphas.of(layer, self.alpha)), rank or self.rank_of(layer)
         return alpha / (math.sqrt(size) if self.rslora else size)
 
@@ -94,13 +97,14 @@ def _parsed(table: Any) -> AdapterConfig | None:
     """None for what is no configuration of an adapter with a rank."""
     if not isinstance(table, dict):
         return None
-    alpha = table.get("lora_alpha", table.get("alpha"))
+    alpha, adalora = table.get("lora_alpha", table.get("alpha")), table.get("peft_type") == "ADALORA"
     config = AdapterConfig(
-        table.get("r"),  # type: ignore[arg-type]
+        table.get("init_r" if adalora else "r"),  # type: ignore[arg-type]
         alpha,  # type: ignore[arg-type]
-        table.get("rank_pattern") or {},
-        table.get("alpha_pattern") or {},
+        {} if adalora else table.get("rank_pattern") or {},
+        {} if adalora else table.get("alpha_pattern") or {},
         bool(table.get("use_rslora")),
+        adalora,
     )
     tables = (config.rank_pattern, config.alpha_pattern)
     if not all(isinstance(patterns, dict) and _are_plain(patterns) for patterns in tables):
@@ -136,6 +140,11 @@ def _table(text: str) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
+def table_of(text: str) -> dict[str, Any]:
+    """The text of peft's `adapter_config.json`; empty for what is none."""
+    return _table(text)
+
+
 def in_header(metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
     """Part of a pipeline ("unet", …; "" where the file is of one part) -> its configuration, of those that are right.
 
@@ -167,7 +176,7 @@ def why_unusable(text: str) -> str:
 def fits(tensors: Mapping[str, Tensor], configs: Mapping[str, AdapterConfig]) -> bool:
     """Whether a file's ranks are those of its configuration, as they are not of one that another LoRA left there."""
     ranks = [(*_configured(layer_name, configs), t.shape[0]) for layer_name, t in _ranked(tensors)]
-    return all(config is None or config.rank_of(name) == rank for config, name, rank in ranks)
+    return all(config is None or config.adalora or config.rank_of(name) == rank for config, name, rank in ranks)
 
 
 def _ranked(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -181,9 +190,10 @@ def _configured(layer: str, configs: Mapping[str, AdapterConfig]) -> tuple[Adapt
     return configs.get(match["part"] or "", configs.get("")), layer[match.end() :]
 
 
-def lacks_alpha(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file is as peft's `save_pretrained` writes it: its alpha then stands beside it alone."""
-    layers = {formats.layer_name(key) for key in tensors}
+def lacks_alpha(tensors: Mapping[str, Tensor], endings: tuple[str, ...] = ("",)) -> bool:
+    """Whether a file is as peft's `save_pretrained` writes it: its alpha then stands beside it alone. endings: of the
+    tensors that are looked at."""
+    layers = {formats.layer_name(key) for key in tensors if key.endswith(endings)}
     return any(_BEFORE.match(layer)["peft"] and f"{layer}.alpha" not in tensors for layer in layers)  # type: ignore[index]
 
 

@@ -32,12 +32,13 @@ MAGNITUDES = (
 FORMS = (
     Form(r"\.lora_(?:up|down|mid)\.weight", ((".lora_up.weight", ".lora_down.weight"),), "lora"),  # kohya's
     Form(  # peft's
-        r"\.lora_[AB](?:\.default)?(?:\.weight)?",
+        r"\.lora_[ABE](?:\.default)?(?:\.weight)?",  # E: AdaLoRA's
         (
             (".lora_B.weight", ".lora_A.weight"),
             (".lora_B.default.weight", ".lora_A.default.weight"),
             (".lora_B", ".lora_A"),
         ),
+        beside=(".lora_E", ".lora_E.default"),
     ),
     Form(  # diffusers'
         r"[._]lora\.(?:up|down)\.weight",
@@ -57,7 +58,9 @@ FORMS = (
         ((".lokr_w1_a", ".lokr_w1_b"), (".lokr_w2_a", ".lokr_w2_b")),
         "lokr_",
     ),
-    Form(r"\.oft_\w+", mark="oft_"),  # OFT, BOFT
+    Form(r"\.oft_\w+(?:\.default)?(?:\.weight)?", mark="oft_", beside=(".oft_terms",)),  # OFT, BOFT
+    Form(r"\.ia3_(?:l(?:\.default)?|axis)", mark=r"\.ia3_l", beside=(".ia3_axis",)),
+    Form(r"\.vera_lambda_[bd]", ((".vera_lambda_b", ".vera_lambda_d"),), "vera_lambda_"),
     Form(  # GLoRA
         r"\.[ab][12]\.weight",
         ((".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),),
@@ -101,6 +104,11 @@ def layer_name(key: str) -> str:
 
 def is_text_encoder(key: str) -> bool:
     return _TEXT_ENCODER.match(key) is not None
+
+
+def is_elsewhere(key: str) -> bool:
+    """Whether a tensor is no layer's of the model: a text encoder's, or one that layers share."""
+    return is_text_encoder(key) or re.search(r"(?:^|\.)vera_[AB](?:\.|$)", key) is not None
 
 
 def is_text_encoder_alone(names: Iterable[str]) -> bool:
@@ -171,9 +179,8 @@ _CONTEXT_WIDTHS = {768: "SD 1.5", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDX
 
 _UNREAD = (  # kinds of update that neither the host nor this pack makes matrices of
     ("BOFT of peft", r"\.boft_[RSs]"),
-    ("OFT of peft or OneTrainer", r"\.oft_[rR](?:\.|$)"),
-    ("IA³", r"\.ia3_l|\.on_input$"),
-    ("VeRA", r"\.vera_|vera_[AB]$"),
+    ("OFT of an old peft", r"\.oft_r(?:\.|$)"),
+    ("IA³ of LyCORIS", r"\.on_input$"),
     ("VB-LoRA", r"vblora_"),
     ("FourierFT", r"\.fourierft_"),
     ("RandLoRA", r"randlora_"),

@@ -56,15 +56,19 @@ MUTANTS = [
         ("dense updates may be NaN", "if not all_finite(delta):", "if False:"),
         (
             "of two updates of one weight one is kept",
-            "factors if key not in self.factors else _side_by_side(self.factors[key], factors)",
+            "factors if key not in self.factors else matrices.side_by_side(self.factors[key], factors)",
             "factors",
         ),
+        ("what the model lacks is not told", "unused += fitting.absent", "unused += []"),
+    ),
+    *faults(
+        "nodes/bridge/lora/matrices.py",
+        PAIRS,
         (
             "parts of a fused weight land in its first rows",
             "whole.narrow(axis, start, length)",
             "whole.narrow(axis, 0, length)",
         ),
-        ("what the model lacks is not told", "unused += fitting.absent", "unused += []"),
     ),
     *faults(
         "nodes/bridge/lora/base_weights.py",

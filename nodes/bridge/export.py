@@ -19,7 +19,7 @@ from ...ziplora_core.merge import merged_factors
 from ...ziplora_core.saved import ROUTED
 from ...ziplora_core.writing import write_tensors
 from .disk import paths
-from .lora import fitting
+from .lora import matrices
 from .lora.adapters import is_plain
 from .lora.loras import role
 from .lora.zipped import ZIPPED, ZippedLoRA
@@ -127,7 +127,7 @@ def text_encoder_layers(zipped: ZippedLoRA, rank: int) -> tuple[dict[str, Export
                 left_out.append(f"'{source.title}': text-encoder layer '{name}' is no plain LoRA and is left out")
                 continue
             at_dial = replace(source, strength=zipped.clip_strength(concept))
-            parts.setdefault(name, {})[concept] = fitting.low_rank(at_dial, name, adapter)
+            parts.setdefault(name, {})[concept] = matrices.low_rank(at_dial, name, adapter)
     layers = {}
     for name, layer in parts.items():
         layers[name] = export.cut(*merged_factors(layer), rank)

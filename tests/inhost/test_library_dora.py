@@ -98,7 +98,8 @@ def test_parts_of_fused_weights_share_their_memory(pack, folder):
     ups = {factors.up.data_ptr(): factors.up for factors in fitting.factors.values()}
     assert len(ups) == len({len(state[key]) for key in wanted}) < len(wanted)
     held = sum(t.nbytes for t in ups.values()) + sum(state[key].numel() * 4 for key in wanted)
-    (note,) = fitting.notes()
+    told, note = fitting.notes()
+    assert "count as they were trained" in told
     assert re.search(r"whole, (\d+) MB", note)[1] == f"{held / 1e6:.0f}"
     found, _ = updates(pack, model.patcher)
     assert off(found, wanted) < 1e-6

@@ -2,55 +2,11 @@
 
 from __future__ import annotations
 
-import libraries
+import library_table
 import pytest
 import twins
-from libraries import by_diffusers, by_lycoris, by_peft
-
-R = {"r": 4, "lora_alpha": 2}
-PATTERNS = {"rank_pattern": {"attn2.to_k": 2, "attn1.to_v": 6}, "alpha_pattern": {"attn2.to_k": 8, "attn1.to_v": 3}}
-CONVOLUTIONS = {"target_modules": [*libraries.ATTENTION, "conv1", "ff.net.2", "proj_in"]}
-
-# file -> (who writes it, settings, whose update it must be)
-FILES = {
-    "diffusers, alpha in the header": (by_diffusers, R),
-    "diffusers, alpha above the rank": (by_diffusers, {"r": 4, "lora_alpha": 8}),
-    "diffusers, patterns in the header": (by_diffusers, {**R, **PATTERNS}),
-    "diffusers, rsLoRA": (by_diffusers, {"r": 4, "lora_alpha": 2, "use_rslora": True}),
-    "diffusers, of one model": (by_diffusers, {**R, **PATTERNS, "how": "model"}),
-    "diffusers, convolutions": (by_diffusers, {**R, **CONVOLUTIONS}),
-    "diffusers, DoRA": (by_diffusers, {**R, "use_dora": True}),
-    "diffusers, DoRA of convolutions": (by_diffusers, {**R, **CONVOLUTIONS, "use_dora": True}),
-    "peft": (by_peft, R),
-    "peft, patterns": (by_peft, {**R, **PATTERNS}),
-    "peft, rsLoRA": (by_peft, {**R, "use_rslora": True}),
-    "peft, DoRA": (by_peft, {**R, "use_dora": True}),
-    "peft, LoHa": (by_peft, {"kind": "LoHaConfig", "r": 4, "alpha": 2}),
-    "peft, LoHa of convolutions": (
-        by_peft, {"kind": "LoHaConfig", "r": 4, "alpha": 2, "use_effective_conv2d": True, **CONVOLUTIONS}
-    ),
-    "peft, LoKr": (by_peft, {"kind": "LoKrConfig", "r": 4, "alpha": 2}),
-    "peft, LoKr of whole factors": (by_peft, {"kind": "LoKrConfig", "r": 64, "alpha": 2}),
-    "peft, LoKr of convolutions": (
-        by_peft, {"kind": "LoKrConfig", "r": 2, "alpha": 3, "use_effective_conv2d": True, "decompose_both": True,
-                  **CONVOLUTIONS}
-    ),
-    "lycoris, LoCon": (by_lycoris, {"algo": "locon"}),
-    "lycoris, LoCon with Tucker core": (by_lycoris, {"algo": "locon", "use_tucker": True}),
-    "lycoris, LoHa": (by_lycoris, {"algo": "loha"}),
-    "lycoris, LoHa with Tucker core": (by_lycoris, {"algo": "loha", "use_tucker": True}),
-    "lycoris, LoKr": (by_lycoris, {"algo": "lokr"}),
-    "lycoris, LoKr with Tucker core": (
-        by_lycoris, {"algo": "lokr", "use_tucker": True, "linear_dim": 2, "conv_dim": 2, "conv_alpha": 3.0}
-    ),
-    "lycoris, full": (by_lycoris, {"algo": "full"}),
-    "lycoris, GLoRA": (by_lycoris, {"algo": "glora"}),
-    "lycoris, OFT": (by_lycoris, {"algo": "diag-oft"}),
-    "lycoris, BOFT": (by_lycoris, {"algo": "boft"}),
-    "lycoris, DoRA on the input axis": (by_lycoris, {"algo": "locon", "dora_wd": True, "wd_on_output": False}),
-    "SimpleTuner, LoKr": (by_lycoris, {"algo": "lokr", "names": "SimpleTuner"}),
-    "OneTrainer, DoRA on the output axis": (by_lycoris, {"algo": "locon", "dora_wd": True, "names": "OneTrainer"}),
-}  # fmt: skip
+from libraries import by_diffusers
+from library_table import FILES, TRANSFORMERS, WAYS, R
 
 
 @pytest.fixture
@@ -82,32 +38,23 @@ def off(found, wanted) -> float:
     return max(((found[k] - wanted[k]).norm() / wanted[k].norm()).item() for k in wanted)
 
 
+def counted(pack, model, folder, wanted):
+    """The file's line of the table: nothing that the stock loader reads is lost, nothing silently different."""
+    row = library_table.row(pack, model.patcher, folder / "subject.safetensors", wanted)
+    assert (row.lost, row.silent, row.refused) == (0, 0, ())
+    assert row.ours == row.layers >= row.as_library == len(wanted)
+    return row
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_update_is_the_librarys(pack, folder, name):
     write, settings = FILES[name]
     model = twins.sdxl()
     wanted = model.placed(write(model, folder, **settings))
     assert len(wanted) > 10
-    found, notes = updates(pack, model.patcher)
+    found, _ = updates(pack, model.patcher)
     assert off(found, wanted) < 1e-6
-
-
-TRANSFORMERS = {
-    "Flux": (
-        twins.flux,
-        ["to_q", "add_k_proj", "to_add_out", "ff.net.2", "proj_mlp", "norm_out.linear", "x_embedder"],
-    ),
-    "SD 3": (twins.sd3, ["to_q", "add_v_proj", "to_out.0", "ff_context.net.0.proj", "norm_out.linear", "proj_out"]),
-    "Qwen-Image": (twins.qwen, ["to_k", "add_q_proj", "img_mlp.net.2", "img_in"]),
-    "Z-Image": (twins.z_image, ["to_q", "to_v", "to_out.0", "w2"]),
-    "Lumina 2": (twins.lumina, ["to_q", "to_k", "to_v", "to_out.0", "linear_2", "norm1.linear", "linear_1"]),
-}
-WAYS = {
-    "pipeline": (by_diffusers, {}),
-    "model": (by_diffusers, {"how": "model"}),
-    "DoRA": (by_diffusers, {"use_dora": True}),
-    "peft": (by_peft, {}),
-}
+    counted(pack, model, folder, wanted)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -120,3 +67,46 @@ def test_transformers_in_diffusers_names(pack, folder, family, way):
     assert len(wanted) >= len(layers)
     found, _ = updates(pack, model.patcher)
     assert off(found, wanted) < 1e-6
+    counted(pack, model, folder, wanted)
+
+
+def test_the_table_counts(pack):
+    """One file of each writer: its sums, and what it says of a loader that reads nothing or something else."""
+    names = [
+        "lycoris, LoKr with Tucker core",
+        "OneTrainer, DoRA on the output axis",
+        "lycoris, DoRA on the output axis",
+        "diffusers, DoRA of Flux (DoRA)",
+        "peft, LoRA of SD 3 (peft)",
+    ]
+    rows = library_table.rows(pack, names)
+    sums = library_table.total(rows.values())
+    assert (sums.files, sums.layers, sums.ours, sums.stock) == (5, 590, 590, 462)
+    assert (sums.as_library, sums.as_stock) == (427, 326)
+    assert (sums.lost, sums.silent, sums.refused) == (0, 0, ())
+    assert set(library_table.by_kind(rows)) == {
+        "lycoris, LoKr", "OneTrainer, DoRA", "lycoris, DoRA", "diffusers, DoRA", "peft, LoRA"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["other numbers", "fewer layers", "refused"])
+def test_the_table_tells(pack, folder, monkeypatch, fault):
+    model = twins.flux()
+    wanted = model.placed(by_diffusers(model, folder, r=4, lora_alpha=4, target_modules=["to_q", "ff.net.2"]))
+    read = library_table.by_us
+
+    def spoiled(*of):
+        if fault == "refused":
+            raise pack.ziplora_core.files.LoRAFileError("no such kind")
+        deltas, notes = read(*of)
+        key, delta = deltas.popitem()
+        return deltas | ({key: delta * 2} if fault == "other numbers" else {}), notes
+
+    path = folder / "subject.safetensors"
+    right = library_table.row(pack, model.patcher, path, wanted)
+    assert (right.layers, right.stock, right.ours, right.as_stock, right.as_library) == (len(wanted),) * 5
+    monkeypatch.setattr(library_table, "by_us", spoiled)
+    row = library_table.row(pack, model.patcher, path, wanted)
+    assert (row.lost, row.silent, row.refused) == {
+        "other numbers": (0, 1, ()), "fewer layers": (1, 0, ()), "refused": (len(wanted), 0, ("no such kind",))
+    }[fault]  # fmt: skip

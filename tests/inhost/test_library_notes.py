@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import families
-import libraries
 import pytest
 import torch
 import twins
-from libraries import by_diffusers, by_lycoris, by_peft, edit_config, peft_config
+from libraries import by_diffusers, by_lycoris, by_peft, edit_config
 from safetensors.torch import load_file, save_file
 from test_apply import stock, weights
 from test_library_files import R, folder, off, updates
@@ -163,28 +162,17 @@ def test_scales_from_elsewhere_are_told_by_a_digest(pack, folder):
     assert digest() == "", "scales of 1 are none"
 
 
-@pytest.mark.parametrize("kind", ["OFTConfig", "BOFTConfig", "IA3Config", "VeraConfig"])
-def test_what_is_not_read_is_named(pack, folder, kind):
+@pytest.mark.parametrize(("kind", "says"), [("BOFTConfig", "BOFT of peft"), ("FourierFTConfig", "FourierFT")])
+def test_what_is_not_read_is_named(pack, folder, kind, says):
     """By its kind and a tensor that shows it, never as made for another model."""
-    from peft import get_peft_model
-
-    model = twins.sdxl()
-    settings = {
-        "OFTConfig": {"r": 0, "oft_block_size": 4},
-        "BOFTConfig": {"boft_block_size": 4},
-        "IA3Config": {"feedforward_modules": []},
-    }
-    adapted = get_peft_model(
-        model.twin, peft_config(kind, **settings.get(kind, {"r": 2}), target_modules=["attn1.to_q"])
-    )
-    libraries.randomized(adapted.named_parameters())
-    adapted.save_pretrained(folder)
-    (folder / "adapter_model.safetensors").rename(folder / "subject.safetensors")
-    says = {"OFTConfig": "OFT of peft", "BOFTConfig": "BOFT", "IA3Config": "IA³", "VeraConfig": "VeRA"}[kind]
+    settings = {"boft_block_size": 4} if kind == "BOFTConfig" else {"n_frequency": 8}
+    by_peft(twins.sdxl(), folder, kind=kind, **settings, target_modules=["attn1.to_q"])
     with pytest.raises(
         pack.ziplora_core.files.LoRAFileError, match=rf"subject.safetensors' holds {says}.* \(tensor '.*to_q\."
     ):
-        updates(pack, model.patcher)
+        pack.nodes.bridge.lora.fitting.fit_one(
+            pack.nodes.bridge.lora.loras.load("one/subject.safetensors", 1.0), twins.sdxl().patcher.model
+        )
 
 
 def test_names_of_the_models_own_family_are_not_another_models(pack, folder):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ....ziplora_core import adapter_config
+from ....ziplora_core import adapter_config, other_kinds
 from ....ziplora_core.files import read_metadata
 from . import beside
 
@@ -34,6 +34,8 @@ def _is_its_own(path: str) -> bool:
 def completed(path: str, title: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...], str]:
     """(The file's tensors with their alphas, notes on where these come from, a short digest of what they are: "" where
     nothing gives any). Raises LoRAFileError as a header does."""
+    if other_kinds.present(tensors):
+        return _of_other_kinds(path, title, tensors)
     notes: list[str] = []
     metadata = read_metadata(path)
     configs, where = adapter_config.in_header(metadata), f"its header ({adapter_config.HEADER})"
@@ -60,6 +62,22 @@ def completed(path: str, title: str, tensors: dict[str, Tensor]) -> tuple[dict[s
     elif not configs and why and place(path) is not None:
         notes.append(f"of '{title}': {why}; it is ignored")
     return found, tuple(notes), _digest(scales)
+
+
+def _of_other_kinds(
+    path: str, title: str, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, ...], str]:
+    """As `completed`, of a file without alpha, of which peft's configuration says something else."""
+    text = beside.text(_beside(path), path, adapter_config.LARGEST, []) if place(path) is not None else None
+    table = adapter_config.table_of(text or "")
+    found, said = other_kinds.settled(tensors, table)
+    notes: tuple[str, ...] = ()
+    if table.get("peft_type") != "OFT" and adapter_config.lacks_alpha(tensors, other_kinds.OFT):
+        notes = (
+            f"'{title}' does not say how its OFT is computed: peft writes it into '{adapter_config.FILE}', which is "
+            f"not beside it or another LoRA's; it counts as by default, a series of {other_kinds.DEFAULT_TERMS} terms",
+        )
+    return found, notes, _digest(said)
 
 
 def _of_file(path: str, tensors: dict[str, Tensor]) -> tuple[dict[str, adapter_config.AdapterConfig], str]:

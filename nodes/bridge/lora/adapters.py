@@ -15,6 +15,8 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
+from .own_adapters import OwnAdapter
+
 
 def is_low_rank(patch: Any) -> bool:
     """Whether a patch of the host is up · down and nothing else: no DoRA scale, no change of shape."""
@@ -97,6 +99,8 @@ def fits(patch: Any, shape: torch.Size) -> bool:
     """Whether the host can add an update, as its loader reads one from a file, to a weight of this shape."""
     if isinstance(patch, tuple):
         return bool(patch[1][0].shape == shape)
+    if isinstance(patch, OwnAdapter):
+        return len(shape) > 1 and patch.fits(shape)
     kind = _KINDS.get(patch.name)
     scale = None if kind is None else patch.weights[kind.scale]
     if len(shape) < 2 or (scale is not None and scale.numel() not in shape[:2]):

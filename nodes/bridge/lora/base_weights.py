@@ -22,6 +22,8 @@ def base_weight(model, key: str) -> Tensor:
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models if entry.model is not None]
     backups = [patcher.backup for patcher in loaded if patcher.model is model and key in patcher.backup]
     weight = backups[0][key].weight if backups else comfy.utils.get_attr(model, key)
+    if weight.ndim < 2:
+        return weight
     layer = comfy.utils.get_attr(model, key.rpartition(".")[0])
     weight = dequantized(weight, layer)
     scale = layer.__dict__.get("_parameters", {}).get("scale_weight")

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import comfy.lora
 import comfy.utils
 import torch
-from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
-from ....ziplora_core import formats
+from ....ziplora_core import formats, other_kinds
 from ....ziplora_core.files import LoRAFileError, all_finite, shown
 from ....ziplora_core.lora_set import Factors, LoRASet
-from . import base_models, dora, keys, refusals, spellings
+from . import base_models, dora, keys, matrices, own_adapters, refusals, spellings
 from .adapters import (
     all_used,
     fits,
@@ -66,6 +65,8 @@ class Fitting:
     own: bool = False  # whether the host's loader reads not all of the file: what it computes is no measure then
     trained: bool = False  # whether DoRA scales for rows count as trained even where the host reads them
     as_host: list[str] = field(default_factory=list)  # layers whose DoRA the host computes unlike who trained it
+    as_trained: list[str] = field(default_factory=list)  # layers whose DoRA scale the host leaves out, or unlike them
+    singular: int = 0  # layers with singular values, AdaLoRA's
     nothing: list[str] = field(default_factory=list)  # layers whose update is zero as it must be
     magnitudes: dict[str | tuple, Tensor] = field(default_factory=dict)  # of peft's DoRA, one number for each row
     eyes: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
@@ -94,18 +95,20 @@ class Fitting:
             magnitude = scale
         elif scale is not None:
             self.as_host.append(key)
+        if magnitude is not None and not ours:
+            self.as_trained.append(key)
         factors = None
         if is_low_rank(patch):
-            factors = _reshaped(self.source, key, low_rank(self.source, key, patch), part.shape)
+            factors = matrices.reshaped(self.source, key, matrices.low_rank(self.source, key, patch), part.shape)
         if magnitude is None and factors is not None:
             factors = factors if turned is None else replace(factors, up=turned(factors.up))
-            factors = factors if place is None else _widened(factors, weight.shape, *place)
+            factors = factors if place is None else matrices.widened(factors, weight.shape, *place)
         else:
             factors = self._dense(key, patch, place, weight, turned, magnitude, ours)
             if factors is None:
                 self.nothing.append(key)
                 return
-        self.factors[key] = factors if key not in self.factors else _side_by_side(self.factors[key], factors)
+        self.factors[key] = factors if key not in self.factors else matrices.side_by_side(self.factors[key], factors)
 
     def _dense(
         self,
@@ -181,6 +184,17 @@ class Fitting:
                 "loader computes it, by the norm of the weight alone, and not as LyCORIS or OneTrainer trained it, so "
                 "it draws as with Load LoRA"
             )
+        if self.as_trained:
+            lines.append(
+                f"{len(self.as_trained)} layers of '{self.source.title}' have a DoRA scale for each row and count as "
+                "they were trained; ComfyUI's own loader reads these layers too, but leaves the scale out, or divides "
+                "by the norm of the weight alone: Load LoRA draws another picture"
+            )
+        if self.singular:
+            lines.append(
+                f"'{self.source.title}' is AdaLoRA: {self.singular} layers count with their singular values, which "
+                "ComfyUI's own loader leaves out where it knows a layer"
+            )
         for kind, layers in self.dense.items():
             held = {id(m): m.nbytes for k in layers for m in (self.factors[k].up, self.factors[k].down)}
             lines.append(
@@ -199,66 +213,18 @@ def parameter(model, key: str) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def low_rank(source: LoRASource, layer: str, adapter: LoRAAdapter) -> Factors:
-    """The host's adapter of one layer as up (out, r) and down (r, in, *kernel), at its file's strength.
-
-    Tucker convolutions are written out. Raises LoRAFileError where the two matrices do not multiply.
-    """
-    up, down, alpha, mid, *_ = adapter.weights
-    if min(up.ndim, down.ndim) < 2 or not down.shape[0]:
-        raise refusals.broken(source, layer, f"up {tuple(up.shape)} and down {tuple(down.shape)} are no two matrices")
-    up, down = (m if m.is_floating_point() else m.float() for m in (up, down))
-    if mid is not None:  # down'[p, in, kernel] = Σ_q mid[p, q, kernel] · down[q, in]
-        down = torch.einsum("pq...,qi->pi...", mid.float(), down.flatten(1).float())
-    try:
-        return Factors(up.flatten(1), down, source.strength * (1.0 if alpha is None else alpha / down.shape[0]))
-    except ValueError as error:
-        raise refusals.broken(source, layer, str(error)) from error
-
-
-def _reshaped(source: LoRASource, key: str, factors: Factors, shape: torch.Size) -> Factors:
-    """Factors for a weight of this shape: some files store a 1 x 1 convolution as a linear layer, or the reverse."""
-    columns = factors.down.numel() // factors.rank
-    if factors.up.shape[0] != shape[0] or columns != math.prod(shape[1:]):
-        raise refusals.OtherModelError(
-            f"'{source.title}' was made for another model{refusals.guess(source)}: its layer '{key}' changes a weight "
-            f"of shape ({factors.up.shape[0]}, {columns}), this model's is {tuple(shape)}; "
-            "choose a LoRA of the same model family"
-        )
-    return replace(factors, down=factors.down.reshape(factors.rank, *shape[1:]))
-
-
-def _widened(factors: Factors, shape: torch.Size, axis: int, start: int, length: int) -> Factors:
-    """An update of a slice as one of the whole fused weight: zeros in the other rows (axis 0) or columns (1)."""
-    side = factors.up if axis == 0 else factors.down
-    size = list(side.shape)
-    size[axis] = shape[axis]
-    whole = side.new_zeros(size)
-    whole.narrow(axis, start, length).copy_(side)
-    return replace(factors, up=whole) if axis == 0 else replace(factors, down=whole)
-
-
-def _side_by_side(a: Factors, b: Factors) -> Factors:
-    """The sum of two updates of one weight, exactly: ranks add up, but of two that are ΔW itself."""
-    if a.up is b.up:
-        if a.scale == b.scale:
-            return replace(a, down=a.down + b.down)
-        down = a.scale * a.down.float() + b.scale * b.down.float()
-        return Factors(a.up, down.to(a.down.dtype))
-    return Factors(
-        torch.cat([f.up.float() * f.scale for f in (a, b)], dim=1), torch.cat([f.down.float() for f in (a, b)])
-    )
-
-
 def fit_one(source: LoRASource, model) -> Fitting:
     """One file on the layers of a model. Raises LoRAFileError where it fits no layer, or another model's layers."""
+    singular = len(other_kinds.present(source.tensors, other_kinds.ADALORA))
     source, renamed = spellings.as_host_reads(source)
     hosts, more = keys.unet_keys(model)
     updated = keys.updated(source.tensors)
     more = {name: target for name, target in more.items() if name in updated}
     found, read = _patches(source, hosts, more)
+    found |= own_adapters.patches(source, {**more, **hosts}, partial(parameter, model), partial(base_weight, model))
     read -= {hosts[name] for name in renamed if name in hosts}
     fitting = Fitting(source, model, hosts=frozenset(read), own=found.keys() != read, trained=_is_fragment(found, read))
+    fitting.singular = singular
     for name, target in [*more.items(), *hosts.items()]:
         magnitude = spellings.magnitude(source.tensors, name) if name in updated else None
         if magnitude is not None:
@@ -295,7 +261,7 @@ def patches(source: LoRASource, model) -> dict[str | tuple, Any]:
 
 
 def _unused(source: LoRASource, model, names: dict, fitting: Fitting) -> list[str]:
-    unused = [k for k in source.tensors if not formats.is_text_encoder(k) and formats.layer_name(k) not in names]
+    unused = [k for k in source.tensors if not formats.is_elsewhere(k) and formats.layer_name(k) not in names]
     if source.tensors and formats.is_text_encoder_alone(source.tensors):
         raise text_encoder_alone(source.title)
     if not fitting.factors:
