@@ -46,8 +46,8 @@ def check_memory(method: Method, of: LoRASet) -> None:
             other.name for other in direct.METHODS.values() if not (other.needs(of) or other.for_a_pair)
         )
         raise MemoryError(
-            f"{method.name} would hold {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; choose {small}, "
-            "or close other programs"
+            f"{method.name} would hold {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; choose "
+            f"{small}, or close other programs"
         )
 
 
