@@ -175,6 +175,8 @@ def late_overlap(case: Case):
 
 FAR = node(ridge=0.1, steps=25, learning_rate=0.03)  # the lowest retention losses
 
+BY_LAYER = ("TIES", "DARE", "KnOTS")  # rows of these names are `rivals.py`'s, layer by layer, of matrices alone
+
 # In the table's order. "default" is the node as shipped.
 METHODS: dict[str, Method] = {
     "base model": timed(lambda case: case.ones.scaled(content=0.0, style=0.0)),
@@ -186,7 +188,11 @@ METHODS: dict[str, Method] = {
     "community settings": node(**{**PAPER_STEPS, "learning_rate": 5e-5}, objective=COMMUNITY),
     "direct .8/.8": timed(lambda case: case.ones.scaled(content=0.8, style=0.8)),
     "direct .6/.8": timed(lambda case: case.ones.scaled(content=0.6, style=0.8)),
-    **{name: direct(name) for name, m in core.direct.METHODS.items() if name != "sum" and not m.sdxl_alone},
+    **{
+        f"{name}, as shipped" if name in BY_LAYER else name: direct(name)
+        for name, m in core.direct.METHODS.items()
+        if name != "sum" and not m.sdxl_alone
+    },
     "Eq. 3 to the letter": node(**PAPER_STEPS, objective=core.objective.PAPER),
     "100 steps from ones": node(**PAPER_STEPS),
     "start and 25 steps": FAR,

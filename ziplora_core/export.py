@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .files import all_finite
-from .lora_set import Layer, column_view
+from .lora_set import Layer, column_view, on_one_up
+from .merge import one_lora
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -31,10 +32,13 @@ class ExportLayer:
 
 
 def whole(layer: Layer, coefficients: Mapping[str, Tensor], dtype: torch.dtype) -> ExportLayer:
-    """The merge of a layer at the sum of the ranks, in a file's dtype: `merge.merged_factors`, rounded once.
+    """The merge of a layer at its `joined_rank`, in a file's dtype: `merge.one_lora`, rounded once.
 
     coefficients: concept -> (columns,), all ones where there is none. One pass over each number, nothing in between.
     """
+    if on_one_up(layer):
+        up, down = one_lora(layer, coefficients)
+        return ExportLayer(up.to(dtype), down.to(dtype))
     out, *columns = next(iter(layer.values())).shape
     rank = sum(f.rank for f in layer.values())
     up, down = torch.empty(out, rank, dtype=dtype), torch.empty(rank, *columns, dtype=dtype)

@@ -60,6 +60,17 @@ def columns(layer: Layer) -> int:
     return next(iter(layer.values())).columns
 
 
+def on_one_up(layer: Layer) -> bool:
+    """Whether several updates stand on one and the same `up` (the tensor, not its like): their downs add up."""
+    ups = {id(factors.up) for factors in layer.values()}
+    return len(layer) > 1 and len(ups) == 1
+
+
+def joined_rank(layer: Layer) -> int:
+    """Rank of the merge of a layer as one LoRA: the sum of the ranks, or that of the `up` that all stand on."""
+    return next(iter(layer.values())).rank if on_one_up(layer) else sum(factors.rank for factors in layer.values())
+
+
 @dataclass(frozen=True)
 class LoRASet:
     """LoRAs fitted to one model: layer name -> Layer.

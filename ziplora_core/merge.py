@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .lora_set import Layer, column_view
+from .lora_set import Factors, Layer, column_view, on_one_up
 
 
 def merged_factors(layer: Layer, coefficients: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -32,9 +32,32 @@ def merged_factors(layer: Layer, coefficients: Mapping[str, Tensor] | None = Non
         if factors.scale != 1:
             up[:, part].mul_(factors.scale)
         down[part].copy_(factors.down)
-        m = None if coefficients is None else coefficients.get(concept)
+        m = _checked(concept, factors, coefficients)
         if m is not None:
-            if m.numel() != factors.columns:
-                raise ValueError(f"{concept} has {factors.columns} columns in this layer but {m.numel()} coefficients")
             down[part].mul_(column_view(m.to(down), down))
     return up, down
+
+
+def one_lora(layer: Layer, coefficients: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """As `merged_factors`, but updates on one and the same up stay on it, exactly: rank r instead of n · r.
+
+    up = B        down = Σ_i s_i·A_i·diag(m_i)
+    """
+    if not on_one_up(layer):
+        return merged_factors(layer, coefficients)
+    first = next(iter(layer.values()))
+    dtype = torch.float64 if first.down.dtype == torch.float64 else torch.float32
+    down = torch.zeros(first.down.shape, dtype=dtype, device=first.down.device)
+    for concept, factors in layer.items():
+        m = _checked(concept, factors, coefficients)
+        part = factors.down.to(dtype)
+        down.add_(part if m is None else part * column_view(m.to(down), down), alpha=factors.scale)
+    return first.up.to(dtype, copy=True), down
+
+
+def _checked(concept: str, factors: Factors, coefficients: Mapping[str, Tensor] | None) -> Tensor | None:
+    """Its coefficients, None for ones. Raises ValueError where their number is not the layer's columns."""
+    m = None if coefficients is None else coefficients.get(concept)
+    if m is not None and m.numel() != factors.columns:
+        raise ValueError(f"{concept} has {factors.columns} columns in this layer but {m.numel()} coefficients")
+    return m

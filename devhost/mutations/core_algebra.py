@@ -13,6 +13,7 @@ BRANCH = (
 )
 COEFFICIENTS = ("tests/core/test_analysis.py", "tests/core/test_merge.py", "tests/core/test_formulas.py")
 MERGE = ("tests/core/test_merge.py", "tests/core/test_formulas.py")
+PAPERS = ("tests/core/test_direct_papers.py",)
 DIRECT = ("tests/core/test_direct.py", "tests/core/test_layers.py")
 EXPORT = ("tests/core/test_export.py", "tests/core/test_layers.py")
 OBJECTIVE = ("tests/core/test_formulas.py", "tests/core/test_objective.py", "tests/core/test_solver.py")
@@ -156,6 +157,56 @@ MUTANTS = [
         ("content's own rows", "row_space(style)", "row_space(content)"),
         ("NP-LoRA in half precision", ".to(torch.float32)", ".to(torch.float16).float()"),
         ("NP-LoRA is the sum", "lambda loras: (soften(loras), ", "lambda loras: (loras, "),
+    ),
+    *faults(
+        "ziplora_core/direct/election.py",
+        PAPERS,
+        ("trim by another count", "int(share * total)", "int(share * total) + 1"),
+        ("the smallest are kept", "counts.flip(0).cumsum(0)", "counts.cumsum(0)"),
+        ("lower bits of every bin", "bits[bits >> _LOW == high]", "bits"),
+        ("signs by votes", "trimmed.sum(0).sign()", "trimmed.sign().sum(0).sign()"),
+        ("signs before the trim", "part * (part.abs() >= low)", "part"),
+        ("the mean of all", "agree.sum(0).clamp_min_(1)", "len(parts)"),
+        ("λ is lost", ".mul_(scale)", ""),
+    ),
+    *faults(
+        "ziplora_core/direct/ties.py",
+        PAPERS,
+        ("one threshold for all", "[least[c] for c in layer]", "[max(least.values())] * len(layer)"),
+        ("TIES is the sum", "lambda loras: (merge(loras), ", "lambda loras: (loras, "),
+    ),
+    *faults(
+        "ziplora_core/direct/dare.py",
+        PAPERS,
+        ("not enlarged", " / (1 - drop)", ""),
+        ("the share that stays", ">= drop", "< drop"),
+        ("one mask for all layers", "{seed}\\n{name}\\n{concept}", "{seed}\\n{concept}"),
+        ("one mask for all LoRAs", "{seed}\\n{name}\\n{concept}", "{seed}\\n{name}"),
+    ),
+    *faults(
+        "ziplora_core/direct/knots.py",
+        PAPERS,
+        ("V without Σ", "values[:count, None] * vh[:count]", "vh[:count]"),
+        ("scales are lost", "f.scale * f.up.double()", "f.up.double()"),
+        ("rank cut too coarse", "values.max() * 1e-7", "values.max() * 1e-1"),
+        ("rank not cut", "values.max() * 1e-7", "0"),
+    ),
+    *faults(
+        "ziplora_core/direct/svd.py",
+        PAPERS,
+        ("cut to the smallest rank", "max(factors.rank", "min(factors.rank"),
+        ("scales are lost", "f.scale * left.T", "left.T"),
+    ),
+    *faults(
+        "ziplora_core/direct/whole.py",
+        PAPERS,
+        ("whole in full precision", "dtypes in ({torch.float16}, {torch.bfloat16})", "False"),
+        ("overflow is kept", "if not all(map(all_finite, kept)):", "if False:"),
+        (
+            "a unit for each layer",
+            "units.setdefault((rows, dtype), torch.eye(rows, dtype=dtype))",
+            "torch.eye(rows, dtype=dtype)",
+        ),
     ),
     *faults(
         "ziplora_core/blocks.py",

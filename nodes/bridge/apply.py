@@ -11,7 +11,7 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ...ziplora_core.lora_set import Layer
-from ...ziplora_core.merge import merged_factors
+from ...ziplora_core.merge import one_lora
 from .lora import captured, fitting, loader_patches, text_encoders
 from .lora.adapters import fits, reshapes
 from .lora.loras import STRENGTH, LoRASource, LoRASources
@@ -40,7 +40,7 @@ class ZippedAdapter(LoRAAdapter):
 def _adapter(layer: Layer, coefficients: dict[str, Tensor]) -> ZippedAdapter:
     @torch.no_grad()
     def merged() -> tuple:
-        return (*merged_factors(layer, coefficients), None, None, None, None)
+        return (*one_lora(layer, coefficients), None, None, None, None)
 
     return ZippedAdapter(set(), merged, layer)
 
@@ -132,7 +132,7 @@ def apply(model, clip, zipped: ZippedLoRA | LoRASources, strength: float):
     """(model, clip) clones with the zipped pair on them; what came in is not changed. A pair that nothing has zipped
     is stacked.
 
-    The set becomes one LoRA of the sum of the ranks per layer (the identity of `merge.merged_factors`). Text-encoder
+    The set becomes one LoRA per layer, mostly of the sum of the ranks (the identity of `merge.one_lora`). Text-encoder
     parts are merged directly, as the paper leaves them frozen; bias and norm differences follow their LoRA.
     clip may be None. Raises ValueError where the zipped pair does not belong on this model.
     """

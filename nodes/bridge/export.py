@@ -14,8 +14,8 @@ from torch import Tensor
 from ...ziplora_core import export, formats
 from ...ziplora_core.direct import METHODS
 from ...ziplora_core.export import ExportLayer
-from ...ziplora_core.lora_set import Factors
-from ...ziplora_core.merge import merged_factors
+from ...ziplora_core.lora_set import Factors, joined_rank
+from ...ziplora_core.merge import merged_factors, one_lora
 from ...ziplora_core.saved import ROUTED
 from ...ziplora_core.writing import write_tensors
 from .disk import paths
@@ -63,8 +63,8 @@ def export_tensors(zipped: ZippedLoRA, rank: int, dtype: str, form: str) -> Expo
     layers: dict[str, ExportLayer] = {}
     for key, layer in zipped.fitted.loras.layers.items():
         chosen = zipped.coefficients.of_layer(key)
-        if 0 < rank < sum(f.rank for f in layer.values()):
-            exported = export.cut(*merged_factors(layer, chosen), rank)
+        if 0 < rank < joined_rank(layer):
+            exported = export.cut(*one_lora(layer, chosen), rank)
         else:
             exported = export.whole(layer, chosen, precision)
         layers[key] = export.rounded(key, exported, precision)

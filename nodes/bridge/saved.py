@@ -13,6 +13,7 @@ import folder_paths
 
 from ...ziplora_core import direct, routing, saved
 from ...ziplora_core.files import LoRAFileError, shown
+from .direct import check_memory
 from .disk import paths
 from .disk.provenance import bound, versions
 from .lora import fitting, hashes, loras
@@ -115,7 +116,8 @@ def fingerprint(name: str) -> list[Any]:
 def load(model, name: str) -> ZippedLoRA:
     """A saved pair on a model: ModelPatcher, nothing of which is loaded.
 
-    Raises LoRAFileError for a missing, changed or broken file, and for coefficients that do not fit the model.
+    Raises LoRAFileError for a missing, changed or broken file, and for coefficients that do not fit the model,
+    MemoryError.
     """
     coefficients, matrices, about = saved.read(zipped_path(name))
     files = {c: (_find(wanted, name), wanted.strength, wanted.clip_strength) for c, wanted in about.sources.items()}
@@ -129,6 +131,8 @@ def load(model, name: str) -> ZippedLoRA:
                 "other scales than now, by another alpha; restore that file, or zip again"
             )
     fitted = fitting.fit(sources, model.model)
+    if about.method in direct.METHODS:
+        check_memory(direct.METHODS[about.method], fitted.loras)
     try:
         fitted = replace(fitted, loras=direct.prepared(fitted.loras, about.method, about.settings))
         saved.check_fits(name, coefficients, fitted.loras)

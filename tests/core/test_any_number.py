@@ -181,7 +181,10 @@ def test_methods_for_a_pair_refuse_other_numbers_in_a_sentence(method, count):
     else:
         direct.METHODS[method].check(loras.concepts)
         merged, m = direct.METHODS[method](loras)
-        assert merged is loras and tuple(m.by_concept) == loras.concepts
+        assert tuple(m.by_concept) == merged.concepts == loras.concepts and list(merged.layers) == list(loras.layers)
+        assert (merged is loras) == (count == 1 or method in ("sum", "shared columns"))
+        if count == 1:
+            assert direct.prepared(loras, method, direct.METHODS[method].settings) is loras
 
 
 def test_a_file_of_three_is_read_as_it_was_written_and_one_of_two_has_the_first_format(tmp_path):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from toys import factors, merged_layers, of_two, toy_pair
 
+from ziplora_core import export
 from ziplora_core.coefficients import Coefficients
-from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet
-from ziplora_core.merge import merged_factors
+from ziplora_core.lora_set import CONCEPTS, Factors, LoRASet, joined_rank
+from ziplora_core.merge import merged_factors, one_lora
 
 
 def dense(f: Factors) -> torch.Tensor:
@@ -76,3 +77,21 @@ def test_half_precision_factors_merge_in_float32():
 def test_refuses_what_does_not_fit(build):
     with pytest.raises(ValueError, match=r"\d|neither"):
         build()
+
+
+def test_updates_on_one_up_stay_on_it():
+    up = factors((6, 5, 3, 3), 4, 1).up
+    layer = {c: Factors(up, factors((6, 5, 3, 3), 4, seed).down, 0.5 + seed) for seed, c in enumerate(CONCEPTS)}
+    m = of_two(torch.randn(5), None)
+    for chosen in (None, m):
+        whole, joined = (torch.einsum("or,ri...->oi...", *of(layer, chosen)) for of in (merged_factors, one_lora))
+        torch.testing.assert_close(joined, whole, rtol=1e-12, atol=1e-12)
+        file = export.whole(layer, chosen or {}, torch.float32)
+        torch.testing.assert_close(
+            torch.einsum("or,ri...->oi...", file.up, file.down).double(), whole, rtol=1e-5, atol=1e-5
+        )
+        assert file.rank == joined_rank(layer) == 4
+    apart = {c: Factors(f.up.clone(), f.down, f.scale) for c, f in layer.items()}
+    assert joined_rank(apart) == one_lora(apart)[0].shape[1] == 8
+    with pytest.raises(ValueError, match="content has 5 columns in this layer but 4 coefficients"):
+        one_lora(layer, of_two(torch.ones(4), None))

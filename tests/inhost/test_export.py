@@ -63,6 +63,42 @@ def test_exact_export_in_the_stock_loader_is_the_zipped_pair(pack, zipped, outpu
     assert "exact: nothing is cut" in report
 
 
+@pytest.mark.parametrize("method", ["TIES", "DARE", "KnOTS", "SVD"])
+def test_a_papers_merge_in_the_stock_loader_is_what_is_applied(pack, zipped, method):
+    """With a dial turned, which each LoRA's own part obeys, and no larger than its form needs."""
+    patcher, pair = zipped
+    merged = pack.nodes.bridge.direct.merge(patcher, pair.sources, method).dialled({"style": 0.5})
+    exported = pack.nodes.bridge.export.export_tensors(merged, 0, "fp32", "kohya")
+    bare = weights(patcher)
+    ours = weights(pack.nodes.bridge.apply.apply(patcher, None, merged, 0.8)[0])
+    theirs = weights(stock(patcher, exported.tensors, 0.8))
+    assert largest_difference(ours, theirs) < 1e-5 and largest_difference(ours, bare) > 0.01
+    loras = pack.nodes.bridge.lora.fitting.fit(pair.sources, patcher.model).loras
+    for key, layer in loras.layers.items():
+        ranks = [f.rank for f in layer.values()]
+        most = {"KnOTS": sum(ranks), "SVD": max(ranks)}.get(method, next(iter(layer.values())).shape[0])
+        name = "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
+        assert exported.tensors[f"{name}.lora_down.weight"].shape[0] <= most, key
+
+
+def test_a_merge_that_memory_cannot_hold_is_refused_before_it_is_made(pack, zipped, monkeypatch):
+    patcher, pair = zipped
+    bridge = pack.nodes.bridge.direct
+    need = pack.ziplora_core.direct.whole.size(pack.nodes.bridge.lora.fitting.fit(pair.sources, patcher.model).loras)
+    for free, fits in ((need, True), (need - 1, False)):
+        monkeypatch.setattr(bridge.management, "get_free_memory", lambda device, free=free: free)
+        if fits:
+            assert f"updates are kept whole, {need / 1e6:,.0f} MB" in bridge.merge(patcher, pair.sources, "TIES").report
+            continue
+        for method in ("TIES", "DARE"):
+            says = (
+                f"{method} would hold .* GB of memory are free; choose sum or shared columns or KnOTS or SVD, or close"
+            )
+            with pytest.raises(MemoryError, match=says):
+                bridge.merge(patcher, pair.sources, method)
+        assert "the cut keeps" in bridge.merge(patcher, pair.sources, "SVD").report
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
 def test_half_precision_is_as_near_as_it_can_be(pack, zipped, output, dtype, tolerance):
     patcher, pair = zipped
@@ -179,6 +215,10 @@ def test_a_model_that_diffusers_has_no_names_for_is_refused(pack, zipped, output
         (None, "ZipLoRA of 'content' (subject) and 'style' (style)"),
         ("sum", "Direct merge (sum) of 'content' (subject)"),
         ("NP-LoRA", "NP-LoRA merge (mu 0.5) of 'content' (subject)"),
+        ("TIES", "TIES merge (share 0.2, scale 1) of 'content' (subject)"),
+        ("DARE", "DARE merge (drop 0.5, seed 0) of 'content' (subject)"),
+        ("KnOTS", "KnOTS merge (share 0.2, scale 1) of 'content' (subject)"),
+        ("SVD", "Direct merge (sum cut by SVD) of 'content' (subject)"),
         ("UnZipLoRA blocks", "Merge by UnZipLoRA blocks of 'content' (subject)"),
     ],
 )

@@ -79,7 +79,9 @@ def test_loaded_is_applied_bit_for_bit_as_before(pack, folders, pair, renamed):
     assert saved.save(again, "mine") != name, "a second save took the first one's file"
 
 
-@pytest.mark.parametrize("method", ["sum", "shared columns", "NP-LoRA", "UnZipLoRA blocks"])
+@pytest.mark.parametrize(
+    "method", ["sum", "shared columns", "NP-LoRA", "TIES", "DARE", "KnOTS", "SVD", "UnZipLoRA blocks"]
+)
 def test_direct_merges_are_saved_too(pack, folders, pair, method):
     patcher, zipped = pair
     merged = pack.nodes.bridge.direct.merge(patcher, zipped.sources, method)

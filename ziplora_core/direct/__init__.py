@@ -6,12 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..lora_set import LoRASet
-from . import blocks, np_lora, plain_sum, shared_columns
+from . import blocks, dare, knots, np_lora, plain_sum, shared_columns, svd, ties
 from .method import Method
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (plain_sum.METHOD, shared_columns.METHOD, np_lora.METHOD, blocks.B_LORA, blocks.UNZIPLORA)
+    for method in (
+        plain_sum.METHOD,
+        shared_columns.METHOD,
+        np_lora.METHOD,
+        ties.METHOD,
+        dare.METHOD,
+        knots.METHOD,
+        svd.METHOD,
+        blocks.B_LORA,
+        blocks.UNZIPLORA,
+    )
 }
 
 
@@ -20,4 +30,5 @@ def prepared(loras: LoRASet, method: str, settings: Mapping[str, Any]) -> LoRASe
 
     settings: as the file says them. Raises ValueError for settings that the method cannot take.
     """
-    return METHODS[method].prepared(loras, settings) if method in METHODS else loras
+    known = method in METHODS and len(loras.concepts) > 1
+    return METHODS[method].prepared(loras, settings) if known else loras
