@@ -496,3 +496,13 @@ def test_a_configuration_may_answer_none_to_every_name(pack, monkeypatch):
 
     monkeypatch.setattr(BASE, "__getattr__", lambda self, name: None, raising=False)
     assert pack.nodes.bridge.drawing.sampling.best_side(tiny.tiny_patcher()) == 1024
+
+
+def test_coded_models_are_told_by_their_content(pack, coded):
+    """So their zips are remembered: of another load too, and not of other numbers."""
+    content = pack.nodes.bridge.disk.content
+    form, patcher, plain = coded
+    with torch.inference_mode():
+        again = coded_model(form)[0]
+    first = content.digest(content.of_model(patcher))
+    assert content.digest(content.of_model(again)) == first != content.digest(content.of_model(plain))

@@ -19,6 +19,7 @@ from torch import Tensor
 from ....ziplora_core.files import bytes_of
 from ..network.bare import bare
 from ..network.foreign import is_patched
+from ..network.weights import is_quantized
 
 _WRITTEN_OUT = ("dequant_dtype", "patch_dtype")  # of a layer of ComfyUI-GGUF's: how it makes its weight
 _THREADS = 4  # that read a model at once
@@ -43,6 +44,9 @@ def _feed(made: hashlib._Hash, value: Any) -> None:
     if (kind := getattr(value, "tensor_type", None)) is not None:  # ComfyUI-GGUF's, whose patches the patcher knows
         made.update(f"blocks {kind} {tuple(value.shape)} ".encode())
         _feed(made, value.data.as_subclass(Tensor))
+    elif is_quantized(value):  # of hosts whose state dicts show such tensors whole
+        made.update(f"coded {value._layout_type} ".encode())
+        _feed(made, value.dequantize())
     elif isinstance(value, Tensor):
         if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_meta:
             raise UnknownContent(f"a tensor of the kind {type(value).__name__}")
