@@ -30,13 +30,15 @@ class HostPredictor(session.Network):
     def __init__(self, guider, model_options: dict, injection: Injection, references: References):
         super().__init__(guider, model_options, injection)
         self._references = references
-        recipe = recipes.of(guider.model_patcher)
-        if recipe.told_by:
-            self._sigmas = recipe.levels(self._model.model_sampling).to(self._device)
-            self.timesteps = len(self._sigmas)
         self._conds = {(c, c): self.encode(c, latents) for c, latents in self._references.items()}
         first, *others = [self._rows(concept, concept, 1) for concept in references]
         self.joins = all(comfy.samplers.cond_equal_size(first, other) for other in others)
+
+    def keep_to(self, recipe: recipes.Recipe) -> None:
+        """Only the noise levels that a model of few steps draws at."""
+        if recipe.told_by:
+            self._sigmas = recipe.levels(self._model.model_sampling).to(self._device)
+            self.timesteps = len(self._sigmas)
 
     def _rows(self, concept: str, prompt: str, rows: int) -> dict[str, Any]:
         """One of the guider's prompts for rows of a concept's references."""
@@ -89,6 +91,7 @@ def with_predictor(
         references = {c: base.process_latent_in(latents[c].to(device, torch.float32).clone()) for c in loras.concepts}
         joined = JoinedSet(loras, device, compute_dtype(base))
         predict = HostPredictor(guider, model_options, injection, references)
+        predict.keep_to(recipes.of(patcher))
         predict.joins = predict.joins and together
         return work(predict, joined, references)
 
