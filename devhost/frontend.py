@@ -37,6 +37,10 @@ SEARCH_LINE = ".comfy-vue-node-search-box input, input[aria-controls='results-li
 SEARCH_ROWS = "li.p-autocomplete-option, #results-list [role='option']"
 SEARCH_NAMES = f"""() => [...document.querySelectorAll("{SEARCH_ROWS}")]
     .map(row => row.getAttribute('aria-label') ?? row.querySelector('.truncate')?.textContent.trim())"""
+# What a click does on newer pages, which hold a new node at the pointer until then.
+PUT_DOWN = """() => {
+    const { canvas } = window.app
+    if (canvas.state?.ghostNodeId != null) canvas.finalizeGhostPlacement(false) }"""
 
 _SMALLEST_TEXT = "LiteGraph.Canvas.MinFontSizeForLOD"  # pixels below which the canvas leaves texts out
 CLOSE_UP = """([kind, width, height]) => {
@@ -151,10 +155,13 @@ class Frontend:
         return list(self.page.evaluate(SEARCH_NAMES))
 
     def pick(self, name: str) -> None:
-        """Search a node by its name and put it on the canvas, by a click on its row."""
+        """Search a node by its name and put it on the canvas, by a click on its row and where the pointer is."""
+        count = self.page.evaluate("() => window.app.graph.nodes.length")
         self.page.locator(SEARCH_LINE).fill(name)
         self.page.wait_for_function(f"name => ({SEARCH_NAMES})().includes(name)", arg=name, timeout=20_000)
         self.page.locator(SEARCH_ROWS).nth(self.page.evaluate(SEARCH_NAMES).index(name)).click()
+        self.page.wait_for_function("count => window.app.graph.nodes.length > count", arg=count, timeout=20_000)
+        self.page.evaluate(PUT_DOWN)
 
     def fit(self) -> None:
         """Bring all of the graph into view."""

@@ -86,7 +86,7 @@ def placed(frontend: Frontend, name: str) -> int:
     page.evaluate("() => window.app.graph.clear()")
     frontend.open_search()
     frontend.pick(name)
-    page.wait_for_function("() => window.app.graph.nodes.length === 1", timeout=20_000)
+    assert page.evaluate("() => window.app.graph.nodes.length") == 1
     node, title = page.evaluate("() => [window.app.graph.nodes[0].id, window.app.graph.nodes[0].title]")
     assert title == name
     return int(node)

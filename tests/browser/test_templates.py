@@ -86,6 +86,7 @@ def test_template_runs_to_the_end(
 ) -> None:
     if name == "Scores":
         encoders.provide(server.base, *(encoders.EVERY if ALL else (CLIP,)))
+        frontend.page.evaluate("() => window.app.refreshComboInNodes()")  # files that the page has not seen
     frontend.load(FOLDER / f"{name}.json")
     assert frontend.missing_nodes() == []
     assert set(frontend.page.evaluate(LOOSE_INPUTS)) <= OPTIONAL
