@@ -1,8 +1,9 @@
 """Which model families can be zipped on the host that runs: the tests of each, as the table of docs/families.md.
 
-    python3 dev.py run benchmarks/families.py
+    python3 dev.py run benchmarks/families.py            # pytest's options narrow it down
+    python3 dev.py run benchmarks/families.py --table    # the table alone, of what was found before
 
-What other hosts gave stays in results/families.json.
+What other hosts gave stays in results/families.json, and so do the cells that a narrower run leaves out.
 """
 
 from __future__ import annotations
@@ -49,26 +50,30 @@ def table(results: dict[str, dict[str, dict[str, bool]]]) -> str:
     for family in families:
         cells = []
         for column in COLUMNS:
-            holds = {host: found[family].get(column) for host, found in results.items() if family in found}
+            holds = {host: found[family][column] for host, found in results.items() if column in found.get(family, ())}
             cells.append(", ".join(f"{host}{'' if ok else ' **no**'}" for host, ok in holds.items()))
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main() -> int:
-    tests = [str(ROOT / "tests" / "inhost" / "test_families.py"), "-q", "-p", "no:cacheprovider"]
-    outcomes = Outcomes()
-    status = pytest.main([*tests, "-k", " or ".join(TESTS), *sys.argv[1:]], plugins=[outcomes])
-    import comfyui_version
+def main(options: list[str]) -> int:
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    status = 0
+    if options != ["--table"]:
+        outcomes = Outcomes()
+        tests = [str(ROOT / "tests" / "inhost" / "test_families.py"), "-q", "-p", "no:cacheprovider"]
+        status = int(pytest.main([*tests, "-k", " or ".join(TESTS), *options], plugins=[outcomes]))
+        import comfyui_version
 
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[comfyui_version.__version__] = outcomes.found
-    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=False) + "\n")
+        before = results.setdefault(comfyui_version.__version__, {})
+        for family, found in outcomes.found.items():
+            before[family] = {**before.get(family, {}), **found}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
     start, end = page.index("| Family |"), page.index("\n\n", page.index("| Family |"))
     PAGE.write_text(page[:start] + table(results) + page[end:], encoding="utf-8")
-    return int(status)
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
