@@ -57,12 +57,12 @@ def table(results: dict[str, dict[str, dict[str, bool]]]) -> str:
 
 
 def main(options: list[str]) -> int:
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    status = 0
+    status, outcomes = 0, Outcomes()
     if options != ["--table"]:
-        outcomes = Outcomes()
         tests = [str(ROOT / "tests" / "inhost" / "test_families.py"), "-q", "-p", "no:cacheprovider"]
         status = int(pytest.main([*tests, "-k", " or ".join(TESTS), *options], plugins=[outcomes]))
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if outcomes.found:
         import comfyui_version
 
         before = results.setdefault(comfyui_version.__version__, {})
