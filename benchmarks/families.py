@@ -45,7 +45,7 @@ class Outcomes:
 
 def table(results: dict[str, dict[str, dict[str, bool]]]) -> str:
     """Family × (column, host): the hosts on which it holds."""
-    families = list(dict.fromkeys(family for host in reversed(results.values()) for family in host))
+    families = list(dict.fromkeys(family for host in results.values() for family in host))
     lines = [f"| Family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for family in families:
         cells = []
