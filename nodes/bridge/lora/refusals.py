@@ -15,7 +15,6 @@ from ....ziplora_core.files import LoRAFileError, shown, unread
 from . import base_models
 from .loras import LoRASource
 
-
 _KIN = ("Flux or Flux 2 or Chroma", "HunyuanVideo or HunyuanImage", "Anima or Cosmos Predict2")  # by the same names
 
 
