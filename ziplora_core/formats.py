@@ -166,12 +166,17 @@ _TE_WORDS = {
 
 
 _FAMILIES = (  # what only one family's names hold, in this order
+    ("HunyuanVideo or HunyuanImage", r"individual_token_refiner"),
+    ("Anima or Cosmos Predict2", r"blocks[._]\d+[._](?:cross_attn|self_attn)[._](?:[qkv]|output)_proj"),
     ("Wan", r"blocks[._]\d+[._](?:cross_attn|self_attn)[._]"),
-    ("HunyuanVideo", r"individual_token_refiner"),
+    ("HiDream", r"(?:double|single)_stream_blocks[._]\d"),
+    ("Krea 2", r"blocks[._]\d+[._]attn[._]w[qkvo][._]"),
+    ("HunyuanDiT", r"blocks[._]\d+[._]attn[12][._](?:Wqkv|kv_proj)"),
     ("Qwen-Image", r"transformer_blocks[._]\d+[._](?:img_mlp|txt_mlp|img_mod)"),
-    ("Flux", r"(?:double_blocks|single_blocks|single_transformer_blocks)[._]\d"),
+    ("Flux or Flux 2 or Chroma", r"(?:double_blocks|single_blocks|single_transformer_blocks)[._]\d"),
     ("SD 3", r"joint_blocks[._]\d|transformer_blocks[._]\d+[._]ff_context"),
     ("SD 3 or Qwen-Image", r"transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj"),
+    ("LTX-Video", r"^(?:lora_unet_|diffusion_model\.|transformer\.)?transformer_blocks[._]\d+[._]attn[12][._]"),
     ("Lumina 2 or Z-Image", r"(?:noise_refiner|context_refiner)[._]\d|layers[._]\d+[._](?:attention|adaLN_modulation)"),
 )
 _CONTEXT_WIDTHS = {768: "SD 1.5", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}

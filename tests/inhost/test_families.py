@@ -119,9 +119,32 @@ def test_optimising_lowers_the_losses_and_leaves_the_model(pack, family):
     assert torch.equal(family.sample(patcher), before)
 
 
-@pytest.mark.parametrize(("mine", "other"), list(permutations(FIRST, 2)))
-def test_a_lora_of_another_family_is_told_by_its_own(pack, mine, other):
+ALIKE = [  # in names or in shapes, of those beside the first
+    ("Flux", "Flux 2"),
+    ("Flux 2", "Flux"),
+    ("Flux 2", "Chroma"),
+    ("Flux", "HiDream"),
+    ("HiDream", "Flux"),
+    ("Wan", "Anima"),
+    ("Anima", "Wan"),
+    ("Wan", "Cosmos Predict2"),
+    ("Wan", "Krea 2"),
+    ("Krea 2", "Wan"),
+    ("Krea 2", "HunyuanDiT"),
+    ("Wan", "HunyuanVideo"),
+    ("SD 3", "LTX-Video"),
+    ("LTX-Video", "Qwen-Image"),
+    ("Lumina 2", "Z-Image"),
+]
+
+
+@pytest.mark.parametrize(
+    ("mine", "other"), [pair for pair in [*permutations(FIRST, 2), *ALIKE] if FAMILIES.keys() >= set(pair)]
+)
+def test_a_lora_of_another_family_is_told_by_its_own(pack, monkeypatch, mine, other):
     """Its names say which family it is for; SD 1.5's and SDXL's differ by the width of the prompts alone."""
+    for name in (mine, other):
+        FAMILIES[name].shrink(monkeypatch)
     stranger = FAMILIES[other]
     patcher = FAMILIES[mine].patcher()
     file = stranger.lora(stranger.model(), 2, 3)
@@ -201,6 +224,33 @@ def plain_kernels():
         yield
     finally:
         comfy.quant_ops.ck = kernels
+
+
+@pytest.mark.parametrize("form", ["StableAudio1", "Hunyuan3Dv2", "ACEAudio", "LTXAV"])
+def test_a_model_of_no_pictures_is_refused_by_name(pack, form):
+    import comfy.latent_formats
+
+    if not hasattr(comfy.latent_formats, form):
+        pytest.skip("this host has no such model")
+    family = FAMILIES["Flux"]
+    patcher = family.patcher()
+    sources = pair_of(pack, family, patcher.model)
+    patcher.add_object_patch("latent_format", getattr(comfy.latent_formats, form)())
+    with pytest.raises(ValueError, match=r"this model \(Flux\) makes sound or shapes.*connect one that draws"):
+        pack.nodes.bridge.optimize.zipping.check_inputs(patcher, sources, {"content": None, "style": None})
+
+
+def test_a_gate_of_experts_is_refused_where_it_is_found(pack):
+    family = FAMILIES["HiDream"]
+    patcher = family.patcher()
+    key = "diffusion_model.single_stream_blocks.0.block.ff_i.gate.weight"
+    file = {f"{part}.weight": torch.ones(shape) for part, shape in zip(own_names(key), ((4, 2), (2, 64)), strict=True)}
+    fitted = pack.nodes.bridge.lora.fitting.fit(as_sources(pack, file, file), patcher.model).loras
+    latents = {c: v["samples"] for c, v in family.latents().items()}
+    with pytest.raises(ValueError, match="1 layers of the pair are of a kind that cannot be zipped.*gate"):
+        pack.nodes.bridge.network.predictor.with_predictor(
+            patcher, fitted, family.prompts(), latents, lambda *_: pytest.fail("it ran")
+        )
 
 
 class Apply(torch.nn.Module):

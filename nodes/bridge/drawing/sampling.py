@@ -60,6 +60,14 @@ class GeneratedReferences:
         )
 
 
+_PIXELS = {"Flux2": 16, "Wan22": 16, "HunyuanImage21": 32, "LTXV": 32}  # where an older host does not say
+
+
+def _spacing(form) -> int:
+    """How many pixels wide one number of a latent is."""
+    return getattr(form, "spacial_downscale_ratio", None) or _PIXELS.get(type(form).__name__, 8)
+
+
 def draw_plain(
     model, conditioning: list, request: ReferenceRequest, seed: int, watch: Watch | None = None, most_steps: int = 0
 ) -> GeneratedReferences | None:
@@ -74,7 +82,7 @@ def draw_plain(
     if model.load_device.type == "cpu":  # the host's choice there cuts attention into pieces
         options = model.model_options.setdefault("transformer_options", {})
         options["optimized_attention_override"] = attention_with_gradient
-    side = request.side // getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
+    side = request.side // _spacing(model.get_model_object("latent_format"))
     shape = (request.count, 4, side, side)
     recipe = recipes.of(model)
     if most_steps:
@@ -133,7 +141,7 @@ def draw_one(model, positive: list, negative: list, drawing: Drawing, watch: Wat
 
     watch: as of `draw_plain`.
     """
-    ratio = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
+    ratio = _spacing(model.get_model_object("latent_format"))
     shape = (1, 4, drawing.height // ratio, drawing.width // ratio)
     empty = torch.zeros(shape, device=comfy.model_management.intermediate_device())
     latents = comfy.sample.fix_empty_latent_channels(model, empty)

@@ -86,7 +86,7 @@ class Fitting:
                 f"'{self.source.title}' changes the shape of layer '{key}'; a zipped pair cannot: use another file"
             )
         if not (is_plain(patch) and part.ndim > 1 and magnitude is None) and not fits(patch, part.shape):
-            raise refusals.other_model(self.source, key, kind_of(patch), part.shape)
+            raise refusals.other_model(self.source, self.model, key, kind_of(patch), part.shape)
         if part.ndim < 2:
             self.passthrough[key] = patch
             return
@@ -150,11 +150,13 @@ class Fitting:
         except (RuntimeError, IndexError) as error:
             if refusals.is_of_memory(str(error)):
                 raise refusals.no_memory(self.source, key, kind, part.shape) from error
-            raise refusals.other_model(self.source, key, kind, part.shape) from error
+            raise refusals.other_model(self.source, self.model, key, kind, part.shape) from error
         if delta is not None and not delta.any() and turns_nothing(patch):
             return None
         if delta is None or (strength and not delta.any() and all_used(patch)):
-            raise refusals.other_model(self.source, key, kind, part.shape)  # the host only logs that it does not fit
+            raise refusals.other_model(
+                self.source, self.model, key, kind, part.shape
+            )  # the host only logs that it does not fit
         delta = delta.float()
         if not all_finite(delta):
             raise refusals.broken(self.source, key, "its update holds NaN or infinite numbers")

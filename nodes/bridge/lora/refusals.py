@@ -15,15 +15,18 @@ from ....ziplora_core.files import LoRAFileError, shown, unread
 from . import base_models
 from .loras import LoRASource
 
+_KIN = ("Flux or Flux 2 or Chroma", "HunyuanVideo or HunyuanImage", "Anima or Cosmos Predict2")  # by the same names
+
 
 class OtherModelError(LoRAFileError):
     """A file that was made for another model."""
 
 
-def other_model(source: LoRASource, key: str, kind: str, shape: torch.Size) -> OtherModelError:
-    """Its update of a layer, of that kind, does not fit a weight of that shape."""
+def other_model(source: LoRASource, model, key: str, kind: str, shape: torch.Size) -> OtherModelError:
+    """Its update of a layer, of that kind, does not fit a weight of that shape. model: the host's BaseModel."""
+    looks = guess(source, base_models.model_family(model))
     return OtherModelError(
-        f"'{source.title}' was made for another model{guess(source)}: its {kind} at layer '{key}' does not fit a "
+        f"'{source.title}' was made for another model{looks}: its {kind} at layer '{key}' does not fit a "
         f"weight of shape {tuple(shape)}; choose a LoRA of the same model family"
     )
 
@@ -79,7 +82,7 @@ def nothing_fits(source: LoRASource, model, unused: Sequence[str], zero: Sequenc
         return LoRAFileError(f"'{source.title}' changes nothing: its {len(zero)} updates are zero; choose another file")
     example = shown(unused[0] if unused else next(iter(source.tensors), "no tensor at all"))
     family, own = formats.looks_like(source.tensors), base_models.model_family(model)
-    if family and family == own:
+    if family and (family == own or (family in _KIN and own in family.split(" or "))):
         return LoRAFileError(
             f"'{source.title}' looks like a LoRA for {own}, as this model is, but calls its layers by names that "
             f"are not known here, e.g. '{example}'; have its trainer write kohya's or diffusers' names"

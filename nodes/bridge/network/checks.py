@@ -62,6 +62,19 @@ def check_width(name: str, conditioning: list, model) -> None:
         )
 
 
+_WITH_SOUND = ("ACEAudio", "LTXAV")  # latent formats of the host's: of sound alone, and of sound beside a video
+
+
+def check_model(model) -> None:
+    """Raises ValueError where latents are no pictures: of sound, of shapes in space. model: ModelPatcher."""
+    form = model.get_model_object("latent_format")
+    if getattr(form, "latent_dimensions", 2) < 2 or type(form).__name__ in _WITH_SOUND:
+        raise ValueError(
+            f"this model ({type(model.model).__name__}) makes sound or shapes, or sound with its pictures; connect one "
+            "that draws pictures or videos alone: LoRAs are zipped and trained on those"
+        )
+
+
 def read_latents(name: str, given: Any, model) -> Tensor:
     """The samples of a LATENT, (N, C, *space). Raises ValueError where they cannot be this model's."""
     samples = given.get("samples") if isinstance(given, dict) else None

@@ -72,6 +72,7 @@ def check_inputs(model, sources: loras.LoRASources, latents: dict[str, dict | No
     model: ModelPatcher; nothing of it is loaded. Raises ValueError (LoRAFileError for a file).
     """
     loras.refuse_one_lora(sources)
+    checks.check_model(model)
     fitting.fit(sources, model.model)
     for concept, given in latents.items():
         if given is not None:
@@ -97,6 +98,7 @@ def optimize(
     out twice; interrupts pass through. What was zipped before of the same, its report saying so, is taken from disk.
     """
     loras.refuse_one_lora(sources)
+    checks.check_model(model)
     check_prompts(sources, [concept for concept, given in conditioning.items() if given is None])
     samples: dict[str, Tensor] = {}
     for concept, given in latents.items():

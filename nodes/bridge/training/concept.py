@@ -16,6 +16,7 @@ from ....ziplora_core.checks import Range
 from ..disk import paths
 from ..drawing import sampling
 from ..lora import fitting, loras
+from ..network import checks
 from . import loading
 from .denoiser import Denoiser, picture
 from .layers import LAYERS, trained_layers
@@ -123,6 +124,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
     FloatingPointError, and the host's own exception where memory runs out twice.
     """
     check(task)
+    checks.check_model(model)
     shapes = trained_layers(model.model, task.layers, task.b_lora)
     settings, first, start = task.settings, 0, None
     if task.go_on_from is not None:
