@@ -123,10 +123,14 @@ _TE_PREFIXES = (  # before a text encoder's module names, and kohya's names for 
 
 
 def kohya_text_encoder(layer: str) -> str:
-    """kohya's name of a text-encoder layer of a LoRA file; names of other forms stay as they are."""
+    """kohya's name of a text-encoder layer of a LoRA file; names of other forms stay as they are.
+
+    Newer releases of transformers have no `text_model` in the names of CLIP's layers.
+    """
     for pattern, prefix in _TE_PREFIXES:
         if pattern.match(layer):
-            return prefix + pattern.sub("", layer).replace(".", "_")
+            inner = re.sub(r"^(?=encoder\.layers\.)", "text_model.", pattern.sub("", layer))
+            return prefix + inner.replace(".", "_")
     return layer
 
 

@@ -15,6 +15,7 @@ ADALORA = (".lora_E", ".lora_E.default")
 VERA = (".vera_lambda_b", ".vera_lambda_d")
 TERMS, AXIS = ".oft_terms", ".ia3_axis"  # of a layer, where its library's configuration says them
 DEFAULT_TERMS = 5  # peft's, and what OneTrainer always takes
+_MOST_TERMS = 100
 
 
 def present(names: Iterable[str], endings: tuple[str, ...] = (*OFT, *IA3, *VERA)) -> set[str]:
@@ -24,6 +25,12 @@ def present(names: Iterable[str], endings: tuple[str, ...] = (*OFT, *IA3, *VERA)
 
 def tensor_of(tensors: Mapping[str, Tensor], layer: str, endings: tuple[str, ...]) -> Tensor | None:
     return next((tensors[layer + ending] for ending in endings if layer + ending in tensors), None)
+
+
+def terms_of(said: Tensor | None) -> int:
+    """Terms of `rotations` that a file names, the default where it names none that can be."""
+    number = said.item() if said is not None and said.numel() == 1 else DEFAULT_TERMS
+    return int(number) if number in range(_MOST_TERMS + 1) else DEFAULT_TERMS
 
 
 def rotations(vectors: Tensor, terms: int = DEFAULT_TERMS) -> Tensor:
@@ -85,7 +92,7 @@ def settled(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[d
     if kind == "OFT":
         terms = config.get("num_cayley_neumann_terms", DEFAULT_TERMS)
         terms = 0 if config.get("use_cayley_neumann") is False else terms
-        if type(terms) is int and 0 <= terms <= 100 and terms != DEFAULT_TERMS:
+        if type(terms) is int and 0 <= terms <= _MOST_TERMS and terms != DEFAULT_TERMS:
             said |= {f"{layer}{TERMS}": float(terms) for layer in present(tensors, OFT)}
         eps = config.get("eps")
         if config.get("coft") is True and isinstance(eps, float | int) and 0 < eps < math.inf:

@@ -11,6 +11,8 @@ PAIRS_DENSE_FORMATS = (
 )
 FILES = ("tests/inhost/test_contracts_files.py",)
 LIBRARIES = ("tests/inhost/test_library_files.py",)
+KINDS = ("tests/inhost/test_library_kinds.py",)
+TEXT_ENCODERS = ("tests/inhost/test_library_text_encoders.py",)
 NOTES = ("tests/inhost/test_library_notes.py",)
 
 MUTANTS = [
@@ -183,5 +185,26 @@ MUTANTS = [
         NOTES,
         ("another LoRA's configuration is used", "if not adapter_config.fits(tensors, configs):", "if False:"),
         ("any folder's configuration is used", "own = os.path", "own = True or os.path"),
+    ),
+    *faults(
+        "nodes/bridge/lora/own_adapters.py",
+        KINDS,
+        ("what comes out keeps its bias", "if not patch.axis and patch.fits(shape):", "if False:"),
+        (
+            "rows of a layer in another order are scaled as they are",
+            "self.delta(function(weight))",
+            "self.delta(weight)",
+        ),
+    ),
+    *faults(
+        "ziplora_core/other_kinds.py",
+        KINDS,
+        ("columns turn the other way", "onb,ncb->onc", "onb,nbc->onc"),
+        ("the series ends with a double term", "(1 if exponent == last else 2)", "2"),
+    ),
+    *faults(
+        "nodes/bridge/lora/text_encoders.py",
+        TEXT_ENCODERS,
+        ("text encoders have the host's names alone", "return {**more, **hosts}", "return hosts"),
     ),
 ]

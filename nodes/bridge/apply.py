@@ -10,6 +10,7 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
+from ...ziplora_core import formats
 from ...ziplora_core.lora_set import Layer
 from ...ziplora_core.merge import one_lora
 from .lora import captured, fitting, loader_patches, text_encoders
@@ -67,8 +68,11 @@ def _patch(patcher, patches: dict, strength: float, names: str, made: str = "zip
 
 
 def _text_encoder(clip, source: LoRASource, strength: float) -> None:
-    names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    names = text_encoders.names(source, clip.cond_stage_model)
     patches = comfy.lora.load_lora(source.tensors, names, log_missing=False)
+    unknown = sum(layer not in names for layer in formats.text_encoder_layers(source.tensors))
+    if unknown:
+        logging.warning("ZipLoRA: %d text-encoder layers of '%s' are not in this clip.", unknown, source.title)
     good = {key: patch for key, patch in patches.items() if _fits(clip.cond_stage_model, key, patch)}
     if len(good) < len(patches):
         dropped = len(patches) - len(good)

@@ -162,6 +162,12 @@ def test_what_does_not_fit_is_refused(pack, folder, kind, ending, edit):
         updates(pack, model.patcher)
 
 
+@pytest.mark.parametrize("said", [None, [1e30], [-1.0], [2.5], [1.0, 2.0], [3.0]])
+def test_a_number_of_terms_that_cannot_be_is_none(pack, said):
+    kinds = pack.ziplora_core.other_kinds
+    assert kinds.terms_of(None if said is None else torch.tensor(said)) == (3 if said == [3.0] else 5)
+
+
 @pytest.mark.parametrize("terms", [0, 1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("shared", [False, True])
 def test_rotations_are_pefts(pack, terms, shared):

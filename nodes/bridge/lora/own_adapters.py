@@ -102,8 +102,7 @@ def patches(
         vectors = other_kinds.tensor_of(tensors, layer, other_kinds.OFT)
         factors = other_kinds.tensor_of(tensors, layer, other_kinds.IA3)
         if vectors is not None:
-            terms = tensors.get(layer + other_kinds.TERMS)
-            found[target] = Rotation(vectors, other_kinds.DEFAULT_TERMS if terms is None else int(terms))
+            found[target] = Rotation(vectors, other_kinds.terms_of(tensors.get(layer + other_kinds.TERMS)))
         elif factors is not None:
             found[target] = patch = Rescaling(factors, _axis(source, layer, factors, shape))
             if not patch.axis and patch.fits(shape):
@@ -121,12 +120,12 @@ def _axis(source: LoRASource, layer: str, factors: Tensor, shape: torch.Size) ->
     if shape[0] != shape[1]:
         return int(factors.numel() == shape[1])
     said = source.tensors.get(layer + other_kinds.AXIS)
-    if said is None:
+    if said is None or said.numel() != 1:
         raise LoRAFileError(
             f"'{source.title}' does not say whether IA³ scales what goes into layer '{layer}' or what comes out of it; "
             "put it and the 'adapter_config.json' that peft wrote with it into a folder of their own"
         )
-    return int(said)
+    return int(said.item() != 0)
 
 
 def _add_bias(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import comfy.lora
+
 from ....ziplora_core import formats
 from .loras import LoRASource, LoRASources
 from .zipped import ZippedLoRA, sources_of
@@ -10,6 +12,18 @@ from .zipped import ZippedLoRA, sources_of
 def parts(source: LoRASource) -> int:
     """How many text-encoder layers a file changes."""
     return len(set(formats.text_encoder_layers(source.tensors).values()))
+
+
+def names(source: LoRASource, model) -> dict[str, str]:
+    """Layer name in a LoRA file -> weight of a text encoder: the host's own map, and of this file's layers the names of
+    peft and of newer releases of transformers, which the host skips. model: the host's text encoder.
+
+    Of several names of one layer the host's counts.
+    """
+    hosts = comfy.lora.model_lora_keys_clip(model, {})
+    known = formats.text_encoder_layers(source.tensors).items()
+    more = {layer: hosts[name] for layer, name in known if layer not in hosts and name in hosts}
+    return {**more, **hosts}
 
 
 def unread_scales(source: LoRASource) -> str | None:
