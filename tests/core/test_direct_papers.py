@@ -174,6 +174,14 @@ def test_knots_of_a_layer_that_is_zero():
     assert not found["first"].any() and found["conv"].any()
 
 
+def test_knots_of_one_lora_twice_is_that_lora():
+    f = factors((7, 10), 3, 1)
+    twice = {"content": f, "style": Factors(f.up.clone(), f.down.clone(), f.scale)}
+    found = knots.merge(LoRASet(tuple(twice), {"only": twice}), share=1.0)
+    assert joined_rank(found.layers["only"]) == 3, "directions that neither has are kept"
+    torch.testing.assert_close(merged(found)["only"], dense(f), **NEAR)
+
+
 @pytest.mark.parametrize("loras", SETS)
 def test_the_cut_sum_is_a_dense_svds(loras):
     result = svd.merge(loras)

@@ -2,9 +2,10 @@
 
 They are kept whole, as those of LoHa and LoKr files are, and not cut back to the sum of the ranks: what such a merge
 does to a LoRA lies mostly outside of any few directions, so that a cut would be nearly the plain sum again (of two
-random LoRAs of rank 16 in 1280 x 1280, TIES cut to rank 32 is .56 of itself away from TIES, DARE .69). All LoRAs of a
-layer stand on one unit matrix, so that each keeps its part, which Style Strength turns, and the merge has no larger a
-rank than rows. Two SDXL attention LoRAs of half precision take 4 GB so.
+random LoRAs of rank 16 in 1280 x 1280, TIES cut to rank 32 is .56 of itself away from TIES, and its cosine with the sum
+is .95 instead of .78; DARE's .97 instead of .71). All LoRAs of a layer stand on one unit matrix, so that each keeps its
+part, which Style Strength turns, and the merge has no larger a rank than rows. Two SDXL attention LoRAs of half
+precision take 3.8 GB so.
 """
 
 from __future__ import annotations
