@@ -76,4 +76,4 @@ def texts(info: ObjectInfo) -> dict[str, Any]:
 def files(info: ObjectInfo) -> dict[Path, str]:
     """File -> its text."""
     made = {CONTRACT: contract(info), ENGLISH: texts(info)}
-    return {path: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for path, content in made.items()}
+    return {path: json.dumps(content, indent=1, ensure_ascii=False) + "\n" for path, content in made.items()}

@@ -22,7 +22,7 @@ def merged_factors(layer: Layer, coefficients: Mapping[str, Tensor] | None = Non
     first = next(iter(layer.values()))
     out, *columns = first.shape
     rank = sum(factors.rank for factors in layer.values())
-    dtype = torch.float64 if first.down.dtype == torch.float64 else torch.float32
+    dtype = _precision(first)
     up, down = (torch.empty(s, dtype=dtype, device=first.down.device) for s in ((out, rank), (rank, *columns)))
     start = 0
     for concept, factors in layer.items():
@@ -46,13 +46,17 @@ def one_lora(layer: Layer, coefficients: Mapping[str, Tensor] | None = None) -> 
     if not on_one_up(layer):
         return merged_factors(layer, coefficients)
     first = next(iter(layer.values()))
-    dtype = torch.float64 if first.down.dtype == torch.float64 else torch.float32
+    dtype = _precision(first)
     down = torch.zeros(first.down.shape, dtype=dtype, device=first.down.device)
     for concept, factors in layer.items():
         m = _checked(concept, factors, coefficients)
         part = factors.down.to(dtype)
         down.add_(part if m is None else part * column_view(m.to(down), down), alpha=factors.scale)
     return first.up.to(dtype, copy=True), down
+
+
+def _precision(factors: Factors) -> torch.dtype:
+    return torch.float64 if factors.down.dtype == torch.float64 else torch.float32
 
 
 def _checked(concept: str, factors: Factors, coefficients: Mapping[str, Tensor] | None) -> Tensor | None:

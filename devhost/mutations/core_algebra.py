@@ -140,12 +140,12 @@ MUTANTS = [
         ("only large scales", "if factors.scale != 1:", "if factors.scale > 1:"),
         (
             "float64 is lost",
-            "dtype = torch.float64 if first.down.dtype == torch.float64 else torch.float32",
-            "dtype = torch.float32",
+            "return torch.float64 if factors.down.dtype == torch.float64 else torch.float32",
+            "return torch.float32",
         ),
-        ("merged in half precision", "== torch.float64 else torch.float32", "== torch.float64 else first.down.dtype"),
+        ("merged in half precision", "== torch.float64 else torch.float32", "== torch.float64 else factors.down.dtype"),
         ("one LoRA's coefficients for all", "coefficients.get(concept)", "next(iter(coefficients.values()), None)"),
-        ("length not checked", "if m.numel() != factors.columns:", "if m.ndim != 1:"),
+        ("length not checked", "m.numel() != factors.columns:", "m.ndim != 1:"),
     ),
     *faults(
         "ziplora_core/direct/np_lora.py",

@@ -223,7 +223,9 @@ def fit_one(source: LoRASource, model) -> Fitting:
     updated = keys.updated(source.tensors)
     more = {name: target for name, target in more.items() if name in updated}
     found, read = _patches(source, hosts, more)
-    found |= own_adapters.patches(source, {**more, **hosts}, partial(parameter, model), partial(base_weight, model))
+    found |= own_adapters.patches(
+        source, model, {**more, **hosts}, partial(parameter, model), partial(base_weight, model)
+    )
     read -= {hosts[name] for name in renamed if name in hosts}
     fitting = Fitting(source, model, hosts=frozenset(read), own=found.keys() != read, trained=_is_fragment(found, read))
     fitting.singular = singular

@@ -83,12 +83,13 @@ class Rescaling(OwnAdapter):
 
 
 def patches(
-    source: LoRASource, names: Targets, parameter: Callable[[str], Tensor | None], base: Callable[[str], Tensor]
+    source: LoRASource, model, names: Targets, parameter: Callable[[str], Tensor | None], base: Callable[[str], Tensor]
 ) -> dict[str | tuple, Any]:
     """Weight, or slice of one, -> the update that a file has of it in such a kind.
 
-    names: how files call layers -> their targets. parameter: a weight or bias by name; None where there is none. base:
-    what it is without patches. Raises LoRAFileError where a file lacks what an update is made of.
+    model: the host's BaseModel. names: how files call its layers -> their targets. parameter: a weight or bias by
+    name; None where there is none. base: what it is without patches. Raises LoRAFileError where a file lacks what an
+    update is made of.
     """
     found: dict[str | tuple, Any] = {}
     tensors = source.tensors
@@ -108,7 +109,7 @@ def patches(
             if not patch.axis and patch.fits(shape):
                 _add_bias(found, target, patch, parameter, base)
         else:
-            found[target] = _vera(source, layer, key, shape)
+            found[target] = _vera(source, model, layer, key, shape)
     return found
 
 
@@ -149,7 +150,7 @@ def _add_bias(
     found[name] = ("diff", (whole.float() if before is None else before[1][0] + whole.float(),))
 
 
-def _vera(source: LoRASource, layer: str, key: str, shape: torch.Size) -> LoRAAdapter:
+def _vera(source: LoRASource, model, layer: str, key: str, shape: torch.Size) -> LoRAAdapter:
     """VeRA (arXiv 2310.11454): ΔW = diag(b) · B · diag(d) · A, all layers taking what they need of one A and B."""
     tensors = source.tensors
     shared = [next((t for name, t in tensors.items() if name.endswith(f"vera_{which}")), None) for which in "AB"]
@@ -162,6 +163,6 @@ def _vera(source: LoRASource, layer: str, key: str, shape: torch.Size) -> LoRAAd
     scale_up, scale_down = (tensors[layer + ending].float() for ending in other_kinds.VERA)
     fit = right.ndim == left.ndim == 2 and scale_down.numel() == len(right) == left.shape[1]
     if not fit or len(shape) != 2 or scale_up.numel() != shape[0] or len(left) < shape[0] or right.shape[1] < shape[1]:
-        raise refusals.other_model(source, key, "VeRA", shape)
+        raise refusals.other_model(source, model, key, "VeRA", shape)
     up, down = scale_up.reshape(-1, 1) * left[: shape[0]], scale_down.reshape(-1, 1) * right[:, : shape[1]]
     return LoRAAdapter(set(), (up, down, None, None, None, None))
