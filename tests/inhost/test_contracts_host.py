@@ -225,7 +225,7 @@ def test_layers_that_cannot_be_zipped_are_named(pack, patcher):
     unknown = {"diffusion_model.out.0.weight": layer, "diffusion_model.no.weight": layer}
     strange = type(pair)(pair.concepts, {**pair.layers, **unknown})
     given = {c: v["samples"] for c, v in tiny.latents().items()}
-    with torch.inference_mode(), pytest.raises(ValueError, match="1 layers of the pair .*'diffusion_model.no.weight'"):
+    with torch.inference_mode(), pytest.raises(ValueError, match="2 layers of the pair .*'diffusion_model.no.weight'"):
         bridge.network.predictor.with_predictor(patcher, strange, tiny.prompts(), given, lambda *_: None)
     assert not any("forward" in vars(module) for module in patcher.model.modules())
 

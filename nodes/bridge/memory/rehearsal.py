@@ -107,20 +107,13 @@ def _meta_loras(loras: LoRASet) -> LoRASet:
 
 
 class _AsWithMemory(TorchFunctionMode):
-    """Attention and norms without memory as devices with memory do them: torch's own way there would keep every score
-    and every step of a norm."""
+    """Attention without memory as devices with memory do it: torch's own way there would keep every score."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args[0].is_meta and not kwargs.get("enable_gqa"):
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
-        if func in (F.rms_norm, torch.rms_norm) and args[0].is_meta:
-            return _rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    return torch.ops.aten._fused_rms_norm(x, shape, weight, eps)[0]
 
 
 @contextlib.contextmanager
