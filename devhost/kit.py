@@ -27,6 +27,7 @@ CARRIED = (
     "aiohappyeyeballs",
     "aiohttp",
     "aiosignal",
+    "attrs",
     "av",
     "einops",
     "execnet",
