@@ -13,6 +13,7 @@ from torch import Tensor
 from ....ziplora_core import other_kinds
 from ....ziplora_core.files import LoRAFileError
 from . import refusals
+from .base_weights import form
 from .loras import LoRASource
 
 Targets = Mapping[str, str | tuple]
@@ -99,7 +100,7 @@ def patches(
         weight = parameter(key)
         if weight is None or weight.ndim < 2:
             continue
-        shape = (weight if place is None else weight.narrow(*place)).shape
+        shape = form(weight, place).shape
         vectors = other_kinds.tensor_of(tensors, layer, other_kinds.OFT)
         factors = other_kinds.tensor_of(tensors, layer, other_kinds.IA3)
         if vectors is not None:
