@@ -34,6 +34,8 @@ async def again(file: Path, server: Server, yes: bool = False) -> int:
         await server.forget()
         try:
             entry = await _run(prompt, server)
+            if server.remembered(entry):  # it took the prompt before it forgot, which by now it has
+                entry = await _run(prompt, server)
         except Refused as error:
             raise BatchError(f"{server.name} does not accept the workflow of {file.name}: {error}") from error
         _check_success(file, entry)

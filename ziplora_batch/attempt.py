@@ -138,6 +138,15 @@ class Attempt:
             elif known.why:
                 lost(known, f"{self.server.name} has forgotten the prompt")
             self.known = None
+        forgot = await self._forget()
+        entry, prompt_id = await self._drawn(listener, heard)
+        if forgot and self.server.remembered(entry):  # it took the prompt before it forgot, which by now it has
+            entry, prompt_id = await self._drawn(listener, heard)
+        return entry, prompt_id
+
+    async def _drawn(self, listener: Listener, heard: Heard) -> tuple[dict[str, Any], str]:
+        """The history, and the id, of a new prompt."""
+        self.known = None
         prompt_id = self.new_id()
         await self._queue(prompt_id)
         self.step = "following"
@@ -146,7 +155,6 @@ class Attempt:
     async def _queue(self, prompt_id: str) -> None:
         """Raises Refused also where the server, which answers otherwise, takes this prompt or its pictures not."""
         try:
-            await self._forget()
             prompt = await self._uploaded()
             self.step = SENDING
             self.results.sending(self.job.key, self.server.url, prompt_id)
@@ -164,16 +172,20 @@ class Attempt:
                 raise Refused(str(error)) from error
             raise
 
-    async def _forget(self) -> None:
-        """What was drawn before would come out of the server's cache, by its old name, whatever that means now."""
+    async def _forget(self) -> bool:
+        """What was drawn before would come out of the server's cache, by its old name, whatever that means now.
+        Whether the server is to forget it now."""
         last = self.results.last.get(self.job.key)
         drawn = self.job.key in self.results.done or (last is not None and last.status == UNFETCHED)
-        if drawn and not self.server.forgetful:
-            self.step = "forgetting"
-            try:
-                await self.server.forget()
-            except ServerError as error:  # one that has no such request is asked to draw all the same
-                await self._check_alive(error)
+        if not drawn or self.server.forgetful:
+            return False
+        self.step = "forgetting"
+        try:
+            await self.server.forget()
+        except ServerError as error:  # one that has no such request is asked to draw all the same
+            await self._check_alive(error)
+            return False
+        return True
 
     def _not_taken(self) -> None:
         if self.known is not None:

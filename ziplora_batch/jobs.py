@@ -76,7 +76,9 @@ def parse_workflow(text: str, path: str) -> Prompt:
         for name, value in node["inputs"].items():
             if _is_link(value) and value[0] not in found:  # which would end a server's worker, and its queue with it
                 raise BatchError(f"{path}: {key}.{name} is linked to node '{value[0]}', which is not there")
-    return found
+    # A picture's workflow tells also which versions of its files were read, and a server that is told does not look:
+    # it would take what it drew of them for what it would draw of the files that are there now.
+    return {key: {name: of for name, of in node.items() if name != "is_changed"} for key, node in found.items()}
 
 
 def _is_node(node: Any) -> bool:

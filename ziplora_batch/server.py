@@ -225,9 +225,18 @@ class Server:
         await self._post("queue", {"delete": [prompt_id]})
 
     async def forget(self) -> None:
-        """Unload models and forget cached outputs, so that the next prompt is run whole."""
+        """Unload models and forget cached outputs, so that the next prompt is run whole, or the one after it: a server
+        may take a prompt first that comes at once. `remembered` tells."""
         await self._post("free", {"unload_models": True, "free_memory": True})
         self.forgetful = True
+
+    @staticmethod
+    def remembered(entry: Mapping[str, Any]) -> bool:
+        """Whether a prompt's history says that something came from the server's cache."""
+        for message in (entry.get("status") or {}).get("messages") or []:
+            if isinstance(message, list) and message[:1] == ["execution_cached"] and isinstance(message[-1], dict):
+                return bool(message[-1].get("nodes"))
+        return False
 
     async def _post(self, path: str, body: Any) -> None:
         await patiently(lambda: self._to.ask("POST", path, lambda answer: None, json=body), _TRIES)

@@ -36,7 +36,10 @@ class FakeComfyUI:
         self.cache: dict[str, str] = {}
         self.outputs: list[str] | None = None  # ids of the nodes that are run; None: all
         self.shown: dict[str, Any] = {}  # what else the history says of a node "1"
+        self.draws: bytes | None = None  # the same picture of every text
         self.held = False  # whether prompts stay in the queue
+        self.busy = False  # whether what is to be forgotten is forgotten after the next prompt
+        self.forgets = False
         self.down: int | None = None  # status of every answer
 
     def count(self, what: str) -> int:
@@ -66,7 +69,9 @@ class FakeComfyUI:
         if what == "POST /upload":
             return web.json_response({"name": (await request.post())["image"].filename})
         if what == "POST /free":
-            self.cache.clear()
+            self.forgets = True
+            if not self.busy:
+                self.forget()
         if what in ("POST /queue", "POST /interrupt"):
             self.running.clear()
         return web.Response(status=404 if what == "GET /ws" else 200)
@@ -79,18 +84,25 @@ class FakeComfyUI:
         if not self.held:
             self.finish()
 
+    def forget(self) -> None:
+        if self.forgets:
+            self.cache.clear()
+        self.forgets = False
+
     def finish(self) -> None:
         for item in self.running:
             text = item[2]["1"]["inputs"]["text"]
+            cached = ["1"] if text in self.cache else []
             if text not in self.cache:
                 self.cache[text] = f"{text}_{len(self.output):05}_.png"
-                self.output[self.cache[text]] = PICTURE + text.encode()
+                self.output[self.cache[text]] = self.draws or PICTURE + text.encode()
             images = [{"filename": self.cache[text], "subfolder": "", "type": "output"}]
             self.history[item[1]] = {
                 "prompt": item,
                 "outputs": {"1": {"images": images, **self.shown}},
-                "status": {"status_str": "success", "messages": []},
+                "status": {"status_str": "success", "messages": [["execution_cached", {"nodes": cached}]]},
             }
+            self.forget()
         self.running.clear()
 
     @contextlib.asynccontextmanager

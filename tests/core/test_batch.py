@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 from pathlib import Path
 
 import pytest
+from fake_comfyui import FakeComfyUI
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ziplora_batch import again, jobs
 from ziplora_batch.connection import ended
+from ziplora_batch.server import Server
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SDXL = ROOT / "workflows" / "api" / "every_step_with_pictures.json"
@@ -220,6 +225,28 @@ def test_differences_of_files_are_said(tmp_path: Path) -> None:
     assert again.difference(old, new) == (
         "1 of 2 tensors, the first 'y'; the content LoRA 'dog' is another file now; torch 2 then, 3 now"
     )
+
+
+def test_a_result_made_again_is_not_the_one_that_the_server_has(tmp_path: Path, capsys) -> None:
+    """Its file says which versions of other files were read, which a server would believe; and a server may take a
+    prompt before it forgets."""
+    fake = FakeComfyUI()
+    fake.busy = True
+    about, old = PngInfo(), tmp_path / "a_00000_.png"
+    about.add_text("prompt", json.dumps({"1": {"class_type": "Save", "inputs": {"text": "a"}, "is_changed": ["old"]}}))
+    Image.new("RGB", (2, 2)).save(old, pnginfo=about)
+    fake.cache["a"] = old.name
+    fake.output[old.name] = old.read_bytes()
+
+    async def ask() -> int:
+        async with fake.serving() as url:
+            return await again.again(old, Server(url), yes=True)
+
+    Image.new("RGB", (2, 2), "red").save(drawn := io.BytesIO(), "png")
+    fake.draws = drawn.getvalue()
+    assert asyncio.run(ask()) == 1 and "a_00001_.png differs: 4 of 12 values" in capsys.readouterr().out
+    assert len(fake.prompts) == 2
+    assert [list(fake.history[key]["prompt"][2]["1"]) for key in fake.prompts] == [["class_type", "inputs"]] * 2
 
 
 def test_a_lost_cancellation_is_given_again() -> None:

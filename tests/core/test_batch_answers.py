@@ -95,6 +95,17 @@ def test_a_name_that_means_another_picture_now_brings_none_of_it(tmp_path: Path)
     assert kept(results) == [PICTURE + b"a"] and fake.count("POST /free") == 1
 
 
+def test_a_server_that_forgets_after_the_next_prompt_is_asked_once_more(tmp_path: Path) -> None:
+    """ComfyUI's worker looks whether it is to forget after each prompt, and may take ours first."""
+    fake = FakeComfyUI()
+    lose(run(fake, rows("a", "b"), tmp_path))
+    fake.busy = True
+    fake.output = dict.fromkeys(fake.output, b"of another row")
+    results = run(fake, rows("a", "b"), tmp_path)
+    assert statuses(results) == [DONE, DONE] and kept(results) == [PICTURE + b"a", PICTURE + b"b"]
+    assert fake.count("POST /free") == 1 and len(fake.prompts) == 5, "one prompt of two was sent twice"
+
+
 def test_pictures_go_where_an_older_client_had_them(tmp_path: Path) -> None:
     fake = FakeComfyUI()
     before = run(fake, rows("a"), tmp_path)
