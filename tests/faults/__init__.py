@@ -143,15 +143,16 @@ def _plan(model: ModelPatcher, fault: Fault) -> None:
 
 
 def _progress(_: Any, fault: Fault) -> None:
-    hook = comfy.utils.PROGRESS_BAR_HOOK
+    """Where a bar is given a value, of which newer hosts send on a few a second."""
+    update = comfy.utils.ProgressBar.update_absolute
 
     def counted(*args, **kwargs):
         if fault.calls + 1 >= fault.at:
-            comfy.utils.PROGRESS_BAR_HOOK = hook
+            comfy.utils.ProgressBar.update_absolute = update
         fault()
-        hook(*args, **kwargs)
+        update(*args, **kwargs)
 
-    comfy.utils.PROGRESS_BAR_HOOK = counted
+    comfy.utils.ProgressBar.update_absolute = counted
 
 
 def _rename(_: Any, fault: Fault) -> None:
