@@ -64,6 +64,12 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         start += p.numel()
 
 
+def half(device: str | torch.device) -> torch.autocast:
+    """bfloat16 for what multiplies, where the machine multiplies in it: a GPU, or a processor with tiles (AMX)."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" or torch.cpu._is_amx_tile_supported())
+
+
 def agreed(here: bool) -> bool:
     """Whether the first process says so: for decisions that depend on its clock."""
     if count() == 1:

@@ -89,7 +89,7 @@ def loss(mini: Miniature, clean: Tensor, tokens: Tensor, nothing: Tensor, settin
     without = torch.rand(len(tokens), 1, device=tokens.device) < settings.pooled_drop
     vector = mini.vector(torch.where(without, empty, pooled))
     steps = stratified_steps(len(clean), clean.device)
-    with torch.autocast(clean.device.type, torch.bfloat16, enabled=clean.device.type == "cuda"):
+    with parallel.half(clean.device):
         errors = mini.diffusion_loss(clean, context, vector, steps)
     return (errors * weights(mini, steps, settings.gamma)).mean()
 

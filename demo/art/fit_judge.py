@@ -83,7 +83,7 @@ def fit(work: Path, device: str, settings: JudgeSettings) -> None:
             group["lr"] = settings.learning_rate * min(1.0, (step + 1) / 100) * (1 - step / settings.steps)
         drawn.renew(max(1, settings.fresh // count))
         view, right = drawn.batch(settings.batch // count)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with parallel.half(device):
             said = model(view)
         losses = {h: F.cross_entropy(said[h].float(), right[h], ignore_index=-1) for h in said if (right[h] >= 0).any()}
         loss = torch.stack(list(losses.values())).sum()

@@ -31,8 +31,8 @@ class VaeSettings:
     device: str = "cpu"
     picture_count: int = 1500
     fresh: int = 1500
-    steps: int = 7000
-    batch: int = 12
+    steps: int = 8000
+    batch: int = 24
     learning_rate: float = 2e-3
     save_seconds: float = 120.0
 
@@ -96,7 +96,7 @@ def fit(settings: VaeSettings) -> None:
             group["lr"] = settings.learning_rate * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
         noise = NOISE[0] * (NOISE[1] / NOISE[0]) ** min(1.0, 1.5 * done)
         view = crops(pictures, max(1, settings.batch // count), rng)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with parallel.half(device):
             loss, pixel = first.loss(model, view, noise)
         optimizer.zero_grad()
         loss.backward()
