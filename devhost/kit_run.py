@@ -24,14 +24,12 @@ import zipfile
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 HERE = Path(__file__).resolve().parent
 NEEDED = (
     *("torch", "torchvision", "transformers", "tokenizers", "numpy", "scipy"),
     *("PIL", "yaml", "matplotlib", "huggingface_hub", "regex", "requests"),
 )
-PROGRAM = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 SUITE_SECONDS = 60.0  # less is left: the tests are not begun
 GRACE_SECONDS = 15.0
 ON_A_PROCESSOR = ("--steps", "1", "--skip", "default", "dense", "apply", "train")
@@ -112,7 +110,7 @@ def call(command: list[str], checkout: Path, environment: dict[str, str], second
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C does, so that pytest writes its report; then the process with all that it has started."""
+    """As Ctrl-C does; then the process with all that it has started."""
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_SECONDS)
@@ -121,17 +119,20 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def tests_of(report: Path) -> dict[str, Any]:
-    """Counts of a JUnit file, and the names of what failed."""
-    if not report.is_file():
+def tests_of(outcomes: Path) -> dict[str, Any]:
+    """Counts, and the names of what failed, of a file that `kit_tests.py` wrote; empty where no test has ended."""
+    if not outcomes.is_file():
         return {}
     found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
-    for case in ElementTree.parse(report).iter("testcase"):
-        kinds = {child.tag for child in case}
-        kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        found[kind] += 1
-        if kind == "failed":
-            found["failures"].append(f"{case.get('classname')}::{case.get('name')}")
+    worst = ("passed", "skipped", "failed")
+    of: dict[str, str] = {}
+    for line in outcomes.read_text(encoding="utf-8").splitlines():
+        name, outcome = json.loads(line)
+        of[name] = max(of.get(name, "passed"), outcome, key=worst.index)  # a test may also fail after it has passed
+    for name, outcome in of.items():
+        found[outcome] += 1
+        if outcome == "failed":
+            found["failures"].append(name)
     return found
 
 
@@ -215,7 +216,7 @@ def main() -> int:
             figures["problems"]["benchmarks/sdxl.py"] = "stopped where its time was over"
         save(figures, given.output, began)
         if left() > SUITE_SECONDS:
-            figures["tests"] = suite(given, checkout, environment, Path(name) / "tests.xml", left() - GRACE_SECONDS - 5)
+            figures["tests"] = suite(given, checkout, environment, Path(name) / "outcomes", left() - GRACE_SECONDS - 5)
         else:
             figures["problems"]["tests"] = "not begun: too little time was left"
     save(figures, given.output, began)
@@ -224,18 +225,19 @@ def main() -> int:
 
 
 def suite(
-    given: argparse.Namespace, checkout: Path, environment: dict[str, str], report: Path, seconds: float
+    given: argparse.Namespace, checkout: Path, environment: dict[str, str], outcomes: Path, seconds: float
 ) -> dict[str, Any]:
     """The tests inside ComfyUI, on the device; shared out, and stopped where the time is over."""
     device = "cpu" if given.device == "cpu" else "auto"
     workers = str(min(8, max(1, (os.cpu_count() or 2) // 2))) if device == "auto" else str(os.cpu_count() or 1)
-    options = ["tests/inhost", "-q", "-n", workers, f"--junitxml={report}", "-p", "no:cacheprovider"]
+    options = ["tests/inhost", "-q", "-n", workers, "-p", "no:cacheprovider"]
     options += ["--dist", "worksteal", *(["-k", given.tests] if given.tests else [])]
     options += [f"--ignore-glob=*/{name}" for name in NOT_FOR_THE_KIT]
     environment = {**environment, "ZIPLORA_TEST_DEVICE": device, "OMP_NUM_THREADS": "1"}
     # -P: the checkout's folder `nodes` must not hide ComfyUI's module of that name.
-    status, said = call([sys.executable, "-P", "-c", PROGRAM, *options], checkout, environment, seconds)
-    found = tests_of(report) or {"passed": 0, "failed": 1, "skipped": 0, "failures": [said.strip()[-500:]]}
+    command = [sys.executable, "-P", str(checkout / "devhost" / "kit_tests.py"), str(outcomes), *options]
+    status, said = call(command, checkout, environment, seconds)
+    found = tests_of(outcomes) or {"passed": 0, "failed": 1, "skipped": 0, "failures": [said.strip()[-500:]]}
     return {**found, "ended": status is not None}
 
 

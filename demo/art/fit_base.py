@@ -25,11 +25,16 @@ from .fit_vae import save
 
 @dataclasses.dataclass(frozen=True)
 class BaseSettings:
-    """steps of `batch` latents (over all processes) out of `shards` files of them."""
+    """steps of `batch` latents (over all processes) out of `shards` files of them.
+
+    fused: the UNet through torch.compile, which needs a C++ compiler and some minutes, and is 1.4 times as fast on a
+    processor that multiplies in bfloat16.
+    """
 
     shards: int = 60
-    steps: int = 32000
-    batch: int = 48
+    steps: int = 20000
+    batch: int = 96
+    fused: bool = False
     learning_rate: float = 1e-3
     warm: int = 300
     decay_from: float = 0.3  # the rate is constant up to this part of the run, then falls along a cosine
@@ -100,7 +105,8 @@ def fit(comfyui: str, work: Path, device: str, settings: BaseSettings, seconds: 
     torch.set_float32_matmul_precision("high")
     rank, count = parallel.rank(), parallel.count()
     world = scenes.World(atlas.load(work / "atlas.safetensors"))
-    data = latents.digest(world, dataclasses.asdict(settings))
+    told = {name: value for name, value in dataclasses.asdict(settings).items() if name != "fused"}
+    data = latents.digest(world, told)
     every = [scene for number in range(settings.shards) for scene in latents.shard_scenes(world, number)]
     clean = latents.read(work, settings.shards).to(device)
     torch.manual_seed(0)
@@ -108,7 +114,9 @@ def fit(comfyui: str, work: Path, device: str, settings: BaseSettings, seconds: 
     mini.unet.to(memory_format=torch.channels_last)
     trained = mini.trained_parameters()
     averages = Averages(trained, settings.ema)
-    optimizer = torch.optim.AdamW(trained, settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    if settings.fused:
+        mini.unet.compile(dynamic=False)
     state_file, begin = work / "weights" / "base.state", 0
     if state_file.exists():
         state = torch.load(state_file, map_location=device)

@@ -99,9 +99,11 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="shortens every training, to try the script")
     for setting in ("shards", "steps", "batch"):
         parser.add_argument(f"--{setting}", type=int, default=None, help="of the base")
+    parser.add_argument("--fused", action="store_true", help="the base's UNet through torch.compile")
     given = parser.parse_args()
     on_gpu = given.device == "cuda"
     changed = {name: getattr(given, name) for name in ("shards", "steps", "batch") if getattr(given, name)}
+    changed["fused"] = given.fused
     base = dataclasses.replace(fit_base.ON_A_GPU if on_gpu else fit_base.BaseSettings(), **changed)
     processes = given.processes or (1 if on_gpu else os.cpu_count() or 1)
     work = given.work.resolve()

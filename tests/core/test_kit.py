@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from devhost import host, kit
+from devhost import host, kit, kit_run, kit_tests
 
 SDXL = """
 import json, pathlib, sys, time
@@ -32,6 +32,7 @@ import os
 def test_right(): assert os.environ["ZIPLORA_TEST_DEVICE"] == "cpu" and os.path.isdir(os.environ["COMFYUI_PATH"])
 def test_wrong(): assert 0
 """
+TESTER = Path(kit_tests.__file__).read_text(encoding="utf-8")
 
 
 def packed(path: Path, **files: str) -> None:
@@ -46,7 +47,7 @@ def small(tmp_path: Path) -> Path:
     (folder / "packages").mkdir(parents=True)
     shutil.copyfile(kit.RUNNER, folder / "run.py")
     packed(folder / "comfyui.zip", comfy="")
-    packed(folder / "checkout.zip", benchmarks__sdxl=SDXL, tests__inhost__test_it=TEST)
+    packed(folder / "checkout.zip", benchmarks__sdxl=SDXL, tests__inhost__test_it=TEST, devhost__kit_tests=TESTER)
     packed(folder / "packages" / "carried-1-py3-none-any.zip", carried="SLEEP = 0")
     packed(folder / "packages" / "numpy-0-py3-none-any.zip", numpy="raise ImportError('the machine has its own')")
     return folder
@@ -68,7 +69,7 @@ def test_the_runner_measures_tests_and_says_what_failed(small: Path) -> None:
     assert "| a step, published algorithm | 1.00 | 100.0 | 25% | 4.00 |" in page
     assert "| 8 GB: zip | 2.00 |" in page and "**paper**: no room" in page
     assert "**8 GB: step**: OutOfMemoryError: none left" in page and "**12 GB**: no card" in page
-    assert "1 passed, 1 failed, 0 skipped" in page and "test_it::test_wrong" in page
+    assert "1 passed, 1 failed, 0 skipped" in page and "test_it.py::test_wrong" in page
     assert figures["problems"] == {}
 
 
@@ -84,6 +85,32 @@ def test_what_was_started_ends_with_the_runner(small: Path, tmp_path: Path) -> N
     assert running.wait(60) != 0
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_what_the_tests_found_stays_where_they_are_killed(tmp_path: Path) -> None:
+    script = tmp_path / "test_it.py"
+    script.write_text(
+        """
+import os, pytest
+def test_right(): pass
+def test_wrong(): assert 0
+@pytest.fixture
+def spoilt(): yield; assert 0
+def test_wrong_at_its_end(spoilt): pass
+@pytest.mark.skip
+def test_skipped(): pass
+def test_killed(): os.kill(os.getpid(), 9)
+"""
+    )
+    outcomes = tmp_path / "outcomes"
+    command = [sys.executable, "-P", kit_tests.__file__, str(outcomes), str(script), "-p", "no:cacheprovider"]
+    assert subprocess.run(command, capture_output=True).returncode == -9
+    assert kit_run.tests_of(outcomes) == {
+        "passed": 1,
+        "failed": 2,
+        "skipped": 1,
+        "failures": [f"test_it.py::{name}" for name in ("test_wrong", "test_wrong_at_its_end")],
+    }
 
 
 def test_a_part_that_takes_too_long_is_stopped_and_its_figures_stay(small: Path) -> None:
