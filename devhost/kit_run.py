@@ -237,8 +237,10 @@ def suite(
     # -P: the checkout's folder `nodes` must not hide ComfyUI's module of that name.
     command = [sys.executable, "-P", str(checkout / "devhost" / "kit_tests.py"), str(outcomes), *options]
     status, said = call(command, checkout, environment, seconds)
-    found = tests_of(outcomes) or {"passed": 0, "failed": 1, "skipped": 0, "failures": [said.strip()[-500:]]}
-    return {**found, "ended": status is not None}
+    none = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+    if status is not None:
+        none |= {"failed": 1, "failures": [said.strip()[-500:]]}
+    return {**(tests_of(outcomes) or none), "ended": status is not None}
 
 
 def save(figures: dict[str, Any], folder: Path, began: float) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,6 +112,20 @@ def test_killed(): os.kill(os.getpid(), 9)
         "skipped": 1,
         "failures": [f"test_it.py::{name}" for name in ("test_wrong", "test_wrong_at_its_end")],
     }
+
+
+def test_tests_of_which_none_has_ended_are_none_that_failed(small: Path) -> None:
+    packed(
+        small / "checkout.zip",
+        benchmarks__sdxl=SDXL,
+        tests__inhost__test_it="def test(): __import__('time').sleep(600)",
+        devhost__kit_tests=TESTER,
+    )
+    given = SimpleNamespace(device="cpu", tests="")
+    with zipfile.ZipFile(small / "checkout.zip") as archive:
+        archive.extractall(small / "checkout")
+    found = kit_run.suite(given, small / "checkout", {**os.environ, "COMFYUI_PATH": ""}, small / "outcomes", 2.0)
+    assert found == {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "ended": False}
 
 
 def test_a_part_that_takes_too_long_is_stopped_and_its_figures_stay(small: Path) -> None:
