@@ -140,8 +140,8 @@ class ZipLoRAOptimize(io.ComfyNode):
                 ),
                 LossMapSocket.Output(
                     display_name="loss_map",
-                    tooltip="For Plot Loss Graph: the loss of each step; for layerwise and fusion, what is left of each "
-                    "layer's error.",
+                    tooltip="For Plot Loss Graph: the loss of each step; for layerwise and fusion, what is left of "
+                    "each layer's error.",
                 ),
                 io.String.Output(
                     display_name="report",
