@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.methods import Case, Merge, Method
+from benchmarks.methods import Case, Merge, Method, node
 from benchmarks.studio import core
 
 Coefficients = core.coefficients.Coefficients
@@ -172,4 +172,5 @@ RIVALS: dict[str, Method] = {
     "TSV-Merge": dense(tsv),
     "LoRA-Optimizer": dense(lora_optimizer),
     "K-LoRA": lambda case: k_lora(case, 20),
+    "Mix-of-Show fusion": node(solver="fusion"),
 }

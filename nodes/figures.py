@@ -118,7 +118,7 @@ def _of_all(subject: Subject) -> str:
     return {1: "the LoRA's", 2: "the two LoRAs'"}.get(len(subject.colors), "the LoRAs'")
 
 
-_ROUTED = "this merge mixes ranks: it has no coefficient for each column"
+_ROUTED = "this merge has other rows: it has no coefficient for each column"
 
 
 def interference(axes: Axes, subject: Subject) -> None:

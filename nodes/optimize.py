@@ -67,7 +67,7 @@ class ZipLoRAOptimize(io.ComfyNode):
                     Settings,
                     "steps",
                     "Updates of the coefficients by gradient: the paper's 100 for solver gradient, 10 from the "
-                    "layer-wise start; solver layerwise takes none. 0 gives the direct merge.",
+                    "layer-wise start; solvers layerwise and fusion take none. 0 gives the direct merge.",
                 ),
                 inputs.fraction(
                     Settings,
@@ -100,14 +100,15 @@ class ZipLoRAOptimize(io.ComfyNode):
                     "layerwise: in closed form from a few forward passes, without backpropagation: fits wherever "
                     "sampling fits, and draws as well as what takes longer; of three LoRAs and more it mixes ranks "
                     "instead of weighing columns. gradient: the paper's, from all ones; give it 100 steps. Or the "
-                    "first as the second's start.",
+                    "first as the second's start. fusion: Mix-of-Show's, of any number, in closed form from whole "
+                    "moments of what layers see; takes gigabytes of memory, and is there to compare with.",
                 ),
                 inputs.fraction(
                     Settings,
                     "ridge",
                     0.1,
                     "How strongly the layer-wise solve holds on to the plain sum of the LoRAs: 0.1 less, 1 more. Of "
-                    "three and more it is divided by their number.",
+                    "three and more it is divided by their number. Solver fusion has one of its own.",
                     optional=True,
                 ),
                 io.Int.Input(
@@ -139,8 +140,8 @@ class ZipLoRAOptimize(io.ComfyNode):
                 ),
                 LossMapSocket.Output(
                     display_name="loss_map",
-                    tooltip="For Plot Loss Graph: the loss of each step; for layerwise, what is left of each layer's "
-                    "error.",
+                    tooltip="For Plot Loss Graph: the loss of each step; for layerwise and fusion, what is left of "
+                    "each layer's error.",
                 ),
                 io.String.Output(
                     display_name="report",

@@ -37,7 +37,9 @@ from .solver import Predictor, References
 
 LARGEST = 1024  # ranks of a layer, summed: where updates come dense, they have more
 ROOM = 4_000_000_000  # bytes of all that is added up; layers of the most ranks are left out first
-Routing = Mapping[str, Tensor]  # layer -> M (R, R) float32 on the CPU, of the layers that several LoRAs change
+# Layer -> M (R, R) float32 on the CPU, of the layers that several LoRAs change; or their downs M A themselves
+# (R, in, kernel), where these are no mix of the LoRAs' own (`fusion`).
+Routing = Mapping[str, Tensor]
 
 
 def routable(loras: LoRASet) -> list[str]:
@@ -53,7 +55,8 @@ def routable(loras: LoRASet) -> list[str]:
 
 
 def routed(loras: LoRASet, routing: Routing) -> LoRASet:
-    """The set that the merge's coefficients belong to: in layers with a matrix each LoRA's down is M_r A.
+    """The set that the merge's coefficients belong to: in layers with a matrix each LoRA's down is M_r A, in those with
+    downs its part of these.
 
     Raises ValueError, naming the layer, where a matrix is not one of the set's ranks there.
     """
@@ -61,12 +64,24 @@ def routed(loras: LoRASet, routing: Routing) -> LoRASet:
     for name, matrix in routing.items():
         layer = layers.get(name, {})
         ranks = [factors.rank for factors in layer.values()]
-        if matrix.shape != (sum(ranks), sum(ranks)) or not ranks:
+        mixes = matrix.ndim == 2 and matrix.shape == (sum(ranks), sum(ranks))
+        if not ranks or not (mixes or (matrix.ndim == 3 and _as_downs(layer) == matrix.shape)):
             raise ValueError(f"layer '{name}': a matrix {tuple(matrix.shape)} does not route {sum(ranks)} ranks")
         _, rows = merged_factors(layer)
-        parts = torch.tensordot(matrix.to(rows), rows, 1).split(ranks)
+        parts = torch.split(_routed(rows, matrix), ranks)
         layers[name] = {c: replace(f, down=part) for (c, f), part in zip(layer.items(), parts, strict=True)}
     return replace(loras, layers=layers)
+
+
+def _as_downs(layer: Layer) -> tuple[int, int, int]:
+    """(R, in, kernel) of all downs of a layer."""
+    rank, first = sum(factors.rank for factors in layer.values()), next(iter(layer.values())).down
+    return rank, first.shape[1], first[0, 0].numel()
+
+
+def _routed(rows: Tensor, matrix: Tensor) -> Tensor:
+    """The downs (R, in, *kernel) that come of these."""
+    return torch.tensordot(matrix.to(rows), rows, 1) if matrix.ndim == 2 else matrix.to(rows).view(rows.shape)
 
 
 class RoutedBranch(Branch):
@@ -83,7 +98,7 @@ class RoutedBranch(Branch):
         layer, coefficients = self._layers[name], (self._coefficients or {})[name]
         if name in self._routing:
             down = layer.down.to(torch.promote_types(layer.down.dtype, torch.float32))
-            layer = replace(layer, down=torch.tensordot(self._routing[name].to(down), down, 1))
+            layer = replace(layer, down=_routed(down, self._routing[name]))
         with torch.no_grad():
             y = base.forward(x)
             Update(layer, convolution).add(y, x, layer.up, layer.scaled_down(coefficients, x.dtype))

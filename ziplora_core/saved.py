@@ -21,9 +21,10 @@ from .writing import write_tensors
 FORMAT = "ziplora 1"  # of a content and a style LoRA, each of one strength
 FORMAT_OF_ANY = "ziplora 2"  # of any others: the same tensors; LoRAs and dials by concept, under "loras" and "dials"
 FORMAT_ROUTED = "ziplora 3"  # of method ROUTED: as the one before, and a matrix (R, R) `routing.<layer>` of each layer
-FORMATS = (FORMAT, FORMAT_OF_ANY, FORMAT_ROUTED)
-ROUTED = "routed"
-ROUTED_LAYERS = "routed_layers"  # among its settings: how many matrices there are
+FORMAT_FUSED = "ziplora 4"  # of method FUSED: the same, but the downs (R, in, kernel) themselves
+FORMATS = (FORMAT, FORMAT_OF_ANY, FORMAT_ROUTED, FORMAT_FUSED)
+ROUTED, FUSED = "routed", "fused"
+ROUTED_LAYERS = "routed_layers"  # among the settings of both: how many matrices there are
 _ROUTING = "routing"
 _KEY = "ziplora"  # in the file's metadata: everything but the numbers, as JSON
 
@@ -83,8 +84,8 @@ class SavedZip:
 
     @property
     def format(self) -> str:
-        if self.method == ROUTED:
-            return FORMAT_ROUTED
+        if self.method in (ROUTED, FUSED):
+            return FORMAT_ROUTED if self.method == ROUTED else FORMAT_FUSED
         plain = all(lora.clip_strength is None for lora in self.sources.values())
         return FORMAT if plain and tuple(self.sources) == CONCEPTS else FORMAT_OF_ANY
 
@@ -135,7 +136,7 @@ def read_about(path: str | os.PathLike[str]) -> SavedZip:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Coefficients, Routing, SavedZip]:
-    """Coefficients, matrices of a routed merge (none of others), and what the file says of itself.
+    """Coefficients, matrices of a routed or fused merge (none of others), and what the file says of itself.
 
     Raises LoRAFileError for a file that is cut off, no file of this pack, or of a format that it does not know.
     """
@@ -182,7 +183,8 @@ def _about(file: OpenFile) -> SavedZip:
     for key, place in file.places.items():
         owner = key.partition(".")[0]
         square = len(place.shape) == 2 and place.shape[0] == place.shape[1]
-        matrix = owner == _ROUTING and about.method == ROUTED and square
+        downs = about.method == FUSED and len(place.shape) == 3
+        matrix = owner == _ROUTING and ((about.method == ROUTED and square) or downs)
         vector = owner in about.sources and len(place.shape) == 1
         if not (matrix or vector) or place.dtype != torch.float32:
             raise _unusable(file, key)

@@ -15,7 +15,7 @@ from .lora_set import LoRASet
 from .objective import BALANCED, Objective
 from .shares import RIDGE
 
-SOLVERS = ("layerwise", "layerwise, then gradient", "gradient")
+SOLVERS = ("layerwise", "layerwise, then gradient", "gradient", "fusion")
 OWN, EMPTY, OTHER = "own", "empty", "other"  # prompts of a row: its concept's, none, of two the other concept's
 
 
@@ -25,7 +25,8 @@ class Settings:
 
     solver: "layerwise" in closed form, by columns for two LoRAs and by routing for more, which takes no steps (but 0
     give the direct merge, whatever the solver);
-    "gradient" from all ones, as the paper, which takes 100 at 0.01; or the first as the second's start.
+    "gradient" from all ones, as the paper, which takes 100 at 0.01; or the first as the second's start; "fusion", as
+    Mix-of-Show's, which takes no steps either.
     ridge: pull of the layer-wise solve towards the direct merge, in parts of each layer's mean diagonal (`shares`).
     """
 
@@ -54,7 +55,7 @@ class Settings:
     @property
     def gradient_steps(self) -> int:
         """Steps that the solver will take."""
-        return 0 if self.solver == "layerwise" else self.steps
+        return 0 if self.solver in ("layerwise", "fusion") else self.steps
 
 
 References = Mapping[str, Tensor]  # concept -> clean latents (N, C, *space) in the model's own space; the set's order
@@ -117,7 +118,8 @@ class Result:
     """Coefficients, the losses of each step, why they ended.
 
     relative_error: layer -> its error as a share of the direct merge's, of the layer-wise solve; empty without it.
-    routing: layer -> (R, R), where the rank axis was mixed instead; then all coefficients are one (`routing`).
+    routing: layer -> (R, R), where the rank axis was mixed instead, or (R, in, kernel), where downs were made anew;
+    then all coefficients are one (`routing`, `fusion`).
     """
 
     coefficients: Coefficients

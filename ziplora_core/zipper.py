@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from . import gradient, layerwise, routing, solver
+from . import fusion, gradient, layerwise, routing, solver
 from .branch import JoinedSet
 from .lora_set import LoRASet
 from .shares import SolvedLayer
@@ -31,7 +31,7 @@ def solve(
     on_step: Callable[[solver.Step], None] | None = None,
     on_layer: Callable[[SolvedLayer], None] | None = None,
 ) -> solver.Result:
-    """Find the coefficients of every LoRA, or how inputs of three and more are routed.
+    """Find the coefficients of every LoRA, how inputs of three and more are routed, or the downs of a fusion.
 
     No steps give the direct merge, and one LoRA itself, whatever the solver. `on_step` hears of each gradient step,
     `on_layer` of each layer that is solved in closed form; what they or the predictor raise ends the run. Raises
@@ -49,12 +49,16 @@ def solve(
         if on_layer is not None:
             on_layer(layer)
 
-    given = joined, predictor, references, settings.seed, solved, settings.ridge
+    given = joined, predictor, references, settings.seed, solved
+    if settings.solver == "fusion":
+        downs, coefficients = fusion.merge(*given)
+        how = "fused layer by layer, in closed form"
+        return solver.Result(coefficients, stopped=how, relative_error=relative_error, routing=downs)
     if settings.solver == "layerwise" and _drawing(joined.loras) > 2:
-        matrices, coefficients = routing.merge(*given)
+        matrices, coefficients = routing.merge(*given, settings.ridge)
         how = "routed layer by layer, in closed form"
         return solver.Result(coefficients, stopped=how, relative_error=relative_error, routing=matrices)
-    start = layerwise.merge(*given)
+    start = layerwise.merge(*given, settings.ridge)
     if settings.solver == "layerwise":
         return solver.Result(start, stopped="solved layer by layer, in closed form", relative_error=relative_error)
     learned = gradient.optimize(joined, predictor, references, settings, on_step, start)

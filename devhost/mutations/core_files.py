@@ -88,7 +88,12 @@ MUTANTS = [
         ("numbers in half precision", "m.float() for concept, of", "m.half() for concept, of"),
         ("numbers as they come", "m.float() for concept, of", "m for concept, of"),
         ("routing left out", "(routing or {}).items()", "{}.items()"),
-        ("routing of any method", "owner == _ROUTING and about.method == ROUTED and square", "owner == _ROUTING"),
+        (
+            "routing of any method",
+            "owner == _ROUTING and ((about.method == ROUTED and square) or downs)",
+            "owner == _ROUTING",
+        ),
+        ("downs of any method", "about.method == FUSED and len", "len"),
     ),
     *faults(
         "ziplora_core/writing.py",

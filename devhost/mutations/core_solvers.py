@@ -7,6 +7,7 @@ from . import faults
 SOLVER = ("tests/core/test_solver.py", "tests/core/test_objective.py", "tests/core/test_descent.py")
 LAYERWISE = ("tests/core/test_layerwise.py",)
 ROUTING = ("tests/core/test_routing.py",)
+FUSION = ("tests/core/test_fusion.py",)
 ZIPPER = ("tests/core/test_solver.py", "tests/core/test_descent.py")
 
 MUTANTS = [
@@ -47,7 +48,7 @@ MUTANTS = [
             "(matrix @ whole - 2 * own)).sum()) + at_zero",
             "(matrix @ whole - 2 * own)).sum())",
         ),
-        ("matrices transposed", "torch.tensordot(matrix.to(rows)", "torch.tensordot(matrix.T.to(rows)"),
+        ("matrices transposed", "torch.tensordot(matrix.to(rows)", "torch.tensordot(matrix.mT.to(rows)"),
         ("branch without routing", "        if name in self._routing:", "        if name in ():"),
         ("branch without coefficients", "layer.scaled_down(coefficients, x.dtype)", "layer.down.to(x.dtype)"),
         ("added up as they come", "rows = rows.to(torch.promote_types(z.dtype, torch.float32))", "rows = rows * 1"),
@@ -58,8 +59,28 @@ MUTANTS = [
         ("nothing seen is nothing drawn", "if not size or not seen_at_all:", "if not size:"),
         ("layers not told", "on_layer(SolvedLayer", "str(SolvedLayer"),
         ("layers not counted", "layers.items(), 1)", "layers.items(), 0)"),
-        ("ranks not checked", "if matrix.shape != (sum(ranks), sum(ranks)) or not ranks", "if not ranks"),
+        ("ranks not checked", "matrix.ndim == 2 and matrix.shape == (sum(ranks), sum(ranks))", "matrix.ndim == 2"),
+        ("downs not checked", "matrix.ndim == 3 and _as_downs(layer) == matrix.shape", "matrix.ndim == 3"),
         ("too many ranks are left as they are", "coefficients[concept][name] = m", "pass"),
+    ),
+    *faults(
+        "ziplora_core/fusion.py",
+        FUSION,
+        ("no ridge", "pulled.diagonal().add_(ridge * size)", "pulled.diagonal().add_(1e-12 * size)"),
+        ("a ridge that knows no size", "add_(ridge * size)", "add_(ridge)"),
+        ("references weigh by their positions", "(targets[part] / positions)", "targets[part]"),
+        ("a LoRA is aimed at under every reference", "targets[part].addmm_", "targets.addmm_"),
+        ("what was changed in place is the same", "x._version", "0"),
+        ("no input is shared", "if ref() is x and how == like", "if ref() is None"),
+        ("error without its constant", "2 * of @ targets.T)).sum()) + at_zero", "2 * of @ targets.T)).sum())"),
+        ("kernels without their dilation", "[..., ::apart]", ""),
+        ("kernels without their step", "(size - 1) * apart + 1, step)", "(size - 1) * apart + 1, 1)"),
+        ("one round for all", "self.layers and size > self._room", "self.layers and False"),
+        ("one round, whatever is left", "while apart or (left and found):", "for _ in (0,):"),
+        ("any number of inputs", "if width(layer) > LARGEST", "if width(layer) > 10 * LARGEST"),
+        ("not finite goes on", "if not all(bool(of.isfinite().all())", "if not all(True"),
+        ("layers not told", "on_layer(SolvedLayer", "str(SolvedLayer"),
+        ("moments in half precision", "torch.promote_types(x.dtype, torch.float32)", "x.dtype"),
     ),
     *faults(
         "ziplora_core/retention.py",
@@ -142,7 +163,11 @@ MUTANTS = [
         "ziplora_core/solver.py",
         SOLVER,
         ("named is the start", "= now.most_changed(start)", "= start.most_changed(start)"),
-        ("steps announced that are not taken", '0 if self.solver == "layerwise" else self.steps', "self.steps"),
+        (
+            "steps announced that are not taken",
+            '0 if self.solver in ("layerwise", "fusion") else self.steps',
+            "self.steps",
+        ),
     ),
     *faults(
         "ziplora_core/checks.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .graph import OUTSIDE, Graph
 from .parts import Parts
-from .words import STYLE
+from .words import IN_STYLE, STYLE
 
 
 def load_zipped() -> Graph:
@@ -43,4 +43,25 @@ def stack() -> Graph:
     third = parts.graph.add("ZipLoRAReference", positive=parts.text("a zrt hat", "Training prompt of the third LoRA"))
     parts.graph.column("Zip", 400)
     parts.zip(loaded[0], **parts.training_prompts(), references=third[0])
+    return parts.graph
+
+
+def two_scales() -> Graph:
+    """Guided by the prompt and by a style's LoRA, sampled by the host's own custom sampler."""
+    parts = Parts("two_scales", "")
+    adapted = parts.graph.add("LoraLoader", model=parts.model, clip=parts.clip, lora_name=STYLE)
+    parts.graph.column("Guide")
+    prompts = parts.prompts(parts.clip, f"a teapot in {IN_STYLE}")
+    guider = parts.graph.add(
+        "TwoScaleGuider", model=parts.model, adapted_model=adapted[0], positive=prompts[0], negative=prompts[1]
+    )
+    parts.graph.column("Draw")
+    parts.graph.add(
+        "SamplerCustomAdvanced",
+        noise=parts.graph.add("RandomNoise")[0],
+        guider=guider[0],
+        sampler=parts.graph.add("KSamplerSelect", sampler_name="euler")[0],
+        sigmas=parts.graph.add("BasicScheduler", model=parts.model, scheduler="normal", steps=30, denoise=1.0)[0],
+        latent_image=parts.canvas(),
+    )
     return parts.graph

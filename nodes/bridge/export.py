@@ -16,7 +16,7 @@ from ...ziplora_core.direct import METHODS
 from ...ziplora_core.export import ExportLayer
 from ...ziplora_core.lora_set import Factors, joined_rank
 from ...ziplora_core.merge import merged_factors, one_lora
-from ...ziplora_core.saved import ROUTED
+from ...ziplora_core.saved import FUSED, ROUTED
 from ...ziplora_core.writing import write_tensors
 from .disk import paths
 from .lora import matrices
@@ -34,7 +34,12 @@ _ARCHITECTURES = {  # modelspec's names, by the host's
     "FluxSchnell": "flux-1-schnell",
 }
 # How learned merges are called, by method.
-_LEARNED = {ZIPPED: "ZipLoRA", ROUTED: "ZipLoRA, routed", "UnZipLoRA": "UnZipLoRA's pair"}
+_LEARNED = {
+    ZIPPED: "ZipLoRA",
+    ROUTED: "ZipLoRA, routed",
+    FUSED: "Mix-of-Show's fusion",
+    "UnZipLoRA": "UnZipLoRA's pair",
+}
 _KOHYA_BASES = {"SDXL": "sdxl_base_v1-0", "SD15": "sd_v1", "SD3": "sd3", "Flux": "flux1", "FluxSchnell": "flux1"}
 
 

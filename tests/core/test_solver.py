@@ -97,8 +97,8 @@ def test_relative_losses_begin_at_one():
         assert history[0].losses.overlap == pytest.approx(100)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_every_solver_beats_the_direct_merge(solver):
+@pytest.mark.parametrize("solver", [solver for solver in SOLVERS if solver != "fusion"])
+def test_every_solver_of_coefficients_beats_the_direct_merge(solver):
     joined, predictor, references = JoinedSet(toy_pair(), dtype=torch.float64), ToyPredictor(), toy_references()
     result = solve(joined, predictor, references, Settings(solver=solver))
     ones = Coefficients.ones(joined.loras)

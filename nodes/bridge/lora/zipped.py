@@ -23,7 +23,7 @@ class ZippedLoRA:
 
     dials: concept -> strength that is in the coefficients already, 1 where none is said. method, settings: how it came
     about, for the file that it may be saved to. routing: what mixed the rank axis of the files' LoRAs where `fitted`
-    are routed ones; the same for the file.
+    are routed ones, or their new downs where they are fused; the same for the file.
     """
 
     sources: LoRASources

@@ -69,6 +69,11 @@ class Outcome:
         }
 
     @property
+    def fused(self) -> bool:
+        """Whether it is Mix-of-Show's fusion."""
+        return self.settings.solver == "fusion" and bool(self.result.routing)
+
+    @property
     def shared(self) -> bool:
         """Whether two of the LoRAs change one layer, so that there is something to settle between them."""
         return any(True for _ in self.fitted.loras.common_layers())

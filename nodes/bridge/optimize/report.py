@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ....ziplora_core import fusion
 from ....ziplora_core.solver import EMPTY, OWN
 from ..lora import described
 from . import verdict
@@ -36,9 +37,9 @@ def _details(outcome: Outcome) -> list[str]:
     layers = outcome.fitted.loras.layers
     errors = {name: left for name, left in result.relative_error.items() if len(layers[name]) > 1}
     if errors:
+        ridge = fusion.RIDGE if settings.solver == "fusion" else settings.ridge
         lines.append(
-            f"layer by layer: {_mean(errors):.0%} of the direct merge's error is left on the mean, "
-            f"ridge {settings.ridge:g}"
+            f"layer by layer: {_mean(errors):.0%} of the direct merge's error is left on the mean, ridge {ridge:g}"
         )
     if result.history:
         lines.append(
@@ -105,6 +106,10 @@ def _column_lines(outcome: Outcome) -> list[str]:
         return []
     if not outcome.shared:
         return ["no layer is changed by two of these LoRAs, so no column is shared"]
+    if outcome.fused:
+        rest = len(outcome.fitted.loras.layers) - len(outcome.result.routing)
+        wide = f", {rest} of too many inputs weighed by columns" if rest else ""
+        return [f"{len(outcome.result.routing)} layers are fused{wide} (Mix-of-Show, text encoders left out)"]
     if outcome.result.routing:
         rest = sum(len(layer) > 1 for layer in outcome.fitted.loras.layers.values()) - len(outcome.result.routing)
         return [f"{len(outcome.result.routing)} layers are routed, {rest} of too many ranks weighed by columns"]

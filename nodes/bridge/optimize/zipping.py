@@ -19,7 +19,7 @@ from ....ziplora_core.branch import Branch, JoinedSet
 from ....ziplora_core.coefficients import Coefficients
 from ....ziplora_core.lora_set import LoRASet
 from ....ziplora_core.routing import RoutedBranch, routed
-from ....ziplora_core.saved import ROUTED, ROUTED_LAYERS
+from ....ziplora_core.saved import FUSED, ROUTED, ROUTED_LAYERS
 from ....ziplora_core.words import WordEffect
 from .. import saved
 from ..disk import remembered
@@ -234,7 +234,7 @@ def _check_bare(
 
 
 def _alignment(outcome: Outcome) -> list[dict[str, float]]:
-    """Of the columns of both LoRAs, by layer: [direct merge, zipped]. Of none where ranks are mixed instead."""
+    """Of the columns of both LoRAs, by layer: [direct merge, zipped]. Of none where downs are others instead."""
     alignments: list[dict[str, float]] = []
     if outcome.result.routing:
         return alignments
@@ -251,14 +251,16 @@ def _told(settings: solver.Settings) -> dict[str, Any]:
 
 def _zipped(outcome: Outcome) -> ZippedLoRA:
     result, settings = outcome.result, _told(outcome.settings)
+    method = ZIPPED
     if result.routing:
         settings[ROUTED_LAYERS] = len(result.routing)
+        method = FUSED if outcome.fused else ROUTED
     return ZippedLoRA(
         outcome.sources,
         replace(outcome.fitted, loras=routed(outcome.fitted.loras, result.routing)),
         result.coefficients,
         report=report(outcome),
-        method=ROUTED if result.routing else ZIPPED,
+        method=method,
         settings=settings,
         routing=result.routing,
     )
