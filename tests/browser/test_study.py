@@ -82,13 +82,13 @@ def test_votes_are_counted_with_their_intervals(opened: Callable, kept: Callable
     given = answer(page, said, lambda one: VOTES[one["row"] - 1])
     assert page.locator("#where").inner_text() == f"{len(given)} of {len(given)}"
     page.keyboard.press("Enter")
-    for method, shown, chosen, share, by_votes, by_concepts in rows_of(page, "preferred"):
+    for method, shown, chosen, share, by_votes, drawn_again in rows_of(page, "preferred"):
         won = [one["chosen"] == method for one in given]
         assert (shown, chosen) == (f"{len(given)}", f"{sum(won)}")
         assert shares(share) == pytest.approx([sum(won) / len(won)], abs=6e-4)
         assert shares(by_votes) == pytest.approx(wilson(sum(won), len(won)), abs=6e-4)
         values = {(one["subject"], one["style"]): float(one["chosen"] == method) for one in given}
-        assert shares(by_concepts) == pytest.approx(bootstrap(values), abs=0.03)
+        assert shares(drawn_again) == pytest.approx(bootstrap(values), abs=0.03)
     duels = {row[0]: row[1:] for row in rows_of(page, "duels")}
     assert len(duels) == 3
     for at, one in enumerate(METHODS):
@@ -186,6 +186,7 @@ def test_votes_of_several_people_are_counted_together(opened: Callable, tmp_path
         second.set_input_files("input[type=file]", file)
         second.wait_for_function("() => document.body.innerText.includes('20 votes of 2 voters, 10 for none')")
     assert rows_of(second, "preferred")[0][:4] == ["zipped", "20", "10", "50.0 %"]
+    assert rows_of(second, "preferred")[0][5] == "0.0 % to 100.0 %", "two voters who disagree about everything"
     broken = {"study.json": '{"study": "another"}', "text.json": "no", "null.json": "null"}
     for name, text in broken.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
