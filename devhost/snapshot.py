@@ -19,6 +19,7 @@ _FILES = {
     "lora",
     "zipped",
     "continue_from",
+    "csd",
 }  # choices that are a folder's files
 _SAMPLING = {"sampler_name": "samplers", "scheduler": "schedulers"}  # choices that are the host's
 _TEXTS = {"tooltip", "display_name", "placeholder"}

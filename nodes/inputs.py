@@ -13,7 +13,7 @@ from ..ziplora_core.checks import SEED, Range
 from .bridge.training.pictures import RESOLUTION
 from .bridge.training.run import INTERVAL
 
-NEW = "[None]"  # of continue_from, as the host's own Train LoRA calls it
+NEW = "[None]"  # of inputs whose file may be left out, as the host's own Train LoRA calls it
 _NOT_CONNECTED = object()  # None stands for what is connected and not made yet
 SAMPLE_EVERY, SAVE_EVERY = 100, 250  # steps
 

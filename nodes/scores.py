@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import folder_paths
 from comfy_api.v0_0_2 import io, ui
 
 from ..ziplora_core.scores import summary
 from . import inputs, sheet
+from .bridge import csd as style_descriptors
 from .bridge.disk.paths import write_output
 from .bridge.scores import score
 from .bridge.training.pictures import check_pictures
@@ -21,9 +23,10 @@ class ZipLoRAScores(io.ComfyNode):
             node_id="ZipLoRAScores",
             display_name="ZipLoRA Scores",
             category="ZipLoRA/compare",
-            search_aliases=["clip score", "dino score"],
+            search_aliases=["clip score", "dino score", "csd score", "style similarity"],
             description="Scores pictures as the ZipLoRA paper's Table 2: style alignment (CLIP), subject alignment "
-            "(DINO) and text alignment (CLIP), each a mean cosine between features.",
+            "(DINO) and text alignment (CLIP), each a mean cosine between features; and style alignment by CSD, a "
+            "network made for styles.",
             inputs=[
                 io.Image.Input("images", tooltip="The pictures to score."),
                 io.Image.Input("subject_references", tooltip="Pictures of the subject; all of them count the same."),
@@ -38,6 +41,14 @@ class ZipLoRAScores(io.ComfyNode):
                 io.String.Input(
                     "prompt", default="", multiline=True, tooltip="What the pictures were to show, for text alignment."
                 ),
+                io.Combo.Input(
+                    "csd",
+                    options=[inputs.NEW, *folder_paths.get_filename_list(style_descriptors.FOLDER)],
+                    default=inputs.NEW,
+                    optional=True,
+                    tooltip="File of CSD-ViT-L in models/clip_vision, for style alignment that looks less at what a "
+                    "picture shows than CLIP does.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="The scores in words: mean and spread."),
@@ -46,16 +57,34 @@ class ZipLoRAScores(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, csd: str | None = inputs.NEW, **_):
+        return None if csd in (None, inputs.NEW) else style_descriptors.fingerprint(csd)
+
+    @classmethod
     def execute(
-        cls, images, subject_references, style_references, clip_vision, dino, prompt: str, clip=None
+        cls,
+        images,
+        subject_references,
+        style_references,
+        clip_vision,
+        dino,
+        prompt: str,
+        clip=None,
+        csd: str = inputs.NEW,
     ) -> io.NodeOutput:
         inputs.connected(clip_vision=clip_vision, dino=dino, **{} if clip is None else {"clip": clip})
         pictures = {"images": images, "subject_references": subject_references, "style_references": style_references}
         for name, picture in pictures.items():
             check_pictures(name, [picture])
-        summaries = summary(score(images, subject_references, style_references, clip_vision, dino, clip, prompt))
+        descriptors = None if csd == inputs.NEW else style_descriptors.load(csd)
+        found = score(images, subject_references, style_references, clip_vision, dino, clip, prompt, descriptors)
+        summaries = summary(found)
+        titles = {"csd": "style alignment by CSD"}
         lines = [f"{len(images)} pictures"]
-        lines += [f"{name} alignment: {of['mean']:.4f} (spread {of['spread']:.4f})" for name, of in summaries.items()]
+        lines += [
+            f"{titles.get(name, f'{name} alignment')}: {of['mean']:.4f} (spread {of['spread']:.4f})"
+            for name, of in summaries.items()
+        ]
         return io.NodeOutput("  \n".join(lines), json.dumps({**summaries, "prompt": prompt}))
 
 

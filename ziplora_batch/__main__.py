@@ -1,4 +1,4 @@
-"""The command line: python -m ziplora_batch run | again."""
+"""The command line: python -m ziplora_batch run | again | study."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import again, jobs
+from . import again, jobs, study
 from .address import HEADERS, addresses, read_headers
 from .errors import BatchError, ServerError
 from .results import Results
@@ -78,7 +78,33 @@ def _parser() -> argparse.ArgumentParser:
         work=lambda asked: again.again(asked.file, Server(asked.server, _headers(asked)), asked.yes),
         stopped="the prompt was cancelled on the server",
     )
+    _add_study(commands)
     return parser
+
+
+def _add_study(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    made = commands.add_parser("study", help="a page on which people vote on pictures of several methods")
+    made.add_argument(
+        "table",
+        type=Path,
+        nargs="?",
+        help=".csv with the columns subject, style, perhaps subject_picture, style_picture, prompt, and a column of "
+        "pictures for each method",
+    )
+    made.add_argument(
+        "--results",
+        action="append",
+        default=[],
+        metavar="METHOD=FOLDER",
+        help="instead of a table: a folder of results for each method, whose rows go by the same names",
+    )
+    made.add_argument("--files", type=Path, action="append", default=[], help="folders of the rows' reference pictures")
+    made.add_argument("--output", type=Path, default=Path("study.html"), help="the page (default: %(default)s)")
+    made.add_argument("--against", help="ask about this method beside one other at a time, not about all at once")
+    made.add_argument("--seed", type=int, default=0, help="decides every order; voters may have one each")
+    made.add_argument("--question", default=study.QUESTION, help="what the page asks (default: %(default)s)")
+    made.add_argument("--side", type=int, default=1024, help="larger pictures are made so small (default: %(default)s)")
+    made.set_defaults(work=_study, stopped="nothing was written")
 
 
 def _takes_headers(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +142,31 @@ async def _run(asked: argparse.Namespace) -> int:
         failed = [job for job in made if not results.has(job.key, retry=True)]
     print(f"{len(made) - len(failed)} of {len(made)} done; see {asked.results / 'results.csv'}")
     return 0 if not failed else 1 if ended else 2
+
+
+async def _study(asked: argparse.Namespace) -> int:
+    if bool(asked.table) == bool(asked.results):
+        raise BatchError("give either a table, or --results for each method")
+    if asked.side < 1:
+        raise BatchError(f"--side {asked.side} leaves nothing of a picture")
+    rows = study.read_table(asked.table) if asked.table else study.read_results(_folders(asked.results), asked.files)
+    made = study.page(rows, "Which is best?", asked.seed, asked.against, asked.question, asked.side)
+    study.write(asked.output, made)
+    print(f"{asked.output}: {len(rows)} rows, methods {', '.join(rows[0].pictures)}; open it in a browser")
+    return 0
+
+
+def _folders(given: list[str]) -> dict[str, Path]:
+    """METHOD=FOLDER, several times."""
+    found: dict[str, Path] = {}
+    for text in given:
+        method, sign, folder = text.partition("=")
+        if not (method and sign and folder) or method in found:
+            raise BatchError(f"--results {text}: METHOD=FOLDER expected, with another method each")
+        found[method] = Path(folder)
+    if len(found) < 2:
+        raise BatchError("a study compares two methods or more: give --results for each")
+    return found
 
 
 async def _as_listed(rows: list[jobs.Row], workflow: jobs.Prompt, servers: list[Server]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import faults
 
 NODES = ("tests/inhost/test_contracts_nodes.py",)
+CSD = ("tests/inhost/test_csd.py",)
 COMPARED = ("tests/inhost/test_compare.py",)
 
 MUTANTS = [
@@ -32,8 +33,31 @@ MUTANTS = [
         NODES,
         (
             "the two encoders swapped",
-            "style_references, clip_vision, dino, clip, prompt))",
-            "style_references, dino, clip_vision, clip, prompt))",
+            "style_references, clip_vision, dino, clip, prompt, descriptors)",
+            "style_references, dino, clip_vision, clip, prompt, descriptors)",
+        ),
+    ),
+    *faults(
+        "nodes/scores.py",
+        CSD,
+        ("another file under CSD's name is not seen", "style_descriptors.fingerprint(csd)", "csd"),
+    ),
+    *faults(
+        "nodes/bridge/csd.py",
+        CSD,
+        ("the content head", '"backbone.", "last_layer_style"', '"backbone.", "last_layer_content"'),
+        ("the authors' names are not known", 'key.removeprefix("module.")', "key"),
+        ("the authors' tensors are not found", 'found.get("model_state_dict", found)', "found"),
+        ("the authors' settings are refused", "safe_globals([argparse.Namespace])", "safe_globals([])"),
+        ("a part of the file may be missing", "    if lacking:", "    if False:"),
+    ),
+    *faults(
+        "nodes/bridge/scores.py",
+        CSD,
+        (
+            "CSD sees the subject's pictures",
+            "picture_features(csd, style, bar)",
+            "picture_features(csd, subject, bar)",
         ),
     ),
     *faults(

@@ -42,13 +42,17 @@ def _is_projected(text_encoder: torch.nn.Module, width: int) -> bool:
     return False
 
 
-def score(images: Tensor, subject: Tensor, style: Tensor, clip_vision, dino, clip, prompt: str) -> dict[str, Tensor]:
-    """Scores of each picture by name: style (CLIP), subject (DINO) and, where clip is given, text (CLIP).
+def score(
+    images: Tensor, subject: Tensor, style: Tensor, clip_vision, dino, clip, prompt: str, csd=None
+) -> dict[str, Tensor]:
+    """Scores of each picture by name: style (CLIP), subject (DINO) and, where they are given, text (CLIP) and csd.
 
-    images, subject, style: IMAGE (N, H, W, 3). Raises ValueError where text and picture features do not match.
+    images, subject, style: IMAGE (N, H, W, 3). csd: from `csd.load`. Raises ValueError where text and picture features
+    do not match.
     """
     text = None if clip is None else prompt_features(clip, prompt)
-    bar = Steps(2 * len(images) + len(subject) + len(style))
+    by_style = 1 if csd is None else 2  # networks
+    bar = Steps(by_style * (len(images) + len(style)) + len(images) + len(subject))
     pictures = picture_features(clip_vision, images, bar)
     if text is not None and text.shape[1] != pictures.shape[1]:
         raise ValueError(
@@ -59,4 +63,8 @@ def score(images: Tensor, subject: Tensor, style: Tensor, clip_vision, dino, cli
         "style": alignment(pictures, picture_features(clip_vision, style, bar)),
         "subject": alignment(picture_features(dino, images, bar), picture_features(dino, subject, bar)),
     }
-    return scores if text is None else {**scores, "text": alignment(pictures, text)}
+    if text is not None:
+        scores["text"] = alignment(pictures, text)
+    if csd is not None:
+        scores["csd"] = alignment(picture_features(csd, images, bar), picture_features(csd, style, bar))
+    return scores
