@@ -7,6 +7,7 @@ from .check import ZipCheck
 from .compare import CompareMerges
 from .direct import DirectMergeLoRA
 from .export import ExportMergedLoRA
+from .k_lora import KLoRA
 from .optimize import ZipLoRAOptimize
 from .pair import LoadLoRAPair, PairLoRAs
 from .reference import ZipLoRAReference
@@ -45,4 +46,5 @@ NODES = [
     LoadLoRAStack,
     ZipLoRAReference,
     ConceptStrengths,
+    KLoRA,
 ]
