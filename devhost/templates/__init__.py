@@ -20,6 +20,7 @@ SKETCHES: tuple[Callable[[], Graph], ...] = (
     sketches.sparsify,
     sketches.direct_merge,
     sketches.stack,
+    sketches.k_lora,
 )
 TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.start,
