@@ -76,7 +76,7 @@ def _sums(layer: Layer, device: torch.device | str) -> dict[str, tuple[float, fl
     for concept in CONCEPTS:
         sizes = _update(layer[concept], device).abs_().flatten()
         top = sizes.topk(min(largest, sizes.numel()), sorted=False).values
-        found[concept] = float(top.sum(dtype=torch.float64)), float(sizes.sum(dtype=torch.float64))
+        found[concept] = float(top.sum()), float(sizes.sum())
     return found
 
 
