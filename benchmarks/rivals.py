@@ -125,33 +125,14 @@ def lora_optimizer(content: Tensor, style: Tensor) -> Tensor:
     return _agreeing(both, torch.where(elected == 0, both.sum(0).sign(), elected))
 
 
-def chosen_layers(pair, progress: float, alpha: float = 1.5, beta: float = 0.5) -> dict[str, str]:
-    """K-LoRA (arXiv 2502.18461): which LoRA each layer has at a step; progress: share of the steps that is done.
-
-    By the sums of the r_c · r_s largest elements, the style's times α · progress + β and both updates' sums made equal.
-    """
-    totals, tops = {"content": 0.0, "style": 0.0}, {}
-    for name, layer in pair.layers.items():
-        if len(layer) < 2:
-            continue
-        count = layer["content"].rank * layer["style"].rank
-        tops[name] = {}
-        for concept, factors in layer.items():
-            update = (factors.scale * factors.up.double() @ factors.down.double().flatten(1)).abs().flatten()
-            totals[concept] += float(update.sum())
-            tops[name][concept] = float(update.topk(min(count, update.numel())).values.sum())
-    gamma, scale = totals["content"] / max(totals["style"], 1e-30), alpha * progress + beta
-    return {n: "content" if top["content"] / gamma > top["style"] * scale else "style" for n, top in tops.items()}
-
-
 def k_lora(case: Case, steps: int) -> Merge:
     """K-LoRA's coefficients for each of `steps` steps: one LoRA in each layer, the other's coefficients zero."""
     began = time.monotonic()
-    ones = case.ones
+    ones, scores = case.ones, core.k_lora.scores(case.fitted.loras)
     by_step: list[Coefficients] = []
     before: dict[str, str] = {}
     for step in range(steps):
-        chosen = chosen_layers(case.fitted.loras, step / steps)
+        chosen = scores.chosen(core.k_lora.factor(step / steps))
         if chosen == before:
             by_step.append(by_step[-1])
             continue

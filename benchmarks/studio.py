@@ -37,7 +37,7 @@ loras, fitting, zipped_lora = (getattr(PACK.nodes.bridge.lora, n) for n in ("lor
 predictor, session = PACK.nodes.bridge.network.predictor, PACK.nodes.bridge.network.session
 bridge_apply = PACK.nodes.bridge.apply
 core = PACK.ziplora_core
-for _name in ("direct", "prompts", "zipper"):
+for _name in ("direct", "k_lora", "prompts", "zipper"):
     importlib.import_module(f"{core.__name__}.{_name}")
 comfy.utils.set_progress_bar_enabled(False)
 SIDE = world.SIZE // 8

@@ -41,6 +41,7 @@ NODES = (
     "ZipLoRAReference",
     "ConceptStrengths",
     "TwoScaleGuider",
+    "KLoRA",
 )
 FOLDERS = ("models/checkpoints", "models/loras", "input", "output", "temp", "user/default", "custom_nodes")
 # Windows over the graph, which nobody is there to close: a greeting, and an offer to download what a graph names.

@@ -8,6 +8,7 @@ from .compare import CompareMerges
 from .direct import DirectMergeLoRA
 from .export import ExportMergedLoRA
 from .guider import TwoScaleGuider
+from .k_lora import KLoRA
 from .optimize import ZipLoRAOptimize
 from .pair import LoadLoRAPair, PairLoRAs
 from .reference import ZipLoRAReference
@@ -47,4 +48,5 @@ NODES = [
     ZipLoRAReference,
     ConceptStrengths,
     TwoScaleGuider,
+    KLoRA,
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .graph import OUTSIDE, Graph
 from .parts import Parts
-from .words import IN_STYLE, STYLE
+from .words import DRAWN, IN_STYLE, STYLE
 
 
 def load_zipped() -> Graph:
@@ -32,6 +32,16 @@ def direct_merge() -> Graph:
     merged = parts.graph.add("DirectMergeLoRA", model=parts.model, lora_pair=parts.pair())
     parts.graph.column("Draw")
     parts.apply(merged[0])
+    return parts.graph
+
+
+def k_lora() -> Graph:
+    parts = Parts("k_lora", "")
+    parts.graph.column("One LoRA in each layer and step")
+    both = parts.graph.add("KLoRA", model=parts.model, lora_pair=parts.pair(), clip=parts.clip)
+    parts.report(both[2])
+    parts.graph.column("Draw")
+    parts.picture(both[0], parts.prompts(both[1], DRAWN), parts.canvas())
     return parts.graph
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -68,18 +70,22 @@ def test_the_optimizers_choice_follows_the_signs(rivals):
     assert (merged.sign() == opposed.sign()).double().mean() >= 0.89  # a tenth is trimmed away
 
 
-def test_k_lora_gives_the_style_the_last_steps(rivals, pack):
-    pair = pack.ziplora_core.lora_set
-    g = torch.Generator().manual_seed(0)
+def test_k_lora_has_one_lora_in_each_layer_and_the_style_in_the_last_steps(rivals, pack):
+    core, g = pack.ziplora_core, torch.Generator().manual_seed(0)
     layers = {
         str(i): {
-            concept: pair.Factors(torch.randn(8, 2, generator=g), torch.randn(2, 6, generator=g))
-            for concept in pair.CONCEPTS
+            concept: core.lora_set.Factors(torch.randn(8, 2, generator=g), torch.randn(2, 6, generator=g))
+            for concept in core.lora_set.CONCEPTS
         }
         for i in range(12)
     }
+    pair = core.lora_set.LoRASet(core.lora_set.CONCEPTS, layers)
+    ones = core.coefficients.Coefficients.ones(pair)
+    merge = rivals.k_lora(SimpleNamespace(ones=ones, fitted=SimpleNamespace(loras=pair)), 20)
     shares = []
-    for step in range(20):
-        chosen = rivals.chosen_layers(pair.LoRASet(pair.CONCEPTS, layers), step / 20)
-        shares.append(sum(concept == "style" for concept in chosen.values()))
-    assert shares == sorted(shares) and shares[0] <= 2 and shares[-1] >= 10  # the style's factor is .5, then 1.9
+    for coefficients in merge.by_step:
+        of_layers = [{c: set(m.tolist()) for c, m in coefficients.of_layer(name).items()} for name in layers]
+        assert all(of in ({"content": {1}, "style": {0}}, {"content": {0}, "style": {1}}) for of in of_layers)
+        shares.append(sum(of["style"] == {1} for of in of_layers))
+    assert shares == sorted(shares) and shares[0] <= 2 and shares[-1] >= 10  # the style's factor is .5, then 1.45
+    assert merge.coefficients is ones

@@ -22,8 +22,12 @@ def lines(sources: LoRASources, fitted: FittedSet) -> list[str]:
     loras = fitted.loras
     counts = {kind: n for kind, n in loras.layer_counts().items() if n} if len(loras.concepts) > 1 else {}
     layers = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or str(len(loras.layers))
-    files = [f"{c}: {source.title} ({_ranks(*loras.ranks(c))})" for c, source in sources.by_concept.items()]
-    return [*files, f"layers: {layers}; {loras.coefficient_count:,} coefficients"]
+    return [*files(sources, fitted), f"layers: {layers}; {loras.coefficient_count:,} coefficients"]
+
+
+def files(sources: LoRASources, fitted: FittedSet) -> list[str]:
+    """Each file with its ranks."""
+    return [f"{c}: {source.title} ({_ranks(*fitted.loras.ranks(c))})" for c, source in sources.by_concept.items()]
 
 
 def notes(sources: LoRASources, fitted: FittedSet, zipped: bool) -> list[str]:

@@ -117,15 +117,15 @@ def _with_copies(module: torch.nn.Module, forward: Callable[..., Tensor]) -> Cal
     return run
 
 
-def _convolution_options(module: torch.nn.Module) -> dict[str, Any]:
+def convolution_options(module: torch.nn.Module) -> dict[str, Any]:
     return {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
 
 
-def _is_convolution(module: torch.nn.Module) -> bool:
+def is_convolution(module: torch.nn.Module) -> bool:
     return isinstance(module, _CONV) and not isinstance(module, torch.nn.modules.conv._ConvTransposeNd)
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
+def is_linear(module: torch.nn.Module) -> bool:
     cast = isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
     return isinstance(module, torch.nn.Linear) or cast
 
@@ -213,7 +213,7 @@ class Injection:
                 if module not in again:
                     forward = self._noted(forward, parts.get(module, 0))
                 self._injected.append(Replaced(module, forward))
-                if _is_convolution(module) or _is_linear(module):
+                if is_convolution(module) or is_linear(module):
                     injected.add(f"{path}.weight")
         missing = sorted(self._layers - injected)
         if missing:
@@ -243,11 +243,11 @@ class Injection:
             return copying(forward, lambda tensor: self.seen(tensor))
         if is_mixture(module) and not replaced:
             return over_all(module)
-        if _is_convolution(module):
-            options = _convolution_options(module)
+        if is_convolution(module):
+            options = convolution_options(module)
             plain = self._frozen(name, _Convolution(module, forward), options)
             return self._through(path, forward, plain, options) if replaced else plain
-        if _is_linear(module):
+        if is_linear(module):
             plain = self._frozen(name, _Linear(module, forward), {})
             return self._through(path, forward, plain, {}) if replaced else plain
         if isinstance(module, _NORMS) and not replaced:
