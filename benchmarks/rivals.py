@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.methods import Case, Merge, Method
+from benchmarks.rank_mask import rank_mask
 from benchmarks.studio import core
 
 Coefficients = core.coefficients.Coefficients
@@ -153,4 +154,5 @@ RIVALS: dict[str, Method] = {
     "TSV-Merge": dense(tsv),
     "LoRA-Optimizer": dense(lora_optimizer),
     "K-LoRA": lambda case: k_lora(case, 20),
+    "rank mask": rank_mask,
 }
