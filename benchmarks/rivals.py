@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.methods import Case, Merge, Method, node
+from benchmarks.rank_mask import rank_mask
 from benchmarks.studio import core
 
 Coefficients = core.coefficients.Coefficients
@@ -154,4 +155,5 @@ RIVALS: dict[str, Method] = {
     "LoRA-Optimizer": dense(lora_optimizer),
     "K-LoRA": lambda case: k_lora(case, 20),
     "Mix-of-Show fusion": node(solver="fusion"),
+    "rank mask": rank_mask,
 }

@@ -59,6 +59,10 @@ class JoinedSet:
     def concepts(self) -> tuple[str, ...]:
         return self.loras.concepts
 
+    def ones(self) -> Coefficients:
+        """The direct merge."""
+        return Coefficients.ones(self.loras)
+
     def flatten(self, coefficients: Coefficients) -> Tensor:
         """All coefficients as one vector (coefficient_count,) on this set's device, float32 or wider."""
         dtype = torch.promote_types(self.dtype, torch.float32)

@@ -38,7 +38,7 @@ def optimize(
     averaged, betas = 1, (0.9, 0.999)
     if start is not None:
         averaged, betas = max(1, settings.steps // 2), _BETAS_FROM_START
-    start = start or Coefficients.ones(joined.loras)
+    start = start or joined.ones()
     if settings.steps == 0:
         return Result(start, stopped="no steps asked for")
     with torch.inference_mode(False), torch.enable_grad():
@@ -90,9 +90,8 @@ def _weights(joined: JoinedSet, predictor: Predictor, references: References, se
     """What each retention is multiplied by: 1, or for a relative objective its inverse at the direct merge."""
     if not settings.objective.relative:
         return dict.fromkeys(joined.concepts, 1.0)
-    ones = [Coefficients.ones(joined.loras)]
     (at_start,) = measure_retention(
-        joined, predictor, references, ones, settings.seed + 1, retention=settings.objective.retention
+        joined, predictor, references, [joined.ones()], settings.seed + 1, retention=settings.objective.retention
     )
     return {concept: 1 / value if value else 1.0 for concept, value in at_start.items()}
 
