@@ -6,6 +6,7 @@ from .bridge.saved import register_folder
 from .check import ZipCheck
 from .compare import CompareMerges
 from .direct import DirectMergeLoRA
+from .embedding import TrainEmbedding
 from .export import ExportMergedLoRA
 from .optimize import ZipLoRAOptimize
 from .pair import LoadLoRAPair, PairLoRAs
@@ -40,6 +41,7 @@ NODES = [
     ZipLoRAScores,
     BlindABSheet,
     TrainConceptLoRA,
+    TrainEmbedding,
     PairLoRAs,
     UnZipLoRA,
     LoadLoRAStack,

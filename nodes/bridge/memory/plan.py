@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import comfy.model_management as management
 import torch
@@ -126,11 +127,13 @@ def _estimate(rehearse: Callable[[], rehearsal.Rehearsal]) -> rehearsal.Rehearsa
         return None
 
 
-def room_for(model) -> int:
-    """Bytes on a model's device beside its weights, once the host has moved everything else away."""
+def room_for(model, beside: Sequence[Any] = ()) -> int:
+    """Bytes on a model's device beside its weights, once the host has moved everything else away but some other
+    ModelPatchers."""
     device = model.load_device
     free = management.get_free_memory(device)
     if device.type == "cpu":  # where nothing is moved away, and the weights are there already
         return int(free)
     free += sum(e.model_loaded_memory() for e in management.current_loaded_models if e.device == device)
+    free -= sum(other.model_size() for other in beside if other.load_device == device)
     return max(0, int(free - model.model_size() - management.extra_reserved_memory()))
