@@ -117,9 +117,7 @@ def read_task(
     **_: Any,
 ) -> Task:
     """Raises ValueError for a value that the API let through."""
-    settings = Settings(
-        steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed, vectors=vectors
-    )
+    settings = Settings(steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed, vectors=vectors)
     return Task(
         images,
         [line.strip() for line in prompt.splitlines() if line.strip()],

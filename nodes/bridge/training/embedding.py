@@ -68,7 +68,9 @@ def check(task: Task) -> None:
         raise ValueError("initial_word is empty; write a word that is like the concept: dog, painting")
 
 
-def _prepare(model, vae, encoder: WordEncoder, task: Task, start: dict[str, Tensor], tokens: Sequence[dict]) -> Prepared:
+def _prepare(
+    model, vae, encoder: WordEncoder, task: Task, start: dict[str, Tensor], tokens: Sequence[dict]
+) -> Prepared:
     """Latents, and the prompts as they are at the start."""
     data = Prepared()
     with torch.no_grad():
