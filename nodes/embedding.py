@@ -44,7 +44,7 @@ class TrainEmbedding(io.ComfyNode):
                     "prompt",
                     multiline=True,
                     default=_PROMPTS,
-                    tooltip="What the pictures may be called, with the word in it. Each line is used with each picture. "
+                    tooltip="Captions, with the word in it; each line is used with each picture. "
                     "For a style: 'a painting in the style of *'.",
                 ),
                 io.String.Input(
@@ -53,7 +53,7 @@ class TrainEmbedding(io.ComfyNode):
                 io.String.Input(
                     "initial_word",
                     default=Task.initial,
-                    tooltip="An ordinary word that is like the concept: 'dog', 'painting'. The vectors start as its own. "
+                    tooltip="A common word that is like the concept: 'dog', 'painting'; its vectors are the start. "
                     "Or embedding:name, to go on from a file.",
                 ),
                 inputs.whole(

@@ -57,7 +57,8 @@ def encoded(clip, text: str) -> list:
 def plain(module):
     """A copy in ordinary float weights that ordinary autograd may save."""
     with torch.inference_mode(False):
-        copied = copy.deepcopy(module).float().requires_grad_(False)
+        shared = [getattr(module, name, None) for name in ("model_config", "current_patcher")]
+        copied = copy.deepcopy(module, {id(s): s for s in shared if s}).float().requires_grad_(False)
         for part in copied.modules():
             for kept in (part._parameters, part._buffers):
                 for name, value in kept.items():
@@ -68,7 +69,7 @@ def plain(module):
 
 def plainly_encoded(copied, tokens, rows):
     """By the host's encoders in plain weights; rows: what stands in place of the file's, by encoder."""
-    found = {key: 0 for key in rows}
+    found = dict.fromkeys(rows, 0)
 
     def filled(kind, token):
         if not isinstance(token[0], torch.Tensor):

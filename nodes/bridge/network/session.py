@@ -179,7 +179,8 @@ def with_network(
 
     model: ModelPatcher, not changed. prompts: conditionings by name. shape: of one latent (C, *space). need: bytes
     for which the host makes room beside the weights. work: called with (guider, clone, model_options), without gradient
-    and outside inference mode. beside: ModelPatchers that are loaded together with the model. Whatever happens in it (return, exception, interrupt), no injected layer is left behind.
+    and outside inference mode. beside: ModelPatchers that are loaded together with the model. Whatever happens in it
+    (return, exception, interrupt), no injected layer is left behind.
     """
     patcher = model.clone()
     leave_out(patcher)

@@ -32,8 +32,8 @@ class File:
     """One LoRA file of a run, written again and again, whole or not at all. Its name is chosen once; where another
     program has it by the first time that this is written, it is the next one.
 
-    folder: that it is in, the output folder unless said. steps: how many the file has; it is never replaced by one with fewer. tensors: what was to be written last, also
-    where the disk did not take it.
+    folder: that it is in, the output folder unless said. steps: how many the file has; it is never replaced by one with
+    fewer. tensors: what was to be written last, also where the disk did not take it.
     """
 
     def __init__(self, model, prefix: str, about: dict[str, str], folder: str | None = None):
