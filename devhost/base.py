@@ -35,6 +35,7 @@ NODES = (
     "ZipLoRAScores",
     "BlindABSheet",
     "TrainConceptLoRA",
+    "TrainEmbedding",
     "PairLoRAs",
     "UnZipLoRA",
     "LoadLoRAStack",
