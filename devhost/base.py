@@ -36,6 +36,7 @@ NODES = (
     "BlindABSheet",
     "TrainConceptLoRA",
     "TrainEmbedding",
+    "TrainCustomDiffusion",
     "PairLoRAs",
     "UnZipLoRA",
     "LoadLoRAStack",

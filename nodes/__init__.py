@@ -5,6 +5,7 @@ from .bridge.lora import routes
 from .bridge.saved import register_folder
 from .check import ZipCheck
 from .compare import CompareMerges
+from .custom_diffusion import TrainCustomDiffusion
 from .direct import DirectMergeLoRA
 from .embedding import TrainEmbedding
 from .export import ExportMergedLoRA
@@ -42,6 +43,7 @@ NODES = [
     BlindABSheet,
     TrainConceptLoRA,
     TrainEmbedding,
+    TrainCustomDiffusion,
     PairLoRAs,
     UnZipLoRA,
     LoadLoRAStack,

@@ -91,11 +91,19 @@ def make(
 
 
 def make_for_training(
-    model, shapes: dict[str, tuple[int, int]], conditioning: list, latents: Tensor, rank: int, rows: int, room: int
+    model,
+    shapes: dict[str, tuple[int, int]],
+    conditioning: list,
+    latents: Tensor,
+    rank: int,
+    rows: int,
+    room: int,
+    is_whole: bool = False,
 ) -> Plan:
-    """As `make`, for training a LoRA of these layers, layer -> (out, in). latents: the largest, (1, C, *space)."""
+    """As `make`, for training a LoRA of these layers, layer -> (out, in). latents: the largest, (1, C, *space).
+    is_whole: not of a rank, but all numbers of these layers are trained."""
     dtype = compute_dtype(model.model)
-    numbers = sum(rank * (out + columns) for out, columns in shapes.values())
+    numbers = sum(out * columns if is_whole else rank * (out + columns) for out, columns in shapes.values())
     fixed = _TRAINED * numbers
     workspace = _workspace(model.model, dtype, rows * latents[0, 0].numel())
     with torch.inference_mode(False):
@@ -127,13 +135,18 @@ def _estimate(rehearse: Callable[[], rehearsal.Rehearsal]) -> rehearsal.Rehearsa
         return None
 
 
-def room_for(model, beside: Sequence[Any] = ()) -> int:
-    """Bytes on a model's device beside its weights, once the host has moved everything else away but some other
-    ModelPatchers."""
+def room_for(model) -> int:
+    """Bytes on a model's device beside its weights, once the host has moved everything else away."""
     device = model.load_device
     free = management.get_free_memory(device)
     if device.type == "cpu":  # where nothing is moved away, and the weights are there already
         return int(free)
     free += sum(e.model_loaded_memory() for e in management.current_loaded_models if e.device == device)
-    free -= sum(other.model_size() for other in beside if other.load_device == device)
     return max(0, int(free - model.model_size() - management.extra_reserved_memory()))
+
+
+def taken_beside(model, others: Sequence[Any]) -> int:
+    """Bytes of that room which the weights of other ModelPatchers take, loaded together with it."""
+    if model.load_device.type == "cpu":
+        return 0
+    return int(sum(other.model_size() for other in others if other.load_device == model.load_device))

@@ -62,9 +62,14 @@ def check(task: Task) -> None:
     check_pace(task)
     check_pictures("images", task.pictures)
     check_prompt("prompt", "".join(task.prompts))
-    if not task.word.strip() or task.word.split() != [task.word]:
-        raise ValueError(f"word is '{task.word}'; expected one word, or a sign such as *")
-    if not task.initial.strip():
+    check_word(task.word, task.initial)
+
+
+def check_word(word: str, initial: str) -> None:
+    """Raises ValueError where a word is none, or there is nothing for it to start from."""
+    if not word.strip() or word.split() != [word]:
+        raise ValueError(f"word is '{word}'; expected one word, or a sign such as *")
+    if not initial.strip():
         raise ValueError("initial_word is empty; write a word that is like the concept: dog, painting")
 
 
