@@ -37,6 +37,7 @@ NODES = (
     "TrainConceptLoRA",
     "TrainEmbedding",
     "TrainCustomDiffusion",
+    "MergeCustomDiffusion",
     "PairLoRAs",
     "UnZipLoRA",
     "LoadLoRAStack",

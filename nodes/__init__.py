@@ -5,7 +5,7 @@ from .bridge.lora import routes
 from .bridge.saved import register_folder
 from .check import ZipCheck
 from .compare import CompareMerges
-from .custom_diffusion import TrainCustomDiffusion
+from .custom_diffusion import MergeCustomDiffusion, TrainCustomDiffusion
 from .direct import DirectMergeLoRA
 from .embedding import TrainEmbedding
 from .export import ExportMergedLoRA
@@ -44,6 +44,7 @@ NODES = [
     TrainConceptLoRA,
     TrainEmbedding,
     TrainCustomDiffusion,
+    MergeCustomDiffusion,
     PairLoRAs,
     UnZipLoRA,
     LoadLoRAStack,

@@ -1,4 +1,4 @@
-"""TrainCustomDiffusion: from pictures of one concept or two to a patch of cross-attention and words of their own."""
+"""TrainCustomDiffusion, MergeCustomDiffusion: concepts as patches of cross-attention and words of their own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,27 @@ from comfy_api.v0_0_2 import io
 
 from ..ziplora_core.trained_weights import Settings
 from . import inputs
+from .bridge.custom_diffusion import merge
 from .bridge.disk import provenance
+from .bridge.lora.zipped import sources_of
 from .bridge.training import concept, custom_diffusion
 from .bridge.training.custom_diffusion import Concept, Task
 from .schema import Schema
-from .sockets import LoRAModelSocket, LossMapSocket
+from .sockets import LoRAModelSocket, LoRAsToZipSocket, LossMapSocket
 
 _SECOND_INITIAL = "pll"
+_ORDINARY = (
+    "a photo of a person",
+    "a man and a woman in the street",
+    "a dog in the grass",
+    "a cat on a chair",
+    "a red car in front of a house",
+    "a bowl of fruit on a table",
+    "a landscape with mountains and a lake",
+    "a city at night",
+    "a pencil drawing of a tree",
+    "an oil painting of a ship at sea",
+)
 
 
 class TrainCustomDiffusion(io.ComfyNode):
@@ -64,7 +78,7 @@ class TrainCustomDiffusion(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default=Task.prefix,
-                    tooltip="Name of the file in the output folder, which is numbered; the embeddings are called likewise.",
+                    tooltip="Name of the file in the output folder, numbered; the embeddings are called likewise.",
                 ),
                 inputs.sample_every(
                     "Draw a rough sample on the node every so many steps (40 passes each); 0 for never."
@@ -193,3 +207,44 @@ def read_task(
 
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+class MergeCustomDiffusion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Schema:
+        return Schema(
+            node_id="MergeCustomDiffusion",
+            display_name="Merge Custom Diffusion",
+            category="ZipLoRA/train",
+            search_aliases=["merge concepts", "constrained merge"],
+            description="Merges LoRAs that Train Custom Diffusion made, in closed form: each concept's prompt means "
+            "what it meant, and ordinary captions move as little as can be.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model, without the LoRAs. Nothing is computed on it."),
+                io.Clip.Input("clip", tooltip="The base model's text encoder, which reads the prompts."),
+                LoRAsToZipSocket.Input("lora_pair", tooltip="The LoRAs, from Load LoRA Pair or Load LoRA Stack."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="embedding:custom_00001_ dog\nembedding:custom_00002_ cat",
+                    tooltip="What stands for each concept: a line for each LoRA, in order.",
+                ),
+                io.String.Input(
+                    "captions",
+                    multiline=True,
+                    default="\n".join(_ORDINARY),
+                    tooltip="Ordinary captions, a line each, which are to stay as they are. More keep more.",
+                ),
+            ],
+            outputs=[
+                LoRAModelSocket.Output(
+                    display_name="lora", tooltip="The merge, for Load LoRA Model or Save LoRA Weights."
+                ),
+                io.String.Output(display_name="report", tooltip="What was kept, and how far ordinary captions move."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, lora_pair, prompts: str, captions: str) -> io.NodeOutput:
+        inputs.connected(model=model, clip=clip, lora_pair=lora_pair)
+        return io.NodeOutput(*merge(model, clip, sources_of(lora_pair), prompts, captions))

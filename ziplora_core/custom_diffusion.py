@@ -11,7 +11,7 @@ V - W0·Cᵀ is what the updates alone answer to their captions, so W0 is not ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -32,38 +32,42 @@ def second_moment(captions: Tensor, ridge: float = RIDGE) -> Tensor:
     return moment
 
 
-def kept(answers: Tensor, targets: Tensor, moment: Tensor) -> Factors:
-    """The update D (out, in), as factors of rank s, float64, that answers to targets as it must, D·Cᵀ = answers, and
-    least to what M is the moment of: it minimises tr(D·M·Dᵀ).
+def answering(targets: Tensor, moment: Tensor) -> Tensor:
+    """Down factors A (s, in), float64: with any answers U (out, s), the update U·A is the one that answers so to the
+    targets, U·A·Cᵀ = U, and least to what M is the moment of: it minimises tr(U·A·M·Aᵀ·Uᵀ).
 
-    answers: (out, s). targets: (s, in). Targets that depend on each other are kept in the sense of least squares.
+    targets: C (s, in). Targets that depend on each other are kept in the sense of least squares.
     """
     lower = torch.linalg.cholesky(moment.double())
-    whitened = torch.linalg.solve_triangular(lower, targets.double().T, upper=False)  # L⁻¹·Cᵀ, (in, s)
-    inverse = torch.linalg.pinv(whitened)  # (s, in)
-    down = torch.linalg.solve_triangular(lower, inverse, upper=False, left=False)  # inverse·L⁻¹
-    return Factors(answers.double(), down)
+    whitened = torch.linalg.solve_triangular(lower, targets.double().T, upper=False)  # L⁻¹·Cᵀ
+    down: Tensor = torch.linalg.solve_triangular(lower, torch.linalg.pinv(whitened), upper=False, left=False)
+    return down
 
 
-def merge_layer(updates: Sequence[Tensor], targets: Sequence[Tensor], moment: Tensor) -> Factors:
-    """One layer's merge of any number of concepts. updates: ΔW_i (out, in). targets: of each, features (s_i, in) of its
-    captions. Raises ValueError where an update and its targets do not fit each other."""
-    for update, target in zip(updates, targets, strict=True):
-        if update.shape[1] != target.shape[1]:
-            raise ValueError(f"an update of {update.shape[1]} columns and captions of {target.shape[1]} features")
-    answers = [update.double() @ target.double().T for update, target in zip(updates, targets, strict=True)]
-    return kept(torch.cat(answers, 1), torch.cat([t.double() for t in targets]), moment)
+def answer(factors: Factors, inputs: Tensor) -> Tensor:
+    """What an update adds for inputs (n, in): (out, n), float64."""
+    return factors.scale * (factors.up.double() @ (factors.down.double() @ inputs.double().T))
+
+
+def merge_layer(updates: Mapping[str, Factors], targets: Mapping[str, Tensor], down: Tensor) -> Factors:
+    """One layer's merge: what each concept's update answers to its own captions. A concept that leaves the layer alone
+    answers there as the base does. targets: concept -> features (s_i, in). down: `answering` of all of them, in this
+    order. Raises ValueError where an update has other columns than captions have features."""
+    like = next(iter(updates.values()))
+    answers = []
+    for concept, rows in targets.items():
+        factors = updates.get(concept)
+        if factors is not None and factors.down.shape[1] != rows.shape[1]:
+            raise ValueError(f"an update of {factors.down.shape[1]} columns and captions of {rows.shape[1]} features")
+        empty = torch.zeros(like.up.shape[0], len(rows), dtype=torch.float64, device=like.up.device)
+        answers.append(empty if factors is None else answer(factors, rows))
+    return Factors(torch.cat(answers, 1), down)
 
 
 def merge(
-    layers: Mapping[str, Mapping[str, Tensor]], targets: Mapping[str, Tensor], captions: Tensor, ridge: float = RIDGE
+    layers: Mapping[str, Mapping[str, Factors]], targets: Mapping[str, Tensor], captions: Tensor, ridge: float = RIDGE
 ) -> dict[str, Factors]:
-    """Layer -> the merged update, of layers that read the prompt. layers: layer -> concept -> ΔW. targets: concept ->
-    features of its captions. A concept that leaves a layer alone answers to its captions there as the base does."""
-    moment = second_moment(captions, ridge)
-    merged = {}
-    for name, own in layers.items():
-        like = next(iter(own.values()))
-        updates = [own.get(concept, torch.zeros_like(like)) for concept in targets]
-        merged[name] = merge_layer(updates, list(targets.values()), moment)
-    return merged
+    """Layer -> the merged update, of any number of concepts, in layers that read the prompt. layers: layer -> concept
+    -> its update. targets: concept -> features of its captions. captions: of ordinary ones, (n, in)."""
+    down = answering(torch.cat(list(targets.values())), second_moment(captions, ridge))
+    return {name: merge_layer(updates, targets, down) for name, updates in layers.items()}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ziplora_core import custom_diffusion
+from ziplora_core.lora_set import Factors
 
 OUT, IN, CAPTIONS = 7, 12, 40
 
@@ -30,6 +31,12 @@ def update_of(factors) -> torch.Tensor:
     return factors.up @ factors.down * factors.scale
 
 
+def merged_of(updates, targets, captions, **settings) -> Factors:
+    """Of dense updates, by way of factors with a scale."""
+    own = {c: Factors(update / 2, torch.eye(IN, dtype=torch.float64), 2.0) for c, update in updates.items()}
+    return custom_diffusion.merge({"layer": own}, targets, captions, **settings)["layer"]
+
+
 def solved_by_kkt(base, goal, targets, captions, ridge):
     """Row by row: min ‖(w - w0)·Rᵀ‖² with w·Cᵀ = v, R the captions and the ridge, as one dense linear system."""
     square = (captions**2).mean()
@@ -45,7 +52,7 @@ def solved_by_kkt(base, goal, targets, captions, ridge):
 @pytest.mark.parametrize("lengths", [(2,), (3, 2), (2, 1, 3)])
 def test_equals_the_constrained_least_squares_solution(lengths: tuple[int, ...]) -> None:
     base, updates, targets, captions = problem(lengths)
-    merged = custom_diffusion.merge({"layer": updates}, targets, captions, ridge=1e-3)["layer"]
+    merged = merged_of(updates, targets, captions, ridge=1e-3)
     every = torch.cat(list(targets.values()))
     goal = torch.cat([(base + updates[c]) @ targets[c].T for c in targets], 1)
     weight = base + update_of(merged)
@@ -56,7 +63,7 @@ def test_equals_the_constrained_least_squares_solution(lengths: tuple[int, ...])
 
 def test_equals_the_papers_formula() -> None:
     base, updates, targets, captions = problem((3, 2))
-    merged = custom_diffusion.merge({"layer": updates}, targets, captions, ridge=0.0)["layer"]
+    merged = merged_of(updates, targets, captions, ridge=0.0)
     every = torch.cat(list(targets.values()))
     goal = torch.cat([(base + updates[c]) @ targets[c].T for c in targets], 1)
     d = every @ torch.linalg.inv(captions.T @ captions)
@@ -66,7 +73,7 @@ def test_equals_the_papers_formula() -> None:
 
 def test_drifts_less_on_ordinary_captions_than_the_sum_and_than_another_that_keeps_the_targets() -> None:
     _, updates, targets, captions = problem((2, 2))
-    merged = update_of(custom_diffusion.merge({"layer": updates}, targets, captions)["layer"])
+    merged = update_of(merged_of(updates, targets, captions))
     every = torch.cat(list(targets.values()))
     answers = torch.cat([updates[c] @ targets[c].T for c in targets], 1)
     other = answers @ torch.linalg.pinv(every.T)  # the least update, whatever the captions
@@ -81,22 +88,22 @@ def test_drifts_less_on_ordinary_captions_than_the_sum_and_than_another_that_kee
 def test_one_concept_on_all_directions_is_itself() -> None:
     _, updates, _, captions = problem((2,))
     targets = {"c0": numbers(IN, IN, seed=5)}
-    merged = custom_diffusion.merge({"layer": updates}, targets, captions)["layer"]
+    merged = merged_of(updates, targets, captions)
     torch.testing.assert_close(update_of(merged), updates["c0"], rtol=1e-6, atol=1e-6)
 
 
 def test_a_concept_that_leaves_a_layer_alone_stays_alone_there() -> None:
     _, updates, targets, captions = problem((2, 2))
-    merged = update_of(custom_diffusion.merge({"layer": {"c0": updates["c0"]}}, targets, captions)["layer"])
+    merged = update_of(merged_of({"c0": updates["c0"]}, targets, captions))
     torch.testing.assert_close(merged @ targets["c0"].T, updates["c0"] @ targets["c0"].T)
     assert float((merged @ targets["c1"].T).abs().max()) < 1e-9
 
 
 def test_a_caption_that_is_given_twice_changes_nothing() -> None:
     _, updates, targets, captions = problem((2, 2))
-    once = update_of(custom_diffusion.merge({"layer": updates}, targets, captions)["layer"])
+    once = update_of(merged_of(updates, targets, captions))
     doubled = {concept: torch.cat([rows, rows]) for concept, rows in targets.items()}
-    twice = update_of(custom_diffusion.merge({"layer": updates}, doubled, captions)["layer"])
+    twice = update_of(merged_of(updates, doubled, captions))
     torch.testing.assert_close(twice, once, rtol=1e-7, atol=1e-7)
 
 
@@ -104,7 +111,7 @@ def test_directions_that_no_caption_has_are_left_to_the_ridge() -> None:
     """Fewer captions than features: without a ridge the moment has no inverse."""
     _, updates, targets, captions = problem((2, 1))
     few = captions[:5]
-    merged = update_of(custom_diffusion.merge({"layer": updates}, targets, few)["layer"])
+    merged = update_of(merged_of(updates, targets, few))
     for concept, rows in targets.items():
         torch.testing.assert_close(merged @ rows.T, updates[concept] @ rows.T, rtol=1e-6, atol=1e-6)
 
@@ -112,6 +119,6 @@ def test_directions_that_no_caption_has_are_left_to_the_ridge() -> None:
 def test_refused() -> None:
     _, updates, targets, captions = problem((2,))
     with pytest.raises(ValueError, match="expected features of ordinary captions"):
-        custom_diffusion.merge({"layer": updates}, targets, captions[:0])
+        merged_of(updates, targets, captions[:0])
     with pytest.raises(ValueError, match="an update of 12 columns and captions of 5 features"):
-        custom_diffusion.merge_layer([updates["c0"]], [targets["c0"][:, :5]], torch.eye(5))
+        merged_of(updates, {"c0": targets["c0"][:, :5]}, captions[:, :5])

@@ -169,3 +169,67 @@ def test_refused(pack, miniature, clip, monkeypatch):
     monkeypatch.setattr(pack.nodes.bridge.training.layers, "UNetModel", torch.nn.Linear)
     with pytest.raises(ValueError, match="has no layers that read the prompt alone"):
         train(pack, miniature, task(pack))
+
+
+def merge(pack, miniature, prompts: str, captions: str = "a blue ring\na green square in outline style", **strengths):
+    """Of two random patches, as a pair; with what was merged, by layer."""
+    lora = pack.nodes.bridge.lora
+    readers = pack.nodes.bridge.training.layers.prompt_readers(miniature.model.model)
+    names = lora.keys.file_names(miniature.model.model)
+    updates = [
+        {
+            name: 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            for name, shape in readers.items()
+        }
+        for seed in (1, 2)
+    ]
+    sources = lora.loras.LoRASources(
+        {
+            concept: lora.loras.LoRASource(concept, {f"{names.kohya(k)}.diff": t for k, t in own.items()}, strength)
+            for concept, own, strength in zip(("content", "style"), updates, (1.0, 0.5), strict=True)
+        }
+    )
+    with torch.inference_mode():
+        made = pack.nodes.bridge.custom_diffusion.merge(miniature.model, miniature.clip, sources, prompts, captions)
+    return made, updates
+
+
+def test_a_merge_answers_each_prompt_as_its_own_patch_does(pack, miniature):
+    """Loaded by the stock loader, to the context that the host makes of each prompt's words."""
+    import comfy.lora
+    import comfy.sd
+
+    prompts = ["red star", "circle in neon style"]
+    (tensors, report), updates = merge(pack, miniature, "\n".join(prompts))
+    assert "18 layers" in report and "rank 6" in report and "2 ordinary captions" in report
+    with torch.inference_mode():
+        patched, _ = comfy.sd.load_lora_for_models(miniature.model, None, tensors, 1.0, 0.0)
+        assert set(patched.patches) == set(updates[0])
+        for text, own, strength in zip(prompts, updates, (1.0, 0.5), strict=True):
+            words = encoded(miniature.clip, text)[0][0][0][1 : 1 + len(text.split())].float()
+            for key, update in own.items():
+                weight = miniature.model.model.get_parameter(key).float()
+                merged = comfy.lora.calculate_weight(patched.patches[key], weight.clone(), key) - weight
+                expected = words @ (strength * update).T
+                torch.testing.assert_close(
+                    words @ merged.T, expected, rtol=2e-2, atol=5e-3 * float(expected.abs().max())
+                )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "captions", "says"),
+    [
+        ("red star", "a blue ring", "prompts has 1 lines and there are 2 LoRAs"),
+        ("red star\ncircle", " ", "captions is empty"),
+        ("red star\n()", "a blue ring", "has no words"),
+    ],
+)
+def test_a_merge_is_refused(pack, miniature, prompts, captions, says):
+    with pytest.raises(ValueError, match=says):
+        merge(pack, miniature, prompts, captions)
+
+
+def test_a_merge_of_other_layers_is_refused(pack, miniature, monkeypatch):
+    monkeypatch.setattr(pack.nodes.bridge.custom_diffusion, "prompt_readers", lambda model: {"other": (1, 2)})
+    with pytest.raises(ValueError, match="change no keys or values of cross-attention"):
+        merge(pack, miniature, "red star\ncircle")

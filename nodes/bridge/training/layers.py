@@ -53,8 +53,8 @@ def prompt_readers(model) -> dict[str, tuple[int, int]]:
     readers = {name: shape for name, shape in every.items() if _READ_PROMPTS.search(name)}
     if not readers:
         raise ValueError(
-            f"this model ({type(model.model_config).__name__}) has no layers that read the prompt alone; choose one that "
-            "has, such as SD 1.5 or SDXL"
+            f"this model ({type(model.model_config).__name__}) has no layers that read the prompt alone; choose one "
+            "that has, such as SD 1.5 or SDXL"
         )
     return readers
 
