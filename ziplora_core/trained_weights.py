@@ -1,5 +1,4 @@
-"""Custom Diffusion's training (arXiv 2212.04488, Sec. 3.2): whole updates of the layers that read the prompt, and the
-vectors of the concepts' words."""
+"""Custom Diffusion's training (arXiv 2212.04488, Sec. 3.2): whole updates of layers, and the concepts' words."""
 
 from __future__ import annotations
 
