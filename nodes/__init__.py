@@ -5,7 +5,9 @@ from .bridge.lora import routes
 from .bridge.saved import register_folder
 from .check import ZipCheck
 from .compare import CompareMerges
+from .custom_diffusion import MergeCustomDiffusion, TrainCustomDiffusion
 from .direct import DirectMergeLoRA
+from .embedding import TrainEmbedding
 from .export import ExportMergedLoRA
 from .guider import TwoScaleGuider
 from .k_lora import KLoRA
@@ -42,6 +44,9 @@ NODES = [
     ZipLoRAScores,
     BlindABSheet,
     TrainConceptLoRA,
+    TrainEmbedding,
+    TrainCustomDiffusion,
+    MergeCustomDiffusion,
     PairLoRAs,
     UnZipLoRA,
     LoadLoRAStack,

@@ -27,6 +27,7 @@ FIRST = {  # what people type -> the node of the pack that is meant
     "lora stack": "LoadLoRAStack",
     "lora pair": "LoadLoRAPair",
     "dreambooth": "TrainConceptLoRA",
+    "textual inversion": "TrainEmbedding",
     "report": "ZippedLoRAReport",
     "compare": "CompareMerges",
     "side by side": "CompareMerges",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import comfy.model_management as management
 import torch
@@ -90,11 +91,19 @@ def make(
 
 
 def make_for_training(
-    model, shapes: dict[str, tuple[int, int]], conditioning: list, latents: Tensor, rank: int, rows: int, room: int
+    model,
+    shapes: dict[str, tuple[int, int]],
+    conditioning: list,
+    latents: Tensor,
+    rank: int,
+    rows: int,
+    room: int,
+    is_whole: bool = False,
 ) -> Plan:
-    """As `make`, for training a LoRA of these layers, layer -> (out, in). latents: the largest, (1, C, *space)."""
+    """As `make`, for training a LoRA of these layers, layer -> (out, in). latents: the largest, (1, C, *space).
+    is_whole: not of a rank, but all numbers of these layers are trained."""
     dtype = compute_dtype(model.model)
-    numbers = sum(rank * (out + columns) for out, columns in shapes.values())
+    numbers = sum(out * columns if is_whole else rank * (out + columns) for out, columns in shapes.values())
     fixed = _TRAINED * numbers
     workspace = _workspace(model.model, dtype, rows * latents[0, 0].numel())
     with torch.inference_mode(False):
@@ -134,3 +143,10 @@ def room_for(model) -> int:
         return int(free)
     free += sum(e.model_loaded_memory() for e in management.current_loaded_models if e.device == device)
     return max(0, int(free - model.model_size() - management.extra_reserved_memory()))
+
+
+def taken_beside(model, others: Sequence[Any]) -> int:
+    """Bytes of that room which the weights of other ModelPatchers take, loaded together with it."""
+    if model.load_device.type == "cpu":
+        return 0
+    return int(sum(other.model_size() for other in others if other.load_device == model.load_device))

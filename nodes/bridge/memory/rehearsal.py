@@ -230,12 +230,15 @@ def rehearse(model, loras: LoRASet, conditioning: dict[str, list], latents: dict
 
 def rehearse_training(model, prompt: list, latents: Tensor, trained: TrainedLoRA) -> Rehearsal:
     """One row of latents (1, C, *space) with a LoRA on the meta device that is trained, whose own numbers are counted
-    elsewhere."""
+    elsewhere; where it has no layers, it is the prompt that is trained."""
     meta = MetaModel(model, trained.down, {_PROMPT: prompt})
     with torch.inference_mode(False):
         row = _meta(latents[:1]).float()
         network = _Network(meta.guider, {}, meta.injection)
         encoded = network.encode(_PROMPT, row)
+        context = getattr(encoded.get("c_crossattn"), "cond", None)
+        if not trained.down and context is not None:
+            context.requires_grad_()
 
     def forward() -> None:
         conditioning = {k: v.process_cond(batch_size=1, area=None) for k, v in encoded.items()}

@@ -130,6 +130,23 @@ def is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or cast
 
 
+@contextlib.contextmanager
+def frozen_layers(network: torch.nn.Module) -> Iterator[None]:
+    """Any network whose linear layers keep no weight for backward; where another pack has replaced one, it is left."""
+    injected: list[Replaced] = []
+    try:
+        for module in network.modules():
+            if _is_linear(module) and not is_replaced(module):
+                layer = _Linear(module, module.forward)
+                injected.append(Replaced(module, lambda x, layer=layer: frozen(x, layer)))
+        yield
+    finally:
+        while injected:
+            forward = injected.pop()
+            forward.end()
+            forward.restore()
+
+
 def blocks(model) -> list[torch.nn.Module]:
     """A BaseModel's transformer blocks, in the order in which they run."""
     return [module for module in model.diffusion_model.modules() if type(module).__name__ in _BLOCKS]

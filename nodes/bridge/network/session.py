@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
 
@@ -73,10 +73,13 @@ class Network:
 
     def encode(self, prompt: str, latents: Tensor) -> dict[str, Any]:
         """What the model makes of one of the guider's prompts at this latent size: context, vector with sizes, ..."""
+        return self._encode(self._guider.conds[prompt][0], latents)
+
+    def _encode(self, conditioning: dict[str, Any], latents: Tensor) -> dict[str, Any]:
         noise = torch.zeros_like(latents[:1])
         encoded = comfy.samplers.encode_model_conds(
             self._model.extra_conds,
-            [self._guider.conds[prompt][0].copy()],
+            [conditioning.copy()],
             noise,
             self._device,
             "positive",
@@ -170,15 +173,19 @@ def with_network(
     shape: torch.Size,
     need: int,
     work: Callable[[Any, Any, dict], T],
+    beside: Sequence[Any] = (),
 ) -> T:
     """Load a clone of a model as the host loads it for sampling, injected, and do some work with it: what that returns.
 
     model: ModelPatcher, not changed. prompts: conditionings by name. shape: of one latent (C, *space). need: bytes
     for which the host makes room beside the weights. work: called with (guider, clone, model_options), without gradient
-    and outside inference mode. Whatever happens in it (return, exception, interrupt), no injected layer is left behind.
+    and outside inference mode. beside: ModelPatchers that are loaded together with the model. Whatever happens in it
+    (return, exception, interrupt), no injected layer is left behind.
     """
     patcher = model.clone()
     leave_out(patcher)
+    if beside:
+        patcher.set_additional_models("ziplora", list(beside))
 
     def prepared(guider, model_options: dict) -> T:
         injection.is_patched = is_patched(guider.model_patcher, model_options)  # before our own forwards are on it

@@ -69,12 +69,12 @@ def check(task: Task) -> None:
         check_prompt("class_prompt", task.class_prompt)
 
 
-def _draw_class(model, prompt: list, task: Task) -> list[Tensor]:
+def draw_class(model, prompt: list, count: int, resolution: int, seed: int) -> list[Tensor]:
     """Latents of class pictures that the base model itself draws."""
     latents: list[Tensor] = []
-    while len(latents) < task.class_count:
-        request = sampling.ReferenceRequest(min(_AT_ONCE, task.class_count - len(latents)), task.resolution)
-        drawn = sampling.draw_plain(model, prompt, request, task.settings.seed + len(latents))
+    while len(latents) < count:
+        request = sampling.ReferenceRequest(min(_AT_ONCE, count - len(latents)), resolution)
+        drawn = sampling.draw_plain(model, prompt, request, seed + len(latents))
         if drawn is None:
             raise FloatingPointError(
                 "the base model draws no class pictures (its latents are not finite): load it in bf16 or fp32, or "
@@ -102,7 +102,8 @@ def prepare(model, clip, vae, task: Task) -> Prepared:
         if task.class_pictures:
             drawn = [encode(model, vae, f[None], task.resolution) for batch in task.class_pictures for f in batch]
         else:
-            drawn = _draw_class(model, data.prompts[number], task)
+            prompt, seed = data.prompts[number], task.settings.seed
+            drawn = draw_class(model, prompt, task.class_count, task.resolution, seed)
         priors = [training.Example(latents, number) for latents in drawn]
         data.pictures = training.Pictures(data.pictures.sets, priors)
     return data

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import torch
@@ -65,6 +66,37 @@ class Denoiser(session.Network):
             x0 = plain[0] + recipe.cfg * (wanted - plain[0]) if plain else wanted
             x = x + (x - x0) / sigma * (following - sigma)
         return x
+
+
+class WordDenoiser(Denoiser):
+    """A Denoiser of prompts that hold vectors which are trained, encoded anew for each pass.
+
+    said: of each such prompt, its number -> the conditioning that it makes now.
+    """
+
+    def __init__(self, guider, model_options: dict, injection: Injection, said: Mapping[str, Callable[[], list]]):
+        super().__init__(guider, model_options, injection)
+        self._said = said
+
+    def encode(self, prompt: str, latents: Tensor) -> dict[str, Any]:
+        if prompt not in self._said:
+            return super().encode(prompt, latents)
+        return self._encode(comfy.sampler_helpers.convert_cond(self._said[prompt]())[0], latents)
+
+    def _forget(self) -> None:
+        self._encoded = {key: value for key, value in self._encoded.items() if key[0] not in self._said}
+
+    def __call__(self, rows: training.Rows, branch: training.Adapted) -> tuple[Tensor, Tensor]:
+        self._forget()
+        return super().__call__(rows, branch)
+
+    @torch.no_grad()
+    def sample(self, prompt: int, latents: Tensor, branch: training.Adapted, seed: int) -> Tensor:
+        self._forget()
+        try:
+            return super().sample(prompt, latents, branch, seed)
+        finally:
+            self._forget()
 
 
 def picture(model, denoiser: Denoiser, data: Prepared, trained: training.Trainable, seed: int) -> Image.Image | None:

@@ -12,6 +12,7 @@ from ..network.bare import bare
 from ..network.injection import blocks
 
 _ATTENTION = re.compile(r"\.(?:attn\d?|attention|self_attn|cross_attn|img_attn|txt_attn)\.")
+_READ_PROMPTS = re.compile(r"\.attn2\.to_[kv]\.weight$")
 LAYERS = ("attention", "all linear", "B-LoRA", "B-LoRA content block", "B-LoRA style block")
 
 
@@ -43,6 +44,19 @@ def trained_layers(model, which: str, b_lora: Blocks = B_LORA_BLOCKS) -> dict[st
             )
         )
     return layers
+
+
+def prompt_readers(model) -> dict[str, tuple[int, int]]:
+    """As `trained_layers`, of the keys and values that cross-attention takes from the prompt. Raises ValueError where
+    this model has none of its own for it."""
+    every = trained_layers(model, "attention") if isinstance(model.diffusion_model, UNetModel) else {}
+    readers = {name: shape for name, shape in every.items() if _READ_PROMPTS.search(name)}
+    if not readers:
+        raise ValueError(
+            f"this model ({type(model.model_config).__name__}) has no layers that read the prompt alone; choose one "
+            "that has, such as SD 1.5 or SDXL"
+        )
+    return readers
 
 
 def _in_b_lora(path: str, which: str, b_lora: Blocks) -> bool:

@@ -23,16 +23,20 @@ def with_denoiser(
     settings: training.Settings,
     work: Callable[[Denoiser, training.Pictures, Any], T],
     loras_at_once: int = 1,
+    make: Callable[..., Denoiser] = Denoiser,
+    beside: Sequence[Any] = (),
+    is_whole: bool = False,
 ) -> tuple[plan.Plan, T]:
     """Plan memory, load the model frozen, and hand a denoiser, the pictures in its own space, and the device to `work`.
 
     Returns the plan that worked, and what `work` returned. Where memory runs out, once more with the least.
-    loras_at_once: of the rank, which are trained together.
+    loras_at_once: of the rank, which are trained together. make: the denoiser, as `Denoiser` is made. beside:
+    ModelPatchers that a step runs too. is_whole: all numbers of the layers are trained.
     """
     rows = settings.batch_size * (2 if data.pictures.priors else 1)
-    room = plan.room_for(model)
+    room = max(0, plan.room_for(model) - plan.taken_beside(model, beside))
     planned = plan.make_for_training(
-        model, shapes, data.prompts[0], data.largest, loras_at_once * settings.rank, rows, room
+        model, shapes, data.prompts[0], data.largest, loras_at_once * settings.rank, rows, room, is_whole
     )
     prompts = {str(number): conditioning for number, conditioning in enumerate(data.prompts)}
     prompts["empty"] = zeros(data.prompts[0])
@@ -48,10 +52,10 @@ def with_denoiser(
             given = data.pictures
             scored = None if given.scored is None else own([given.scored])[0]
             pictures = training.Pictures([own(part) for part in given.sets], own(given.priors), scored)
-            denoiser = Denoiser(guider, model_options, injection)
+            denoiser = make(guider, model_options, injection)
             return work(denoiser, pictures, patcher.load_device)
 
-        return session.with_network(model, injection, prompts, data.largest.shape[1:], planned.need, prepared)
+        return session.with_network(model, injection, prompts, data.largest.shape[1:], planned.need, prepared, beside)
 
     less = "lower resolution, batch_size or rank, or train fewer layers"
     return retry.carry_out(planned, attempt, "train", less)

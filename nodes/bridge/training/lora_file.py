@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 import folder_paths
@@ -32,18 +32,19 @@ class File:
     """One LoRA file of a run, written again and again, whole or not at all. Its name is chosen once; where another
     program has it by the first time that this is written, it is the next one.
 
-    steps: how many the file has; it is never replaced by one with fewer. tensors: what was to be written last, also
-    where the disk did not take it.
+    folder: that it is in, the output folder unless said. steps: how many the file has; it is never replaced by one with
+    fewer. tensors: what was to be written last, also where the disk did not take it.
     """
 
-    def __init__(self, model, prefix: str, about: dict[str, str]):
+    def __init__(self, model, prefix: str, about: dict[str, str], folder: str | None = None):
         self.model, self.about, self.steps = model, about, 0
         self.tensors: dict[str, Tensor] = {}
-        self.path = paths.reserve(prefix, folder_paths.get_output_directory(), ".safetensors")
+        self.folder = folder or folder_paths.get_output_directory()
+        self.path = paths.reserve(prefix, self.folder, ".safetensors")
 
     @property
     def name(self) -> str:
-        return os.path.relpath(self.path, folder_paths.get_output_directory())
+        return os.path.relpath(self.path, self.folder)
 
     def lora_name(self) -> str | None:
         """As the host lists it among its LoRAs; None where the file lies in no loras folder."""
@@ -57,18 +58,17 @@ class File:
 
     def write(self, factors: dict[str, Factors], steps: int) -> None:
         """Unless a try before has left more steps there. Raises OSError, and ValueError where numbers do not fit."""
-        self.tensors = lora_tensors(self.model, factors)
+        rank = str(next(iter(factors.values())).rank)
+        network = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+        self.put(lora_tensors(self.model, factors), steps, network)
+
+    def put(self, tensors: dict[str, Tensor], steps: int, metadata: Mapping[str, str]) -> None:
+        """As `write`, of tensors as the file is to hold them."""
+        self.tensors = tensors
         if steps < self.steps:
             return
-        rank = str(next(iter(factors.values())).rank)
-        metadata = {
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": rank,
-            "ss_network_alpha": rank,
-            "ss_steps": str(steps),
-            **self.about,
-        }
-        self.path = str(write_tensors(self.path, self.tensors, metadata))
+        about = {**metadata, "ss_steps": str(steps), **self.about}
+        self.path = str(write_tensors(self.path, self.tensors, about))
         self.steps = steps
 
     def said(self) -> str:

@@ -1,0 +1,85 @@
+"""Custom Diffusion's merge as the host's LORA_MODEL: what the captions of each concept mean is kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ziplora_core import custom_diffusion
+from ...ziplora_core.files import all_finite
+from ...ziplora_core.lora_set import Factors
+from .lora import fitting, loras
+from .network import checks
+from .progress.bar import Steps
+from .training.layers import prompt_readers
+from .training.lora_file import lora_tensors
+
+
+def _features(clip, text: str, own: bool) -> Tensor:
+    """A caption's features (n, in), float32: of its words alone, or of all its places."""
+    tokens = clip.tokenize(text, return_word_ids=True)
+    plain = {kind: [[token[:2] for token in batch] for batch in batches] for kind, batches in tokens.items()}
+    context = clip.encode_from_tokens_scheduled(plain)[0][0][0].float().cpu()
+    if not own:
+        return context
+    batches = next(iter(tokens.values()))
+    words = torch.tensor([bool(word) for batch in batches for _, _, word in batch])[: len(context)]
+    return context[: len(words)][words]
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+@torch.no_grad()
+def merge(model, clip, sources: loras.LoRASources, prompts: str, captions: str) -> tuple[dict[str, Tensor], str]:
+    """(LORA_MODEL, report): one LoRA, of as high a rank as the captions have words, of the layers that read the prompt.
+
+    model: ModelPatcher; says which layers there are. prompts: a line for each LoRA, in order. captions: ordinary ones,
+    a line each. Raises ValueError (LoRAFileError for a file that does not fit).
+    """
+    fitted = fitting.fit(sources, model.model)
+    readers, concepts = prompt_readers(model.model), list(fitted.loras.concepts)
+    own, ordinary = _lines(prompts), _lines(captions)
+    if len(own) != len(concepts):
+        raise ValueError(
+            f"prompts has {len(own)} lines and there are {len(concepts)} LoRAs; write one for each, in order"
+        )
+    if not ordinary:
+        raise ValueError("captions is empty; write some ordinary captions, which are to stay as they are")
+    layers = {name: dict(layer) for name, layer in fitted.loras.layers.items() if name in readers}
+    if not layers:
+        raise ValueError(
+            "these LoRAs change no keys or values of cross-attention; connect LoRAs that Train Custom Diffusion made"
+        )
+    targets = {concept: _features(clip, text, True) for concept, text in zip(concepts, own, strict=True)}
+    for text, rows in zip(own, targets.values(), strict=True):
+        if not len(rows):
+            raise ValueError(f"the prompt '{text}' has no words; write what stands for the concept")
+    others = torch.cat([_features(clip, text, False) for text in ordinary])
+    width = next(iter(readers.values()))[1]
+    if others.shape[1] != width:
+        raise ValueError(f"clip's prompts are {others.shape[1]} wide, this model's {width}; {checks.OTHER_CLIP}")
+    down = custom_diffusion.answering(torch.cat(list(targets.values())), custom_diffusion.second_moment(others))
+    merged, bar, drift, summed = {}, Steps(len(layers)), 0.0, 0.0
+    for name, layer in layers.items():
+        updates = {concept: Factors(f.up.cpu(), f.down.cpu(), f.scale) for concept, f in layer.items()}
+        factors = custom_diffusion.merge_layer(updates, targets, down)
+        if not all_finite(factors.up):
+            raise ValueError(f"the update of layer '{name}' is not finite; use another file")
+        together = [custom_diffusion.answer(f, others) for f in updates.values()]
+        drift += float(custom_diffusion.answer(factors, others).square().sum())
+        summed += float(torch.stack(together).sum(0).square().sum())
+        merged[name] = Factors(factors.up.float(), factors.down.float())
+        bar.advance()
+    lines = [
+        f"{len(layers)} layers (cross-attention keys and values), rank {down.shape[0]}: "
+        + ", ".join(f"'{text}' {len(rows)}" for text, rows in zip(own, targets.values(), strict=True))
+        + " words, kept",
+        f"{len(ordinary)} ordinary captions move by {(drift / summed) ** 0.5 if summed else 0.0:.2f} of what they move "
+        "by where the LoRAs are stacked",
+    ]
+    left = len(fitted.loras.layers) - len(layers)
+    if left:
+        lines.append(f"{left} other layers that the LoRAs change are left out: they do not read the prompt alone")
+    return lora_tensors(model, merged), "  \n".join([*lines, *fitted.notes])

@@ -1,0 +1,141 @@
+"""The host's text encoders, run for the gradient of the vectors that one word of a prompt stands for."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .foreign import CopyBeforeChange, OrdinaryTensors
+from .injection import frozen_layers
+
+_NAME = "ziplora_word"
+Rows = Mapping[str, Tensor]  # text encoder, as embedding files name it -> (vectors, width)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a prompt's tokens have a vector of the word."""
+
+    key: str
+    row: int
+
+
+class WordEncoder:
+    """A CLIP that encodes prompts with a word whose vectors are given, differentiable in these.
+
+    Tokens are the host's own, as of a prompt that names an embedding file. clip: not changed; while `injected`, its
+    text encoders' linear layers run frozen. Raises ValueError where no text encoder of it takes embeddings, or where
+    hooks are on it.
+    """
+
+    def __init__(self, clip: Any):
+        if getattr(clip.patcher, "forced_hooks", None) is not None:
+            raise ValueError("clip carries hooks; connect the checkpoint's own text encoder without them")
+        self._encoders: dict[str, tuple[str, Any]] = {}
+        for name, tokenizer in vars(clip.tokenizer).items():
+            takes = getattr(tokenizer, "embedding_directory", None) is not None
+            encoder = getattr(clip.cond_stage_model, name, None)
+            if takes and hasattr(encoder, "transformer"):
+                self._encoders[tokenizer.embedding_key] = (name, encoder)
+        if not self._encoders:
+            raise ValueError(
+                f"no text encoder of this clip ({type(clip.cond_stage_model).__name__}) takes embeddings; connect that "
+                "of a model whose prompts do, such as SDXL"
+            )
+        self._clip = clip
+        self._loaded = copy.copy(clip)  # encodes on what is loaded already
+        self._loaded.load_model = lambda *_, **__: clip.patcher
+
+    @property
+    def keys(self) -> list[str]:
+        """Of its text encoders, as embedding files name them."""
+        return list(self._encoders)
+
+    @property
+    def patcher(self) -> Any:
+        return self._clip.patcher
+
+    @torch.no_grad()
+    def start(self, text: str, vectors: int) -> dict[str, Tensor]:
+        """The vectors of some words, or of an `embedding:name`: the first so many, again from the first where there are
+        fewer. Raises ValueError where the text is no word."""
+        self._clip.load_model()
+        found = {}
+        for key, (name, encoder) in self._encoders.items():
+            tokenizer = getattr(self._clip.tokenizer, name)
+            batches = tokenizer.tokenize_with_weights(text, return_word_ids=True)
+            tokens = [token for batch in batches for token, _, word in batch if word]
+            if not tokens:
+                raise ValueError(f"initial_word '{text}' is no word; write one that is like the concept: dog, painting")
+            table = encoder.transformer.get_input_embeddings()
+            rows = [self._row(table, token) for token in tokens]
+            found[key] = torch.stack([rows[i % len(rows)] for i in range(vectors)])
+        return found
+
+    @staticmethod
+    def _row(table: Any, token: Any) -> Tensor:
+        if isinstance(token, Tensor):
+            return token.float().cpu()
+        row: Tensor = table(torch.tensor([[token]], device=table.weight.device), out_dtype=torch.float32)
+        return row[0, 0].cpu()
+
+    def tokens(self, text: str, word: str, vectors: int) -> dict[str, Any]:
+        """A prompt's tokens, with places for the vectors of `word`. Raises ValueError where the prompt lacks it."""
+        named, count = re.subn(rf"(?<!\w){re.escape(word)}(?!\w)", f" embedding:{_NAME} ", text)
+        if not count:
+            raise ValueError(f"the prompt '{text}' lacks the word '{word}'; write it where the concept stands")
+        spoken = copy.copy(self._clip)
+        spoken.tokenizer = copy.copy(self._clip.tokenizer)
+        with tempfile.TemporaryDirectory() as folder:
+            marked = {}
+            for number, (key, (name, _)) in enumerate(self._encoders.items()):
+                tokenizer = copy.copy(getattr(self._clip.tokenizer, name))
+                marks = torch.zeros(vectors, tokenizer.embedding_size)
+                marks[:, 0], marks[:, 1] = number, torch.arange(vectors)
+                known = tokenizer.embedding_directory
+                tokenizer.embedding_directory = [folder, *([known] if isinstance(known, str) else known)]
+                marked[key] = marks
+                setattr(spoken.tokenizer, name, tokenizer)
+            save_file(marked, Path(folder) / f"{_NAME}.safetensors")
+            tokens = spoken.tokenize(named)
+        return {kind: [[self._placed(t) for t in batch] for batch in batches] for kind, batches in tokens.items()}
+
+    def _placed(self, token: tuple) -> tuple:
+        mark = token[0]
+        if not (isinstance(mark, Tensor) and bool((mark[2:] == 0).all())):
+            return token
+        return (_Place(self.keys[int(mark[0])], int(mark[1])), *token[1:])
+
+    @contextlib.contextmanager
+    def injected(self) -> Iterator[None]:
+        with frozen_layers(self._clip.cond_stage_model):
+            yield
+
+    def encode(self, tokens: dict[str, Any], rows: Rows, load: bool = False) -> list:
+        """A conditioning as CLIP Text Encode makes it. load: the text encoders first, where they may lie elsewhere."""
+
+        def filled(token: tuple) -> tuple:
+            at = token[0]
+            return (rows[at.key][at.row], *token[1:]) if isinstance(at, _Place) else token
+
+        given = {kind: [[filled(t) for t in batch] for batch in batches] for kind, batches in tokens.items()}
+        if load:
+            self._clip.load_model()
+        with contextlib.ExitStack() as stack:
+            if torch.is_grad_enabled():
+                copies = CopyBeforeChange()
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(copies.keep, copies.kept))
+                stack.enter_context(copies)
+                stack.enter_context(OrdinaryTensors())
+            conditioning: list = self._loaded.encode_from_tokens_scheduled(given)
+        return conditioning

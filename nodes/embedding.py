@@ -1,0 +1,131 @@
+"""TrainEmbedding: from pictures to a word of one's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.v0_0_2 import io
+
+from ..ziplora_core.trained_embedding import Settings
+from . import inputs
+from .bridge.disk import provenance
+from .bridge.training import embedding
+from .bridge.training.embedding import Task
+from .schema import Schema
+from .sockets import LossMapSocket
+
+_PROMPTS = "\n".join(
+    f"a {kind} of a *"
+    for kind in ("photo", "close-up photo", "bright photo", "dark photo", "cropped photo", "rendering", "good picture")
+)
+
+
+class TrainEmbedding(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Schema:
+        return Schema(
+            node_id="TrainEmbedding",
+            display_name="Train Embedding",
+            category="ZipLoRA/train",
+            search_aliases=["textual inversion", "embedding from pictures", "train word"],
+            description="Learns a new word from one to five pictures (Textual Inversion): its vectors alone are "
+            "trained, the model and the text encoders stay as they are. Writes an embedding.",
+            is_output_node=True,
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The base model. LoRAs may be on it already."),
+                io.Clip.Input("clip", tooltip="The base model's text encoder, by which the word is read."),
+                io.Vae.Input("vae", tooltip="The base model's VAE."),
+                io.Image.Input(
+                    "images",
+                    tooltip="One to five pictures of the subject or in the style, of any sizes: a batch, or a list.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default=_PROMPTS,
+                    tooltip="Captions, with the word in it; each line is used with each picture. "
+                    "For a style: 'a painting in the style of *'.",
+                ),
+                io.String.Input(
+                    "word", default=Task.word, tooltip="What stands for the concept in these prompts, and only there."
+                ),
+                io.String.Input(
+                    "initial_word",
+                    default=Task.initial,
+                    tooltip="A common word that is like the concept: 'dog', 'painting'; its vectors are the start. "
+                    "Or embedding:name, to go on from a file.",
+                ),
+                inputs.whole(
+                    Settings, "vectors", "How many vectors the word has, the paper's 1. More hold more, and obey less."
+                ),
+                inputs.whole(Settings, "steps", "Updates, the paper's 5000."),
+                inputs.fraction(Settings, "learning_rate", 1e-4, "Adam's rate, the paper's 0.005."),
+                inputs.whole(
+                    Settings, "batch_size", "Pictures per step. More is steadier, slower, and takes more memory."
+                ),
+                inputs.resolution(Task.resolution),
+                inputs.seed("Seed of the noise, the timesteps and the order of pictures and prompts."),
+                io.String.Input(
+                    "filename_prefix",
+                    default=Task.prefix,
+                    tooltip="Name of the file in models/embeddings, which is numbered; prompts call it by that name.",
+                ),
+                inputs.sample_every(
+                    "Draw a rough sample on the node every so many steps (40 passes each); 0 for never."
+                ),
+                inputs.save_every(
+                    "Write the file every so many steps too; 0 for only at the end. An interrupt writes it as well."
+                ),
+            ],
+            hidden=[io.Hidden.prompt],
+            outputs=[
+                io.String.Output(display_name="embedding", tooltip="As prompts name it: embedding:concept_00001_."),
+                LossMapSocket.Output(display_name="loss_map", tooltip="The loss of each step, for Plot Loss Graph."),
+                io.String.Output(
+                    display_name="report", tooltip="What was trained on what, for how long, and the memory."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images, **lists) -> io.NodeOutput:
+        given: dict[str, Any] = {
+            name: "\n".join(values) if name == "prompt" else values[0] for name, values in lists.items()
+        }
+        inputs.connected(**{name: given[name] for name in ("model", "clip", "vae")})
+        task = read_task(images, **given)
+        task.metadata = provenance.workflow(cls.hidden)
+        done = embedding.train_embedding(given["model"], given["clip"], given["vae"], task)
+        return io.NodeOutput(done.embedding, done.loss_map, done.report)
+
+
+def read_task(
+    images: Any,
+    prompt: str,
+    word: str,
+    initial_word: str,
+    vectors: int,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    resolution: int,
+    seed: int,
+    filename_prefix: str,
+    sample_every: int = inputs.SAMPLE_EVERY,
+    save_every: int = inputs.SAVE_EVERY,
+    **_: Any,
+) -> Task:
+    """Raises ValueError for a value that the API let through."""
+    settings = Settings(steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed, vectors=vectors)
+    return Task(
+        images,
+        [line.strip() for line in prompt.splitlines() if line.strip()],
+        settings,
+        word.strip(),
+        initial_word,
+        filename_prefix,
+        resolution,
+        sample_every,
+        save_every,
+    )
