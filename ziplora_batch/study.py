@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
 from . import folder as disk
 from .errors import BatchError
 from .results import DONE
@@ -190,6 +188,8 @@ class _Pictures:
         return self._by_path[path]
 
     def _small(self, path: Path) -> bytes:
+        from PIL import Image, ImageOps  # which no other command needs
+
         try:
             with Image.open(path) as opened:
                 image = ImageOps.exif_transpose(opened).convert("RGB")

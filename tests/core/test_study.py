@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import csv
+import contextlib
 import re
 from collections import Counter
 from pathlib import Path
@@ -16,6 +16,8 @@ from devhost.studies import METHODS, draw, key, table
 from ziplora_batch import study
 from ziplora_batch.__main__ import main
 from ziplora_batch.errors import BatchError
+from ziplora_batch.jobs import Job
+from ziplora_batch.results import DONE, ERROR, Outcome, Picture, Results
 
 
 def made(rows: list[study.Row], seed: int = 0, against: str | None = None) -> str:
@@ -112,23 +114,23 @@ def test_a_table_that_is_none_is_refused_in_a_sentence(
     assert re.search(f"^error: .*{says}", capsys.readouterr().err) and not (tmp_path / "study.html").exists()
 
 
-def results(folder: Path, method: str, names: list[str], count: int = 1, **changed: str) -> Path:
-    """A folder as `ziplora_batch run` leaves it."""
-    columns = ["row", "name", "status", "files", "content_lora", "style_lora", "content_picture", "style_picture"]
+def results(
+    folder: Path, method: str, names: list[str], count: int = 1, status: str = DONE, lost: bool = False
+) -> Path:
+    """A folder of `ziplora_batch run`, as its own code writes one. lost: its pictures are gone afterwards."""
     place = folder / method
-    lines = []
-    for number, name in enumerate(names):
-        files = [
-            str(draw(place / "files" / f"{name} {at}.png", 9 * number + at).relative_to(place)) for at in range(count)
-        ]
-        row = {"row": f"{number}", "name": name, "status": "done", "files": "\n".join(files)}
-        row |= {"content_lora": f"{name}.safetensors", "style_lora": "'=ink.safetensors"}
-        row |= {"content_picture": f"0123456789ab_{name}.png", "style_picture": "gone.png"}
-        lines.append({**row, **changed})
-    with (place / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(lines)
+    jobs = []
+    with contextlib.closing(Results(place)) as written:
+        for number, name in enumerate(names, 1):
+            paths = [draw(place / "files" / f"{name} {at}.png", 9 * number + at) for at in range(count)]
+            files = [Picture(str(path.relative_to(place)), path.stat().st_size) for path in paths]
+            values = {"content_lora": f"{name}.safetensors", "style_lora": "=ink.safetensors"}
+            values |= {"content_picture": f"0123456789ab_{name}.png", "style_picture": "gone.png"}
+            jobs.append(Job(number, name, values, {}, f"{number}"))
+            written.add(Outcome(f"{number}", status, files=files, report="two\nlines"))
+        written.table(jobs)
+    for path in place.glob("files/*.png") if lost else ():
+        path.unlink()
     return place
 
 
@@ -154,11 +156,11 @@ def test_results_of_a_batch_for_each_method_are_a_study(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "says"),
     [
-        ({}, {"status": "error"}, "no row is done in all of"),
+        ({}, {"status": ERROR}, "no row is done in all of"),
         ({}, {"names": ["x"]}, "no row is done in all of"),
-        ({"names": ["a", "a"]}, {}, "line 3: a second row is called 'a'"),
+        ({"names": ["a", "a"]}, {}, "line 5: a second row is called 'a'"),
         ({"count": 2}, {}, r"row 'a' has not as many pictures in each folder \(zipped 2, stacked 1\)"),
-        ({}, {"files": "files/gone.png"}, "row 'a', stacked: .*gone.png is no file"),
+        ({}, {"lost": True}, "row 'a', stacked: .*a 0.png is no file"),
     ],
 )
 def test_results_that_do_not_fit_together_are_refused(tmp_path: Path, first: Any, second: Any, says: str) -> None:
