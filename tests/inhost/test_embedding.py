@@ -339,3 +339,16 @@ def test_a_disk_that_takes_no_file_is_an_error(pack, miniature, clip, monkeypatc
     monkeypatch.setattr(pack.nodes.bridge.training.lora_file, "write_tensors", full)
     with pytest.raises(OSError, match="could not be written: no space left"):
         train(pack, miniature, task(pack))
+
+
+def test_memory_is_planned_for_a_prompt_that_is_trained(pack, miniature):
+    """The rehearsal keeps what backward to the prompt takes: most of what a LoRA takes, though no layer is trained."""
+    rehearsal, bridge = pack.nodes.bridge.memory.rehearsal, pack.nodes.bridge.training
+    TrainedLoRA = pack.ziplora_core.trained_lora.TrainedLoRA
+    prompt, latents = encoded(miniature.clip, "a star"), torch.zeros(1, 4, 16, 16)
+    every = bridge.layers.trained_layers(miniature.model.model, "attention")
+    with torch.inference_mode(False):
+        nothing, lora = TrainedLoRA({}, 1, 0, "meta"), TrainedLoRA(every, 4, 0, "meta")
+    word = rehearsal.rehearse_training(miniature.model, prompt, latents, nothing).kept(0)
+    whole = rehearsal.rehearse_training(miniature.model, prompt, latents, lora).kept(0)
+    assert 0.5 * whole < word < 1.5 * whole
