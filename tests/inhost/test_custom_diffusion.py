@@ -171,6 +171,40 @@ def test_refused(pack, miniature, clip, monkeypatch):
         train(pack, miniature, task(pack))
 
 
+def test_the_nodes_train_and_merge_with_what_they_are_given(pack, miniature, clip, folder, output, monkeypatch):
+    tasks = []
+    bridge = pack.nodes.bridge.training.custom_diffusion
+    own = bridge.train
+    monkeypatch.setattr(bridge, "train", lambda *a: tasks.append(a[3]) or own(*a))
+    given = {
+        "prompt": "a * star", "word": "*", "initial_word": "circle", "steps": 2, "learning_rate": 1e-3,
+        "batch_size": 2, "resolution": 128, "seed": 5, "filename_prefix": "loras/mine", "sample_every": 0,
+        "save_every": 0, "class_prompt": "a star\na ring", "class_count": 1, "prior_weight": 0.5,
+        "second_prompt": "a * ring", "second_initial_word": "square",
+    }  # fmt: skip
+    lists = {name: [value] for name, value in given.items()}
+    images = {
+        name: [pictures(1, 128, 128, seed=i)] for i, name in enumerate(("images", "second_images", "class_images"))
+    }
+    parts = {"model": [miniature.model], "clip": [clip], "vae": [miniature.vae]}
+    with torch.inference_mode():
+        done = pack.nodes.TrainCustomDiffusion.execute(**lists, **images, **parts)
+    lora, embedding, loss_map, report, file = done.args
+    assert embedding.splitlines() == ["embedding:mine_00001_", "embedding:mine_00002_"] and len(loss_map["loss"]) == 2
+    assert (output / file).is_file() and "class pictures: 2, weight 0.5" in report and len(lora) == 18
+    (asked,) = tasks
+    first, second = asked.concepts
+    assert (first.initial, second.initial) == ("circle", "square") and second.prompts == ["a * ring"]
+    assert (first.class_prompt, second.class_prompt) == ("a star", "a ring")
+    with torch.inference_mode():
+        pair = pack.nodes.PairLoRAs.execute(lora, {k: 2 * t for k, t in lora.items()}, 1.0, 1.0).args[0]
+        words = "\n".join(f"{name} star" for name in embedding.splitlines())
+        merged, said = pack.nodes.MergeCustomDiffusion.execute(miniature.model, clip, pair, words, "a ring").args
+    assert len(merged) == 3 * 18 and "rank 4" in said and "1 ordinary captions" in said
+    with pytest.raises(ValueError, match="second_prompt has no pictures"):
+        pack.nodes.TrainCustomDiffusion.execute(**lists, images=images["images"], **parts)
+
+
 def merge(pack, miniature, prompts: str, captions: str = "a blue ring\na green square in outline style", **strengths):
     """Of two random patches, as a pair; with what was merged, by layer."""
     lora = pack.nodes.bridge.lora

@@ -22,10 +22,11 @@ WORD, PROMPTS = "*", ["a * in flat style", "a red * on the left in neon style"]
 def folder(tmp_path, monkeypatch):
     import folder_paths
 
-    endings = folder_paths.folder_names_and_paths["embeddings"][1]
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([str(tmp_path)], endings))
+    endings, own = folder_paths.folder_names_and_paths["embeddings"][1], tmp_path / "embeddings"
+    own.mkdir()  # the host looks for an embedding in every folder below
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([str(own)], endings))
     folder_paths.filename_list_cache.clear()
-    return tmp_path
+    return own
 
 
 @pytest.fixture
@@ -304,3 +305,50 @@ def test_word_is_found_whole(pack, clip):
     tokens = words.tokens("a star, and a star", "star", 1)
     places = [t for batch in tokens["l"] for t, *_ in batch if not isinstance(t, int)]
     assert len(places) == 2
+
+
+def test_the_node_trains_with_what_it_is_given(pack, miniature, clip, folder, monkeypatch):
+    """Its inputs are lists; several prompts, of a list or of lines, are as many captions."""
+    tasks = []
+    bridge = pack.nodes.bridge.training.embedding
+    own = bridge.train_embedding
+    monkeypatch.setattr(bridge, "train_embedding", lambda *a: tasks.append(a[3]) or own(*a))
+    given = {
+        "prompt": "a * star\n\nin a * style", "word": "*", "initial_word": "circle", "vectors": 2, "steps": 2,
+        "learning_rate": 1e-3, "batch_size": 1, "resolution": 128, "seed": 5, "filename_prefix": "mine",
+        "sample_every": 0, "save_every": 1,
+    }  # fmt: skip
+    lists = {name: [value] for name, value in given.items()} | {"images": [pictures(1, 128, 96), pictures(2, 96, 128)]}
+    parts = {"model": [miniature.model], "clip": [clip], "vae": [miniature.vae]}
+    with torch.inference_mode():
+        done = pack.nodes.TrainEmbedding.execute(**lists, **parts)
+    embedding, loss_map, report = done.args
+    assert embedding == "embedding:mine_00001_" and len(loss_map["loss"]) == 2
+    assert "3 pictures, 2 prompts" in report and "2 vectors (clip_l 32, clip_g 64)" in report
+    (asked,) = tasks
+    assert asked.prompts == ["a * star", "in a * style"] and asked.initial == "circle"
+    settings = asked.settings
+    assert (settings.vectors, settings.steps, settings.learning_rate, settings.seed) == (2, 2, 1e-3, 5)
+    assert (asked.sample_every, asked.save_every) == (0, 1)
+
+
+def test_a_disk_that_takes_no_file_is_an_error(pack, miniature, clip, monkeypatch):
+    def full(path, tensors, metadata):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(pack.nodes.bridge.training.lora_file, "write_tensors", full)
+    with pytest.raises(OSError, match="could not be written: no space left"):
+        train(pack, miniature, task(pack))
+
+
+def test_memory_is_planned_for_a_prompt_that_is_trained(pack, miniature):
+    """The rehearsal keeps what backward to the prompt takes: most of what a LoRA takes, though no layer is trained."""
+    rehearsal, bridge = pack.nodes.bridge.memory.rehearsal, pack.nodes.bridge.training
+    TrainedLoRA = pack.ziplora_core.trained_lora.TrainedLoRA
+    prompt, latents = encoded(miniature.clip, "a star"), torch.zeros(1, 4, 16, 16)
+    every = bridge.layers.trained_layers(miniature.model.model, "attention")
+    with torch.inference_mode(False):
+        nothing, lora = TrainedLoRA({}, 1, 0, "meta"), TrainedLoRA(every, 4, 0, "meta")
+    word = rehearsal.rehearse_training(miniature.model, prompt, latents, nothing).kept(0)
+    whole = rehearsal.rehearse_training(miniature.model, prompt, latents, lora).kept(0)
+    assert 0.5 * whole < word < 1.5 * whole

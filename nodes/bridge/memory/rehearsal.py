@@ -236,9 +236,10 @@ def rehearse_training(model, prompt: list, latents: Tensor, trained: TrainedLoRA
         row = _meta(latents[:1]).float()
         network = _Network(meta.guider, {}, meta.injection)
         encoded = network.encode(_PROMPT, row)
-        context = getattr(encoded.get("c_crossattn"), "cond", None)
-        if not trained.down and context is not None:
-            context.requires_grad_()
+        parts = [getattr(part, "cond", None) for part in encoded.values()]
+        for part in parts if not trained.down else ():
+            if isinstance(part, Tensor) and part.is_floating_point():
+                part.requires_grad_()
 
     def forward() -> None:
         conditioning = {k: v.process_cond(batch_size=1, area=None) for k, v in encoded.items()}

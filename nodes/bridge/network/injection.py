@@ -136,7 +136,7 @@ def frozen_layers(network: torch.nn.Module) -> Iterator[None]:
     injected: list[Replaced] = []
     try:
         for module in network.modules():
-            if _is_linear(module) and not is_replaced(module):
+            if is_linear(module) and not is_replaced(module):
                 layer = _Linear(module, module.forward)
                 injected.append(Replaced(module, lambda x, layer=layer: frozen(x, layer)))
         yield

@@ -151,7 +151,7 @@ def train(model, clip, vae, task: Task) -> Trained:
     said: dict[str, Callable[[], list]] = {}
 
     def work(denoiser: Denoiser, pictures: training.Pictures, device: torch.device) -> None:
-        own = [TrainedEmbedding(start) for start in words.starts]
+        own = [TrainedEmbedding(start, device) for start in words.starts]
         trained = TrainedWeights(shapes, own, settings.batch_size, device)
         for number, (index, tokens) in enumerate(words.tokens):
             said[str(number)] = partial(encoder.encode, tokens, own[index].rows)

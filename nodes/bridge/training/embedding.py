@@ -115,7 +115,7 @@ def train_embedding(model, clip, vae, task: Task) -> Trained:
     said: dict[str, Callable[[], list]] = {}
 
     def work(denoiser: Denoiser, pictures: training.Pictures, device: torch.device) -> None:
-        trained = TrainedEmbedding(start)
+        trained = TrainedEmbedding(start, device)
         said.update({str(number): partial(encoder.encode, one, trained.rows) for number, one in enumerate(tokens)})
 
         def write(steps: int) -> str:
