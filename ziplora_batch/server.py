@@ -233,10 +233,8 @@ class Server:
     @staticmethod
     def remembered(entry: Mapping[str, Any]) -> bool:
         """Whether a prompt's history says that something came from the server's cache."""
-        for message in (entry.get("status") or {}).get("messages") or []:
-            if isinstance(message, list) and message[:1] == ["execution_cached"] and isinstance(message[-1], dict):
-                return bool(message[-1].get("nodes"))
-        return False
+        said = [m for m in (entry.get("status") or {}).get("messages") or [] if isinstance(m, list) and len(m) > 1]
+        return any(kind == "execution_cached" and isinstance(of, dict) and of.get("nodes") for kind, of, *_ in said)
 
     async def _post(self, path: str, body: Any) -> None:
         await patiently(lambda: self._to.ask("POST", path, lambda answer: None, json=body), _TRIES)
