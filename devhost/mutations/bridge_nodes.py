@@ -7,8 +7,27 @@ from . import faults
 NODES = ("tests/inhost/test_contracts_nodes.py",)
 CSD = ("tests/inhost/test_csd.py",)
 COMPARED = ("tests/inhost/test_compare.py",)
+GUIDED = ("tests/inhost/test_guider.py",)
 
 MUTANTS = [
+    *faults(
+        "nodes/bridge/guider.py",
+        GUIDED,
+        ("the style pulls from nothing", "(adapted - positive)", "adapted"),
+        ("one scale for both", "self.style_scale * (adapted", "self.text_scale * (adapted"),
+        ("every patch, the base's too", "patches[len(before) :]", "patches"),
+        ("patches at one strength", "strength_model=strength, strength_clip", "strength_model=1.0, strength_clip"),
+        (
+            "its own prompt is not heard",
+            "own = positive if adapted_positive is None else adapted_positive",
+            "own = positive",
+        ),
+        ("the model that came in is hooked", "TwoScales(model.clone())", "TwoScales(model)"),
+        ("any checkpoint", 'getattr(adapted, "model", None) is not model.model', "False"),
+        ("what is merged is a LoRA", "patch[_MODEL_STRENGTH] != 1", "patch is None"),
+        ("other settings are a LoRA", "if differ or merged", "if merged"),
+        ("all three are always run", "if one_scale:\n                conds", "if False:\n                conds"),
+    ),
     *faults(
         "nodes/inputs.py",
         NODES,
