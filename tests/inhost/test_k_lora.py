@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from families import FAMILIES
+from test_apply import stock
+from test_formats import as_sources
 from test_safety import left_behind
 
 STEPS = 6
@@ -318,3 +322,18 @@ def test_three_loras_and_loaders_of_the_same_files_are_refused(pack, patcher, fi
         loaded = comfy.sd.load_lora_for_models(loaded, None, lora, 1.0, 0)[0]
     with pytest.raises(ValueError, match="on it already, by LoRA loaders"):
         k_lora(pack, loaded, files)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_draws_with_the_one_lora_that_is_chosen_everywhere(pack, name, monkeypatch):
+    family = FAMILIES[name]
+    family.shrink(monkeypatch)
+    patcher = family.patcher()
+    files = SimpleNamespace(
+        sources=as_sources(pack, family.lora(patcher.model, 4, 1), family.lora(patcher.model, 2, 2))
+    )
+    ours, *_ = k_lora(pack, patcher, files, alpha=0.0, beta=0.0)
+    expected = family.sample(stock(patcher, files.sources["content"].tensors))
+    found, bare = family.sample(ours), family.sample(patcher)
+    assert (found - expected).norm() < 0.01 * (expected - bare).norm()
+    assert left_behind(patcher) == []
