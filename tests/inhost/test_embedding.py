@@ -250,9 +250,23 @@ def one_encoder(folder):
     return made
 
 
-@pytest.mark.parametrize("kind", ["miniature", "one encoder", "weights"])
+def t5(folder):
+    """PixArt's text encoder in every joint, 32 wide."""
+    import comfy.sd
+    from comfy.text_encoders.pixart_t5 import PixArtTokenizer, pixart_te
+
+    config = {"d_ff": 64, "d_kv": 16, "d_model": 32, "num_heads": 2, "num_layers": 2}
+    target = SimpleNamespace(params={}, clip=pixart_te(), tokenizer=PixArtTokenizer)
+    with torch.inference_mode():
+        made = comfy.sd.CLIP(target, [str(folder)], model_options={"t5xxl_model_config": config})
+        for i, weight in enumerate(made.cond_stage_model.parameters()):
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
+    return made
+
+
+@pytest.mark.parametrize("kind", ["miniature", "one encoder", "weights", "T5"])
 def test_the_text_encoders_gradient_is_the_difference_of_their_outputs(pack, miniature, clip, folder, kind):
-    clip = one_encoder(folder) if kind == "one encoder" else clip
+    clip = {"one encoder": one_encoder, "T5": t5}.get(kind, lambda _: clip)(folder)
     with torch.inference_mode(False):
         words = pack.nodes.bridge.network.text_gradient.WordEncoder(clip)
         start = words.start("red star", 2)
@@ -261,7 +275,8 @@ def test_the_text_encoders_gradient_is_the_difference_of_their_outputs(pack, min
         def said(rows):
             context, options = words.encode(tokens, rows, load=True)[0]
             weights = torch.linspace(-1, 1, context[0].numel()).view(context.shape)
-            return (context * weights).mean() + options["pooled_output"].mean()
+            pooled = options.get("pooled_output")
+            return (context * weights).mean() + (0.0 if pooled is None else pooled.mean())
 
         rows = {key: t.clone().requires_grad_() for key, t in start.items()}
         with torch.enable_grad(), words.injected():

@@ -44,7 +44,8 @@ class WordEncoder:
         self._encoders: dict[str, tuple[str, Any]] = {}
         for name, tokenizer in vars(clip.tokenizer).items():
             takes = getattr(tokenizer, "embedding_directory", None) is not None
-            encoder = getattr(clip.cond_stage_model, name, None)
+            model, short = clip.cond_stage_model, name.removeprefix("clip_")  # hosts call T5's tokenizer clip_t5xxl
+            encoder = getattr(model, name, None) or getattr(model, short, None)
             if takes and hasattr(encoder, "transformer"):
                 self._encoders[tokenizer.embedding_key] = (name, encoder)
         if not self._encoders:
