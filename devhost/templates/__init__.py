@@ -22,6 +22,8 @@ SKETCHES: tuple[Callable[[], Graph], ...] = (
     sketches.stack,
     sketches.two_scales,
     sketches.k_lora,
+    sketches.embedding,
+    sketches.custom_diffusion,
 )
 TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.start,

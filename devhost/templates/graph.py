@@ -27,6 +27,9 @@ _TALL = {  # of nodes that show something when they have run, or a picture
     "ZipCheck": 560,
     "CompareMerges": 560,
     "TrainConceptLoRA": 840,
+    "TrainEmbedding": 840,
+    "TrainCustomDiffusion": 840,
+    "MergeCustomDiffusion": 480,
     "UnZipLoRA": 920,
 }
 _FORM = {  # what App mode asks for: the widgets that a user fills in, by node

@@ -75,3 +75,25 @@ def two_scales() -> Graph:
         latent_image=parts.canvas(),
     )
     return parts.graph
+
+
+def embedding() -> Graph:
+    parts = Parts("embedding", "")
+    parts.graph.column("Picture")
+    picture = parts.references()[0]
+    parts.graph.column("Train")
+    word = parts.train("TrainEmbedding", images=picture)
+    parts.report(word[2])
+    return parts.graph
+
+
+def custom_diffusion() -> Graph:
+    """One concept trained; two that were, merged."""
+    parts = Parts("custom_diffusion", "")
+    parts.graph.column("Picture")
+    picture = parts.references()[0]
+    parts.graph.column("Train")
+    parts.train("TrainCustomDiffusion", images=picture)
+    parts.graph.column("Merge")
+    parts.graph.add("MergeCustomDiffusion", model=parts.model, clip=parts.clip, lora_pair=parts.pair())
+    return parts.graph

@@ -44,6 +44,8 @@ CLOSE_UPS = {
     "stack": ("LoadLoRAStack", "ZipLoRAReference"),
     "two_scales": ("TwoScaleGuider",),
     "k_lora": ("KLoRA",),
+    "embedding": ("TrainEmbedding",),
+    "custom_diffusion": ("TrainCustomDiffusion", "MergeCustomDiffusion"),
 }
 ON_A_HELP_PAGE = 60  # quality: letters can be read at a help panel's width, and the archive stays small
 PUBLISH = bool(os.environ.get("ZIPLORA_PUBLISH"))  # with the defaults, as a help page should show them
