@@ -147,7 +147,9 @@ def put_on(model, clip, sources: LoRASources, alpha: float, beta: float) -> tupl
             "and convolution layers"
         )
     steps = Steps(max(len(shared), 1))
-    scores = k_lora.scores(replace(fitted.loras, layers=shared), management.get_torch_device(), steps.advance)
+    device = management.get_torch_device()
+    device = torch.device("cpu") if device.type == "mps" else device  # whose top-k knows a few numbers only
+    scores = k_lora.scores(replace(fitted.loras, layers=shared), device, steps.advance)
     rest = ZippedLoRA(sources, replace(fitted, loras=others), Coefficients.ones(others))
     model, clip = apply_once(model, clip, rest, 1.0)
     dtype = compute_dtype(model.model)
