@@ -35,6 +35,7 @@ from .network.weights import compute_dtype
 from .progress.bar import Steps
 
 _KEY = "ziplora_k_lora"
+_BEFORE = "diffusion_model.llm_adapter."  # Anima's, which reads the prompt once, before the sampler has a noise level
 
 
 class Update(torch.nn.Module):
@@ -129,13 +130,16 @@ def _with(module: torch.nn.Module, update: Update) -> Callable[..., Tensor]:
 def put_on(model, clip, sources: LoRASources, alpha: float, beta: float) -> tuple[Any, Any, str]:
     """(model, clip) clones that draw by K-LoRA, and a report; what came in is not changed. clip may be None.
 
-    Layers that one LoRA alone changes have it all the time, bias and norm differences and text-encoder parts too, as
-    by a LoRA loader. Raises LoRAFileError where a file is another model's, and ValueError as `k_lora.scores` does,
-    where LoRA loaders have put the same files on, and for layers whose forward cannot be added to.
+    Layers that one LoRA alone changes have it all the time, and what reads the prompt, text encoders too, has both, as
+    by LoRA loaders; bias and norm differences as well. Raises LoRAFileError where a file is another model's, and
+    ValueError as `k_lora.scores` does, where LoRA loaders have put the same files on, and for layers whose forward
+    cannot be added to.
     """
     began = time.monotonic()
     fitted = fitting.fit(sources, model.model)
-    shared = {name: layer for name, layer in fitted.loras.layers.items() if len(layer) > 1}
+    layers = fitted.loras.layers.items()
+    shared = {name: layer for name, layer in layers if len(layer) > 1 and not name.startswith(_BEFORE)}
+    others = LoRASet(fitted.loras.concepts, {name: layer for name, layer in layers if name not in shared})
     odd = [n for n in shared if not (is_linear(_module(model.model, n)) or is_convolution(_module(model.model, n)))]
     if odd:
         raise ValueError(
@@ -143,8 +147,11 @@ def put_on(model, clip, sources: LoRASources, alpha: float, beta: float) -> tupl
             "and convolution layers"
         )
     steps = Steps(max(len(shared), 1))
-    scores = k_lora.scores(fitted.loras, management.get_torch_device(), steps.advance)
-    model, clip = apply_once(model, clip, _rest(sources, fitted), 1.0)
+    device = management.get_torch_device()
+    device = torch.device("cpu") if device.type == "mps" else device  # whose top-k knows a few numbers only
+    scores = k_lora.scores(replace(fitted.loras, layers=shared), device, steps.advance)
+    rest = ZippedLoRA(sources, replace(fitted, loras=others), Coefficients.ones(others))
+    model, clip = apply_once(model, clip, rest, 1.0)
     dtype = compute_dtype(model.model)
     with torch.inference_mode(False), torch.no_grad():
         updates = {name: {c: Update(f, dtype) for c, f in layer.items()} for name, layer in shared.items()}
@@ -156,13 +163,6 @@ def put_on(model, clip, sources: LoRASources, alpha: float, beta: float) -> tupl
     # which the host makes room for, and moves, with the model
     model.set_additional_models(key, [ModelPatcher(held, model.load_device, management.unet_offload_device())])
     return model, clip, _report(sources, fitted, scores, (alpha, beta), time.monotonic() - began)
-
-
-def _rest(sources: LoRASources, fitted: fitting.FittedSet) -> ZippedLoRA:
-    """What is not chosen from, as a pair of all ones."""
-    alone = {name: layer for name, layer in fitted.loras.layers.items() if len(layer) == 1}
-    rest = LoRASet(fitted.loras.concepts, alone)
-    return ZippedLoRA(sources, replace(fitted, loras=rest), Coefficients.ones(rest))
 
 
 def _report(
@@ -187,7 +187,7 @@ def _report(
     details = [
         f"K-LoRA: alpha {alpha:g}, beta {beta:g}, gamma {scores.gamma:.3g}",
         *described.files(sources, fitted),
-        f"layers: {layers} that both change, of {whole}",
+        f"layers: {layers} that are chosen for, of {whole}",
         *(f"note: {note}" for note in fitted.notes),
     ]
     return described.report(said, details)
