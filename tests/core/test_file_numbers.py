@@ -166,9 +166,9 @@ def test_a_file_of_another_format_is_refused(tmp_path):
     path = tmp_path / "z.safetensors"
     saved.write(path, m, about)
     said = json.loads(files.read_metadata(path)["ziplora"])
-    save_file(load_file(path), path, {"ziplora": json.dumps({**said, "format": "ziplora 4"})})
+    save_file(load_file(path), path, {"ziplora": json.dumps({**said, "format": "ziplora 5"})})
     for read in (saved.read, saved.read_about):
-        with pytest.raises(LoRAFileError, match="format 'ziplora 4', this version reads 'ziplora 1', 'ziplora 2', 'z"):
+        with pytest.raises(LoRAFileError, match="format 'ziplora 5', this version reads 'ziplora 1', 'ziplora 2', 'z"):
             read(path)
 
 
