@@ -135,7 +135,7 @@ def test_another_models_file_is_refused(pack, folders, pair):
         (lambda path: path.write_bytes(b"no safetensors at all"), "not a safetensors file"),
         (lambda path: save_file(load_file(path), path), "is no zipped pair"),
         (lambda path: save_file(load_file(path), path, {"ziplora": "{"}), "broken metadata"),
-        (lambda path: save_file(load_file(path), path, {"ziplora": '{"format": "ziplora 4"}'}), "update the pack"),
+        (lambda path: save_file(load_file(path), path, {"ziplora": '{"format": "ziplora 5"}'}), "update the pack"),
         (lambda path: path.unlink(), "is missing"),
     ],
 )
