@@ -3,6 +3,7 @@
     python3 dev.py run -m demo.art.train draw                fetch the emoji sets, draw the atlas (minutes)
     python3 dev.py run -m demo.art.train sheets              contact sheets of drawings and techniques
     python3 dev.py run -m demo.art.train vae latents base    autoencoder; scenes as latents; UNet and text encoders
+    python3 dev.py run -m demo.art.train keep                the autoencoder into the repository, when it is good
     python3 dev.py run -m demo.art.train judge decoder       judges; the decoder sharpened, into the checkpoint
     python3 dev.py run -m demo.art.train loras gates         LoRAs; their gates and the base's, `world.json`
     python3 dev.py run -m demo.art.train figures             PSNR and edges of the autoencoders, side by side
@@ -23,10 +24,10 @@ from pathlib import Path
 import torch
 
 from .. import parallel
-from . import atlas, contact, figures, finish, fit_base, fit_decoder, fit_judge, fit_vae, latents, model
+from . import atlas, contact, figures, finish, fit_base, fit_decoder, fit_judge, fit_vae, latents, model, settled
 from .sets import CACHE, DEV
 
-PARTS = ("draw", "sheets", "vae", "latents", "base", "judge", "decoder", "loras", "gates", "figures", "look")
+PARTS = ("draw", "sheets", "vae", "keep", "latents", "base", "judge", "decoder", "loras", "gates", "figures", "look")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,10 @@ def run(part: str, plan: Plan) -> None:
     elif part == "vae":
         large = fit_vae.ON_A_GPU if device == "cuda" else {}
         parallel.launch(fit_vae.fit, plan.processes, plan.short(fit_vae.VaeSettings(work, device, **large)))
+    elif part == "keep":
+        settled.keep(work)
     elif part == "latents":
+        settled.take(work)
         parallel.launch(latents.make, plan.processes, work, plan.base.shards, device)
     elif part == "base":
         model.write_words()

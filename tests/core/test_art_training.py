@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy_art import toy_atlas
 
-from demo.art import autoencoder, concepts, fit_base, gates, judge, latents, scenes, sets, subjects, techniques
+from demo.art import autoencoder, concepts, fit_base, gates, judge, latents, scenes, sets, settled, subjects, techniques
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +128,12 @@ def test_sharpness_is_whole_for_the_truth_and_less_for_a_blur() -> None:
     noisy = autoencoder.sharpness((pictures - 0.1).clamp(0, 1), pictures)
     error = (pictures * 0.01).flatten(1).mean(1)
     assert noisy["psnr"] == pytest.approx(float((-10 * error.log10()).mean()), rel=1e-4)
+
+
+def test_the_autoencoder_that_is_kept_shows_a_plain_picture(tmp_path: Path) -> None:
+    settled.take(tmp_path)
+    model = autoencoder.load(torch.load(tmp_path / "weights" / "vae.pt")).eval()
+    picture = torch.full((1, 3, 128, 128), 0.9)
+    picture[:, :, 32:96, 40:88] = torch.tensor([0.2, 0.5, 0.3]).view(3, 1, 1)
+    with torch.no_grad():
+        assert (model.decode(model.encode(picture)) - picture).abs().mean() < 0.02
