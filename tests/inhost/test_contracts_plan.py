@@ -196,9 +196,9 @@ def test_class_pictures_are_planned_for_as_so_many_more_rows(pack):
     patcher, bridge, asked_for = tiny.tiny_patcher(), pack.nodes.bridge, []
     real = bridge.memory.plan.make_for_training
 
-    def make(model, shapes, conditioning, latents, rank, rows, room):
+    def make(model, shapes, conditioning, latents, rank, rows, room, is_whole):
         asked_for.append((rank, rows))
-        return real(model, shapes, conditioning, latents, rank, rows, room)
+        return real(model, shapes, conditioning, latents, rank, rows, room, is_whole)
 
     bridge.memory.plan.make_for_training = make
     try:
