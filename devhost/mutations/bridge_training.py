@@ -49,7 +49,7 @@ MUTANTS = [
     *faults(
         "nodes/bridge/training/concept.py",
         TRAINING,
-        ("every batch of class pictures is the same", "task.settings.seed + len(latents)", "task.settings.seed"),
+        ("every batch of class pictures is the same", "request, seed + len(latents)", "request, seed"),
     ),
     *faults(
         "nodes/bridge/training/pictures.py",

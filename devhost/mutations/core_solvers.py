@@ -198,7 +198,7 @@ MUTANTS = [
         "ziplora_core/zipper.py",
         ZIPPER,
         ("the gradient starts from ones", "settings, on_step, start)", "settings, on_step)"),
-        ("ridge ignored", "solved, settings.ridge", "solved, 1.0"),
+        ("ridge ignored", "start = layerwise.merge(*given, settings.ridge)", "start = layerwise.merge(*given, 1.0)"),
         ("seed ignored", "references, settings.seed, solved", "references, 0, solved"),
         ("layers not told", "            on_layer(layer)", "            pass"),
         ("steps not told", "settings, on_step, start)", "settings, None, start)"),
