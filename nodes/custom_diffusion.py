@@ -6,12 +6,13 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
+from ..ziplora_core.checks import lines
 from ..ziplora_core.trained_weights import Settings
 from . import inputs
 from .bridge.custom_diffusion import merge
 from .bridge.disk import provenance
 from .bridge.lora.zipped import sources_of
-from .bridge.training import concept, custom_diffusion
+from .bridge.training import custom_diffusion
 from .bridge.training.custom_diffusion import Concept, Task
 from .schema import Schema
 from .sockets import LoRAModelSocket, LoRAsToZipSocket, LossMapSocket
@@ -80,9 +81,7 @@ class TrainCustomDiffusion(io.ComfyNode):
                     default=Task.prefix,
                     tooltip="Name of the file in the output folder, numbered; the embeddings are called likewise.",
                 ),
-                inputs.sample_every(
-                    "Draw a rough sample on the node every so many steps (40 passes each); 0 for never."
-                ),
+                inputs.sample_every(),
                 inputs.save_every(
                     "Write the files every so many steps too; 0 for only at the end. An interrupt writes them as well."
                 ),
@@ -98,20 +97,8 @@ class TrainCustomDiffusion(io.ComfyNode):
                     optional=True,
                     tooltip="Pictures of the first concept's class. Not connected: the base model draws them.",
                 ),
-                io.Int.Input(
-                    "class_count",
-                    default=Task.class_count,
-                    **inputs.span(concept.CLASS_COUNT),
-                    optional=True,
-                    tooltip="How many class pictures the base model draws.",
-                ),
-                io.Float.Input(
-                    "prior_weight",
-                    **inputs.setting(Settings, "prior_weight"),
-                    step=0.1,
-                    optional=True,
-                    tooltip="Weight of the class pictures' loss.",
-                ),
+                inputs.class_count(Task.class_count),
+                inputs.prior_weight(Settings),
                 io.Image.Input(
                     "second_images", optional=True, tooltip="A second concept's pictures, trained together with it."
                 ),
@@ -184,10 +171,10 @@ def read_task(
     **_: Any,
 ) -> Task:
     """Raises ValueError for a value that the API let through."""
-    classes = [*_lines(class_prompt), "", ""]
-    concepts = [Concept(images, _lines(prompt), word.strip(), initial_word, classes[0])]
+    classes = [*lines(class_prompt), "", ""]
+    concepts = [Concept(images, lines(prompt), word.strip(), initial_word, classes[0])]
     if second_images is not None:
-        concepts.append(Concept(second_images, _lines(second_prompt), word.strip(), second_initial_word, classes[1]))
+        concepts.append(Concept(second_images, lines(second_prompt), word.strip(), second_initial_word, classes[1]))
     elif second_prompt.strip():
         raise ValueError("second_prompt has no pictures; connect second_images, or empty it")
     settings = Settings(
@@ -203,10 +190,6 @@ def read_task(
         sample_every,
         save_every,
     )
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 class MergeCustomDiffusion(io.ComfyNode):

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
+from ..ziplora_core.checks import lines
 from ..ziplora_core.trained_embedding import Settings
 from . import inputs
 from .bridge.disk import provenance
@@ -71,12 +72,8 @@ class TrainEmbedding(io.ComfyNode):
                     default=Task.prefix,
                     tooltip="Name of the file in models/embeddings, which is numbered; prompts call it by that name.",
                 ),
-                inputs.sample_every(
-                    "Draw a rough sample on the node every so many steps (40 passes each); 0 for never."
-                ),
-                inputs.save_every(
-                    "Write the file every so many steps too; 0 for only at the end. An interrupt writes it as well."
-                ),
+                inputs.sample_every(),
+                inputs.save_every(),
             ],
             hidden=[io.Hidden.prompt],
             outputs=[
@@ -120,7 +117,7 @@ def read_task(
     settings = Settings(steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed, vectors=vectors)
     return Task(
         images,
-        [line.strip() for line in prompt.splitlines() if line.strip()],
+        lines(prompt),
         settings,
         word.strip(),
         initial_word,

@@ -10,6 +10,7 @@ from comfy_api.v0_0_2 import io
 
 from ..ziplora_core import solver, training
 from ..ziplora_core.checks import SEED, Range
+from .bridge.training.concept import CLASS_COUNT
 from .bridge.training.pictures import RESOLUTION
 from .bridge.training.run import INTERVAL
 
@@ -82,12 +83,36 @@ def resolution(default: int) -> io.Int.Input:
     )
 
 
-def sample_every(tooltip: str) -> io.Int.Input:
+def sample_every(
+    tooltip: str = "Draw a rough sample on the node every so many steps (40 passes each); 0 for never.",
+) -> io.Int.Input:
     return io.Int.Input("sample_every", default=SAMPLE_EVERY, **span(INTERVAL), optional=True, tooltip=tooltip)
 
 
-def save_every(tooltip: str) -> io.Int.Input:
+def save_every(
+    tooltip: str = "Write the file every so many steps too; 0 for only at the end. An interrupt writes it as well.",
+) -> io.Int.Input:
     return io.Int.Input("save_every", default=SAVE_EVERY, **span(INTERVAL), optional=True, tooltip=tooltip)
+
+
+def class_count(default: int) -> io.Int.Input:
+    return io.Int.Input(
+        "class_count",
+        default=default,
+        **span(CLASS_COUNT),
+        optional=True,
+        tooltip="How many class pictures the base model draws.",
+    )
+
+
+def prior_weight(settings: Settings) -> io.Float.Input:
+    return io.Float.Input(
+        "prior_weight",
+        **setting(settings, "prior_weight"),
+        step=0.1,
+        optional=True,
+        tooltip="Weight of the class pictures' loss.",
+    )
 
 
 def strength(name: str, tooltip: str, **options: Any) -> io.Float.Input:

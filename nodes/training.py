@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
+from ..ziplora_core.checks import lines
 from ..ziplora_core.training import Settings
 from . import inputs
 from .bridge.disk import provenance
@@ -72,12 +73,8 @@ class TrainConceptLoRA(io.ComfyNode):
                     tooltip="Name of the file in the output folder, which is numbered; output/loras is a folder that "
                     "ComfyUI loads LoRAs from.",
                 ),
-                inputs.sample_every(
-                    "Draw a rough sample on the node every so many steps (40 passes each); 0 for never."
-                ),
-                inputs.save_every(
-                    "Write the file every so many steps too; 0 for only at the end. An interrupt writes it as well."
-                ),
+                inputs.sample_every(),
+                inputs.save_every(),
                 inputs.continue_from(
                     "A LoRA that was trained here with the same layers and rank: goes on after its steps."
                 ),
@@ -93,20 +90,8 @@ class TrainConceptLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="Pictures of the class. Not connected: the base model draws them, once per run.",
                 ),
-                io.Int.Input(
-                    "class_count",
-                    default=Task.class_count,
-                    **inputs.span(concept.CLASS_COUNT),
-                    optional=True,
-                    tooltip="How many class pictures the base model draws.",
-                ),
-                io.Float.Input(
-                    "prior_weight",
-                    **inputs.setting(Settings, "prior_weight"),
-                    step=0.1,
-                    optional=True,
-                    tooltip="Weight of the class pictures' loss.",
-                ),
+                inputs.class_count(Task.class_count),
+                inputs.prior_weight(Settings),
                 io.Image.Input(
                     "second_images",
                     optional=True,
@@ -172,9 +157,9 @@ def read_task(
     **_: Any,
 ) -> Task:
     """Raises ValueError for a value that the API let through."""
-    sets = [TrainingImages(images, _lines(prompt))]
+    sets = [TrainingImages(images, lines(prompt))]
     if second_images is not None:
-        sets.append(TrainingImages(second_images, _lines(second_prompt)))
+        sets.append(TrainingImages(second_images, lines(second_prompt)))
     elif second_prompt.strip():
         raise ValueError("second_prompt has no pictures; connect second_images, or empty it")
     return Task(
@@ -190,7 +175,3 @@ def read_task(
         save_every,
         inputs.file_to_continue(continue_from),
     )
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -100,13 +100,18 @@ def read_table(path: Path) -> list[Row]:
 def _csv(path: Path, text: str) -> Iterator[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise BatchError(f"{path}, line {reader.line_num}: {len(reader.fieldnames or ())} columns expected")
-            if any(row.values()):
-                yield row
+        yield from (row for _, row in cells(path, reader))
     except csv.Error as error:
         raise BatchError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def cells(path: Path, reader: csv.DictReader[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and cells of every row that is not empty. Raises BatchError for one of other columns."""
+    for row in reader:
+        if None in row or None in row.values():
+            raise BatchError(f"{path}, line {reader.line_num}: {len(reader.fieldnames or ())} columns expected")
+        if any(row.values()):
+            yield reader.line_num, row
 
 
 def _jsonl(path: Path, text: str) -> Iterator[dict[str, Any]]:

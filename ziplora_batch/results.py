@@ -188,6 +188,11 @@ def _safe(cells: Iterable[Any]) -> list[Any]:
     ]
 
 
+def as_it_was(cell: str) -> str:
+    """A cell of `results.csv` without the apostrophe that was put before it."""
+    return cell[1:] if cell[:1] == "'" and cell[1:2] in _FORMULA else cell
+
+
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 

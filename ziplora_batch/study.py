@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from . import folder as disk
+from . import jobs
 from .errors import BatchError
-from .results import DONE
+from .results import DONE, as_it_was
 
 QUESTION = "Which picture draws the subject best in the style?"
 KEYS = 9  # pictures that a question can have: a digit each
@@ -87,7 +88,7 @@ def _done(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     seen: set[str] = set()
     for line, cells in _csv(path):
         _has(path, cells, ("name", "status", "files", *_OF_RESULTS[:2]))
-        cells = {column: re.sub(r"^'(?=[=+\-@\t\r\n＝＋－＠])", "", cell) for column, cell in cells.items()}
+        cells = {column: as_it_was(cell) for column, cell in cells.items()}
         if cells["status"] == DONE and cells["files"]:
             if cells["name"] in seen:
                 raise BatchError(f"{path}, line {line}: a second row is called '{cells['name']}'; give rows names")
@@ -102,11 +103,7 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         columns = list(reader.fieldnames or ())
         if len(set(columns)) < len(columns):
             raise BatchError(f"{path} has two columns of one name: {', '.join(columns)}")
-        for cells in reader:
-            if None in cells or None in cells.values():
-                raise BatchError(f"{path}, line {reader.line_num}: {len(columns)} columns expected")
-            if any(cells.values()):
-                yield reader.line_num, cells
+        yield from jobs.cells(path, reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BatchError(f"{path} cannot be read as a table: {error}") from error
 

@@ -40,3 +40,8 @@ def one_of(name: str, value: object, options: Iterable[str]) -> None:
     known = list(options)  # a list may be asked for what has no hash
     if value not in known:
         raise ValueError(f"{name} is '{shown(str(value), 40)}'; expected one of: {', '.join(known)}")
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a text that say something, without the blanks around them."""
+    return [line.strip() for line in text.splitlines() if line.strip()]

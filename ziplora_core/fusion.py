@@ -207,7 +207,7 @@ def merge(
     raises ends the run. Deterministic for a seed. Raises FloatingPointError where a layer's numbers are not finite.
     """
     loras, activity = joined.loras, layerwise.Activity()
-    device = torch.device("cpu") if joined.device.type == "mps" else joined.device  # which has no float64
+    device = shares.device_of_float64(joined.device)
     routing, coefficients = {}, {c: dict(of) for c, of in Coefficients.ones(loras).by_concept.items()}
     wide = {name for name, layer in loras.layers.items() if width(layer) > LARGEST}
     left = set(loras.layers) - wide

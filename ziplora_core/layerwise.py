@@ -106,7 +106,7 @@ def merge(
     it or the predictor raises ends the run. Deterministic for a seed. Raises FloatingPointError where a layer's numbers
     are not finite.
     """
-    device = torch.device("cpu") if joined.device.type == "mps" else joined.device  # which has no float64
+    device = shares.device_of_float64(joined.device)
     with torch.inference_mode(False), torch.no_grad():
         activity = record(joined, predictor, references, seed)
     return shares.merge(joined.loras, ridge, lambda name, layer: activity.of(name, list(layer)), on_layer, device)

@@ -190,7 +190,7 @@ def merge(
     raises ends the run. Deterministic for a seed. Raises FloatingPointError where a layer's numbers are not finite.
     """
     loras, names, seen, activity = joined.loras, set(routable(joined.loras)), Seen(), layerwise.Activity()
-    device = torch.device("cpu") if joined.device.type == "mps" else joined.device  # which has no float64
+    device = shares.device_of_float64(joined.device)
     routing, coefficients = {}, {c: dict(of) for c, of in Coefficients.ones(loras).by_concept.items()}
     with torch.inference_mode(False), torch.no_grad():
         layerwise.teach(predictor, references, seed, lambda index: SeeingBranch(joined, index, names, seen, activity))

@@ -30,6 +30,11 @@ from .lora_set import Factors, Layer, LoRASet, column_grams
 RIDGE = 0.3
 
 
+def device_of_float64(device: torch.device) -> torch.device:
+    """Where layers are solved: Apple's GPUs have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def shares(grams: Tensor, active: Tensor | None = None) -> Tensor:
     """v of a layer's columns, (columns, n): each LoRA's weight there. Their sum over LoRAs is 1 in the mean.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,14 +27,11 @@ class Settings(training.Settings):
     ranges: ClassVar[Mapping[str, Range]] = {**training.Settings.ranges, "vectors": Range(1, 64)}
 
 
-class TrainedEmbedding:
+class TrainedEmbedding(training.Plain):
     """rows: text encoder -> (vectors, width), float32 and trained. start: what they are at first."""
 
     def __init__(self, start: Mapping[str, Tensor], device: torch.device | str = "cpu"):
         self.rows = {key: t.detach().to(device, torch.float32, copy=True).requires_grad_() for key, t in start.items()}
-
-    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        return [{"params": self.tensors(), "lr": learning_rate}]
 
     def tensors(self) -> list[Tensor]:
         return list(self.rows.values())
@@ -42,15 +39,9 @@ class TrainedEmbedding:
     def branch(self, rows: Rows | None = None) -> Adapted:
         return _Unchanged()
 
-    def penalty(self) -> None:
-        return None
-
     def largest(self) -> None:
         """No layer of the network is changed."""
         return None
-
-    def before(self, step: int, probe: Callable[[], None]) -> None:
-        pass
 
     @torch.no_grad()
     def learned(self) -> dict[str, Tensor]:

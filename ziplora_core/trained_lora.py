@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .frozen import Base, frozen
 from .lora_set import Factors
-from .training import Adapted, Rows
+from .training import Adapted, Plain, Rows
 
 
-class TrainedLoRA:
+class TrainedLoRA(Plain):
     """The factors of one LoRA, float32: down from a uniform distribution, up zero, alpha = rank, as trainers do.
 
     shapes: layer -> (out, in). The LoRA's seed decides `down`, so two LoRAs take two.
@@ -33,17 +33,11 @@ class TrainedLoRA:
     def parameters(self) -> list[Tensor]:
         return [*self.down.values(), *self.up.values()]
 
-    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        return [{"params": self.parameters(), "lr": learning_rate}]
-
     def tensors(self) -> list[Tensor]:
         return self.parameters()
 
     def branch(self, rows: Rows | None = None) -> Adapted:
         return _Branch(self)
-
-    def penalty(self) -> None:
-        return None
 
     def largest(self) -> str | None:
         sizes = self.sizes()
@@ -54,9 +48,6 @@ class TrainedLoRA:
         """Layer -> ‖up‖·‖down‖, infinite where one of them is not finite."""
         sizes = {n: float(torch.linalg.norm(up) * torch.linalg.norm(self.down[n])) for n, up in self.up.items()}
         return {name: size if math.isfinite(size) else math.inf for name, size in sizes.items()}
-
-    def before(self, step: int, probe: Callable[[], None]) -> None:
-        pass
 
     def added(self, name: str, x: Tensor) -> Tensor:
         """up · down · x in the dtype of x; differentiable in all three."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Settings(training.Settings):
     batch_size: int = 8
 
 
-class TrainedWeights:
+class TrainedWeights(training.Plain):
     """updates: layer -> ΔW (out, in), float32, zero at first. words: of each concept.
 
     shapes: layer -> (out, in). scale: of the learning rate, the pictures of a step.
@@ -44,7 +44,7 @@ class TrainedWeights:
         self.words, self._scale = list(words), scale
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        return [{"params": self.tensors(), "lr": learning_rate * self._scale}]
+        return super().groups(learning_rate * self._scale)
 
     def tensors(self) -> list[Tensor]:
         return [*self.updates.values(), *(rows for word in self.words for rows in word.tensors())]
@@ -52,17 +52,11 @@ class TrainedWeights:
     def branch(self, rows: Rows | None = None) -> Adapted:
         return _Branch(self)
 
-    def penalty(self) -> None:
-        return None
-
     @torch.no_grad()
     def largest(self) -> str | None:
         sizes = {name: float(torch.linalg.norm(update)) for name, update in self.updates.items()}
         sizes = {name: size if math.isfinite(size) else math.inf for name, size in sizes.items()}
         return max(sizes, key=sizes.__getitem__) if any(sizes.values()) else None
-
-    def before(self, step: int, probe: Callable[[], None]) -> None:
-        pass
 
     @torch.no_grad()
     def learned(self) -> dict[str, Tensor]:

@@ -128,6 +128,22 @@ class Trainable(Protocol):
         """Called before a step (from 0). probe: adds the gradient of one batch's loss, without the penalty."""
 
 
+class Plain:
+    """Of a `Trainable`: all at one rate, without a penalty, and with nothing to do before a step."""
+
+    def tensors(self) -> list[Tensor]:
+        raise NotImplementedError
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        return [{"params": self.tensors(), "lr": learning_rate}]
+
+    def penalty(self) -> None:
+        return None
+
+    def before(self, step: int, probe: Callable[[], None]) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Step:
     """After an update: its number (from 1), how many there will be, and its loss without and with the penalty."""

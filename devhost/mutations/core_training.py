@@ -11,6 +11,7 @@ MUTANTS = [
     *faults(
         "ziplora_core/training.py",
         TRAINING,
+        ("the rate is ignored", '"lr": learning_rate', '"lr": 1e-3'),
         ("prior weight ignored", "generator), settings.prior_weight))", "generator), 1.0))"),
         ("one timestep for the whole run", "((step * len(drawn) + row) * GOLDEN + start)", "(row * GOLDEN + start)"),
         ("one timestep for all rows", "((step * len(drawn) + row) * GOLDEN + start)", "(step * GOLDEN + start)"),
@@ -113,7 +114,6 @@ MUTANTS = [
         ),
         ("another rank fits", "set(factors) != set(layers) or ranks != {rank}", "set(factors) != set(layers)"),
         ("other layers fit", "set(factors) != set(layers) or ranks != {rank}", "ranks != {rank}"),
-        ("the rate is ignored", '"lr": learning_rate', '"lr": 1e-3'),
         (
             "factors are not copies",
             "(self.up[name].cpu().clone(), self.down[name].cpu().clone())",

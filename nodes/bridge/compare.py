@@ -13,6 +13,7 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ...ziplora_core.checks import lines
 from ...ziplora_core.direct import plain_sum
 from ...ziplora_core.files import shown
 from . import direct
@@ -49,14 +50,14 @@ class Compared:
 
 def read_prompts(text: str) -> list[str]:
     """The lines of a text that say something. Raises ValueError where there are none, or too many."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
+    rows = lines(text)
+    if not rows:
         raise ValueError("prompts is empty; write what to draw: a prompt, or several with a line for each")
-    if len(lines) > MOST_ROWS:
-        raise ValueError(f"prompts: {len(lines)} lines are too many rows; at most {MOST_ROWS} fit")
-    for number, line in enumerate(lines, 1):
+    if len(rows) > MOST_ROWS:
+        raise ValueError(f"prompts: {len(rows)} lines are too many rows; at most {MOST_ROWS} fit")
+    for number, line in enumerate(rows, 1):
         check_prompt(f"prompts: line {number}", line)
-    return lines
+    return rows
 
 
 def read_dials(text: str) -> list[float]:

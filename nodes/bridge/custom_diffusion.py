@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ziplora_core import custom_diffusion
+from ...ziplora_core.checks import lines
 from ...ziplora_core.files import all_finite
 from ...ziplora_core.lora_set import Factors
 from .lora import fitting, loras
@@ -27,10 +28,6 @@ def _features(clip, text: str, own: bool) -> Tensor:
     return context[: len(words)][words]
 
 
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 @torch.no_grad()
 def merge(model, clip, sources: loras.LoRASources, prompts: str, captions: str) -> tuple[dict[str, Tensor], str]:
     """(LORA_MODEL, report): one LoRA, of as high a rank as the captions have words, of the layers that read the prompt.
@@ -40,7 +37,7 @@ def merge(model, clip, sources: loras.LoRASources, prompts: str, captions: str) 
     """
     fitted = fitting.fit(sources, model.model)
     readers, concepts = prompt_readers(model.model), list(fitted.loras.concepts)
-    own, ordinary = _lines(prompts), _lines(captions)
+    own, ordinary = lines(prompts), lines(captions)
     if len(own) != len(concepts):
         raise ValueError(
             f"prompts has {len(own)} lines and there are {len(concepts)} LoRAs; write one for each, in order"
@@ -72,7 +69,7 @@ def merge(model, clip, sources: loras.LoRASources, prompts: str, captions: str) 
         summed += float(torch.stack(together).sum(0).square().sum())
         merged[name] = Factors(factors.up.float(), factors.down.float())
         bar.advance()
-    lines = [
+    said = [
         f"{len(layers)} layers (cross-attention keys and values), rank {down.shape[0]}: "
         + ", ".join(f"'{text}' {len(rows)}" for text, rows in zip(own, targets.values(), strict=True))
         + " words, kept",
@@ -81,5 +78,5 @@ def merge(model, clip, sources: loras.LoRASources, prompts: str, captions: str) 
     ]
     left = len(fitted.loras.layers) - len(layers)
     if left:
-        lines.append(f"{left} other layers that the LoRAs change are left out: they do not read the prompt alone")
-    return lora_tensors(model, merged), "  \n".join([*lines, *fitted.notes])
+        said.append(f"{left} other layers that the LoRAs change are left out: they do not read the prompt alone")
+    return lora_tensors(model, merged), "  \n".join([*said, *fitted.notes])

@@ -6,10 +6,9 @@ patches, wrappers and injections stay what and where they are.
 
 from __future__ import annotations
 
-import contextlib
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +29,7 @@ from .lora import described, fitting
 from .lora.loras import LoRASources
 from .lora.zipped import ZippedLoRA
 from .network.injection import convolution_options, is_convolution, is_linear
-from .network.replaced import Replaced
+from .network.replaced import replacing
 from .network.weights import compute_dtype
 from .progress.bar import Steps
 
@@ -78,7 +77,11 @@ class Switch:
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
     ) -> Tensor:
         options = {} if transformer_options is None else transformer_options
-        with self._acting(executor.class_obj, self.chosen(executor.class_obj, t, options)):
+        model = executor.class_obj
+        layers = (
+            (_module(model, name), self._updates[name][of]) for name, of in self.chosen(model, t, options).items()
+        )
+        with replacing((module, _with(module, update)) for module, update in layers):
             result: Tensor = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
             return result
 
@@ -95,19 +98,6 @@ class Switch:
         if sigmas is None:
             sigmas = model.model_sampling.sigmas.flip(0)
         return self._scores.chosen(self._factor(k_lora.progress(high, sigmas)))
-
-    @contextlib.contextmanager
-    def _acting(self, model, chosen: Mapping[str, str]) -> Iterator[None]:
-        put: list[Replaced] = []
-        try:
-            for name, concept in chosen.items():
-                module = _module(model, name)
-                put.append(Replaced(module, _with(module, self._updates[name][concept])))
-            yield
-        finally:
-            for forward in reversed(put):
-                forward.end()
-                forward.restore()
 
 
 def _module(model, name: str) -> torch.nn.Module:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -25,7 +27,7 @@ from ....ziplora_core.frozen import Base, frozen
 from .differentiable import adds_in_place, copying
 from .experts import is_mixture, over_all
 from .foreign import Given, Rerun, run_again_in_backward
-from .replaced import Replaced, is_replaced
+from .replaced import Replaced, is_replaced, replacing
 from .weights import cast
 
 _CONV_INPUT = {
@@ -130,21 +132,10 @@ def is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or cast
 
 
-@contextlib.contextmanager
-def frozen_layers(network: torch.nn.Module) -> Iterator[None]:
+def frozen_layers(network: torch.nn.Module) -> AbstractContextManager[None]:
     """Any network whose linear layers keep no weight for backward; where another pack has replaced one, it is left."""
-    injected: list[Replaced] = []
-    try:
-        for module in network.modules():
-            if is_linear(module) and not is_replaced(module):
-                layer = _Linear(module, module.forward)
-                injected.append(Replaced(module, lambda x, layer=layer: frozen(x, layer)))
-        yield
-    finally:
-        while injected:
-            forward = injected.pop()
-            forward.end()
-            forward.restore()
+    found = (module for module in network.modules() if is_linear(module) and not is_replaced(module))
+    return replacing((module, partial(frozen, base=_Linear(module, module.forward))) for module in found)
 
 
 def blocks(model) -> list[torch.nn.Module]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -44,3 +45,17 @@ class Replaced:
     def _after_the_end(self, *args, **kwargs) -> Tensor:
         self.restore()
         return self._wrapped(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def replacing(forwards: Iterable[tuple[torch.nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
+    """Modules with these forwards meanwhile, each replaced before the next one is asked for."""
+    put: list[Replaced] = []
+    try:
+        for module, forward in forwards:
+            put.append(Replaced(module, forward))
+        yield
+    finally:
+        for mine in reversed(put):
+            mine.end()
+            mine.restore()

@@ -21,7 +21,7 @@ from . import loading
 from .denoiser import Denoiser, picture
 from .layers import LAYERS, trained_layers
 from .lora_file import File, check_fits, steps_before
-from .pictures import Prepared, TrainingImages, check_pictures, check_prompt, encode, prepared
+from .pictures import Prepared, TrainingImages, check_pictures, check_prompt, encode, frames, prepared
 from .run import Run, check_pace, loss_line
 
 CLASS_COUNT = Range(1, 1000)  # class pictures
@@ -69,9 +69,13 @@ def check(task: Task) -> None:
         check_prompt("class_prompt", task.class_prompt)
 
 
-def draw_class(model, prompt: list, count: int, resolution: int, seed: int) -> list[Tensor]:
-    """Latents of class pictures that the base model itself draws."""
-    latents: list[Tensor] = []
+def class_latents(
+    model, vae, pictures: Sequence[Tensor], prompt: list, count: int, resolution: int, seed: int
+) -> list[Tensor]:
+    """Of class pictures; of `count` that the base model draws itself, where there are none."""
+    latents = [encode(model, vae, frame, resolution) for frame in frames(pictures)]
+    if latents:
+        return latents
     while len(latents) < count:
         request = sampling.ReferenceRequest(min(_AT_ONCE, count - len(latents)), resolution)
         drawn = sampling.draw_plain(model, prompt, request, seed + len(latents))
@@ -99,11 +103,8 @@ def prepare(model, clip, vae, task: Task) -> Prepared:
     data = prepared(model, clip, vae, task.sets, task.resolution)
     if task.class_prompt.strip():
         number = data.prompt(clip, task.class_prompt)
-        if task.class_pictures:
-            drawn = [encode(model, vae, f[None], task.resolution) for batch in task.class_pictures for f in batch]
-        else:
-            prompt, seed = data.prompts[number], task.settings.seed
-            drawn = draw_class(model, prompt, task.class_count, task.resolution, seed)
+        prompt, seed = data.prompts[number], task.settings.seed
+        drawn = class_latents(model, vae, task.class_pictures, prompt, task.class_count, task.resolution, seed)
         priors = [training.Example(latents, number) for latents in drawn]
         data.pictures = training.Pictures(data.pictures.sets, priors)
     return data

@@ -21,12 +21,12 @@ from ..lora import keys
 from ..network import checks
 from ..network.text_gradient import WordEncoder
 from . import loading
-from .concept import CLASS_COUNT, draw_class
+from .concept import CLASS_COUNT, class_latents
 from .denoiser import Denoiser, WordDenoiser, picture
 from .embedding import check_word, name_in_prompts
 from .layers import prompt_readers
 from .lora_file import File
-from .pictures import Prepared, check_pictures, check_prompt, encode
+from .pictures import Prepared, check_pictures, check_prompt, encode, frames
 from .run import Run, check_pace, loss_line
 
 
@@ -82,10 +82,6 @@ def check(task: Task) -> None:
         check_prompt("class_prompt", task.concepts[0].class_prompt)
 
 
-def _frames(pictures: Sequence[Tensor]) -> list[Tensor]:
-    return [frame[None] for batch in pictures for frame in batch]
-
-
 @dataclass
 class _Words:
     """Of each concept its first vectors, and of each prompt by number: whose, and its tokens."""
@@ -103,16 +99,14 @@ def _prepare(model, clip, vae, encoder: WordEncoder, task: Task) -> tuple[Prepar
         data.prompts = [encoder.encode(tokens, words.starts[index], load=True) for index, tokens in words.tokens]
     sets, priors = [], []
     for index, concept in enumerate(task.concepts):
-        latents = [encode(model, vae, frame, task.resolution) for frame in _frames(concept.pictures)]
+        latents = [encode(model, vae, frame, task.resolution) for frame in frames(concept.pictures)]
         own = [number for number, (whose, _) in enumerate(words.tokens) if whose == index]
         sets.append([training.Example(one, number) for one in latents for number in own])
         if concept.class_prompt.strip():
             number = data.prompt(clip, concept.class_prompt)
-            given = _frames(task.class_pictures) if index == 0 else []
-            drawn = [encode(model, vae, frame, task.resolution) for frame in given]
-            drawn = drawn or draw_class(
-                model, data.prompts[number], task.class_count, task.resolution, task.settings.seed + index
-            )
+            given = task.class_pictures if index == 0 else ()
+            prompt, seed = data.prompts[number], task.settings.seed + index
+            drawn = class_latents(model, vae, given, prompt, task.class_count, task.resolution, seed)
             priors += [training.Example(one, number) for one in drawn]
     data.pictures = training.Pictures(sets, priors)
     return data, words

@@ -21,7 +21,7 @@ from ..network.text_gradient import WordEncoder
 from . import loading
 from .denoiser import Denoiser, WordDenoiser, picture
 from .lora_file import File
-from .pictures import Prepared, check_pictures, check_prompt, encode
+from .pictures import Prepared, check_pictures, check_prompt, encode, frames
 from .run import Run, check_pace, loss_line
 
 
@@ -80,8 +80,7 @@ def _prepare(
     data = Prepared()
     with torch.no_grad():
         data.prompts = [encoder.encode(one, start, load=True) for one in tokens]
-    frames = [frame[None] for batch in task.pictures for frame in batch]
-    latents = [encode(model, vae, frame, task.resolution) for frame in frames]
+    latents = [encode(model, vae, frame, task.resolution) for frame in frames(task.pictures)]
     examples = [training.Example(one, number) for one in latents for number in range(len(tokens))]
     data.pictures = training.Pictures([examples])
     return data

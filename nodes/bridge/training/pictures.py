@@ -28,7 +28,12 @@ class TrainingImages:
 
     @property
     def frames(self) -> list[Tensor]:
-        return [frame[None] for batch in self.pictures for frame in batch]
+        return frames(self.pictures)
+
+
+def frames(pictures: Sequence[Tensor]) -> list[Tensor]:
+    """Each picture apart, (1, H, W, 3)."""
+    return [frame[None] for batch in pictures for frame in batch]
 
 
 @dataclass
