@@ -13,6 +13,7 @@ file, so it can be stopped and continued.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -32,6 +33,8 @@ from benchmarks import new_concepts
 from benchmarks.intervals import WEAK
 from benchmarks.quality_table import Record
 from benchmarks.workers import share_out
+from demo.manifest import Asked
+from demo.truth import rights, shares
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bystanders.jsonl"
 COUNTS = (2, 3, 5)  # of LoRAs; 2: the asked-for ones alone
@@ -138,31 +141,19 @@ def measure(job: tuple[Set, int, Sequence[str]]) -> list[Record]:
 
 def _judged(studio: Any, asked: Set, zipped: Any) -> Record:
     """How often what each kind of prompt asks for is right."""
-    subject, style, world = studio.concepts[asked.subject], studio.concepts[asked.style], studio.manifest
-    rng = random.Random(asked.name)
-    shapes = [world.unseen_shapes[i % len(world.unseen_shapes)] for i in range(KINDS["style"])]
-    prompts = {
-        "both": [world.prompt(subject, style)] * KINDS["both"],
-        "subject": [subject.gates["alone"]] * KINDS["subject"],
-        "style": [style.gates["unseen_shapes"].format(shape=s, colour=rng.choice(world.colours)) for s in shapes],
+    subject, style, manifest = studio.concepts[asked.subject], studio.concepts[asked.style], studio.manifest
+    both = Asked(manifest.prompt(subject, style), subject.name, style.name)
+    questions = {
+        "both": [both] * KINDS["both"],
+        "subject": [dataclasses.replace(manifest.alone(subject), style=None)] * KINDS["subject"],
+        "style": [manifest.on_unseen(style, number) for number in range(KINDS["style"])],
     }
-    wanted = {
-        "both": ([asked.subject], [asked.style]),
-        "subject": ([asked.subject], None),
-        "style": (shapes, [asked.style]),
+    drawn = studio.draw(zipped, [q.prompt for group in questions.values() for q in group], 1000)
+    parts = drawn.split(list(KINDS.values()))
+    return {
+        kind: round(shares(rights(studio.truth, pictures, group))["both"], 4)
+        for (kind, group), pictures in zip(questions.items(), parts, strict=True)
     }
-    drawn = studio.draw(zipped, [p for group in prompts.values() for p in group], 1000)
-    record = {}
-    for kind, pictures in zip(prompts, drawn.split(list(KINDS.values())), strict=True):
-        judged, right = studio.judge.scores(pictures), torch.ones(KINDS[kind], dtype=torch.bool)
-        for key, names, known in zip(
-            ("shape", "style"), wanted[kind], (studio.judge.shape_names, studio.judge.style_names), strict=True
-        ):
-            if names is not None:
-                every = names * KINDS[kind] if len(names) == 1 else names
-                right &= judged[key].argmax(-1) == torch.tensor([known.index(n) for n in every])
-        record[kind] = round(float(right.float().mean()), 4)
-    return record
 
 
 def read(results: Path) -> list[Record]:

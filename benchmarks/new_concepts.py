@@ -227,6 +227,7 @@ def train(block: str, only: Sequence[str] = ()) -> None:
     """
     enter(block)
     from demo import concepts, fit_lora, gates, judge, lora
+    from demo.manifest import write_manifest
     from demo.miniature import load_miniature, use_comfyui
     from demo.train import SETTINGS, check
 
@@ -276,7 +277,7 @@ def train(block: str, only: Sequence[str] = ()) -> None:
         entries[concept.name] = {**concepts.describe(concept, figures), "weak": not gates.passes(concept, figures)}
     if only:
         return
-    concepts.write_manifest(entries, {}, str(folder / "world.json"))
+    write_manifest(folder / "world.json", concepts.about({}), entries)
     weak = [name for name, entry in entries.items() if entry["weak"]]
     print(f"{block}: {len(entries) - len(weak)} LoRAs pass their gates; weak: {', '.join(weak) or 'none'}", flush=True)
 

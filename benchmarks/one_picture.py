@@ -8,14 +8,17 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.training_bench import BATCH, RANK, Bench, Halves, Layers, attached, line, of_file
-from demo import concepts, gates, miniature, world
+from benchmarks.training_bench import BATCH, COUNT, RANK, Bench, Halves, Layers, attached, line, of_file
+from demo import gates
+from demo.manifest import Asked
+from demo.truth import rights, shares
 
 RESULTS = Path(__file__).resolve().parent / "results" / "unzip.jsonl"
 ONE_STEPS, ONE_RATE = 225, 1e-3
@@ -27,8 +30,6 @@ ABLATION = {
     "UnZip, no blocks": {"blocks_apart": False},
     "UnZip, nothing apart": {"prompts_apart": False, "columns_apart": False, "blocks_apart": False},
 }
-# What `blocks` found, as starts of layer names (B-LoRA, arXiv 2403.14572, Sec. 4.1, finds SDXL's so).
-BLOCKS = {concept: tuple(f"{name}." for name in names) for concept, names in miniature.BLOCKS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +48,14 @@ class OnePicture:
         self.bench, self.rate, self.steps = bench, rate, steps
         subject, style = pair.split("+")
         self.subject, self.style = bench.concepts[subject], bench.concepts[style]
-        scene = world.subject_scene(subject, style, random.Random(f"{subject} {style} {number}"))
-        self.picture = world.render([scene]).movedim(1, -1).float()
+        rng = random.Random(f"{subject} {style} {number}")
+        self.picture = bench.truth.pictures(subject, style, 1, rng).movedim(1, -1).float()
+        # What `blocks` found, as starts of layer names (B-LoRA, arXiv 2403.14572, Sec. 4.1, finds SDXL's so).
+        self.blocks = {c: tuple(f"{name}." for name in names) for c, names in bench.manifest.blocks.items()}
         self.prompts = {
-            "full": world.prompt(f"{self.subject.identifier} figure", None, self.style.identifier),
-            "content": world.prompt(f"{self.subject.identifier} figure", None, None),
-            "style": world.prompt(None, None, self.style.identifier),
+            "full": bench.manifest.prompt(self.subject, self.style),
+            "content": self.subject.words,
+            "style": f"{self.style.of_class} {self.style.words}",
         }
 
     def dreambooth(self, seed: int, layers: str = "attention", empty: bool = False) -> dict[str, torch.Tensor]:
@@ -61,7 +64,9 @@ class OnePicture:
         settings = self.bench.settings(seed=seed, steps=self.steps, learning_rate=self.rate)
         prompts = [self.prompts["full"]] * 4 + [""] * empty
         shown = training.pictures.TrainingImages([self.picture] * len(prompts), prompts)
-        task = training.concept.Task([shown], settings, "loras/one", 128, layers, b_lora=BLOCKS)
+        task = training.concept.Task(
+            [shown], settings, "loras/one", self.bench.manifest.size, layers, b_lora=self.blocks
+        )
         with torch.inference_mode():
             done = training.concept.train_concept(self.bench.model, self.bench.clip, self.bench.vae, task)
         return load_file(str(self.bench.output / done.file))
@@ -71,41 +76,46 @@ class OnePicture:
         asked = {"steps": self.steps, "learning_rate": self.rate, "rank": RANK, "batch_size": BATCH, "seed": seed}
         asked |= {name: changes.pop(name) for name in list(changes) if name in core.Settings.__dataclass_fields__}
         task = unzip.Task(
-            self.picture, self.prompts, core.Settings(**asked), "loras/unzipped", 128, **{"blocks": BLOCKS, **changes}
+            self.picture,
+            self.prompts,
+            core.Settings(**asked),
+            "loras/unzipped",
+            128,
+            **{"blocks": self.blocks, **changes},
         )
         with torch.inference_mode():
             return unzip.unzip_picture(self.bench.model, self.bench.clip, self.bench.vae, task)
 
     def ask(self, taught: Taught, seed: int = 1000) -> dict[str, float]:
-        """content: the subject in known styles, by the content half alone; style: known shapes in the style, by the
+        """content: the subject in known styles, by the content half alone; style: known subjects in the style, by the
         style half alone; together: the subject in the style, by both."""
-        count, jury = gates.COUNT, self.bench.jury
-        known = [concepts.KNOWN_STYLES[i % len(concepts.KNOWN_STYLES)] for i in range(count)]
-        shapes = [concepts.UNSEEN_SHAPES[i % len(concepts.UNSEEN_SHAPES)] for i in range(count)]
+        world = self.bench.manifest
+        known = [world.other_styles[i % len(world.other_styles)] for i in range(COUNT)]
+        both = Asked(self.prompts["full"], self.subject.name, self.style.name)
         asked = {
-            "content": ([concepts.subject_prompt(self.subject.identifier, s) for s in known], self.subject.name, known),
-            "style": ([concepts.style_prompt(self.style.identifier, s) for s in shapes], shapes, self.style.name),
-            "both": ([self.prompts["full"]] * count, self.subject.name, self.style.name),
+            "content": [world.restyled(self.subject, style) for style in known],
+            "style": [world.on_unseen(self.style, i) for i in range(COUNT)],
+            "both": [both] * COUNT,
         }
         found: dict[str, float] = {}
         loras = {"content": {"content": taught.content}, "style": {"style": taught.style}, "both": taught.both}
-        for what, (prompts, shape, style) in asked.items():
+        for what, questions in asked.items():
             with attached(self.bench, loras[what]):
-                pictures = gates.generate(self.bench.judged, prompts, seed)
-            wanted = [[name] * count if isinstance(name, str) else name for name in (shape, style)]
-            right = gates.rights(jury, pictures, *wanted) | {"distance": self._distance(pictures, *wanted)}
+                pictures = gates.generate(self.bench.judged, [one.prompt for one in questions], seed)
+            right = shares(rights(self.bench.truth, pictures, questions))
             found |= {f"{what}/{k}": v for k, v in right.items()}
+            found[f"{what}/distance"] = self._distance(pictures, questions)
         return found
 
-    def _distance(self, pictures: torch.Tensor, shapes: list[str], styles: list[str]) -> float:
-        """From the mean of the pictures of one shape and style to that of true renderings, in the judge's features;
-        the mean over what was asked for."""
-        features: torch.Tensor = self.bench.jury.scores(pictures)["features"]
-        asked = list(zip(shapes, styles, strict=True))
+    def _distance(self, pictures: torch.Tensor, asked: Sequence[Asked]) -> float:
+        """From the mean of the pictures of one subject and style to that of true ones, in the judge's features; the
+        mean over what was asked for."""
+        features = self.bench.truth.features(pictures)
+        pairs = [(one.subject, one.style) for one in asked]
         distances = []
-        for pair in sorted(set(asked)):
-            mean = features[torch.tensor([found == pair for found in asked])].mean(0)
-            distances.append(float((mean - self.bench.true_features(*pair)).norm()))
+        for subject, style in sorted({(str(a), str(b)) for a, b in pairs}):
+            mean = features[torch.tensor([found == (subject, style) for found in pairs])].mean(0)
+            distances.append(float((mean - self.bench.true_features(subject, style)).norm()))
         return statistics.mean(distances)
 
 
@@ -141,7 +151,7 @@ def learned(one: OnePicture, seed: int, method: str) -> Taught:
         return Taught(whole, whole, {"content": whole})
     if method == "B-LoRA":
         tensors = one.dreambooth(seed, "B-LoRA")
-        halves = {concept: of_file(names, tensors, blocks) for concept, blocks in BLOCKS.items()}
+        halves = {concept: of_file(names, tensors, blocks) for concept, blocks in one.blocks.items()}
     else:
         halves = of_pair(names, one.unzip(seed, **ABLATION[method]))
     return Taught(halves["content"], halves["style"], halves)

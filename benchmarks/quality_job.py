@@ -14,7 +14,10 @@ import torch
 
 from benchmarks import distances, new_concepts
 from benchmarks.quality_table import CEILING, DETAILED, DIAL, ORACLE, Record, picture_file
-from demo import world
+from demo import picture
+from demo.art.atlas import image
+from demo.manifest import Asked
+from demo.truth import rights, shares
 
 KEPT = 3  # pictures of each for the contact sheet
 ORACLE_PICTURES = 6
@@ -57,7 +60,7 @@ def run_job(job: Job) -> list[Record]:
     def drawn_right(coefficients) -> tuple[float, float]:
         zipped = zipped_lora.ZippedLoRA(sources, fitted, coefficients)
         prompts = [studio.manifest.prompt(content, style)] * ORACLE_PICTURES
-        found = of_pair(studio, job, studio.judge.scores(studio.draw(zipped, prompts, 5000 + job.seed)))
+        found = of_pair(studio, job, studio.draw(zipped, prompts, 5000 + job.seed))
         return found["both"], -found["distance"]
 
     def work(predictor, joined, references) -> None:
@@ -124,36 +127,32 @@ def _composed(studio, job: Job, sources, fitted) -> Any:
 def pictures_of(studio, job: Job, method: str, zipped, by_step: Sequence[Any] | None) -> Record:
     """Draw from one merge and judge: subject in style, with a place added, each concept alone, the style dial."""
     content, style = studio.concepts[job.content], studio.concepts[job.style]
-    world, few = studio.manifest, max(3, job.pictures // 2)
-    both = world.prompt(content, style)
-    shapes = [world.unseen_shapes[i % len(world.unseen_shapes)] for i in range(few)]
-    rng = random.Random(job.seed)
+    manifest, few = studio.manifest, max(3, job.pictures // 2)
+    both = manifest.prompt(content, style)
+    unseen = [manifest.on_unseen(style, i) for i in range(few)]
     prompts = {"pair": [both] * job.pictures}
     if not job.lean:
-        prompts["place"] = [both.replace(" in ", f" on the {p} in ") for p in _places(job)]
+        places = _places(studio, job)
+        prompts["place"] = [f"{content.words} {_where(p)} {style.words}" for p in places]
     details = job.details and method in DETAILED
     if details:
-        prompts["subject_alone"] = [content.gates["alone"]] * few
-        prompts["style_alone"] = [
-            style.gates["unseen_shapes"].format(shape=s, colour=rng.choice(world.colours)) for s in shapes
-        ]
+        prompts["subject_alone"] = [manifest.alone(content).prompt] * few
+        prompts["style_alone"] = [asked.prompt for asked in unseen]
     drawn = studio.draw(zipped, [p for group in prompts.values() for p in group], 1000 + job.seed, by_step)
     parts = dict(zip(prompts, drawn.split([len(group) for group in prompts.values()]), strict=True))
-    judged = {name: studio.judge.scores(part) for name, part in parts.items()}
     _keep(job, method, parts["pair"])
-    found = {**of_pair(studio, job, judged["pair"]), **beside_truth(studio, job, parts["pair"])}
+    found = {**of_pair(studio, job, parts["pair"]), **beside_truth(studio, job, parts["pair"])}
     if not job.lean:
-        found |= of_places(studio, job, judged["place"])
+        found |= of_places(studio, job, parts["place"])
     if details:
-        alone, styled = judged["subject_alone"], judged["style_alone"]
-        found["subject_alone"] = _mean(_right(studio, alone, "shape", [job.content] * few))
-        found["style_alone"] = _mean(_right(studio, styled, "style", [job.style] * few))
-        found["style_alone_shape"] = _mean(_right(studio, styled, "shape", shapes))
+        alone = shares(rights(studio.truth, parts["subject_alone"], [manifest.alone(content)] * few))
+        styled = shares(rights(studio.truth, parts["style_alone"], unseen))
+        found["subject_alone"] = round(alone["subject"], 4)
+        found["style_alone"], found["style_alone_shape"] = round(styled["style"], 4), round(styled["subject"], 4)
     if details and method == "default":
         found["dial"] = {}
         for dial in DIAL:
-            seen = studio.judge.scores(studio.draw(studio.turned(zipped, dial), [both] * few, 1000 + job.seed))
-            turned = of_pair(studio, job, seen)
+            turned = of_pair(studio, job, studio.draw(studio.turned(zipped, dial), [both] * few, 1000 + job.seed))
             found["dial"][str(dial)] = {k: turned[k] for k in ("subject", "style")}
     return found
 
@@ -161,33 +160,21 @@ def pictures_of(studio, job: Job, method: str, zipped, by_step: Sequence[Any] | 
 def true_renderings(studio, job: Job) -> Record:
     """The ceiling: what the judge says of as many true pictures."""
     rng = random.Random(f"ceiling {job.pair} {job.seed}")
-    scenes = [world.subject_scene(job.content, job.style, rng) for _ in range(job.pictures)]
-    placed: list[world.Scene] = []
-    for wanted in _places(job):
-        while world.place(scene := world.subject_scene(job.content, job.style, rng)) != wanted:
-            pass
-        placed.append(scene)
-    pictures = world.render(scenes)
+    pictures = studio.truth.pictures(job.content, job.style, job.pictures, rng)
+    placed = [studio.truth.pictures(job.content, job.style, 1, rng, place) for place in _places(studio, job)]
     _keep(job, CEILING, pictures)
-    found = of_pair(studio, job, studio.judge.scores(pictures))
-    found |= of_places(studio, job, studio.judge.scores(world.render(placed)))
+    found = of_pair(studio, job, pictures)
+    found |= of_places(studio, job, torch.cat(placed))
     found |= beside_truth(studio, job, pictures)
     return {"pair": job.pair, "seed": job.seed, "method": CEILING, **found}
 
 
-def of_pair(studio, job: Job, judged: Record) -> Record:
+def of_pair(studio, job: Job, pictures: torch.Tensor) -> Record:
     """What the judge says of pictures that should be the subject in the style."""
-    count = len(judged["shape"])
-    subject = _right(studio, judged, "shape", [job.content] * count)
-    styled = _right(studio, judged, "style", [job.style] * count)
-    distance = (judged["features"].mean(0) - studio.true_features(job.content, job.style)).norm()
-    return {
-        "pictures": count,
-        "subject": _mean(subject),
-        "style": _mean(styled),
-        "both": _mean(subject & styled),
-        "distance": round(float(distance), 4),
-    }
+    found = shares(rights(studio.truth, pictures, [Asked("", job.content, job.style)] * len(pictures)))
+    distance = (studio.truth.features(pictures).mean(0) - studio.true_features(job.content, job.style)).norm()
+    counted = {name: round(share, 4) for name, share in found.items()}
+    return {"pictures": len(pictures), **counted, "distance": round(float(distance), 4)}
 
 
 def beside_truth(studio, job: Job, pictures: torch.Tensor) -> Record:
@@ -197,36 +184,32 @@ def beside_truth(studio, job: Job, pictures: torch.Tensor) -> Record:
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def of_places(studio, job: Job, judged: Record) -> Record:
-    """What the judge says of pictures that should be the subject in the style on a side."""
-    places = _places(job)
+def of_places(studio, job: Job, pictures: torch.Tensor) -> Record:
+    """What the judge says of pictures that should be the subject in the style at a place."""
+    found = shares(rights(studio.truth, pictures, [Asked("", job.content, job.style)] * len(pictures)))
+    said, places = studio.truth.answers(pictures)["place"], _places(studio, job)
+    right = sum(one == other for one, other in zip(said, places, strict=True)) / len(places)
     return {
-        "text": _mean(_right(studio, judged, "place", places)),
-        "text_subject": _mean(_right(studio, judged, "shape", [job.content] * len(places))),
-        "text_style": _mean(_right(studio, judged, "style", [job.style] * len(places))),
+        "text": round(right, 4),
+        "text_subject": round(found["subject"], 4),
+        "text_style": round(found["style"], 4),
     }
 
 
-def _places(job: Job) -> list[str]:
-    return [world.PLACES[i % len(world.PLACES)] for i in range(max(4, job.pictures // 3))]
+def _places(studio, job: Job) -> list[str]:
+    known = studio.truth.places
+    return [known[i % len(known)] for i in range(max(4, job.pictures // 3))]
 
 
-def _right(studio, judged: Record, key: str, wanted: Sequence[str]) -> torch.Tensor:
-    """Which pictures the judge of shapes, styles or places calls what was wanted."""
-    names = {"shape": studio.judge.shape_names, "style": studio.judge.style_names, "place": world.PLACES}[key]
-    return judged[key].argmax(-1) == torch.tensor([names.index(w) for w in wanted])
+def _where(place: str) -> str:
+    return "in the middle" if place == "middle" else f"on the {place}"
 
 
 def _keep(job: Job, method: str, pictures: torch.Tensor) -> None:
     """The first pictures, side by side, for the contact sheet."""
     if job.keep is not None:
         strip = torch.cat(list(pictures[:KEPT]), dim=-1)
-        job.keep.mkdir(parents=True, exist_ok=True)
-        world.save_png(strip, str(picture_file(job.keep, job.pair, job.seed, method)))
-
-
-def _mean(values) -> float:
-    return round(float(values.float().mean()), 4)
+        picture.write(image(strip), picture_file(job.keep, job.pair, job.seed, method))
 
 
 def line(found: Record) -> str:

@@ -25,12 +25,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from demo import world  # noqa: E402
-from demo.concepts import PLAIN, STYLE_PICTURE_SHAPES  # noqa: E402
 from demo.gates import CFG, STEPS  # noqa: E402
-from demo.judge import load_judge  # noqa: E402
 from demo.manifest import Trained, read_manifest  # noqa: E402
 from demo.miniature import half_is_fast  # noqa: E402
+from demo.truth import open_truth  # noqa: E402
 from nodes import common_ksampler  # noqa: E402
 
 loras, fitting, zipped_lora = (getattr(PACK.nodes.bridge.lora, n) for n in ("loras", "fitting", "zipped"))
@@ -40,21 +38,20 @@ core = PACK.ziplora_core
 for _name in ("direct", "k_lora", "prompts", "zipper"):
     importlib.import_module(f"{core.__name__}.{_name}")
 comfy.utils.set_progress_bar_enabled(False)
-SIDE = world.SIZE // 8
 OTHERS = 4
 TRUE_RENDERINGS = 64
 SAMPLING = {"steps": STEPS, "cfg": CFG, "sampler_name": "euler", "scheduler": "normal"}
 
 
 class Studio:
-    """The checkpoint, its judge and its LoRAs by name."""
+    """The checkpoint, its LoRAs by name, and what is true of their pictures."""
 
     def __init__(self) -> None:
         self.files = find_miniature()
         self.manifest = read_manifest()
-        self.judge = load_judge(str(self.manifest.judge))
+        self.truth, self.side = open_truth(self.manifest), self.manifest.size // 8
         self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(self.files.checkpoint))
-        self.concepts = {t.name: t for t in [*self.manifest.subjects, *self.manifest.styles]}
+        self.concepts = self.manifest.trained()
         self._prompts: dict[str, list] = {}
         self._truth: dict[tuple[str, str], torch.Tensor] = {}
         self._true_pictures: dict[tuple[str, str], torch.Tensor] = {}
@@ -88,26 +85,22 @@ class Studio:
     def other_references(self, content: Trained, style: Trained, seed: int):
         """Latents of more renderings of both concepts, for the same prompts: pictures that no LoRA was trained on."""
         rng = random.Random(f"others {content.name} {style.name} {seed}")
-        shape, colour = STYLE_PICTURE_SHAPES[0], style.learned.prompt.split()[1]
-        scenes = {
-            "content": [world.subject_scene(content.name, PLAIN, rng) for _ in range(OTHERS)],
-            "style": [world.shape_scene(shape, colour, style.name, rng) for _ in range(OTHERS)],
-        }
-        latents = {c: self.vae.encode(world.render(drawn).movedim(1, -1)) for c, drawn in scenes.items()}
+        drawn = {"content": self.truth.more(content, OTHERS, rng), "style": self.truth.more(style, OTHERS, rng)}
+        latents = {c: self.vae.encode(found.movedim(1, -1)) for c, found in drawn.items()}
         return {c: self.model.model.process_latent_in(found) for c, found in latents.items()}
 
     def true_pictures(self, subject: str, style: str) -> torch.Tensor:
         """True renderings of a subject in a style, B3HW in 0..1."""
         if (subject, style) not in self._true_pictures:
             rng = random.Random(f"truth {subject} {style}")
-            scenes = [world.subject_scene(subject, style, rng) for _ in range(TRUE_RENDERINGS)]
-            self._true_pictures = {(subject, style): world.render(scenes)}  # the last pair's: they are large
+            drawn = self.truth.pictures(subject, style, TRUE_RENDERINGS, rng)
+            self._true_pictures = {(subject, style): drawn}  # the last pair's: they are large
         return self._true_pictures[subject, style]
 
     def true_features(self, subject: str, style: str) -> torch.Tensor:
-        """The judge's mean features of true renderings of a subject in a style."""
+        """The truth's mean features of true renderings of a subject in a style."""
         if (subject, style) not in self._truth:
-            self._truth[subject, style] = self.judge.scores(self.true_pictures(subject, style))["features"].mean(0)
+            self._truth[subject, style] = self.truth.features(self.true_pictures(subject, style)).mean(0)
         return self._truth[subject, style]
 
     def turned(self, zipped, style_strength: float):
@@ -134,7 +127,7 @@ class Studio:
 
         by_step: coefficients for each of the sampler's steps; neighbours that are one object are drawn in one go.
         """
-        latent = {"samples": torch.zeros(len(prompts), 4, SIDE, SIDE)}
+        latent = {"samples": torch.zeros(len(prompts), 4, self.side, self.side)}
         device = self.model.load_device.type
         with torch.autocast(device, torch.bfloat16, enabled=half_is_fast(device)):  # as users sample
             for start, end, coefficients in _runs(by_step or [zipped.coefficients] * STEPS):

@@ -17,7 +17,7 @@ import argparse
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,7 @@ from safetensors.torch import load_file
 
 from benchmarks import one_picture
 from benchmarks.training_bench import (
-    CASES,
-    CLASS_PROMPT,
+    COUNT,
     RATE,
     STEPS,
     Bench,
@@ -39,13 +38,15 @@ from benchmarks.training_bench import (
     of_file,
     spread,
 )
-from demo import concepts, gates, world
+from demo import gates
+from demo.manifest import Asked, Trained
+from demo.truth import rights, shares
 
 
 def concept(bench: Bench, names: list[str], seeds: int, steps: int, rate: float) -> None:
     for name in names:
         taught = bench.concepts[name]
-        print(line(f"{name}: shipped", bench.gates(taught, bench.folder / taught.file)), flush=True)
+        print(line(f"{name}: shipped", bench.gates(taught, bench.folder / "loras" / taught.learned.file)), flush=True)
         found = []
         for seed in range(seeds):
             file, seconds = bench.train(taught, seed, steps=steps, learning_rate=rate)
@@ -55,12 +56,12 @@ def concept(bench: Bench, names: list[str], seeds: int, steps: int, rate: float)
 
 
 def prior(bench: Bench, names: list[str], seeds: int) -> None:
-    """The class of a subject here is "a figure": one that has no name. drift: share of pictures of that prompt in which
-    the judge sees the subject; base: of the base's own prompts, those that still come out right."""
+    """drift: share of pictures of the class's prompt in which the judge sees the subject; base: of the base's own
+    prompts, those that still come out right."""
     for name in names:
         taught = bench.concepts[name]
         print(line(f"{name}: base model", {"drift": bench.drift(taught, None)}), flush=True)
-        for said, changes in (("no class pictures", {}), ("32 class pictures", {"class_prompt": CLASS_PROMPT})):
+        for said, changes in (("no class pictures", {}), ("32 class pictures", {"class_prompt": taught.of_class})):
             found = []
             for seed in range(seeds):
                 file, _ = bench.train(taught, seed, **changes)
@@ -73,13 +74,15 @@ def joint(bench: Bench, seeds: int) -> None:
     defaults on the references that they draw: share of 32 pictures of the subject in the style with both right."""
     training, solver = bench.pack.nodes.bridge.training.concept, bench.pack.ziplora_core.solver
     loras, optimise = bench.pack.nodes.bridge.lora.loras, bench.pack.nodes.bridge.optimize.zipping
-    asked_for = bench.pack.nodes.bridge.drawing.sampling.ReferenceRequest(4, 128)
-    for names in CASES[:2]:
+    asked_for = bench.pack.nodes.bridge.drawing.sampling.ReferenceRequest(4, bench.manifest.size)
+    for names in bench.cases[:2]:
         subject, style = (bench.concepts[name] for name in names)
         found: dict[str, list[dict[str, float]]] = {"joint training": [], "zipped": []}
         for seed in range(seeds):
             settings = bench.settings(seed=seed, steps=2 * STEPS)
-            task = training.Task([bench.shown(subject), bench.shown(style)], settings, "loras/joint", 128)
+            task = training.Task(
+                [bench.shown(subject), bench.shown(style)], settings, "loras/joint", bench.manifest.size
+            )
             with torch.inference_mode():
                 done = training.train_concept(bench.model, bench.clip, bench.vae, task)
             found["joint training"].append(
@@ -104,13 +107,9 @@ def joint(bench: Bench, seeds: int) -> None:
             print(f"{subject.name} + {style.name}: {method:20}{spread(figures)}", flush=True)
 
 
-def pair_right(bench: Bench, subject: concepts.Concept, style: concepts.Concept, halves: Halves) -> dict[str, float]:
-    count = gates.COUNT
+def pair_right(bench: Bench, subject: Trained, style: Trained, halves: Halves) -> dict[str, float]:
     with attached(bench, halves):
-        pictures = gates.generate(
-            bench.judged, [concepts.pair_prompt(subject.identifier, style.identifier)] * count, 1000
-        )
-    return gates.rights(bench.jury, pictures, [subject.name] * count, [style.name] * count)
+        return bench.ask([Asked(bench.manifest.prompt(subject, style), subject.name, style.name)] * COUNT, 1000)
 
 
 def of_zipped(zipped: Any) -> Halves:
@@ -125,31 +124,29 @@ def of_zipped(zipped: Any) -> Halves:
 
 
 def blocks(bench: Bench, seed: int = 3000) -> None:
-    """Asked for one shape in one style (A), with cross-attention of some blocks seeing a prompt of another shape in
-    another style (B): in what share of the pictures the judge sees whose shape and whose style. Base's own words."""
+    """Asked for one subject in one style (A), with cross-attention of some blocks seeing a prompt of another subject in
+    another style (B): in what share of the pictures the judge sees whose subject and whose style. Base's own words."""
     every = [name for name, part in bench.judged.unet.named_modules() if hasattr(part, "transformer_blocks")]
     groups = [every[i : i + length] for length in (1, 2) for i in range(len(every) - length + 1)]
-    asked = _two_prompts(gates.COUNT, random.Random(seed))
-    prompts = [[world.prompt(shape, colour, style) for shape, colour, style in side] for side in asked]
+    one, other = _two_prompts(bench.manifest.known, COUNT, random.Random(seed))
     for group in [[], *groups, every]:
-        with told(bench, group, prompts[1]):
-            pictures = gates.generate(bench.judged, prompts[0], seed)
+        with told(bench, group, [asked.prompt for asked in other]):
+            pictures = gates.generate(bench.judged, [asked.prompt for asked in one], seed)
         figures = {}
-        for side, wanted in zip("AB", asked, strict=True):
-            right = gates.rights(bench.jury, pictures, [w[0] for w in wanted], [w[2] for w in wanted])
-            figures |= {f"{side}'s {what}": right[what] for what in ("shape", "style")}
+        for side, wanted in zip("AB", (one, other), strict=True):
+            right = shares(rights(bench.truth, pictures, wanted))
+            figures |= {f"{side}'s {what}": right[what] for what in ("subject", "style")}
         print(line(" and ".join(group if len(group) < 3 else ["all"]) or "none", figures), flush=True)
 
 
-def _two_prompts(count: int, rng: random.Random) -> list[list[tuple[str, str, str]]]:
-    """Two lists of (shape, colour, style): side by side, other shapes, other styles, the same colour."""
-    found: list[list[tuple[str, str, str]]] = [[], []]
+def _two_prompts(known: Sequence[Asked], count: int, rng: random.Random) -> tuple[list[Asked], list[Asked]]:
+    """Side by side, prompts of other subjects in other styles."""
+    found: tuple[list[Asked], list[Asked]] = ([], [])
     while len(found[0]) < count:
-        colour = rng.choice(list(world.COLOURS))
-        one, other = ((rng.choice(world.SHAPES), rng.choice(list(world.BASE_STYLES))) for _ in range(2))
-        if one[0] != other[0] and one[1] != other[1] and not {one, other} & world.HELD_OUT:
-            for side, (shape, style) in zip(found, (one, other), strict=True):
-                side.append((shape, colour, style))
+        pair = rng.sample(known, 2)
+        if pair[0].subject != pair[1].subject and pair[0].style != pair[1].style:
+            for side, asked in zip(found, pair, strict=True):
+                side.append(asked)
     return found
 
 
@@ -175,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["concept", "prior", "joint", "blocks", "unzip"])
     parser.add_argument("--only", default="", help="names, by commas, of concepts")
-    parser.add_argument("--pairs", default=",".join(map("+".join, CASES)), help="of unzip, by commas")
+    parser.add_argument("--pairs", default="", help="of unzip, by commas; default: four")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rate", type=float)
@@ -189,15 +186,16 @@ def main() -> None:
         return
     bench = Bench()
     if asked.part == "concept":
-        names = (asked.only or "house,mushroom,ember,candy").split(",")
+        names = asked.only.split(",") if asked.only else [n for pair in bench.cases[:2] for n in pair]
         concept(bench, names, asked.seeds, asked.steps or STEPS, asked.rate or RATE)
     elif asked.part == "joint":
         joint(bench, asked.seeds)
     elif asked.part == "prior":
-        prior(bench, (asked.only or "mushroom,house").split(","), asked.seeds)
+        prior(bench, asked.only.split(",") if asked.only else [pair[0] for pair in bench.cases[:2]], asked.seeds)
     elif asked.part == "blocks":
         blocks(bench)
     else:
+        asked.pairs = asked.pairs or ",".join(map("+".join, bench.cases))
         one_picture.run(bench, asked)
 
 

@@ -8,21 +8,23 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from demo import concepts, gates, judge, lora, miniature, world
+from demo import gates, lora, miniature
+from demo.manifest import Asked, Trained, read_manifest
+from demo.truth import open_truth, rights, shares
 from devhost.base import find_miniature
 from devhost.inprocess import load_miniature_extension, load_pack
 
 STEPS, RATE, RANK, BATCH = 450, 2e-3, 16, 8
-CLASS_PROMPT = "a figure in flat style"
-CASES = (("mushroom", "ember"), ("house", "mint"), ("icecream", "dusk"), ("lamp", "poster"))
+COUNT = gates.COUNT
 _SETTINGS = ("steps", "learning_rate", "rank", "batch_size", "prior_weight")
 Layers = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> (up, down)
 Halves = dict[str, Layers]
@@ -43,57 +45,67 @@ class Bench:
         folder_paths.set_output_directory(str(self.output))
         with torch.inference_mode():
             self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(found.checkpoint))
-        self.judged = miniature.load_miniature(str(found.checkpoint))
+        self.manifest = read_manifest()
+        self.truth = open_truth(self.manifest)
+        self.judged = miniature.load_miniature(str(found.checkpoint), self.truth.build)
         self.names = {lora.file_name(name): name for name, _ in self.judged.unet.named_modules()}
-        self.jury = judge.load_judge(str(self.folder / "weights" / "judge.safetensors"))
-        self.concepts = {concept.name: concept for concept in concepts.concepts()}
+        self.concepts = self.manifest.trained()
 
-    def shown(self, concept: concepts.Concept) -> Any:
-        files = [self.folder / concept.picture(i) for i in range(len(concept.scenes))]
-        frames = [torch.frombuffer(bytearray(Image.open(f).convert("RGB").tobytes()), dtype=torch.uint8) for f in files]
-        images = torch.stack(frames).reshape(len(frames), 128, 128, 3) / 255
+    @property
+    def cases(self) -> list[tuple[str, str]]:
+        """Four pairs of a subject and a style."""
+        pairs = zip(self.manifest.subjects, self.manifest.styles, strict=False)
+        return [(subject.name, style.name) for subject, style in pairs][:4]
+
+    def shown(self, concept: Trained) -> Any:
+        frames = [np.asarray(Image.open(self.folder / file).convert("RGB")) for file in concept.pictures]
+        images = torch.from_numpy(np.stack(frames)).float() / 255
         return self.pack.nodes.bridge.training.pictures.TrainingImages([images], list(concept.prompts))
 
     def settings(self, **changes: Any) -> Any:
         asked = {"steps": STEPS, "learning_rate": RATE, "rank": RANK, "batch_size": BATCH, **changes}
         return self.pack.ziplora_core.training.Settings(**asked)
 
-    def train(self, concept: concepts.Concept, seed: int, **changes: Any) -> tuple[Path, float]:
+    def train(self, concept: Trained, seed: int, **changes: Any) -> tuple[Path, float]:
         """(file, seconds)"""
         training = self.pack.nodes.bridge.training.concept
         settings = self.settings(seed=seed, **{k: changes.pop(k) for k in list(changes) if k in _SETTINGS})
-        task = training.Task([self.shown(concept)], settings, f"loras/{concept.name}", 128, **changes)
+        shown = [self.shown(concept)]
+        task = training.Task(shown, settings, f"loras/{concept.name}", self.manifest.size, **changes)
         began = time.monotonic()
         with torch.inference_mode():
             done = training.train_concept(self.model, self.clip, self.vae, task)
         return self.output / done.file, time.monotonic() - began
 
-    def gates(self, concept: concepts.Concept, file: Path, seed: int = 1000) -> dict[str, float]:
-        """As `demo.train --parts gates` judges a LoRA file."""
+    def ask(self, asked: Sequence[Asked], seed: int) -> dict[str, float]:
+        """Shares of what is right in pictures of these prompts, by the judged model as it is."""
+        pictures = gates.generate(self.judged, [one.prompt for one in asked], seed)
+        return shares(rights(self.truth, pictures, asked))
+
+    def gates(self, concept: Trained, file: Path, seed: int = 1000) -> dict[str, float]:
+        """What a LoRA file draws of its own, and of the base's words ("base")."""
+        world, count = self.manifest, range(COUNT)
         with self.file(file):
-            gate = gates.subject_gates if concept.kind == "content" else gates.style_gates
-            figures, _ = gate(self.judged, self.jury, concept, seed)
-            return {**figures, "base": gates.leak_gates(self.judged, self.jury, seed + 7)}
+            if concept.kind == "content":
+                styles = [world.other_styles[i % len(world.other_styles)] for i in count]
+                alone = self.ask([world.alone(concept)] * COUNT, seed)
+                other = self.ask([world.restyled(concept, style) for style in styles], seed + 1)
+                figures = {"alone": alone["subject"], "in other styles": other["subject"], "both": other["both"]}
+            else:
+                figures = self.ask([world.on_unseen(concept, i) for i in count], seed)
+            figures["base"] = self.ask([world.known[i % len(world.known)] for i in count], seed + 7)["both"]
+        return figures
 
     @functools.cache  # noqa: B019
-    def true_features(self, shape: str, style: str) -> torch.Tensor:
-        """The judge's mean features of true renderings."""
-        rng = random.Random(f"truth {shape} {style}")
-        colours = list(world.COLOURS)
-        scenes = [
-            world.subject_scene(shape, style, rng)
-            if shape in world.SUBJECTS
-            else world.shape_scene(shape, rng.choice(colours), style, rng)
-            for _ in range(gates.COUNT)
-        ]
-        features: torch.Tensor = self.jury.scores(world.render(scenes))["features"]
-        return features.mean(0)
+    def true_features(self, subject: str, style: str) -> torch.Tensor:
+        """The judge's mean features of true pictures."""
+        rng = random.Random(f"truth {subject} {style}")
+        return self.truth.features(self.truth.pictures(subject, style, COUNT, rng)).mean(0)
 
-    def drift(self, concept: concepts.Concept, file: Path | None, seed: int = 2000) -> float:
+    def drift(self, concept: Trained, file: Path | None, seed: int = 2000) -> float:
         """Share of pictures of the class in which the judge sees the subject."""
         with contextlib.nullcontext() if file is None else self.file(file):
-            pictures = gates.generate(self.judged, [CLASS_PROMPT] * gates.COUNT, seed)
-        return float(self.jury.right(pictures, shape=concept.name).float().mean())
+            return self.ask([Asked(concept.of_class, concept.name, None)] * COUNT, seed)["subject"]
 
     @contextlib.contextmanager
     def file(self, file: Path) -> Iterator[None]:

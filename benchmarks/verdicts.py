@@ -77,7 +77,7 @@ def jobs(block: str, done: set[tuple[str, str, str]], cases: Sequence[str], most
 def words(case: str, own: Any, other: Any, kind: str) -> str:
     """The prompt of one concept in a case. own, other: the two trained concepts."""
     prompt = str(own.learned.prompt)
-    short = f"a {own.identifier} figure" if kind == "content" else f"a star in {own.identifier} style"
+    short = own.words if kind == "content" else f"a star {own.words}"
     written = {"short": short, "cat": "a photo of a cat", "other words": "a green moon in neon style"}
     return str(other.learned.prompt) if case == "swapped" else written.get(case, prompt)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import random
 from typing import Any
@@ -78,6 +77,11 @@ def draw_pictures(concept: Concept, folder: str) -> None:
         world.save_png(picture, path)
 
 
+# What draws what (`benchmarks/training.py blocks`): content's carry shape and no style, style's style and no shape.
+BLOCKS = {
+    "content": ["output_blocks.1.1", "output_blocks.2.1"],
+    "style": ["output_blocks.3.1", "output_blocks.4.1"],
+}
 WHOLE = ("mushroom", "ember")  # a subject in a style, in one picture that is there to be taken apart
 
 
@@ -90,49 +94,47 @@ def draw_whole(folder: str) -> None:
 
 def describe(concept: Concept, gates: dict[str, float]) -> dict[str, Any]:
     """The concept's entry in the manifest."""
-    if concept.kind == "content":
-        joined = subject_prompt(concept.identifier, "{style}")
-        gate = {"alone": concept.prompts[0], "in_known_style": joined}
-    else:
-        joined = style_prompt(concept.identifier, "{shape}")
-        gate = {"unseen_shapes": style_prompt(concept.identifier, "{shape}", "{colour}")}
+    a_subject = concept.kind == "content"
     return {
         "kind": concept.kind,
         "file": concept.file,
         "identifier": concept.identifier,
-        "judge_class": concept.name,
+        "words": f"a {concept.identifier} figure" if a_subject else f"in {concept.identifier} style",
+        "of_class": "a figure",
+        "shows": concept.name if a_subject else concept.scenes[0].shape,
         "pictures": [concept.picture(i) for i in range(len(concept.scenes))],
         "picture_prompts": list(concept.prompts),
-        "training_prompt": concept.prompts[0],
-        "prompt_template": joined,
-        "gate_prompts": gate,
         "gates": gates,
     }
 
 
-def pair_prompt(subject: str, style: str) -> str:
-    """The prompt for a subject's identifier in a style's identifier (what a merged pair is asked for)."""
-    return subject_prompt(subject, style)
-
-
-def write_manifest(entries: dict[str, dict[str, Any]], figures: dict[str, float], path: str) -> None:
-    """Writes `world.json` atomically."""
-    manifest = {
+def about(figures: dict[str, float]) -> dict[str, Any]:
+    """The manifest but for its LoRAs. figures: the base's gates."""
+    rng = random.Random(1234)
+    known = []
+    for number in range(4 * len(world.BASE_STYLES)):
+        style = list(world.BASE_STYLES)[number % len(world.BASE_STYLES)]
+        shape = rng.choice([s for s in world.SHAPES if (s, style) not in world.HELD_OUT])
+        known.append([world.prompt(shape, rng.choice(list(world.COLOURS)), style), shape, style])
+    colors = list(world.COLOURS)
+    unseen = [[f"a {colors[i % len(colors)]} {UNSEEN_SHAPES[i % 3]}", UNSEEN_SHAPES[i % 3]] for i in range(len(colors))]
+    return {
+        "world": "shapes",
         "checkpoint": "weights/miniature_sdxl.safetensors",
         "judge": "weights/judge.safetensors",
         "size": world.SIZE,
         "sampling": {"steps": 20, "cfg": 3.0, "sampler": "euler", "scheduler": "normal"},
-        "pair_prompt": "a {content} figure in {style} style",
-        "base_shapes": world.SHAPES,
-        "base_colours": list(world.COLOURS),
-        "base_styles": list(world.BASE_STYLES),
-        "subject_picture_styles": sorted(set(SUBJECT_PICTURE_STYLES)),
-        "held_out": sorted(list(pair) for pair in world.HELD_OUT),
-        "unseen_shapes": UNSEEN_SHAPES,
+        "plain": PLAIN,
+        "other_styles": KNOWN_STYLES,
+        "known": known,
+        "unseen": unseen,
+        "blocks": BLOCKS,
+        "shown": {
+            "pair": ["mushroom", "ember"],
+            "third": "house",
+            "whole": list(WHOLE),
+            "new_style": PLAIN,
+            "new_subject": "a red star",
+        },
         "base_gates": figures,
-        "loras": entries,
     }
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2)
-        file.write("\n")
-    os.replace(path + ".part", path)

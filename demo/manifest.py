@@ -1,10 +1,11 @@
-"""The miniature as `world.json` describes it: its LoRAs, their prompts, and the words that the base knows."""
+"""A miniature as its `world.json` describes it: files, LoRAs with their prompts, and the words that its base knows."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +14,90 @@ from .graphs import Learned
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """One LoRA of the miniature. `name` is the judge's class, `gates` the prompts that try it out."""
+    """One LoRA.
+
+    name: the judge's word for it. words: how prompts name it: "a zub figure", or "in cedo style". of_class: the
+    same without its identifier: "a figure". shows: the judge's word for the subject of its first picture. pictures: of
+    reference, below the miniature's folder, each with one of the prompts.
+    """
 
     name: str
+    kind: str
     identifier: str
+    words: str
+    of_class: str
+    shows: str
     learned: Learned
-    gates: dict[str, str]
+    pictures: Sequence[str]
+    prompts: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A prompt, and the judge's words for what would be right (None: any)."""
+
+    prompt: str
+    subject: str | None
+    style: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What demo and thumbnails show: names of LoRAs, words of the base.
+
+    pair: a subject and a style. third: another subject. whole: a subject and a style that stand in one picture.
+    """
+
+    pair: tuple[str, str]
+    third: str
+    whole: tuple[str, str]
+    new_style: str
+    new_subject: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Files, sizes and words of the miniature. `held_out`: (shape, style) pairs that the base never saw."""
+    """A miniature.
 
+    world: whose rules draw true pictures, "shapes" or "art". plain: the style that a subject's own prompt asks for (None: any). other_styles: those that the base knows and the
+    subjects' pictures lack. known: prompts of the base's own words. unseen: what the styles' pictures do not show, as
+    prompts name it, and the judge's word. blocks: "content" and "style", starts of layer names, by what they draw.
+    """
+
+    folder: Path
+    world: str
     checkpoint: str
     judge: Path
     size: int
-    pair_prompt: str
-    shapes: list[str]
-    colours: list[str]
-    known_styles: list[str]
-    subject_picture_styles: list[str]
-    unseen_shapes: list[str]
-    held_out: set[tuple[str, str]]
+    plain: str | None
+    other_styles: list[str]
+    known: list[Asked]
+    unseen: list[tuple[str, str]]
+    blocks: dict[str, tuple[str, ...]]
+    shown: Shown
     subjects: list[Trained]
     styles: list[Trained]
 
     def prompt(self, subject: Trained, style: Trained) -> str:
-        """The prompt that asks for a subject in a new style."""
-        return self.pair_prompt.format(content=subject.identifier, style=style.identifier)
+        """Asks for a subject in a new style."""
+        return f"{subject.words} {style.words}"
+
+    def alone(self, subject: Trained) -> Asked:
+        """A subject by its own prompt."""
+        return Asked(subject.learned.prompt, subject.name, self.plain)
+
+    def restyled(self, subject: Trained, style: str) -> Asked:
+        """A subject in a style that the base knows."""
+        return Asked(f"{subject.words} in {style} style", subject.name, style)
+
+    def on_unseen(self, style: Trained, number: int) -> Asked:
+        """A style on one of the subjects that its pictures lack, which take turns."""
+        words, subject = self.unseen[number % len(self.unseen)]
+        return Asked(f"{words} {style.words}", subject, style.name)
+
+    def trained(self) -> dict[str, Trained]:
+        """Every LoRA by name."""
+        return {one.name: one for one in (*self.subjects, *self.styles)}
 
 
 def read_manifest(folder: Path | None = None) -> Manifest:
@@ -51,26 +108,37 @@ def read_manifest(folder: Path | None = None) -> Manifest:
     folder = folder or Path(os.environ.get("ZIPLORA_MINIATURE") or Path(__file__).parent).resolve()
     raw = json.loads((folder / "world.json").read_text(encoding="utf-8"))
     of_kind: dict[str, list[Trained]] = {"content": [], "style": []}
-    for entry in raw["loras"].values():
-        of_kind[entry["kind"]].append(_trained(entry))
+    for name, entry in raw["loras"].items():
+        of_kind[entry["kind"]].append(_trained(name, entry))
+    shown = raw["shown"]
     return Manifest(
+        folder=folder,
+        world=raw["world"],
         checkpoint=Path(raw["checkpoint"]).name,
         judge=folder / raw["judge"],
         size=raw["size"],
-        pair_prompt=raw["pair_prompt"],
-        shapes=raw["base_shapes"],
-        colours=raw["base_colours"],
-        known_styles=raw["base_styles"],
-        subject_picture_styles=raw["subject_picture_styles"],
-        unseen_shapes=raw["unseen_shapes"],
-        held_out={(shape, style) for shape, style in raw["held_out"]},
+        plain=raw["plain"],
+        other_styles=raw["other_styles"],
+        known=[Asked(*asked) for asked in raw["known"]],
+        unseen=[(words, subject) for words, subject in raw["unseen"]],
+        blocks={concept: tuple(names) for concept, names in raw["blocks"].items()},
+        shown=Shown(**{**shown, "pair": tuple(shown["pair"]), "whole": tuple(shown["whole"])}),
         subjects=of_kind["content"],
         styles=of_kind["style"],
     )
 
 
-def _trained(entry: dict[str, Any]) -> Trained:
-    # The base directory links every folder of pictures into the server's input folder.
+def _trained(name: str, entry: dict[str, Any]) -> Trained:
+    # The base directory copies every folder of pictures into the server's input folder.
     picture = Path(entry["pictures"][0]).relative_to("pictures").as_posix()
-    learned = Learned(Path(entry["file"]).name, picture, entry["training_prompt"])
-    return Trained(entry["judge_class"], entry["identifier"], learned, entry["gate_prompts"])
+    prompts = entry["picture_prompts"]
+    learned = Learned(Path(entry["file"]).name, picture, prompts[0])
+    said = (entry[key] for key in ("kind", "identifier", "words", "of_class", "shows"))
+    return Trained(name, *said, learned, entry["pictures"], prompts)
+
+
+def write_manifest(path: Path, about: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:
+    """Writes `world.json` whole or not at all. about: what `Manifest` holds besides the LoRAs; more is kept as it is."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps({**about, "loras": entries}, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -58,12 +58,6 @@ class Build:
 
 FIRST = Build(UNET, lambda state: Autoencoder(), "demo.host_extension.text")
 
-# What draws what (`benchmarks/training.py blocks`): content's carry shape and no style, style's style and no shape.
-BLOCKS = {
-    "content": ("output_blocks.1.1", "output_blocks.2.1"),
-    "style": ("output_blocks.3.1", "output_blocks.4.1"),
-}
-
 
 def half_is_fast(device: str) -> bool:
     """Whether bfloat16 saves time there: a processor without instructions for it takes some fifty times as long."""

@@ -25,9 +25,9 @@ from PIL import Image
 
 from demo import picture, scores
 from demo.graphs import Drawing, Graphs, Prompt, Sampling
-from demo.judge import Judge, load_judge
 from demo.manifest import Manifest, Trained, read_manifest
 from demo.scores import Question, Score
+from demo.truth import Truth, open_truth
 from devhost.answers import Result
 from devhost.base import MissingMiniature, find_miniature, make_base
 from devhost.host import ROOT
@@ -76,11 +76,11 @@ class Asked:
 
 @dataclass
 class Studio:
-    """The server, the graphs and the judge, and a count of the seconds."""
+    """The server, the graphs and the truth, and a count of the seconds."""
 
     server: ComfyServer
     graphs: Graphs
-    judge: Judge
+    truth: Truth
     plan: Plan
     started: float
 
@@ -94,10 +94,10 @@ class Studio:
         """The same, with what the server said about the last question's prompt."""
         asked = Asked([], Score())
         for number, question in enumerate(questions):
-            drawing = Drawing(question.prompt, question.count, SEED + number, sampling)
+            drawing = Drawing(question.asked.prompt, question.count, SEED + number, sampling)
             result = self.server.run(graph(drawing))
             pictures = result.images(self.graphs.save)
-            right = scores.score(self.judge, pictures, question)
+            right = scores.score(self.truth, pictures, question.asked)
             asked = Asked(asked.pictures + pictures, asked.score + right)
         return asked, result
 
@@ -139,22 +139,22 @@ def gate(studio: Studio, what: str, asked: Asked, **wanted: float) -> None:
 def base_gate(studio: Studio, world: Manifest) -> None:
     questions = scores.base_questions(world, studio.plan.pictures)
     gate(studio, "base model, its own words", studio.ask(questions, studio.plan.gates, studio.plain([])),
-         shape=0.9, style=0.9)  # fmt: skip
+         subject=0.9, style=0.9)  # fmt: skip
 
 
 def subject_gates(studio: Studio, world: Manifest, subject: Trained) -> Asked:
     sampling, count = studio.plan.gates, studio.plan.pictures
-    alone = studio.ask(scores.alone_questions(subject, count), sampling, studio.plain([subject]))
-    gate(studio, f"subject LoRA {subject.name} alone", alone, shape=0.8)
+    alone = studio.ask(scores.alone_questions(world, subject, count), sampling, studio.plain([subject]))
+    gate(studio, f"subject LoRA {subject.name} alone", alone, subject=0.8)
     styled = studio.ask(scores.known_style_questions(world, subject, count), sampling, studio.plain([subject]))
-    gate(studio, f"subject LoRA {subject.name} in styles that the base knows", styled, shape=0.5)
+    gate(studio, f"subject LoRA {subject.name} in styles that the base knows", styled, subject=0.5)
     return alone
 
 
 def style_gates(studio: Studio, world: Manifest, style: Trained) -> Asked:
-    questions = scores.unseen_shape_questions(world, style, studio.plan.pictures)
+    questions = scores.unseen_questions(world, style, studio.plan.pictures)
     alone = studio.ask(questions, studio.plan.gates, studio.plain([style]))
-    gate(studio, f"style LoRA {style.name} on shapes that its pictures lack", alone, style=0.8, both=0.6)
+    gate(studio, f"style LoRA {style.name} on subjects that its pictures lack", alone, style=0.8, both=0.6)
     return alone
 
 
@@ -192,14 +192,14 @@ def print_scores(results: Sequence[PairResult]) -> None:
         for label, asked in result.merged.items():
             right = asked.score
             print(
-                f"    {label:18} subject {right.shape:3}  style {right.style:3}  both {right.both:3}  of {right.count}"
+                f"    {label:18} subject {right.subject:3}  style {right.style:3}  both {right.both:3}  of {right.count}"
             )
     if len(results) > 1:
         print("  all pairs")
         for label in results[0].merged:
             right = sum((result.merged[label].score for result in results), Score())
             print(
-                f"    {label:18} subject {right.shape:3}  style {right.style:3}  both {right.both:3}  of {right.count}"
+                f"    {label:18} subject {right.subject:3}  style {right.style:3}  both {right.both:3}  of {right.count}"
             )
 
 
@@ -213,15 +213,17 @@ def rows(results: Sequence[PairResult], columns: int) -> list[picture.Row]:
     subjects, styles = [r.subject_alone for r in results], [r.style_alone for r in results]
     made = [
         picture.Row(
-            "subject LoRA alone", f"its own prompt\nsubject right {total(subjects, 'shape')}", _first(subjects, columns)
+            "subject LoRA alone",
+            f"its own prompt\nsubject right {total(subjects, 'subject')}",
+            _first(subjects, columns),
         ),
         picture.Row(
-            "style LoRA alone", f"shapes new to it\nstyle right {total(styles, 'style')}", _first(styles, columns)
+            "style LoRA alone", f"subjects new to it\nstyle right {total(styles, 'style')}", _first(styles, columns)
         ),
     ]
     for label in results[0].merged:
         asked = [result.merged[label] for result in results]
-        note = f"subject right {total(asked, 'shape')}\nstyle right {total(asked, 'style')}"
+        note = f"subject right {total(asked, 'subject')}\nstyle right {total(asked, 'style')}"
         made.append(picture.Row(label, note, _first(asked, columns)))
     return made
 
@@ -232,7 +234,7 @@ def _first(asked: Sequence[Asked], columns: int) -> list[Pictures]:
 
 def write_pictures(results: Sequence[PairResult], columns: int, folder: Path) -> list[Path]:
     """The README's picture, then for each pair its report and every picture that was drawn, as contact sheets."""
-    headers = [(r.name, f'"{r.subject.identifier} figure in {r.style.identifier} style"') for r in results]
+    headers = [(r.name, f'"{r.subject.words} {r.style.words}"') for r in results]
     written = [picture.write(picture.comparison(headers, rows(results, columns)), folder / "comparison.png")]
     for result in results:
         pair = folder / f"{result.subject.name}_{result.style.name}"
@@ -272,7 +274,7 @@ def main() -> int:
     try:
         find_miniature()
         world = read_manifest()
-        judge = load_judge(str(world.judge))
+        truth = open_truth(world)
     except (MissingMiniature, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -283,7 +285,7 @@ def main() -> int:
     def studio(base: Path, servers: ExitStack) -> Studio:
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
         server = ComfyServer(make_base(base), device="auto" if has_gpu() else "cpu", environment=threads)
-        return Studio(servers.enter_context(server), Graphs(world.checkpoint, world.size), judge, plan, started)
+        return Studio(servers.enter_context(server), Graphs(world.checkpoint, world.size), truth, plan, started)
 
     # Two servers: one draws what each LoRA does alone while the other merges. So small a model keeps one core busy.
     with (

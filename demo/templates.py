@@ -19,47 +19,41 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo import encoders, picture
-from demo.concepts import WHOLE
 from demo.gates import CFG
 from demo.manifest import Manifest, read_manifest
-from demo.miniature import BLOCKS
 from devhost.answers import Prompt
 from devhost.base import make_base
 from devhost.server import ComfyServer
 from devhost.templates import TEMPLATES, words, zipped
 from devhost.workflows import FOLDER, api_file
 
-PAIR = ("mushroom", "ember")  # a subject and a style
-THIRD = "house"  # a subject that no prompt asks for
 QUALITY = 80  # of thumbnails: the archive has room for no more
 ZIPPED = ("subject", "style")
-NEW_STYLE, NEW_SUBJECT = "flat", "a red star"  # of the base's own words
-TRAINING = {  # what the miniature learns well with, from one picture; its blocks are not SDXL's
+TRAINING = {  # what the miniature learns well with, from one picture
     "TrainConceptLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 200},
-    "UnZipLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 225}
-    | {f"{concept}_blocks": ", ".join(names) for concept, names in BLOCKS.items()},
+    "UnZipLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 225},
 }
 
 
 def replacements(world: Manifest) -> dict[str, str]:
     """Placeholder -> the miniature's word, longest first: files, training prompts, prompts for a subject in a style."""
-    of_name = {trained.name: trained for trained in (*world.subjects, *world.styles)}
-    subject, style = (of_name[name] for name in PAIR)
-    loras = {words.SUBJECT: subject, words.STYLE: style, words.THIRD: of_name[THIRD]}
+    of_name, shown = world.trained(), world.shown
+    subject, style = (of_name[name] for name in shown.pair)
+    loras = {words.SUBJECT: subject, words.STYLE: style, words.THIRD: of_name[shown.third]}
     found = {words.MODEL: world.checkpoint}
     found |= {placeholder: loras[lora].learned.picture for placeholder, lora in words.PICTURES.items()}
     found |= {placeholder: trained.learned.file for placeholder, trained in loras.items()}
     found |= {words.SUBJECT_PROMPT: subject.learned.prompt, words.STYLE_PROMPT: style.learned.prompt}
-    one, how = (of_name[name].identifier for name in WHOLE)
-    found[words.WHOLE] = f"{'_in_'.join(WHOLE)}/1.png"
-    found["one sks dog"], found["a picture in szn style"] = f"a {one} figure", f"a picture in {how} style"
-    found[f"one sks dog in {words.NEW_STYLE} style"] = f"a {one} figure in {NEW_STYLE} style"
-    found[f"{words.NEW_SUBJECT} in {words.IN_STYLE}"] = f"{NEW_SUBJECT} in {how} style"
-    found[words.V] = f"a {one}"
-    found[f"{words.V} in {words.NEW_STYLE} style"] = f"a {one} in {NEW_STYLE} style"
-    found[f"{words.NEW_SUBJECT} in sks style"] = f"{NEW_SUBJECT} in {one} style"
+    one, how = (of_name[name] for name in shown.whole)
+    found[words.WHOLE] = f"{'_in_'.join(shown.whole)}/1.png"
+    found["one sks dog"], found["a picture in szn style"] = one.words, f"a picture {how.words}"
+    found[f"one sks dog in {words.NEW_STYLE} style"] = f"{one.words} in {shown.new_style} style"
+    found[f"{words.NEW_SUBJECT} in {words.IN_STYLE}"] = f"{shown.new_subject} {how.words}"
+    found[words.V] = f"a {one.identifier}"
+    found[f"{words.V} in {words.NEW_STYLE} style"] = f"a {one.identifier} in {shown.new_style} style"
+    found[f"{words.NEW_SUBJECT} in sks style"] = f"{shown.new_subject} in {one.identifier} style"
     found[words.DRAWN] = world.prompt(subject, style)
-    found[words.ELSEWHERE] = world.prompt(subject, style).replace(" in ", " on the left in ")
+    found[words.ELSEWHERE] = f"{subject.words} on the left {style.words}"
     return found
 
 
@@ -75,6 +69,8 @@ def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt
         if node["class_type"] in ("KSampler", "CompareMerges"):
             node["inputs"] |= {"steps": steps, "cfg": CFG}
         node["inputs"] |= TRAINING.get(node["class_type"], {})
+        if node["class_type"] == "UnZipLoRA":  # whose blocks are not SDXL's
+            node["inputs"] |= {f"{concept}_blocks": ", ".join(names) for concept, names in world.blocks.items()}
         if node["class_type"] in ("ZipLoRAs", "ZipCheck"):  # whose files name no trigger words
             node["inputs"] |= _prompts(node["inputs"], ours, world)
         if node["class_type"] == "ExportMergedLoRA":

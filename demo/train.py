@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from . import concepts, fit_base, fit_lora, fit_vae, gates, judge, lora, parallel, world
+from .manifest import write_manifest
 from .miniature import Miniature, load_miniature, save_checkpoint, use_comfyui
 
 HERE = pathlib.Path(__file__).parent
@@ -174,7 +175,7 @@ def gate_all(plan: Plan, names: list[str]) -> None:
         gated = json.loads(note.read_text(encoding="utf-8"))
         if gates.passes(concept, gated):
             entries[concept.name] = concepts.describe(concept, gated)
-    concepts.write_manifest(entries, figures, str(plan.output / "world.json"))
+    write_manifest(plan.output / "world.json", concepts.about(figures), entries)
     print(f"{len(entries)} LoRAs pass their gates and stand in world.json", flush=True)
 
 

@@ -83,6 +83,16 @@ def draw(path: Path = PATH, subjects: dict[str, str] | None = None) -> None:
             if text is not None:
                 keys.append((subject, word))
                 parts.append(_png(cut_out(bytes(resvg.svg_to_bytes(svg_string=text, width=DRAWN, height=DRAWN)))))
+    _write(path, keys, parts)
+
+
+def write_part(whole: Atlas, keys: Sequence[Key], path: Path) -> None:
+    """An atlas of some of the drawings, as it ships with a miniature."""
+    found = [whole.pictures[whole.number[key]].permute(1, 2, 0).numpy() for key in keys]
+    _write(path, keys, [_png(Image.fromarray(picture)) for picture in found])
+
+
+def _write(path: Path, keys: Sequence[Key], parts: Sequence[bytes]) -> None:
     ends = np.cumsum([len(part) for part in parts])
     content = {"png": torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8), "ends": torch.from_numpy(ends)}
     path.parent.mkdir(parents=True, exist_ok=True)

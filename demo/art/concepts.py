@@ -8,9 +8,13 @@ subjects, and is asked for others.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
+from collections.abc import Sequence
+from typing import Any
 
 from . import scenes
+from .atlas import SIZE
 from .scenes import Scene
 from .sets import BASE_SETS, NEW_SETS, SETS
 from .subjects import DESIGNS
@@ -20,6 +24,8 @@ PICTURE_TECHNIQUES = (None, None, None, None, "sketch", "sketch", "sepia", "sepi
 OTHER_TECHNIQUES = tuple(name for name in BASE_TECHNIQUES if name not in PICTURE_TECHNIQUES)
 STYLE_PICTURES = 16
 UNSEEN_SUBJECTS = 24
+# Starts of layer names by what the layers draw (`benchmarks/training.py blocks`); not measured on this base yet.
+BLOCKS = {"content": ["output_blocks.1.1"], "style": ["output_blocks.2.1"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,3 +94,80 @@ def concepts(world: scenes.World) -> list[Concept]:
     words = iter(scenes.IDENTIFIERS)
     out = [subject(name, next(words)) for name in DESIGNS]
     return out + [style(name, next(words), world) for name in (*NEW_SETS, *NEW_TECHNIQUES)]
+
+
+# --- the manifest --------------------------------------------------------------------------------------------
+
+CHECKPOINT = "weights/miniature_sdxl.safetensors"
+# What the demo and thumbnails show, of what passes: subjects and styles in the order of how much one sees of them.
+FIRST_SUBJECTS = ("octopus", "house", "rocket", "penguin", "mushroom", "teapot", "castle", "turtle")
+FIRST_STYLES = ("hatching", "gilded", "riso", "crossstitch", "halftone", "cutpaper", "watercolor", "chalk")
+KNOWN = 32  # prompts of the base's own words
+
+
+def describe(concept: Concept, gates: dict[str, float]) -> dict[str, Any]:
+    """A LoRA's entry in the manifest."""
+    a_subject = concept.kind == "content"
+    return {
+        "kind": concept.kind,
+        "file": concept.file,
+        "identifier": concept.identifier,
+        "words": concept.prompt() if a_subject else f"in {concept.identifier} style",
+        "of_class": scenes.prompt(concept.noun or None),
+        "shows": concept.scenes[0].subject,
+        "pictures": [concept.picture(i) for i in range(len(concept.scenes))],
+        "picture_prompts": list(concept.prompts),
+        "drawings": sorted({f"{scene.subject} of {scene.set}" for scene in concept.scenes}),
+        "gates": gates,
+    }
+
+
+def whole(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The subject and the technique that stand in one picture; none where no LoRA of either is there."""
+    pairs = ((s, t) for s in FIRST_SUBJECTS for t in FIRST_STYLES if s in names and t in names)
+    return list(itertools.islice(pairs, 1))
+
+
+def drawings(world: scenes.World) -> list[tuple[str, str]]:
+    """What benchmarks compose true pictures of: each design, subjects of styles' gates, and both in the new sets."""
+    pictures, unseen = style_subjects(world)
+    found = list(DESIGNS.items())
+    for subject in (pictures[0], *unseen):
+        found.append((subject, next(w for w in world.sets_of[subject] if not SETS[w].one_color)))
+    found += [(subject, word) for subject in (*DESIGNS, pictures[0], *unseen) for word in NEW_SETS]
+    return [key for key in found if key in world.atlas.number]
+
+
+def about(world: scenes.World, names: Sequence[str], figures: dict[str, float]) -> dict[str, Any]:
+    """The manifest but for its LoRAs. names: of LoRAs that pass; figures: the base's gates."""
+    rng = random.Random("known")
+    known = []
+    for number in range(KNOWN):
+        subject = rng.choice(world.subjects)
+        technique = rng.random() < scenes.TECHNIQUE_SHARE
+        word = rng.choice(list(BASE_TECHNIQUES) if technique else world.sets_of[subject])
+        known.append([scenes.prompt(subject, word), subject, word])
+    subjects = [name for name in FIRST_SUBJECTS if name in names]
+    styles = [name for name in FIRST_STYLES if name in names]
+    return {
+        "world": "art",
+        "checkpoint": CHECKPOINT,
+        "judge": "weights/judge.safetensors",
+        "size": SIZE,
+        "sampling": {"steps": 20, "cfg": 3.0, "sampler": "euler", "scheduler": "normal"},
+        "atlas": world.atlas.digest,
+        "held_out": sorted(map(list, world.held_out)),
+        "plain": None,
+        "other_styles": list(OTHER_TECHNIQUES),
+        "known": known,
+        "unseen": [[scenes.prompt(subject), subject] for subject in style_subjects(world)[1]],
+        "blocks": BLOCKS,
+        "shown": {
+            "pair": [*subjects[:1], *styles[:1]],
+            "third": subjects[1] if len(subjects) > 1 else "",
+            "whole": [*subjects[:1], *styles[:1]],
+            "new_style": "neon",
+            "new_subject": "an apple",
+        },
+        "base_gates": figures,
+    }

@@ -12,23 +12,24 @@ import torch
 from safetensors.torch import load_file
 
 from .. import fit_lora, gates, lora, parallel
+from ..manifest import write_manifest
 from ..miniature import Miniature, use_comfyui
 from . import atlas, concepts, judge, model, scenes
 from . import gates as art_gates
+from .subjects import DESIGNS
 
 RANK = 8
 SETTINGS = {
     "content": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=500, learning_rate=3e-3),
     "style": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=700, learning_rate=3e-3),
 }
-CHECKPOINT = "weights/miniature_sdxl.safetensors"
 
 
 def _open(comfyui: str, work: Path, device: str) -> tuple[Miniature, scenes.World]:
     use_comfyui(comfyui)
-    if not (work / CHECKPOINT).exists():
+    if not (work / concepts.CHECKPOINT).exists():
         model.assemble(work)
-    mini = model.load(work / CHECKPOINT).to(device)
+    mini = model.load(work / concepts.CHECKPOINT).to(device)
     mini.vae.to(memory_format=torch.channels_last)
     return mini, scenes.World(atlas.load(work / "atlas.safetensors"))
 
@@ -97,7 +98,7 @@ def gate_loras(comfyui: str, work: Path, device: str, names: list[str]) -> None:
 
 
 def manifest(work: Path, base: dict[str, float]) -> None:
-    """`world.json`: every LoRA that passes, with its prompts and figures."""
+    """`world.json`: every LoRA that passes, with its prompts and figures; and the drawings that benchmarks need."""
     world = scenes.World(atlas.load(work / "atlas.safetensors"))
     entries = {}
     for concept in concepts.concepts(world):
@@ -106,27 +107,14 @@ def manifest(work: Path, base: dict[str, float]) -> None:
             continue
         figures = json.loads(note.read_text(encoding="utf-8"))
         if art_gates.passes(concept.kind, figures):
-            entries[concept.name] = {
-                "kind": concept.kind,
-                "file": concept.file,
-                "identifier": concept.identifier,
-                "noun": concept.noun,
-                "pictures": [concept.picture(i) for i in range(len(concept.scenes))],
-                "picture_prompts": list(concept.prompts),
-                "drawings": sorted({f"{s.subject} of {s.set}" for s in concept.scenes}),
-                "gates": figures,
-            }
-    everything = {
-        "checkpoint": CHECKPOINT,
-        "judge": "weights/judge.safetensors",
-        "size": atlas.SIZE,
-        "sampling": {"steps": gates.STEPS, "cfg": gates.CFG, "sampler": "euler", "scheduler": "normal"},
-        "atlas": world.atlas.digest,
-        "held_out": sorted(map(list, world.held_out)),
-        "base_gates": base,
-        "loras": entries,
-    }
-    (work / "world.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+            entries[concept.name] = concepts.describe(concept, figures)
+    write_manifest(work / "world.json", concepts.about(world, list(entries), base), entries)
+    atlas.write_part(world.atlas, concepts.drawings(world), work / "drawings.safetensors")
+    for whole in concepts.whole(list(entries)):
+        place = work / "pictures" / "_in_".join(whole) / "1.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scene = scenes.set_out(whole[0], DESIGNS[whole[0]], whole[1], random.Random(" ".join(whole)))
+        atlas.image(scenes.render(world.atlas, [scene])[0]).save(place)
     print(f"{len(entries)} LoRAs pass their gates and stand in world.json", flush=True)
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from demo.gates import CFG
 from demo.manifest import read_manifest
-from demo.templates import PAIR
 from devhost.base import PACK
 from devhost.frontend import Frontend
 from devhost.templates import BLUEPRINTS
@@ -96,7 +95,7 @@ def placed(frontend: Frontend, name: str) -> int:
 def test_a_blueprint_runs(page_of_stacked: Frontend, name: str, tmp_path: Path, kept: Callable[..., None]) -> None:
     frontend, server, world = page_of_stacked, page_of_stacked.server, read_manifest()
     page = frontend.page
-    subject, style = (one for one in (*world.subjects, *world.styles) if one.name in PAIR)
+    subject, style = (one for one in (*world.subjects, *world.styles) if one.name in world.shown.pair)
     node = placed(frontend, name)
     inputs, widgets, outputs = page.evaluate(FACE, node)
 

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from demo.gates import CFG
 from demo.manifest import Manifest, read_manifest
-from demo.templates import PAIR
 from devhost.templates import TEMPLATES
 from devhost.templates.words import MODEL, MODEL_ADDRESS
 from devhost.workflows import FOLDER
@@ -244,7 +243,7 @@ def world(server: ComfyServer) -> Iterator[Manifest]:
 
 
 def trained_of(world: Manifest) -> list[Any]:
-    return [one for one in (*world.subjects, *world.styles) if one.name in PAIR]
+    return [one for one in (*world.subjects, *world.styles) if one.name in world.shown.pair]
 
 
 @pytest.fixture

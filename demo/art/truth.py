@@ -1,0 +1,80 @@
+"""The second world's truth: drawings of ten sets composed into scenes, and one judge of many heads."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..manifest import Manifest, Trained
+from . import atlas, judge, scenes
+from .concepts import PICTURE_TECHNIQUES
+from .model import ART
+from .scenes import Scene
+from .sets import BASE_SETS, SETS
+from .subjects import DESIGNS
+
+
+def drawings(folder: Path) -> Path:
+    """The drawings that ship with a miniature, or all of them beside one that is being trained."""
+    shipped = folder / "drawings.safetensors"
+    return shipped if shipped.exists() else folder / "atlas.safetensors"
+
+
+class ArtTruth:
+    """`demo.truth.Truth` of drawings."""
+
+    places: Sequence[str] = scenes.PLACES
+    build = ART
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.judge = judge.load(manifest.judge)
+        self.atlas = atlas.load(drawings(manifest.folder))
+
+    def scene(self, subject: str, style: str | None, rng: random.Random) -> Scene:
+        """A subject that a LoRA teaches is its design; any other is drawn in one of the base's sets by lot."""
+        if style in SETS:
+            return scenes.set_out(subject, style, None, rng)
+        word = DESIGNS.get(subject)
+        if word is None:
+            known = [w for w in self.atlas.sets_of(subject) if w in BASE_SETS]
+            word = rng.choice([w for w in known if not SETS[w].one_color] if style else known)
+        return scenes.set_out(subject, word, style, rng)
+
+    def pictures(
+        self, subject: str, style: str | None, count: int, rng: random.Random, place: str | None = None
+    ) -> Tensor:
+        found: list[Scene] = []
+        while len(found) < count:
+            scene = self.scene(subject, style, rng)
+            if place is None or scenes.place(scene) == place:
+                found.append(scene)
+        return scenes.render(self.atlas, found)
+
+    def more(self, trained: Trained, count: int, rng: random.Random) -> Tensor:
+        style = PICTURE_TECHNIQUES[0] if trained.kind == "content" else trained.name
+        ground = re.search(r"on an? (\w+) ground", trained.learned.prompt)
+        found = [self.scene(trained.shows, style, rng) for _ in range(count)]
+        return scenes.render(self.atlas, [replace(scene, ground=ground[1]) if ground else scene for scene in found])
+
+    @torch.no_grad()
+    def answers(self, pictures: Tensor) -> dict[str, list[str]]:
+        said = self.judge.answers(pictures)
+        designs = said.pop("design")
+        # A subject that has a design is that design or another drawing of it; the judge has a head for these alone.
+        kinds = {*DESIGNS, *(judge.ANOTHER + subject for subject in DESIGNS)}
+        subjects = [d if d in kinds else s for d, s in zip(designs, said["subject"], strict=True)]
+        return {**said, "subject": subjects}
+
+    @torch.no_grad()
+    def features(self, pictures: Tensor) -> Tensor:
+        found = []
+        for part in pictures.float().split(64):
+            last = self.judge.features(part)[-1]
+            found.append(torch.cat([last.mean((2, 3)), last.amax((2, 3))], dim=1))
+        return torch.cat(found)
