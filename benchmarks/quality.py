@@ -27,10 +27,10 @@ from benchmarks.quality_table import CEILING, kept_folder, read_records, report,
 from benchmarks.workers import share_out
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
-SUBJECTS = 4  # of six, with every style; `--pairs` may name the others
+SUBJECTS = 4  # of the first world's six, with every style; `--subjects`, `--pairs` may ask for others
 SEEDS = (0, 1, 2)
 PICTURES = 12  # of the pair, per method and seed: 36 over the seeds; fewer of the other prompts
-QUICK_PAIRS = (("mushroom", "ember"), ("icecream", "dusk"))  # the direct merge spoils both
+QUICK_PAIRS = 2
 QUICK_METHODS = ("content LoRA", "style LoRA", "direct 1/1", "default")
 
 
@@ -72,8 +72,8 @@ def chosen_pairs(given: argparse.Namespace) -> list[tuple[str, str]]:
     from demo.manifest import read_manifest
 
     trained = read_manifest(new_concepts.FOLDER / given.block if given.block else None)
-    subjects = trained.subjects if given.block else trained.subjects[:SUBJECTS]
-    pairs = [(c.name, s.name) for c in subjects for s in trained.styles]
+    subjects = trained.subjects if given.block else trained.subjects[: given.subjects]
+    pairs = [(c.name, s.name) for c, s in trained.pairs() if c in subjects]
     if given.each:
         count = len(trained.styles)
         at = {s.name: i for i, s in enumerate(trained.styles)}
@@ -82,7 +82,7 @@ def chosen_pairs(given: argparse.Namespace) -> list[tuple[str, str]]:
     if given.pairs:
         pairs = [tuple(p.split("+")) for p in given.pairs]
     elif given.quick:
-        pairs = list(QUICK_PAIRS)
+        pairs = [(c.name, s.name) for c, s in zip(trained.subjects, trained.styles, strict=False)][:QUICK_PAIRS]
     if given.half:
         at = {name: i for group in (trained.subjects, trained.styles) for i, name in enumerate(c.name for c in group)}
         odd = given.half == "confirm"
@@ -95,6 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two pairs, one seed, the methods that matter most")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--pairs", nargs="+", help="such as mushroom+ember; default: four subjects, every style")
+    parser.add_argument("--subjects", type=int, default=SUBJECTS, help="how many of the subjects, with every style")
     parser.add_argument("--block", choices=new_concepts.BLOCKS, help="every pair of a block of new concepts")
     parser.add_argument(
         "--strengths", nargs=2, type=float, default=(1.0, 1.0), help="of both files; needs a results file of its own"

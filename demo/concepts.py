@@ -128,6 +128,7 @@ def about(figures: dict[str, float]) -> dict[str, Any]:
         "other_styles": KNOWN_STYLES,
         "known": known,
         "unseen": unseen,
+        "untold": [],
         "blocks": BLOCKS,
         "shown": {
             "pair": ["mushroom", "ember"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -59,9 +60,11 @@ class Shown:
 class Manifest:
     """A miniature.
 
-    world: whose rules draw true pictures, "shapes" or "art". plain: the style that a subject's own prompt asks for (None: any). other_styles: those that the base knows and the
-    subjects' pictures lack. known: prompts of the base's own words. unseen: what the styles' pictures do not show, as
-    prompts name it, and the judge's word. blocks: "content" and "style", starts of layer names, by what they draw.
+    world: whose rules draw true pictures, "shapes" or "art". plain: the style that a subject's own prompt asks for
+    (None: any). other_styles: those that the base knows and the subjects' pictures lack. known: prompts of the base's
+    own words. unseen: what the styles' pictures do not show, as prompts name it, and the judge's word. untold: subjects
+    and styles of LoRAs that no true picture shows together. blocks: "content" and "style", starts of layer names, by
+    what they draw.
     """
 
     folder: Path
@@ -73,6 +76,7 @@ class Manifest:
     other_styles: list[str]
     known: list[Asked]
     unseen: list[tuple[str, str]]
+    untold: set[tuple[str, str]]
     blocks: dict[str, tuple[str, ...]]
     shown: Shown
     subjects: list[Trained]
@@ -94,6 +98,11 @@ class Manifest:
         """A style on one of the subjects that its pictures lack, which take turns."""
         words, subject = self.unseen[number % len(self.unseen)]
         return Asked(f"{words} {style.words}", subject, style.name)
+
+    def pairs(self) -> list[tuple[Trained, Trained]]:
+        """Every subject with every style, where there is a truth of both."""
+        every = itertools.product(self.subjects, self.styles)
+        return [(a, b) for a, b in every if (a.name, b.name) not in self.untold]
 
     def trained(self) -> dict[str, Trained]:
         """Every LoRA by name."""
@@ -121,6 +130,7 @@ def read_manifest(folder: Path | None = None) -> Manifest:
         other_styles=raw["other_styles"],
         known=[Asked(*asked) for asked in raw["known"]],
         unseen=[(words, subject) for words, subject in raw["unseen"]],
+        untold={(subject, style) for subject, style in raw["untold"]},
         blocks={concept: tuple(names) for concept, names in raw["blocks"].items()},
         shown=Shown(**{**shown, "pair": tuple(shown["pair"]), "whole": tuple(shown["whole"])}),
         subjects=of_kind["content"],

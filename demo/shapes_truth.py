@@ -11,7 +11,7 @@ from torch import Tensor
 from . import world
 from .concepts import PLAIN
 from .judge import load_judge
-from .manifest import Manifest, Trained
+from .manifest import Asked, Manifest, Trained
 from .miniature import FIRST
 
 
@@ -48,6 +48,9 @@ class ShapesTruth:
         names = {"subject": self.judge.shape_names, "style": self.judge.style_names, "place": world.PLACES}
         probable: dict[str, Tensor] = {"subject": judged["shape"], "style": judged["style"], "place": judged["place"]}  # type: ignore[dict-item]
         return {head: [names[head][i] for i in found.argmax(-1).tolist()] for head, found in probable.items()}
+
+    def same(self, said: str, asked: Asked) -> bool:
+        return said == asked.subject
 
     def features(self, pictures: Tensor) -> Tensor:
         found = self.judge.scores(pictures)["features"]

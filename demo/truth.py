@@ -36,6 +36,10 @@ class Truth(Protocol):
         """The judge's likeliest word per picture, by "subject", "style" and "place"."""
         ...
 
+    def same(self, said: str, asked: Asked) -> bool:
+        """Whether the judge's word for a subject is right of what was asked for."""
+        ...
+
     def features(self, pictures: Tensor) -> Tensor:
         """The judge's last layers, B x F, for distances."""
         ...
@@ -57,7 +61,7 @@ def rights(truth: Truth, pictures: Tensor, asked: Sequence[Asked]) -> list[dict[
     said = truth.answers(pictures)
     found = []
     for number, wanted in enumerate(asked):
-        subject = wanted.subject in (None, said["subject"][number])
+        subject = wanted.subject is None or truth.same(said["subject"][number], wanted)
         style = wanted.style in (None, said["style"][number])
         found.append({"subject": subject, "style": style, "both": subject and style})
     return found

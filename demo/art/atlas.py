@@ -88,8 +88,8 @@ def draw(path: Path = PATH, subjects: dict[str, str] | None = None) -> None:
 
 def write_part(whole: Atlas, keys: Sequence[Key], path: Path) -> None:
     """An atlas of some of the drawings, as it ships with a miniature."""
-    found = [whole.pictures[whole.number[key]].permute(1, 2, 0).numpy() for key in keys]
-    _write(path, keys, [_png(Image.fromarray(picture)) for picture in found])
+    pictures = (whole.find(keys) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    _write(path, keys, [_png(Image.fromarray(picture)) for picture in pictures])
 
 
 def _write(path: Path, keys: Sequence[Key], parts: Sequence[bytes]) -> None:

@@ -142,7 +142,7 @@ def about(world: scenes.World, names: Sequence[str], figures: dict[str, float]) 
     """The manifest but for its LoRAs. names: of LoRAs that pass; figures: the base's gates."""
     rng = random.Random("known")
     known = []
-    for number in range(KNOWN):
+    for _ in range(KNOWN):
         subject = rng.choice(world.subjects)
         technique = rng.random() < scenes.TECHNIQUE_SHARE
         word = rng.choice(list(BASE_TECHNIQUES) if technique else world.sets_of[subject])
@@ -161,6 +161,7 @@ def about(world: scenes.World, names: Sequence[str], figures: dict[str, float]) 
         "other_styles": list(OTHER_TECHNIQUES),
         "known": known,
         "unseen": [[scenes.prompt(subject), subject] for subject in style_subjects(world)[1]],
+        "untold": [[s, w] for s in DESIGNS for w in NEW_SETS if (s, w) not in world.atlas.number],
         "blocks": BLOCKS,
         "shown": {
             "pair": [*subjects[:1], *styles[:1]],

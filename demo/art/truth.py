@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..manifest import Manifest, Trained
+from ..manifest import Asked, Manifest, Trained
 from . import atlas, judge, scenes
 from .concepts import PICTURE_TECHNIQUES
 from .model import ART
@@ -62,7 +62,6 @@ class ArtTruth:
         found = [self.scene(trained.shows, style, rng) for _ in range(count)]
         return scenes.render(self.atlas, [replace(scene, ground=ground[1]) if ground else scene for scene in found])
 
-    @torch.no_grad()
     def answers(self, pictures: Tensor) -> dict[str, list[str]]:
         said = self.judge.answers(pictures)
         designs = said.pop("design")
@@ -70,6 +69,10 @@ class ArtTruth:
         kinds = {*DESIGNS, *(judge.ANOTHER + subject for subject in DESIGNS)}
         subjects = [d if d in kinds else s for d, s in zip(designs, said["subject"], strict=True)]
         return {**said, "subject": subjects}
+
+    def same(self, said: str, asked: Asked) -> bool:
+        """In the style of a set, that set's own drawing is right: another one than the design."""
+        return said == asked.subject or (asked.style in SETS and said == f"{judge.ANOTHER}{asked.subject}")
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
