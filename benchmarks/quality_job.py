@@ -140,7 +140,7 @@ def pictures_of(studio, job: Job, method: str, zipped, by_step: Sequence[Any] | 
         prompts["style_alone"] = [asked.prompt for asked in unseen]
     drawn = studio.draw(zipped, [p for group in prompts.values() for p in group], 1000 + job.seed, by_step)
     parts = dict(zip(prompts, drawn.split([len(group) for group in prompts.values()]), strict=True))
-    _keep(job, method, parts["pair"])
+    keep(job, method, parts["pair"])
     found = {**of_pair(studio, job, parts["pair"]), **beside_truth(studio, job, parts["pair"])}
     if not job.lean:
         found |= of_places(studio, job, parts["place"])
@@ -162,7 +162,7 @@ def true_renderings(studio, job: Job) -> Record:
     rng = random.Random(f"ceiling {job.pair} {job.seed}")
     pictures = studio.truth.pictures(job.content, job.style, job.pictures, rng)
     placed = [studio.truth.pictures(job.content, job.style, 1, rng, place) for place in _places(studio, job)]
-    _keep(job, CEILING, pictures)
+    keep(job, CEILING, pictures)
     found = of_pair(studio, job, pictures)
     found |= of_places(studio, job, torch.cat(placed))
     found |= beside_truth(studio, job, pictures)
@@ -205,7 +205,7 @@ def _where(place: str) -> str:
     return "in the middle" if place == "middle" else f"on the {place}"
 
 
-def _keep(job: Job, method: str, pictures: torch.Tensor) -> None:
+def keep(job: Job, method: str, pictures: torch.Tensor) -> None:
     """The first pictures, side by side, for the contact sheet."""
     if job.keep is not None:
         strip = torch.cat(list(pictures[:KEPT]), dim=-1)

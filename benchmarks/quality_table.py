@@ -27,6 +27,8 @@ COLUMNS = {
     "overlap": "overlap",
     "alignment": "alignment",
     "moved": "moved",
+    "peak": "GB more",
+    "stored": "bytes kept",
     "seconds": "seconds",
 }
 LAST = ("default", CEILING)  # of the rows; the others as they were measured

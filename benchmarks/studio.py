@@ -19,8 +19,11 @@ from devhost.inprocess import load_miniature_extension, load_pack  # noqa: E402
 PACK = load_pack()
 load_miniature_extension()
 
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
+import folder_paths  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -50,7 +53,10 @@ class Studio:
         self.files = find_miniature()
         self.manifest = read_manifest()
         self.truth, self.side = open_truth(self.manifest), self.manifest.size // 8
-        self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(self.files.checkpoint))
+        self.embeddings = folder_paths.get_folder_paths("embeddings")
+        self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(
+            str(self.files.checkpoint), embedding_directory=self.embeddings
+        )
         self.concepts = self.manifest.trained()
         self._prompts: dict[str, list] = {}
         self._truth: dict[tuple[str, str], torch.Tensor] = {}
@@ -127,28 +133,62 @@ class Studio:
 
         by_step: coefficients for each of the sampler's steps; neighbours that are one object are drawn in one go.
         """
-        latent = {"samples": torch.zeros(len(prompts), 4, self.side, self.side)}
+        latent = self._empty(len(prompts))
+        for start, end, coefficients in _runs(by_step or [zipped.coefficients] * STEPS):
+            model, _ = bridge_apply.apply(self.model, None, replace(zipped, coefficients=coefficients), 1.0)
+            latent = self._sampled(model, prompts, seed, latent, start, end)
+        return self._seen(latent)
+
+    @torch.inference_mode()
+    def drawn_by(self, model: Any, prompts: Sequence[str], seed: int) -> torch.Tensor:
+        """The same from any model of the host's that is on this one."""
+        return self._seen(self._sampled(model, prompts, seed, self._empty(len(prompts))))
+
+    @torch.inference_mode()
+    def guided_by(self, guider: Any, count: int, seed: int) -> torch.Tensor:
+        """The same by a GUIDER, which has a prompt for each picture; noise as the other ways have."""
+        latent, steps = self._empty(count)["samples"], SAMPLING["steps"]
+        schedule = self.model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(schedule, str(SAMPLING["scheduler"]), steps)
+        sampler = comfy.samplers.sampler_object(str(SAMPLING["sampler_name"]))
+        options = guider.model_patcher.model_options["transformer_options"]
+        options["optimized_attention_override"] = session.attention_with_gradient
+        noise = comfy.sample.prepare_noise(latent, seed)
+        with self._as_users_sample():
+            return self._seen({"samples": guider.sample(noise, latent, sampler, sigmas, seed=seed)})
+
+    def _empty(self, count: int) -> dict[str, torch.Tensor]:
+        return {"samples": torch.zeros(count, 4, self.side, self.side)}
+
+    def _as_users_sample(self) -> torch.autocast:
         device = self.model.load_device.type
-        with torch.autocast(device, torch.bfloat16, enabled=half_is_fast(device)):  # as users sample
-            for start, end, coefficients in _runs(by_step or [zipped.coefficients] * STEPS):
-                model, _ = bridge_apply.apply(self.model, None, replace(zipped, coefficients=coefficients), 1.0)
-                # the host's choice for a CPU cuts these tiny attentions into pieces, ten times slower
-                options = model.model_options["transformer_options"]
-                options["optimized_attention_override"] = session.attention_with_gradient
-                (latent,) = common_ksampler(
-                    model,
-                    seed,
-                    positive=self.prompt(*prompts),
-                    negative=self.prompt(""),
-                    latent=latent,
-                    disable_noise=start > 0,
-                    start_step=start,
-                    last_step=end,
-                    force_full_denoise=end == STEPS,
-                    **SAMPLING,
-                )
-            pictures = self.vae.decode(latent["samples"])
-        return pictures.movedim(-1, 1).float().clamp(0, 1)
+        return torch.autocast(device, torch.bfloat16, enabled=half_is_fast(device))
+
+    def _seen(self, latent: dict[str, torch.Tensor]) -> torch.Tensor:
+        with self._as_users_sample():
+            return self.vae.decode(latent["samples"]).movedim(-1, 1).float().clamp(0, 1)
+
+    def _sampled(
+        self, model, prompts: Sequence[str], seed: int, latent: dict, start: int = 0, end: int = STEPS
+    ) -> dict:
+        """Steps `start` to `end` of the sampler."""
+        options = model.model_options["transformer_options"]
+        # the host's choice for a CPU cuts these tiny attentions into pieces, ten times slower
+        options["optimized_attention_override"] = session.attention_with_gradient
+        with self._as_users_sample():
+            (latent,) = common_ksampler(
+                model,
+                seed,
+                positive=self.prompt(*prompts),
+                negative=self.prompt(""),
+                latent=latent,
+                disable_noise=start > 0,
+                start_step=start,
+                last_step=end,
+                force_full_denoise=end == STEPS,
+                **SAMPLING,
+            )
+        return latent
 
 
 def _runs(by_step: Sequence) -> Iterator[tuple[int, int, Any]]:

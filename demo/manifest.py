@@ -148,7 +148,7 @@ def _trained(name: str, entry: dict[str, Any]) -> Trained:
 
 
 def write_manifest(path: Path, about: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:
-    """Writes `world.json` whole or not at all. about: what `Manifest` holds besides the LoRAs; more is kept as it is."""
+    """Writes `world.json` whole or not at all. about: what `Manifest` holds besides the LoRAs, and anything more."""
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps({**about, "loras": entries}, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -192,14 +192,14 @@ def print_scores(results: Sequence[PairResult]) -> None:
         for label, asked in result.merged.items():
             right = asked.score
             print(
-                f"    {label:18} subject {right.subject:3}  style {right.style:3}  both {right.both:3}  of {right.count}"
+                f"    {label:18} subject {right.subject:3}  style {right.style:3}  both {right.both:3} of {right.count}"
             )
     if len(results) > 1:
         print("  all pairs")
         for label in results[0].merged:
             right = sum((result.merged[label].score for result in results), Score())
             print(
-                f"    {label:18} subject {right.subject:3}  style {right.style:3}  both {right.both:3}  of {right.count}"
+                f"    {label:18} subject {right.subject:3}  style {right.style:3}  both {right.both:3} of {right.count}"
             )
 
 

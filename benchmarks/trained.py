@@ -1,0 +1,308 @@
+"""Systems that train instead of merging LoRAs, on the questions of quality.py: the rest of the paper's Table 2.
+
+    python3 dev.py run benchmarks/trained.py                  disjoint pairs, three seeds: hours; it can be continued
+    python3 dev.py run benchmarks/trained.py --quick          a few steps of everything, only to see that it runs
+    python3 dev.py run benchmarks/trained.py --table          only print what the results file holds
+
+Every system learns from the pictures that the shipped LoRAs were taught with, by the pack's own nodes' code, and draws
+through the host. A pair shares no LoRA with another one, so pairs are independent cases; each seed trains anew. Merges
+of LoRAs on the same pairs and seeds: `quality.py --pairs ...`, into the same results file. `seconds` are those of the
+training of both concepts and the merge, `peak` the most memory (GB) of the process that did it beyond what the loaded
+model takes, `stored` the bytes of what has to be kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
+
+from benchmarks.quality_table import Record, kept_folder, read_records, report
+from benchmarks.workers import share_out
+
+RESULTS = Path(__file__).resolve().parent / "results" / "trained.jsonl"
+PAIRS, SEEDS, PICTURES = 8, (0, 1, 2), 12
+LORA = {"steps": 450, "learning_rate": 2e-3, "rank": 16, "batch_size": 8}  # as training.py's
+CUSTOM = {"steps": 250, "learning_rate": 1e-4, "batch_size": 8}  # of each picture of a step; the paper's is 1e-5
+ROUND_TWO = 8  # pictures of StyleDrop's first round, of which it goes on with the best half
+SCALES = (3.0, 3.0)  # of text and style
+CLASS_PICTURES = 32
+NEW_WORD = "*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One pair and seed; every system that is missing."""
+
+    subject: str
+    style: str
+    seed: int
+    methods: tuple[str, ...]
+    pictures: int
+    scale: float  # of the steps, to try it out
+    keep: Path
+
+    @property
+    def content(self) -> str:
+        return self.subject
+
+    @property
+    def pair(self) -> str:
+        return f"{self.subject}+{self.style}"
+
+
+@dataclasses.dataclass
+class Made:
+    """What a system made of a pair: how to draw a number of pictures with a seed, and the files it needs."""
+
+    draw: Callable[[int, int], torch.Tensor]
+    files: Sequence[Path]
+
+    @property
+    def stored(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+
+class Workshop:
+    """A studio, folders for what is trained, and the pack's trainings on its model."""
+
+    def __init__(self, studio: Any, job: Job) -> None:
+        import folder_paths
+
+        from benchmarks.studio import PACK
+
+        self.studio, self.job = studio, job
+        self.subject, self.style = studio.concepts[job.subject], studio.concepts[job.style]
+        self.bridge, self.core = PACK.nodes.bridge, PACK.ziplora_core
+        self.output = Path(tempfile.mkdtemp())
+        self.words = self.output / "embeddings"
+        self.words.mkdir()
+        folder_paths.set_output_directory(str(self.output))
+        endings = folder_paths.folder_names_and_paths["embeddings"][1]
+        folder_paths.folder_names_and_paths["embeddings"] = ([str(self.words)], endings)
+        studio.embeddings[:] = [str(self.words)]
+
+    def pictures(self, concept: Any, count: int | None = None) -> torch.Tensor:
+        """IMAGE of a concept's pictures of reference, all or the first ones."""
+        import numpy as np
+        from PIL import Image
+
+        files = concept.pictures[:count]
+        frames = [np.asarray(Image.open(self.studio.manifest.folder / file).convert("RGB")) for file in files]
+        return torch.from_numpy(np.stack(frames)).float() / 255
+
+    def lora(self, *sets: tuple[torch.Tensor, Sequence[str]], steps: int = 1) -> tuple[dict[str, torch.Tensor], Path]:
+        """One LoRA of one concept, or of several together. steps: times as many as one concept has."""
+        training = self.bridge.training
+        settings = self._settings(self.core.training.Settings, LORA, steps)
+        shown = [training.pictures.TrainingImages([images], list(prompts)) for images, prompts in sets]
+        task = training.concept.Task(shown, settings, "loras/lora", self.studio.manifest.size)
+        with torch.inference_mode():
+            done = training.concept.train_concept(self.studio.model, self.studio.clip, self.studio.vae, task)
+        return done.lora_model, self.output / done.file
+
+    def custom(self, *concepts: Any, steps: int = 1) -> tuple[dict[str, torch.Tensor], list[str], list[Path]]:
+        """Custom Diffusion of one concept or several: LORA_MODEL, words as prompts name them, files."""
+        trains = self.bridge.training.custom_diffusion
+        settings = self._settings(self.core.trained_weights.Settings, CUSTOM, steps)
+        taught = []
+        for one in concepts:
+            # The node uses every caption with every picture, so there is one, and pictures that it fits.
+            plain, words = self.studio.manifest.plain, one.words
+            if one.kind == "style":
+                words, fits = f"{one.of_class} {one.words}", [True] * len(one.prompts)
+            elif plain is None:
+                fits = [not prompt.endswith(" style") for prompt in one.prompts]
+            else:
+                fits = [prompt.endswith(f" in {plain} style") for prompt in one.prompts]
+            images = self.pictures(one)[torch.tensor(fits)]
+            caption = words.replace(one.identifier, NEW_WORD)
+            taught.append(trains.Concept([images], [caption], NEW_WORD, one.identifier, one.of_class))
+        count = max(2, round(CLASS_PICTURES * min(1.0, self.job.scale * 4)))
+        size = self.studio.manifest.size
+        task = trains.Task(taught, settings, "loras/custom", size, class_count=count)
+        with torch.inference_mode():
+            done = trains.train(self.studio.model, self.studio.clip, self.studio.vae, task)
+        files = [
+            self.output / done.file,
+            *(self.words / f"{word.split(':')[1]}.safetensors" for word in done.embeddings),
+        ]
+        return done.lora_model, done.embeddings, files
+
+    def _settings(self, kind: Any, asked: dict[str, Any], times: int) -> Any:
+        steps = max(1, round(asked["steps"] * times * self.job.scale))
+        return kind(**{**asked, "steps": steps, "seed": self.job.seed})
+
+    def on_the_model(self, lora: dict[str, torch.Tensor]) -> Any:
+        """The host's model with a LORA_MODEL on it, by the host's own loader."""
+        import comfy.sd
+
+        model, _ = comfy.sd.load_lora_for_models(self.studio.model, None, lora, 1.0, 0.0)
+        return model
+
+    def drawing(self, lora: dict[str, torch.Tensor], prompt: str) -> Callable[[int, int], torch.Tensor]:
+        model = self.on_the_model(lora)
+        return lambda count, seed: self.studio.drawn_by(model, [prompt] * count, seed)
+
+
+def joint(shop: Workshop) -> Made:
+    """One LoRA of both concepts, for twice as many steps."""
+    sets = [(shop.pictures(one), one.prompts) for one in (shop.subject, shop.style)]
+    lora, file = shop.lora(*sets, steps=2)
+    return Made(shop.drawing(lora, shop.studio.manifest.prompt(shop.subject, shop.style)), [file])
+
+
+def custom_joint(shop: Workshop) -> Made:
+    """Custom Diffusion of both concepts together, for twice as many steps (Sec. 3.3)."""
+    lora, words, files = shop.custom(shop.subject, shop.style, steps=2)
+    return Made(shop.drawing(lora, composed(shop, words)), files)
+
+
+def custom_merged(shop: Workshop) -> Made:
+    """Custom Diffusion of each concept, merged in closed form (Sec. 3.3), with captions of the base's own words."""
+    parts = [shop.custom(one) for one in (shop.subject, shop.style)]
+    words = [word for _, said, _ in parts for word in said]
+    source = shop.bridge.lora.loras
+    tensors = {name: part[0] for name, part in zip(("content", "style"), parts, strict=True)}
+    sources = source.LoRASources({name: source.LoRASource(name, found, 1.0) for name, found in tensors.items()})
+    own = [
+        shop.subject.words.replace(shop.subject.identifier, words[0]),
+        shop.style.words.replace(shop.style.identifier, words[1]),
+    ]
+    captions = "\n".join(asked.prompt for asked in shop.studio.manifest.known)
+    with torch.inference_mode():
+        lora, _ = shop.bridge.custom_diffusion.merge(
+            shop.studio.model, shop.studio.clip, sources, "\n".join(own), captions
+        )
+    return Made(shop.drawing(lora, composed(shop, words)), [file for part in parts for file in part[2]])
+
+
+def composed(shop: Workshop, words: Sequence[str]) -> str:
+    """The pair's prompt with learned words in the place of the identifiers."""
+    prompt = shop.studio.manifest.prompt(shop.subject, shop.style)
+    return prompt.replace(shop.subject.identifier, words[0]).replace(shop.style.identifier, words[1])
+
+
+def style_drop(shop: Workshop) -> Made:
+    """A stand-in for StyleDrop + DreamBooth: a style LoRA from one picture in two rounds, the second also on those
+    pictures of the first that show their subject and are nearest to the picture; added to a subject LoRA, drawn with
+    two scales.
+
+    The paper's second round takes what a person or CLIP prefers; here what the judge's features are nearest to.
+    """
+    import comfy.sd
+
+    studio, world = shop.studio, shop.studio.manifest
+    subject, subject_file = shop.lora((shop.pictures(shop.subject), shop.subject.prompts))
+    picture = shop.pictures(shop.style, 1)
+    first, _ = shop.lora((picture, shop.style.prompts[:1]))
+    asked = [world.on_unseen(shop.style, number) for number in range(ROUND_TWO)]
+    drawn = studio.drawn_by(shop.on_the_model(first), [one.prompt for one in asked], 7000 + shop.job.seed)
+    said = studio.truth.answers(drawn)["subject"]
+    features = studio.truth.features(torch.cat([picture.movedim(-1, 1), drawn]))
+    far = (features[1:] - features[0]).norm(dim=1)
+    wrong = torch.tensor([not studio.truth.same(word, one) for word, one in zip(said, asked, strict=True)])
+    best = (far + 1e6 * wrong).argsort()[: ROUND_TWO // 2].tolist()
+    images = torch.cat([picture, drawn[best].movedim(1, -1)])
+    style, style_file = shop.lora((images, [shop.style.prompts[0], *(asked[i].prompt for i in best)]))
+    base = shop.on_the_model(subject)
+    adapted, _ = comfy.sd.load_lora_for_models(base, None, style, 1.0, 0.0)
+    prompt = world.prompt(shop.subject, shop.style)
+
+    def draw(count: int, seed: int) -> torch.Tensor:
+        positive, negative = studio.prompt(*[prompt] * count), studio.prompt("")
+        guider = shop.bridge.guider.two_scales(base, adapted, positive, negative, None, *SCALES)
+        return studio.guided_by(guider, count, seed)
+
+    return Made(draw, [subject_file, style_file])
+
+
+TRAINED: dict[str, Callable[[Workshop], Made]] = {
+    "joint training": joint,
+    "StyleDrop + DreamBooth, stand-in": style_drop,
+    "Custom Diffusion, joint": custom_joint,
+    "Custom Diffusion, merged": custom_merged,
+}
+
+
+def run_job(job: Job) -> list[Record]:
+    """Train every system on a pair, draw from it and judge the pictures."""
+    from benchmarks import quality_job
+
+    studio = quality_job.studio_of()
+    records = []
+    for name in job.methods:
+        before, began = _resident(), time.monotonic()
+        made = TRAINED[name](Workshop(studio, job))
+        found: Record = {"pair": job.pair, "seed": job.seed, "method": name}
+        found |= {"seconds": round(time.monotonic() - began, 2), "peak": round(_resident() - before, 3)}
+        found["stored"] = made.stored
+        pictures = made.draw(job.pictures, 1000 + job.seed)
+        quality_job.keep(job, name, pictures)
+        found |= {**quality_job.of_pair(studio, job, pictures), **quality_job.beside_truth(studio, job, pictures)}
+        print(quality_job.line(found), flush=True)
+        records.append(found)
+    return records
+
+
+def _resident() -> float:
+    """The most memory that this process has had, GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def disjoint_pairs() -> list[tuple[str, str]]:
+    """Each subject with a style of its own, where there is a truth of both."""
+    from demo.manifest import read_manifest
+
+    world = read_manifest()
+    left, found = [style.name for style in world.styles], []
+    for subject in world.subjects:
+        style = next((name for name in left if (subject.name, name) not in world.untold), None)
+        if style is not None:
+            left.remove(style)
+            found.append((subject.name, style))
+    return found[:PAIRS]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one pair, one seed, a few steps, two pictures")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
+    parser.add_argument("--pairs", nargs="+", help="such as octopus+hatching; default: disjoint ones")
+    parser.add_argument("--methods", nargs="+", default=list(TRAINED))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    if not given.table:
+        pairs = [tuple(pair.split("+")) for pair in given.pairs] if given.pairs else disjoint_pairs()
+        done: set[tuple] = set()
+        if given.results.exists():
+            done = {(r["pair"], r["seed"], r["method"]) for r in read_records(given.results)}
+        scale, pictures = (0.01, 2) if given.quick else (1.0, PICTURES)
+        jobs = []
+        for seed in given.seeds[:1] if given.quick else given.seeds:
+            for subject, style in pairs[:1] if given.quick else pairs:
+                missing = tuple(m for m in given.methods if (f"{subject}+{style}", seed, m) not in done)
+                if missing:
+                    jobs.append(Job(subject, style, seed, missing, pictures, scale, kept_folder(given.results)))
+        given.results.parent.mkdir(parents=True, exist_ok=True)
+        if not share_out(run_job, jobs, given.results, 1 if given.quick else given.processes):
+            return 1
+    print(report(given.results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
