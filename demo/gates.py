@@ -10,7 +10,7 @@ from torch import Tensor
 from . import world
 from .concepts import KNOWN_STYLES, PLAIN, UNSEEN_SHAPES, Concept, style_prompt, subject_prompt
 from .judge import Judge
-from .miniature import Miniature
+from .miniature import Miniature, half_is_fast
 
 COUNT = 32
 STEPS = 20
@@ -19,7 +19,7 @@ CFG = 3.0
 
 def generate(model: Miniature, prompts: list[str], seed: int, steps: int = STEPS, cfg: float = CFG) -> Tensor:
     """B3HW pictures in 0..1 on the CPU."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half_is_fast(model.device.type)):
         latents = model.sample(prompts, seed, steps, cfg)
     return model.pictures(latents).cpu()
 
