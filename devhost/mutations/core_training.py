@@ -28,7 +28,7 @@ MUTANTS = [
             "examples[int(torch.randint(len(examples), (), generator=generator))]",
             "examples[0]",
         ),
-        ("a schedule of a thousand steps", "int(fraction * denoiser.timesteps)", "int(fraction * 1000)"),
+        ("a schedule of a thousand steps", "int(fraction * timesteps)", "int(fraction * 1000)"),
         ("no clipping", "scale * max(1.0, float(norm) / _LARGEST_NORM)", "scale"),
         ("always of norm one", "max(1.0, float(norm) / _LARGEST_NORM)", "float(norm) / _LARGEST_NORM"),
         ("clipped with the scale", "torch._foreach_norm(gradients))) / scale", "torch._foreach_norm(gradients)))"),
