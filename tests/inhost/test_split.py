@@ -153,15 +153,32 @@ LOSSES = [3.0, 1.0, 2.0]
 
 
 def test_without_eyes_the_least_loss_is_chosen(pack, miniature, clip, folder, undrawn, monkeypatch):
-    losses = iter(LOSSES)
+    """And one bar is filled over all seeds."""
+    import comfy.utils
+
+    losses, bar = iter(LOSSES), []
     monkeypatch.setattr(pack.ziplora_core.training, "mean_loss", lambda *given: next(losses))
-    done = run(pack, miniature, task(pack, seeds=3, steps=1, seed=5))
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar, "update_absolute", lambda self, value, *_, **__: bar.append((self.total, value))
+    )
+    done = run(pack, miniature, task(pack, seeds=3, steps=2, seed=5))
+    assert bar == [(6, value) for value in range(1, 7)]
     said = [line.rstrip() for line in done.report.splitlines()]
     assert "chosen: seed 6, the least loss; connect clip_vision to score them" in said
     assert [line for line in said if line.startswith("seed ")] == [
         f"seed {5 + i}: loss {loss:.4f}" for i, loss in enumerate(LOSSES)
     ]
-    assert seeds_of(folder) == ["6", "6"] and len(done.loss_map["loss"]) == 1
+    assert seeds_of(folder) == ["6", "6"] and len(done.loss_map["loss"]) == 2
+
+
+def test_the_score_goes_before_the_loss(pack, miniature, clip, folder, undrawn, monkeypatch):
+    core, totals = pack.ziplora_core, iter([0.1, 0.3, 0.2])
+    losses = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(core.training, "mean_loss", lambda *given: next(losses))
+    monkeypatch.setattr(core.split, "score", lambda *features: core.split.Score(next(totals), 0.5, 0.5))
+    eye = SimpleNamespace(encode_image=lambda shown: {"image_embeds": torch.ones(len(shown), 4)})
+    done = run(pack, miniature, task(pack, seeds=3, steps=1, clip_vision=eye))
+    assert seeds_of(folder) == ["1", "1"] and "chosen: seed 1, the largest score" in done.report
 
 
 @pytest.mark.parametrize("ends", ["well", "in the second seed", "in the pictures"])
