@@ -36,6 +36,7 @@ NODES = (
     "BlindABSheet",
     "TrainConceptLoRA",
     "TrainEmbedding",
+    "SplitConcept",
     "TrainCustomDiffusion",
     "MergeCustomDiffusion",
     "PairLoRAs",

@@ -18,6 +18,7 @@ from .report import ZippedLoRAReport
 from .saved import LoadZippedLoRA, SaveZippedLoRA
 from .scores import BlindABSheet, ZipLoRAScores
 from .sparse import SparsifyLoRA
+from .split import SplitConcept
 from .stack import LoadLoRAStack
 from .style import ConceptStrengths, StyleStrength
 from .training import TrainConceptLoRA
@@ -45,6 +46,7 @@ NODES = [
     BlindABSheet,
     TrainConceptLoRA,
     TrainEmbedding,
+    SplitConcept,
     TrainCustomDiffusion,
     MergeCustomDiffusion,
     PairLoRAs,

@@ -15,7 +15,7 @@ from .bridge.training.embedding import Task
 from .schema import Schema
 from .sockets import LossMapSocket
 
-_PROMPTS = "\n".join(
+PROMPTS = "\n".join(
     f"a {kind} of a *"
     for kind in ("photo", "close-up photo", "bright photo", "dark photo", "cropped photo", "rendering", "good picture")
 )
@@ -44,7 +44,7 @@ class TrainEmbedding(io.ComfyNode):
                 io.String.Input(
                     "prompt",
                     multiline=True,
-                    default=_PROMPTS,
+                    default=PROMPTS,
                     tooltip="Captions, with the word in it; each line is used with each picture. "
                     "For a style: 'a painting in the style of *'.",
                 ),

@@ -20,6 +20,15 @@ def alignment(features: Tensor, references: Tensor) -> Tensor:
     return (a @ b.T).mean(dim=1)
 
 
+def consistency(features: Tensor) -> float:
+    """Mean cosine of all pairs of different pictures. features: (pictures, d). Raises ValueError for less than two."""
+    count = len(features)
+    if count < 2:
+        raise ValueError(f"consistency is of two pictures or more, not of {count}")
+    a = F.normalize(features.float(), dim=1)
+    return ((a @ a.T).triu(diagonal=1).sum() / (count * (count - 1) / 2)).item()
+
+
 def summary(scores: Mapping[str, Tensor]) -> dict[str, dict[str, object]]:
     """Name -> {"mean", "spread" (standard deviation over pictures, 0 for one), "pictures": each picture's score}."""
     summaries: dict[str, dict[str, object]] = {}

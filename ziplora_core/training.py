@@ -49,6 +49,10 @@ class Settings:
     def __post_init__(self) -> None:
         check_ranges(self, self.ranges)
 
+    def timestep(self, fraction: float, timesteps: int) -> int:
+        """One of so many timesteps, for a number that is evenly spread over [0, 1): here they are spread evenly."""
+        return int(fraction * timesteps)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -157,8 +161,8 @@ class Step:
 def step_rows(pictures: Pictures, denoiser: Denoiser, settings: Settings, step: int) -> list[Rows]:
     """The passes of one step, from its number alone, so that a run can go on where another stopped.
 
-    Pictures are drawn at random, sets in turn, timesteps evenly spread over the schedule. Rows of one size and kind
-    share a pass. Class pictures get noise and timesteps of their own; each loss is a mean over its rows.
+    Pictures are drawn at random, sets in turn, timesteps spread over the schedule as the settings have it. Rows of one
+    size and kind share a pass. Class pictures get noise and timesteps of their own; each loss is a mean over its rows.
     """
     generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) % 2**63)
     start = float(torch.rand((), generator=torch.Generator().manual_seed(settings.seed % 2**63), dtype=torch.float64))
@@ -172,7 +176,7 @@ def step_rows(pictures: Pictures, denoiser: Denoiser, settings: Settings, step: 
     for row, (example, weight) in enumerate(drawn):
         fraction = ((step * len(drawn) + row) * GOLDEN + start) % 1
         noise = torch.randn(example.latents.shape, generator=generator)
-        timestep = int(fraction * denoiser.timesteps)
+        timestep = settings.timestep(fraction, denoiser.timesteps)
         key = (example.latents.shape, denoiser.kind(example.prompt))
         part = (example.latents, noise, timestep, example.prompt, weight / settings.batch_size)
         groups.setdefault(key, []).append(part)
@@ -263,9 +267,7 @@ def _gradient(
     """Adds the gradient of scale · (loss + penalty); returns both without the scale."""
     total = 0.0
     for rows in passes:
-        prediction, target = denoiser(rows, trained.branch(rows))
-        errors = (prediction - target).square().flatten(1).mean(1)
-        loss = (errors * rows.weights.to(errors)).sum()
+        loss = _loss(trained, denoiser, rows)
         torch.autograd.backward(loss * scale)
         total += loss.item()
     penalty = trained.penalty() if penalized else None
@@ -273,6 +275,25 @@ def _gradient(
         return total, 0.0
     torch.autograd.backward(penalty * scale)
     return total, penalty.item()
+
+
+def _loss(trained: Trainable, denoiser: Denoiser, rows: Rows) -> Tensor:
+    prediction, target = denoiser(rows, trained.branch(rows))
+    errors = (prediction - target).square().flatten(1).mean(1)
+    return (errors * rows.weights.to(errors)).sum()
+
+
+def mean_loss(
+    trained: Trainable, denoiser: Denoiser, pictures: Pictures, settings: Settings, steps: Sequence[int]
+) -> float:
+    """Over the passes of these steps, as `train` would take them; nothing is learned. steps: at least one."""
+    with torch.inference_mode(False), torch.no_grad():
+        losses = [
+            _loss(trained, denoiser, rows).item()
+            for step in steps
+            for rows in step_rows(pictures, denoiser, settings, step)
+        ]
+    return sum(losses) / len(steps)
 
 
 def _descend(adam: torch.optim.Adam, parameters: Sequence[Tensor], scale: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import faults
 
 TRAINING = ("tests/core/test_training.py", "tests/core/test_unzip.py")
+SPLIT = ("tests/core/test_split.py",)
 UNZIP = ("tests/core/test_unzip.py", "tests/core/test_unzip_columns.py")
 
 MUTANTS = [
@@ -28,7 +29,7 @@ MUTANTS = [
             "examples[int(torch.randint(len(examples), (), generator=generator))]",
             "examples[0]",
         ),
-        ("a schedule of a thousand steps", "int(fraction * denoiser.timesteps)", "int(fraction * 1000)"),
+        ("a schedule of a thousand steps", "int(fraction * timesteps)", "int(fraction * 1000)"),
         ("no clipping", "scale * max(1.0, float(norm) / _LARGEST_NORM)", "scale"),
         ("always of norm one", "max(1.0, float(norm) / _LARGEST_NORM)", "float(norm) / _LARGEST_NORM"),
         ("clipped with the scale", "torch._foreach_norm(gradients))) / scale", "torch._foreach_norm(gradients)))"),
@@ -163,5 +164,27 @@ MUTANTS = [
             "[m for by_layer in self.mergers.values() for m in by_layer.values()]",
             "[m for m in self.mergers['content'].values()]",
         ),
+    ),
+    *faults(
+        "ziplora_core/split.py",
+        SPLIT,
+        ("timesteps are spread evenly", "1 - TILT * torch.cos", "1 - 0 * torch.cos"),
+        ("little noise more often", "1 - TILT * torch.cos", "1 + TILT * torch.cos"),
+        ("a score of consistency alone", " + (min(self.left, self.right) - self.between)", ""),
+        ("the larger consistency twice", "min(self.left, self.right)", "max(self.left, self.right)"),
+        ("one seed again and again", "(self.seed + number) % 2**64", "self.seed"),
+        ("told by noise that was trained on", "range(self.steps, self.steps + DRAWS)", "range(DRAWS)"),
+        ("the left word twice", "t[1:].clone()", "t[:1].clone()"),
+    ),
+    *faults(
+        "ziplora_core/scores.py",
+        SPLIT,
+        ("each picture is like itself", ".triu(diagonal=1).sum() / (count * (count - 1) / 2)", ".mean()"),
+    ),
+    *faults(
+        "ziplora_core/training.py",
+        SPLIT,
+        ("the loss is summed over steps", "sum(losses) / len(steps)", "sum(losses)"),
+        ("settings do not say the timesteps", "settings.timestep(fraction,", "Settings.timestep(settings, fraction,"),
     ),
 ]

@@ -23,6 +23,7 @@ SKETCHES: tuple[Callable[[], Graph], ...] = (
     sketches.two_scales,
     sketches.k_lora,
     sketches.embedding,
+    sketches.split,
     sketches.custom_diffusion,
 )
 TEMPLATES: tuple[Callable[[], Graph], ...] = (

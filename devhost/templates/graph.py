@@ -28,6 +28,7 @@ _TALL = {  # of nodes that show something when they have run, or a picture
     "CompareMerges": 560,
     "TrainConceptLoRA": 840,
     "TrainEmbedding": 840,
+    "SplitConcept": 840,
     "TrainCustomDiffusion": 840,
     "MergeCustomDiffusion": 480,
     "UnZipLoRA": 920,

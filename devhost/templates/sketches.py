@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .graph import OUTSIDE, Graph
 from .parts import Parts
-from .words import DRAWN, IN_STYLE, STYLE
+from .words import CLIP, DRAWN, IN_STYLE, STYLE
 
 
 def load_zipped() -> Graph:
@@ -84,6 +84,21 @@ def embedding() -> Graph:
     parts.graph.column("Train")
     word = parts.train("TrainEmbedding", images=picture)
     parts.report(word[2])
+    return parts.graph
+
+
+def split() -> Graph:
+    """A concept's pictures, the eye that chooses, and what each word draws."""
+    parts = Parts("split", "")
+    parts.graph.column("Picture")
+    picture = parts.references()[0]
+    eye = parts.graph.add("CLIPVisionLoader", clip_name=CLIP)
+    parts.graph.column("Split")
+    words = parts.train("SplitConcept", images=picture, clip_vision=eye[0])
+    parts.graph.column("What each word draws")
+    for number in (2, 3):
+        parts.graph.add("PreviewImage", images=words[number])
+    parts.report(words[5])
     return parts.graph
 
 

@@ -28,6 +28,7 @@ FIRST = {  # what people type -> the node of the pack that is meant
     "lora pair": "LoadLoRAPair",
     "dreambooth": "TrainConceptLoRA",
     "textual inversion": "TrainEmbedding",
+    "inspiration tree": "SplitConcept",
     "report": "ZippedLoRAReport",
     "compare": "CompareMerges",
     "side by side": "CompareMerges",

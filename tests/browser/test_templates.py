@@ -45,6 +45,7 @@ CLOSE_UPS = {
     "two_scales": ("TwoScaleGuider",),
     "k_lora": ("KLoRA",),
     "embedding": ("TrainEmbedding",),
+    "split": ("SplitConcept",),
     "custom_diffusion": ("TrainCustomDiffusion", "MergeCustomDiffusion"),
 }
 ON_A_HELP_PAGE = 60  # quality: letters can be read at a help panel's width, and the archive stays small

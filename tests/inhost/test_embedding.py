@@ -84,12 +84,11 @@ def plainly_encoded(copied, tokens, rows):
     return copied.encode_token_weights(given)[:2]
 
 
-def test_gradient_equals_autograd_over_copied_weights(pack, miniature, clip, folder):
-    """Through the UNet and both text encoders, from the host's own tokens of an embedding file."""
-    asked = task(pack, batch_size=2)
+def first_gradient(pack, run) -> dict[str, Any]:
+    """Of the first step of what `run` trains, and what it was taken of: passes, and the vectors at the start."""
     core, found = pack.ziplora_core, {}
 
-    def compare(trained, denoiser, given, settings, on_step, first, adam):
+    def stop(trained, denoiser, given, settings, on_step, first, adam):
         passes = core.training.step_rows(given, denoiser, settings, 0)
         with torch.inference_mode(False), torch.enable_grad():
             found["loss"], _ = core.training._gradient(trained, denoiser, passes, 1.0, True)
@@ -99,9 +98,14 @@ def test_gradient_equals_autograd_over_copied_weights(pack, miniature, clip, fol
         raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(core.training, "train", compare)
+        patched.setattr(core.training, "train", stop)
         with pytest.raises(InterruptedError):
-            train(pack, miniature, asked)
+            run()
+    return found
+
+
+def compare_with_autograd(miniature, clip, folder, found, prompts):
+    """Through copies of the UNet and of both text encoders, from the host's own tokens of an embedding file."""
     from safetensors.torch import save_file
 
     save_file(found["start"], folder / "start.safetensors")
@@ -116,7 +120,7 @@ def test_gradient_equals_autograd_over_copied_weights(pack, miniature, clip, fol
             sigma = network.model_sampling.sigmas.clone()[part.timesteps]
             x = network.model_sampling.noise_scaling(sigma, part.noise, part.latents, False)
             for i, prompt in enumerate(part.prompts):
-                tokens = clip.tokenize(PROMPTS[prompt].replace("*", "embedding:start"))
+                tokens = clip.tokenize(prompts[prompt].replace("*", "embedding:start"))
                 context, pooled = plainly_encoded(text_encoders, tokens, rows)
                 side = 8 * part.latents.shape[-1]
                 sizes = {"width": side, "height": side, "crop_w": 0, "crop_h": 0}
@@ -135,6 +139,11 @@ def test_gradient_equals_autograd_over_copied_weights(pack, miniature, clip, fol
         theirs = rows[key].grad
         assert theirs is not None and float(theirs.abs().min(1).values.min()) >= 0 and float(theirs.abs().max()) > 0
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3 * float(theirs.abs().max()))
+
+
+def test_gradient_equals_autograd_over_copied_weights(pack, miniature, clip, folder):
+    asked = task(pack, batch_size=2)
+    compare_with_autograd(miniature, clip, folder, first_gradient(pack, lambda: train(pack, miniature, asked)), PROMPTS)
 
 
 def test_the_file_says_in_the_hosts_prompts_what_was_trained(pack, miniature, clip, folder):

@@ -23,6 +23,7 @@ from . import recipes
 
 Watch = Callable[[float, Image.Image | None], None]
 COUNT, SIDE = Range(1, 64), Range(64, 8192)  # of a ReferenceRequest
+_AT_ONCE = 4  # pictures of many in one batch
 SIDE_OR_BEST = Range(0, SIDE.high)  # 0: what the model draws best
 SAMPLERS, SCHEDULERS = tuple(comfy.samplers.KSampler.SAMPLERS), tuple(comfy.samplers.KSampler.SCHEDULERS)
 DRAWING_STEPS, CFG, DRAWN = Range(1, 10_000), Range(0, 100), Range(16, 16384)  # of a Drawing: as the host's nodes
@@ -111,6 +112,18 @@ def draw_plain(
     samples = _at_once_or_one_by_one(sample, request.count)
     guidance = conditioning[0][1].get("guidance") if recipes.takes_guidance(model) else None
     return GeneratedReferences(samples, seed, recipe, guidance) if bool(torch.isfinite(samples).all()) else None
+
+
+def draw_many(model, conditioning: list, count: int, side: int, seed: int) -> list[Tensor] | None:
+    """As `draw_plain`, a few at once: the latents of each picture."""
+    latents: list[Tensor] = []
+    while len(latents) < count:
+        request = ReferenceRequest(min(_AT_ONCE, count - len(latents)), side)
+        drawn = draw_plain(model, conditioning, request, seed + len(latents))
+        if drawn is None:
+            return None
+        latents += drawn.latents.split(1)
+    return latents
 
 
 @dataclass(frozen=True)

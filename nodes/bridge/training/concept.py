@@ -25,7 +25,6 @@ from .pictures import Prepared, TrainingImages, check_pictures, check_prompt, en
 from .run import Run, check_pace, loss_line
 
 CLASS_COUNT = Range(1, 1000)  # class pictures
-_AT_ONCE = 4  # of them in one batch
 
 
 @dataclass
@@ -76,16 +75,13 @@ def class_latents(
     latents = [encode(model, vae, frame, resolution) for frame in frames(pictures)]
     if latents:
         return latents
-    while len(latents) < count:
-        request = sampling.ReferenceRequest(min(_AT_ONCE, count - len(latents)), resolution)
-        drawn = sampling.draw_plain(model, prompt, request, seed + len(latents))
-        if drawn is None:
-            raise FloatingPointError(
-                "the base model draws no class pictures (its latents are not finite): load it in bf16 or fp32, or "
-                "connect class_images"
-            )
-        latents += drawn.latents.split(1)
-    return latents
+    drawn = sampling.draw_many(model, prompt, count, resolution, seed)
+    if drawn is None:
+        raise FloatingPointError(
+            "the base model draws no class pictures (its latents are not finite): load it in bf16 or fp32, or "
+            "connect class_images"
+        )
+    return drawn
 
 
 @dataclass

@@ -73,14 +73,20 @@ def check_word(word: str, initial: str) -> None:
         raise ValueError("initial_word is empty; write a word that is like the concept: dog, painting")
 
 
-def _prepare(
-    model, vae, encoder: WordEncoder, task: Task, start: dict[str, Tensor], tokens: Sequence[dict]
+def prepare(
+    model,
+    vae,
+    encoder: WordEncoder,
+    pictures: Sequence[Tensor],
+    resolution: int,
+    start: dict[str, Tensor],
+    tokens: Sequence[dict],
 ) -> Prepared:
-    """Latents, and the prompts as they are at the start."""
+    """Latents of pictures, each with every prompt, and the prompts as they are at the start."""
     data = Prepared()
     with torch.no_grad():
         data.prompts = [encoder.encode(one, start, load=True) for one in tokens]
-    latents = [encode(model, vae, frame, task.resolution) for frame in frames(task.pictures)]
+    latents = [encode(model, vae, frame, resolution) for frame in frames(pictures)]
     examples = [training.Example(one, number) for one in latents for number in range(len(tokens))]
     data.pictures = training.Pictures([examples])
     return data
@@ -108,7 +114,7 @@ def train_embedding(model, clip, vae, task: Task) -> Trained:
     folder = folder_paths.get_folder_paths("embeddings")[0]
     about = {**task.metadata, "ziplora_settings": repr(settings), "ziplora_prompt": task.prompts[0]}
     file = File(model, task.prefix, about, folder)
-    data = _prepare(model, vae, encoder, task, start, tokens)
+    data = prepare(model, vae, encoder, task.pictures, task.resolution, start, tokens)
     training_run = Run(0)
     began = time.monotonic()
     said: dict[str, Callable[[], list]] = {}

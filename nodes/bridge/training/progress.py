@@ -14,10 +14,10 @@ from ..progress.plots import CONTENT, GROUND, SECONDS_BETWEEN_PREVIEWS, SIZE, pl
 
 
 class TrainingProgress:
-    """Moves the node's bar and shows the loss so far, or the newest sample beside it."""
+    """Moves the node's bar and shows the loss so far, or the newest sample beside it. turn: as of a `Run`."""
 
-    def __init__(self, first: int, steps: int):
-        self._bar = Steps(steps, first)
+    def __init__(self, first: int, steps: int, turn: tuple[int, int] = (0, 1)):
+        self._bar = Steps(turn[1] * steps, turn[0] * steps + first)
         self._first = first
         self._losses: list[float] = []
         self._last = 0.0

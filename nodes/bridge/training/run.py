@@ -52,11 +52,11 @@ class Run:
     """Where memory runs out, the next try goes on from the last step of the one before.
 
     first: steps that were done before the run. history: the steps of the run, over all tries. unwritten: why what was
-    learned is not on disk at the end; None where it is.
+    learned is not on disk at the end; None where it is. turn: which of how many equal runs of one node it is, from 0.
     """
 
-    def __init__(self, first: int):
-        self.first = first
+    def __init__(self, first: int, turn: tuple[int, int] = (0, 1)):
+        self.first, self.turn = first, turn
         self.history: list[training.Step] = []
         self.unwritten: str | None = None
         self._state: TrainingState | None = None
@@ -103,7 +103,7 @@ class Run:
         settings = task.settings
         adam = torch.optim.Adam(trained.groups(settings.learning_rate))
         self._resume(trained, adam)
-        progress = TrainingProgress(self.done, settings.steps)
+        progress = TrainingProgress(self.done, settings.steps, self.turn)
 
         def on_step(step: training.Step) -> None:
             self.history.append(step)
@@ -111,7 +111,7 @@ class Run:
             if task.sample_every and done % task.sample_every == 0:
                 progress.sample = sample()
             if task.save_every and done % task.save_every == 0 and done < settings.steps:
-                _try_to_write(write, done)
+                try_to_write(write, done)
             progress.step(step)
 
         try:
@@ -122,10 +122,10 @@ class Run:
                 if retry.is_out_of_memory(error):
                     self._keep_state(trained, adam)
             raise
-        self.unwritten = _try_to_write(write, settings.steps) and _try_to_write(write, settings.steps)
+        self.unwritten = try_to_write(write, settings.steps) and try_to_write(write, settings.steps)
 
 
-def _try_to_write(write: Callable[[int], str], steps: int) -> str | None:
+def try_to_write(write: Callable[[int], str], steps: int) -> str | None:
     """Write; None, or why the disk took no file."""
     try:
         write(steps)
