@@ -4,9 +4,10 @@ python3 dev.py run benchmarks/training.py concept     Train Concept LoRA against
 python3 dev.py run benchmarks/training.py prior       what class pictures keep of the class
 python3 dev.py run benchmarks/training.py joint       one LoRA of a subject and a style, as the paper compares with
 python3 dev.py run benchmarks/training.py blocks      which blocks of the miniature draw shape, which draw style
-python3 dev.py run benchmarks/training.py unzip       UnZip LoRA and its ablation, B-LoRA and one DreamBooth LoRA,
-                                                      all from the same single picture; adds to its results file, so
-                                                      it can be stopped and continued; --table only prints what is there
+python3 dev.py run benchmarks/training.py unzip       UnZip LoRA and its ablation, B-LoRA, Inspiration Tree, one
+                                                      DreamBooth LoRA, all from the same single picture; adds
+                                                      to its results file, so it can be stopped and continued;
+                                                      --table only prints what is there
 
 Figures are shares of 32 pictures that the judges call right; each line says which seed.
 """
@@ -176,7 +177,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rate", type=float)
-    every = ";".join(["DreamBooth", "DreamBooth, empty prompts", "B-LoRA", *one_picture.ABLATION])
+    every = ";".join(["DreamBooth", "DreamBooth, empty prompts", "B-LoRA", one_picture.TREE, *one_picture.ABLATION])
     parser.add_argument("--methods", default=every, help="of unzip, by semicolons")
     parser.add_argument("--results", type=Path, default=one_picture.RESULTS, help="of unzip")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table of unzip")

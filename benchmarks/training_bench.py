@@ -42,9 +42,15 @@ class Bench:
         found = find_miniature()
         self.folder = found.checkpoint.parent.parent
         self.output = Path(tempfile.mkdtemp())
+        self.words = self.output / "embeddings"
+        self.words.mkdir()
         folder_paths.set_output_directory(str(self.output))
+        endings = folder_paths.folder_names_and_paths["embeddings"][1]
+        folder_paths.folder_names_and_paths["embeddings"] = ([str(self.words)], endings)
         with torch.inference_mode():
-            self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(str(found.checkpoint))
+            self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(
+                str(found.checkpoint), embedding_directory=[str(self.words)]
+            )
         self.manifest = read_manifest()
         self.truth = open_truth(self.manifest)
         self.judged = miniature.load_miniature(str(found.checkpoint), self.truth.build)
@@ -119,6 +125,24 @@ class Bench:
         finally:
             lora.detach(self.judged.unet, branches)
 
+    @contextlib.contextmanager
+    def said(self, words: dict[str, dict[str, torch.Tensor]]) -> Iterator[None]:
+        """Vectors of an embedding's file in the place of words that the judged model's text encoders know."""
+        clip, kept = self.judged.clip, []
+        vocabulary = self.judged.tokenizer.clip_l.tokenizer.get_vocab()
+        try:
+            with torch.no_grad():
+                for word, rows in words.items():
+                    for key, found in rows.items():
+                        table = getattr(clip, key).transformer.text_model.embeddings.token_embedding.weight
+                        kept.append((table, vocabulary[word], table[vocabulary[word]].clone()))
+                        table[vocabulary[word]] = found[0].to(table)
+            yield
+        finally:
+            with torch.no_grad():
+                for table, number, before in kept:
+                    table[number] = before
+
 
 def line(name: str, figures: dict[str, float]) -> str:
     return f"{name:40}" + "  ".join(f"{k} {v:.2f}" for k, v in figures.items())
@@ -131,7 +155,11 @@ def spread(several: list[dict[str, float]]) -> str:
 
 @contextlib.contextmanager
 def attached(bench: Bench, halves: Halves) -> Iterator[None]:
-    """These LoRAs added up on the judged model."""
+    """These LoRAs added up on the judged model; those of no layers leave it as it is."""
+    halves = {concept: layers for concept, layers in halves.items() if layers}
+    if not halves:
+        yield
+        return
     rank = sum(max(up.shape[1] for up, _ in layers.values()) for layers in halves.values())
     branches = lora.attach(bench.judged.unet, rank, float(rank))
     try:
