@@ -24,7 +24,7 @@ from ...ziplora_core import k_lora
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.frozen import project
 from ...ziplora_core.lora_set import Factors, LoRASet
-from .apply import apply_once
+from .apply import ZippedAdapter, apply_once
 from .lora import described, fitting
 from .lora.loras import LoRASources
 from .lora.zipped import ZippedLoRA
@@ -117,16 +117,29 @@ def _with(module: torch.nn.Module, update: Update) -> Callable[..., Tensor]:
     return run
 
 
+def _refuse_zipped(model, loras: LoRASet) -> None:
+    """Raises ValueError where a merge of one of these LoRAs is on the model."""
+    for name, layer in loras.layers.items():
+        zips = [entry[1].layer for entry in model.patches.get(name, ()) if isinstance(entry[1], ZippedAdapter)]
+        both = ((zipped[c], of) for zipped in zips if zipped is not None for c, of in layer.items() if c in zipped)
+        if any(torch.equal(before.down, now.down) for before, now in both):
+            raise ValueError(
+                "a merge of these LoRAs is on the model already, by Apply Zipped LoRA or Zip LoRAs; connect the model "
+                "from before that node"
+            )
+
+
 def put_on(model, clip, sources: LoRASources, alpha: float, beta: float) -> tuple[Any, Any, str]:
     """(model, clip) clones that draw by K-LoRA, and a report; what came in is not changed. clip may be None.
 
     Layers that one LoRA alone changes have it all the time, and what reads the prompt, text encoders too, has both, as
     by LoRA loaders; bias and norm differences as well. Raises LoRAFileError where a file is another model's, and
-    ValueError as `k_lora.scores` does, where LoRA loaders have put the same files on, and for layers whose forward
-    cannot be added to.
+    ValueError as `k_lora.scores` does, where LoRA loaders or a merge have put the same files on, and for layers whose
+    forward cannot be added to.
     """
     began = time.monotonic()
     fitted = fitting.fit(sources, model.model)
+    _refuse_zipped(model, fitted.loras)
     layers = fitted.loras.layers.items()
     shared = {name: layer for name, layer in layers if len(layer) > 1 and not name.startswith(_BEFORE)}
     others = LoRASet(fitted.loras.concepts, {name: layer for name, layer in layers if name not in shared})
