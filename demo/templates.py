@@ -35,6 +35,9 @@ QUALITY = 80  # of thumbnails: the archive has room for no more
 ZIPPED = ("subject", "style")
 NEW_STYLE, NEW_SUBJECT = "flat", "a red star"  # of the base's own words
 TRAINING = {  # what the miniature learns well with, from one picture; its blocks are not SDXL's
+    "TrainEmbedding": {"prompt": "a * figure in flat style", "initial_word": "figure", "batch_size": 8, "steps": 300},
+    "TrainCustomDiffusion": {"learning_rate": 2e-4, "batch_size": 8, "steps": 80},
+    "MergeCustomDiffusion": {"captions": "\n".join(f"a {how} picture" for how in ("flat", "neon", "comic", "shadow"))},
     "TrainConceptLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 200},
     "UnZipLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 225}
     | {f"{concept}_blocks": ", ".join(names) for concept, names in BLOCKS.items()},
@@ -58,6 +61,14 @@ def replacements(world: Manifest) -> dict[str, str]:
     found[words.V] = f"a {one}"
     found[f"{words.V} in {words.NEW_STYLE} style"] = f"a {one} in {NEW_STYLE} style"
     found[f"{words.NEW_SUBJECT} in sks style"] = f"{NEW_SUBJECT} in {one} style"
+    found[f"a house in {words.PLAIN_STYLE}"] = style.learned.prompt
+    found[f"{words.NEW_SUBJECT} in {words.PLAIN_STYLE}"] = f"{NEW_SUBJECT} in {style.identifier} style"
+    for placeholder, trained in ((words.OF_SUBJECT, subject), (words.OF_STYLE, style)):
+        found[placeholder] = trained.learned.prompt.replace(trained.identifier, "*")
+    found |= dict(zip(words.WORDS_OF_EACH.split("\n"), (f"{words.FIRST} figure", f"{words.SECOND} style"), strict=True))
+    found |= dict(zip(words.RARE, (subject.identifier, style.identifier), strict=True))
+    found[words.ON_A_BEACH] = "a * figure in neon style"
+    found[words.OF_BOTH] = world.pair_prompt.format(content=words.FIRST, style=words.SECOND)
     found[words.DRAWN] = world.prompt(subject, style)
     found[words.ELSEWHERE] = world.prompt(subject, style).replace(" in ", " on the left in ")
     return found
@@ -74,6 +85,8 @@ def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt
                 node["inputs"][name] = world.size
         if node["class_type"] in ("KSampler", "CompareMerges"):
             node["inputs"] |= {"steps": steps, "cfg": CFG}
+        if node["class_type"] == "BasicScheduler":
+            node["inputs"]["steps"] = steps
         node["inputs"] |= TRAINING.get(node["class_type"], {})
         if node["class_type"] in ("ZipLoRAs", "ZipCheck"):  # whose files name no trigger words
             node["inputs"] |= _prompts(node["inputs"], ours, world)
@@ -107,7 +120,7 @@ def main() -> int:
             if name == zipped.scores().name:
                 encoders.provide(Path(base), *encoders.EVERY)
             prompt = json.loads(api_file(file).read_text(encoding="utf-8"))
-            done = server.run(on_the_miniature(prompt, world))
+            done = server.run(on_the_miniature(prompt, world), timeout=1800)
             (saver,) = (k for k, node in prompt.items() if node["class_type"] == "SaveImage")
             print(
                 picture.write(

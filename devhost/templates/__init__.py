@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import sketches, trained, zipped
+from . import rivals, sketches, trained, zipped
 from .blueprints import BLUEPRINTS
 from .graph import Graph
 
@@ -20,10 +20,6 @@ SKETCHES: tuple[Callable[[], Graph], ...] = (
     sketches.sparsify,
     sketches.direct_merge,
     sketches.stack,
-    sketches.two_scales,
-    sketches.k_lora,
-    sketches.embedding,
-    sketches.custom_diffusion,
 )
 TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.start,
@@ -38,4 +34,8 @@ TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.check,
     trained.b_lora,
     zipped.scores,
+    rivals.k_lora,
+    rivals.two_scales,
+    rivals.custom_diffusion,
+    rivals.embedding,
 )
