@@ -256,6 +256,8 @@ def test_a_merge_answers_each_prompt_as_its_own_patch_does(pack, miniature):
         ("red star", "a blue ring", "prompts has 1 lines and there are 2 LoRAs"),
         ("red star\ncircle", " ", "captions is empty"),
         ("red star\n()", "a blue ring", "has no words"),
+        ("red star\n\ud800", "a blue ring", "prompts holds half a character"),
+        ("red star\ncircle", "a \ud800", "captions holds half a character"),
     ],
 )
 def test_a_merge_is_refused(pack, miniature, prompts, captions, says):

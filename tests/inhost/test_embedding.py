@@ -11,6 +11,7 @@ import pytest
 import test_gradient
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_training import pictures
 
 from devhost.base import ROOT
@@ -299,11 +300,32 @@ def test_the_text_encoders_gradient_is_the_difference_of_their_outputs(pack, min
         ({"initial": " "}, "initial_word is empty"),
         ({"initial": "()"}, "is no word"),
         ({"prefix": "../above"}, "leads out of the folder"),
+        ({"prompts": ["a\0star" * 999]}, "the prompt 'a\N{REPLACEMENT CHARACTER}stara.{100,180}…' lacks the word"),
+        ({"word": "*\ud800"}, "word holds half a character"),
+        ({"initial": "a \ud800"}, "initial_word holds half a character"),
     ],
 )
 def test_refused(pack, miniature, clip, changes, says):
     with pytest.raises(ValueError, match=says):
         train(pack, miniature, task(pack, **changes))
+
+
+def test_runs_of_several_processes_under_one_name_have_a_file_each(pack, miniature, clip, folder, monkeypatch):
+    """One is training, and says so; another, which says nothing, is done before this one."""
+    bridge = pack.nodes.bridge.training.embedding
+    (folder / ".concept_00001_.safetensors.ziplora.part").touch()
+    others, prepare = folder / "concept_00002_.safetensors", bridge._prepare
+
+    def meanwhile(*given):
+        others.write_bytes(b"another's")
+        return prepare(*given)
+
+    monkeypatch.setattr(bridge, "_prepare", meanwhile)
+    done = train(pack, miniature, task(pack, steps=1))
+    assert done.embedding == "embedding:concept_00003_"
+    assert others.read_bytes() == b"another's" and not (folder / "concept_00001_.safetensors").exists()
+    assert (folder / done.file).name == "concept_00003_.safetensors"
+    assert load_file(folder / done.file).keys() == done.tensors.keys()
 
 
 def test_a_clip_that_reads_no_embeddings_is_refused(pack, miniature):
