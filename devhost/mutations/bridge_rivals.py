@@ -24,7 +24,11 @@ MUTANTS = [
         ("the model's levels upside down", "model.model_sampling.sigmas.flip(0)", "model.model_sampling.sigmas"),
         ("rows of any noise", "if low != high:", "if False:"),
         ("a second one takes the first one's place", 'key = f"{_KEY}_{uuid.uuid4()}"', "key = _KEY"),
-        ("both everywhere", "Coefficients.ones(others))", "Coefficients.ones(fitted.loras))"),
+        (
+            "both everywhere",
+            "replace(fitted, loras=others), Coefficients.ones(others)",
+            "fitted, Coefficients.ones(fitted.loras)",
+        ),
         (
             "layers of one LoRA are left out",
             "replace(fitted, loras=others)",
@@ -44,7 +48,8 @@ MUTANTS = [
         WORDS,
         ("vectors of another encoder", "_Place(self.keys[int(mark[0])]", "_Place(self.keys[0]"),
         ("one vector for all", "int(mark[1]))", "0)"),
-        ("a word is found in others", r"(?<!\w)", ""),
+        ("a word is found at the end of others", r"(?<!\w)", ""),
+        ("a word is found at the start of others", r"(?!\w)", ""),
         ("a sign is a pattern", "{re.escape(word)}", "{word}"),
         ("starts from one vector", "rows[i % len(rows)]", "rows[0]"),
         (

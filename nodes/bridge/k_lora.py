@@ -23,7 +23,7 @@ from torch import Tensor
 from ...ziplora_core import k_lora
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.frozen import project
-from ...ziplora_core.lora_set import Factors, LoRASet
+from ...ziplora_core.lora_set import Factors, Layer, LoRASet
 from .apply import ZippedAdapter, apply_once
 from .lora import described, fitting
 from .lora.loras import LoRASources
@@ -117,9 +117,12 @@ def _with(module: torch.nn.Module, update: Update) -> Callable[..., Tensor]:
     return run
 
 
-def _refuse_zipped(model, loras: LoRASet) -> None:
-    """Raises ValueError where a merge of one of these LoRAs is on the model."""
-    for name, layer in loras.layers.items():
+def _refuse_zipped(model, shared: Mapping[str, Layer]) -> None:
+    """Raises ValueError where a merge is on the model that has one of these LoRAs.
+
+    shared: layers that both change; in others K-LoRA itself puts on one as a merge of one.
+    """
+    for name, layer in shared.items():
         zips = [entry[1].layer for entry in model.patches.get(name, ()) if isinstance(entry[1], ZippedAdapter)]
         both = ((zipped[c], of) for zipped in zips if zipped is not None for c, of in layer.items() if c in zipped)
         if any(torch.equal(before.down, now.down) for before, now in both):
@@ -139,9 +142,9 @@ def put_on(model, clip, sources: LoRASources, alpha: float, beta: float) -> tupl
     """
     began = time.monotonic()
     fitted = fitting.fit(sources, model.model)
-    _refuse_zipped(model, fitted.loras)
     layers = fitted.loras.layers.items()
     shared = {name: layer for name, layer in layers if len(layer) > 1 and not name.startswith(_BEFORE)}
+    _refuse_zipped(model, shared)
     others = LoRASet(fitted.loras.concepts, {name: layer for name, layer in layers if name not in shared})
     odd = [n for n in shared if not (is_linear(_module(model.model, n)) or is_convolution(_module(model.model, n)))]
     if odd:
