@@ -345,6 +345,13 @@ def test_word_is_found_whole(pack, clip):
     assert len(places) == 2
 
 
+def test_a_word_starts_from_the_vectors_of_others_in_turn(pack, clip):
+    words = pack.nodes.bridge.network.text_gradient.WordEncoder(clip)
+    red, star = words.start("red", 1), words.start("star", 1)
+    for key, rows in words.start("red star", 3).items():
+        assert torch.equal(rows, torch.cat([red[key], star[key], red[key]])) and not torch.equal(red[key], star[key])
+
+
 def test_the_node_trains_with_what_it_is_given(pack, miniature, clip, folder, monkeypatch):
     """Its inputs are lists; several prompts, of a list or of lines, are as many captions."""
     tasks = []
