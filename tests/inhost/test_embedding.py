@@ -335,6 +335,14 @@ def test_a_clip_that_reads_no_embeddings_is_refused(pack, miniature):
         train(pack, miniature, task(pack))
 
 
+def test_a_clip_with_hooks_is_refused(pack, miniature, clip):
+    import comfy.hooks
+
+    clip.patcher.forced_hooks = comfy.hooks.HookGroup()
+    with pytest.raises(ValueError, match="carries hooks"):
+        train(pack, miniature, task(pack))
+
+
 def test_word_is_found_whole(pack, clip):
     words = pack.nodes.bridge.network.text_gradient.WordEncoder(clip)
     for text in ("many stars", "a superstar"):
