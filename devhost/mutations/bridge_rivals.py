@@ -57,7 +57,6 @@ MUTANTS = [
             'is not None:\n            raise ValueError("clip carries',
             'is ...:\n            raise ValueError("clip carries',
         ),
-        ("layers keep the host's way", "with frozen_layers(self._clip.cond_stage_model):", "if True:"),
     ),
     *faults(
         "nodes/bridge/training/embedding.py",
