@@ -163,6 +163,13 @@ def test_the_rate_is_of_each_picture(pack):
     assert group["lr"] == pytest.approx(8e-5)
 
 
+def test_a_number_that_does_not_fit_is_refused(pack, miniature):
+    training = pack.nodes.bridge.training
+    name = next(iter(training.layers.prompt_readers(miniature.model.model)))
+    with pytest.raises(ValueError, match="does not fit into"):
+        training.custom_diffusion.patch_tensors(miniature.model, {name: torch.full((2, 2), 1e6)})
+
+
 def test_refused(pack, miniature, clip, monkeypatch):
     with pytest.raises(ValueError, match="class_prompt is empty"):
         train(pack, miniature, task(pack, class_pictures=[pictures(1)]))
