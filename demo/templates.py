@@ -30,6 +30,8 @@ from devhost.workflows import FOLDER, api_file
 QUALITY = 80  # of thumbnails: the archive has room for no more
 ZIPPED = ("subject", "style")
 TRAINING = {  # what the miniature learns well with, from one picture
+    "TrainEmbedding": {"batch_size": 8, "steps": 300},
+    "TrainCustomDiffusion": {"learning_rate": 2e-4, "batch_size": 8, "steps": 80},
     "TrainConceptLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 200},
     "UnZipLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 225},
 }
@@ -52,6 +54,19 @@ def replacements(world: Manifest) -> dict[str, str]:
     found[words.V] = f"a {one.identifier}"
     found[f"{words.V} in {words.NEW_STYLE} style"] = f"a {one.identifier} in {shown.new_style} style"
     found[f"{words.NEW_SUBJECT} in sks style"] = f"{shown.new_subject} in {one.identifier} style"
+    found[f"a house in {words.PLAIN_STYLE}"] = style.learned.prompt
+    found[f"{words.NEW_SUBJECT} in {words.PLAIN_STYLE}"] = f"{shown.new_subject} {style.words}"
+    for placeholder, trained in ((words.OF_SUBJECT, subject), (words.OF_STYLE, style)):
+        found[placeholder] = trained.learned.prompt.replace(trained.identifier, "*")
+    in_prompts = (
+        subject.words.replace(subject.identifier, words.FIRST),
+        style.words.replace(style.identifier, words.SECOND),
+    )
+    each = (part.partition(" ")[2] for part in in_prompts)  # without "a", "in"
+    found |= dict(zip(words.WORDS_OF_EACH.split("\n"), each, strict=True))
+    found |= dict(zip(words.RARE, (subject.identifier, style.identifier), strict=True))
+    found[words.ON_A_BEACH] = f"{subject.words.replace(subject.identifier, '*')} in {world.other_styles[0]} style"
+    found[words.OF_BOTH] = " ".join(in_prompts)
     found[words.DRAWN] = world.prompt(subject, style)
     found[words.ELSEWHERE] = f"{subject.words} on the left {style.words}"
     return found
@@ -68,7 +83,14 @@ def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt
                 node["inputs"][name] = world.size
         if node["class_type"] in ("KSampler", "CompareMerges"):
             node["inputs"] |= {"steps": steps, "cfg": CFG}
+        if node["class_type"] == "BasicScheduler":
+            node["inputs"]["steps"] = steps
         node["inputs"] |= TRAINING.get(node["class_type"], {})
+        if node["class_type"] == "TrainEmbedding":
+            one = world.trained()[world.shown.pair[0]]
+            node["inputs"] |= {"prompt": ours[words.OF_SUBJECT], "initial_word": one.of_class.split()[-1]}
+        if node["class_type"] == "MergeCustomDiffusion":
+            node["inputs"]["captions"] = "\n".join(asked.prompt for asked in world.known[:4])
         if node["class_type"] == "UnZipLoRA":  # whose blocks are not SDXL's
             node["inputs"] |= {f"{concept}_blocks": ", ".join(names) for concept, names in world.blocks.items()}
         if node["class_type"] in ("ZipLoRAs", "ZipCheck"):  # whose files name no trigger words
@@ -103,7 +125,7 @@ def main() -> int:
             if name == zipped.scores().name:
                 encoders.provide(Path(base), *encoders.EVERY)
             prompt = json.loads(api_file(file).read_text(encoding="utf-8"))
-            done = server.run(on_the_miniature(prompt, world))
+            done = server.run(on_the_miniature(prompt, world), timeout=1800)
             (saver,) = (k for k, node in prompt.items() if node["class_type"] == "SaveImage")
             print(
                 picture.write(

@@ -115,7 +115,8 @@ def unfit(mutant: Mutant) -> Iterator[Outcome]:
         yield Outcome(mutant, "broken", "changes nothing")
     else:
         try:
-            compile(text.replace(mutant.old, mutant.new), mutant.file, "exec")
+            if path.suffix == ".py":
+                compile(text.replace(mutant.old, mutant.new), mutant.file, "exec")
         except SyntaxError as error:
             yield Outcome(mutant, "broken", f"is no Python: {error.msg}, line {error.lineno}")
             return

@@ -11,6 +11,7 @@ from . import (
     bridge_pairs,
     bridge_plan,
     bridge_remembered,
+    bridge_rivals,
     bridge_training,
 )
 
@@ -23,4 +24,5 @@ MUTANTS: list[Mutant] = [
     *bridge_training.MUTANTS,
     *bridge_nodes.MUTANTS,
     *bridge_remembered.MUTANTS,
+    *bridge_rivals.MUTANTS,
 ]

@@ -25,7 +25,8 @@ MUTANTS = [
         ("the model that came in is hooked", "TwoScales(model.clone())", "TwoScales(model)"),
         ("any checkpoint", 'getattr(adapted, "model", None) is not model.model', "False"),
         ("what is merged is a LoRA", "patch[_MODEL_STRENGTH] != 1", "patch is None"),
-        ("other settings are a LoRA", "if differ or merged", "if merged"),
+        ("other settings are a LoRA", "if _beside(model) != _beside(adapted) or merged", "if merged"),
+        ("wrappers are a LoRA", "return plain | {(kind, name)", "return plain or {(kind, name)"),
         ("all three are always run", "if one_scale:\n                conds", "if False:\n                conds"),
     ),
     *faults(

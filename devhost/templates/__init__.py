@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import sketches, trained, zipped
+from . import rivals, sketches, trained, zipped
 from .blueprints import BLUEPRINTS
 from .graph import Graph
 
@@ -20,11 +20,7 @@ SKETCHES: tuple[Callable[[], Graph], ...] = (
     sketches.sparsify,
     sketches.direct_merge,
     sketches.stack,
-    sketches.two_scales,
-    sketches.k_lora,
-    sketches.embedding,
     sketches.split,
-    sketches.custom_diffusion,
 )
 TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.start,
@@ -39,4 +35,8 @@ TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.check,
     trained.b_lora,
     zipped.scores,
+    rivals.k_lora,
+    rivals.two_scales,
+    rivals.custom_diffusion,
+    rivals.embedding,
 )

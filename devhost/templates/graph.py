@@ -42,12 +42,16 @@ _FORM = {  # what App mode asks for: the widgets that a user fills in, by node
     "ConceptStrengths": ("strengths",),
     "LoadImage": ("image",),
     "CLIPTextEncode": ("text",),
+    "StringReplace": ("string",),
     "TrainConceptLoRA": ("prompt",),
+    "TrainEmbedding": ("prompt", "initial_word"),
+    "TrainCustomDiffusion": ("prompt",),
+    "TwoScaleGuider": ("text_scale", "style_scale"),
     "UnZipLoRA": ("prompt", "content_prompt", "style_prompt"),
     "StyleStrength": ("style_strength",),
     "CompareMerges": ("prompts",),
 }
-_LABELED = {"CheckpointLoaderSimple", "CLIPTextEncode", "LoadImage"}  # whose one widget is called as the node is
+_LABELED = {"CheckpointLoaderSimple", "CLIPTextEncode", "LoadImage", "StringReplace"}  # asked for by the node's title
 _SHOWN = ("SaveImage", "PreviewAny")  # and what it shows
 _LABELS = {  # of the host's own nodes that have no title of their own
     "CheckpointLoaderSimple": "Checkpoint",
@@ -112,7 +116,8 @@ class Graph:
             [node.number, name]
             for node in self.nodes
             for name in _FORM.get(node.kind, ())
-            if not (node.kind == "CLIPTextEncode" and not node.inputs.get(name))
+            if not isinstance(node.inputs.get(name), Link)
+            if node.inputs.get(name) or node.kind != "CLIPTextEncode"
         ]
         return {"inputs": asked, "outputs": [node.number for node in self.nodes if node.kind in _SHOWN]}
 
@@ -199,7 +204,8 @@ class Graph:
                 if options.get("control_after_generate"):
                     widgets.append("fixed")
                     lines += 1
-                label = node.kind in _LABELED and not self.lists_widgets and node.title
+                named = node.kind in _LABELED and name in _FORM[node.kind]
+                label = named and not self.lists_widgets and node.title
                 if not (is_linked or self.lists_widgets or label):
                     continue
                 if label:

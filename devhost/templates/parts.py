@@ -17,7 +17,7 @@ class Parts:
         self.checkpoint = self.graph.add("CheckpointLoaderSimple", ckpt_name=MODEL)
         self.model, self.clip, self.vae = (self.checkpoint[slot] for slot in range(3))
 
-    def text(self, text: str, title: str | None = None, clip: Link | None = None) -> Link:
+    def text(self, text: str | Link, title: str | None = None, clip: Link | None = None) -> Link:
         """clip: None stands for the checkpoint's own, as of training prompts."""
         return self.graph.add("CLIPTextEncode", title, clip=clip or self.clip, text=text)[0]
 
@@ -82,13 +82,14 @@ class Parts:
         self.graph.column("The picture")
         return self.graph.add("LoadImage", "A subject in a style", image=WHOLE)[0]
 
+    def reference(self, which: str) -> Link:
+        """A picture of the subject, or of the style."""
+        names = dict(zip(("subject", "style"), PICTURES, strict=True))
+        return self.graph.add("LoadImage", f"Picture of the {which}", image=names[which])[0]
+
     def references(self) -> tuple[Link, Link]:
         """Pictures of the subject and of the style."""
-        found = [
-            self.graph.add("LoadImage", f"Picture of the {which}", image=name)[0]
-            for which, name in zip(("subject", "style"), PICTURES, strict=True)
-        ]
-        return found[0], found[1]
+        return self.reference("subject"), self.reference("style")
 
     def beside(self, pictures: list[Link], direction: str = "right") -> Link:
         joined, *rest = pictures

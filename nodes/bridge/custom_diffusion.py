@@ -7,13 +7,14 @@ from torch import Tensor
 
 from ...ziplora_core import custom_diffusion
 from ...ziplora_core.checks import lines
-from ...ziplora_core.files import all_finite
+from ...ziplora_core.files import all_finite, shown
 from ...ziplora_core.lora_set import Factors
 from .lora import fitting, loras
 from .network import checks
 from .progress.bar import Steps
 from .training.layers import prompt_readers
 from .training.lora_file import lora_tensors
+from .training.pictures import check_letters
 
 
 def _features(clip, text: str, own: bool) -> Tensor:
@@ -35,6 +36,8 @@ def merge(model, clip, sources: loras.LoRASources, prompts: str, captions: str) 
     model: ModelPatcher; says which layers there are. prompts: a line for each LoRA, in order. captions: ordinary ones,
     a line each. Raises ValueError (LoRAFileError for a file that does not fit).
     """
+    check_letters("prompts", prompts)
+    check_letters("captions", captions)
     fitted = fitting.fit(sources, model.model)
     readers, concepts = prompt_readers(model.model), list(fitted.loras.concepts)
     own, ordinary = lines(prompts), lines(captions)
@@ -52,7 +55,7 @@ def merge(model, clip, sources: loras.LoRASources, prompts: str, captions: str) 
     targets = {concept: _features(clip, text, True) for concept, text in zip(concepts, own, strict=True)}
     for text, rows in zip(own, targets.values(), strict=True):
         if not len(rows):
-            raise ValueError(f"the prompt '{text}' has no words; write what stands for the concept")
+            raise ValueError(f"the prompt '{shown(text)}' has no words; write what stands for the concept")
     others = torch.cat([_features(clip, text, False) for text in ordinary])
     width = next(iter(readers.values()))[1]
     if others.shape[1] != width:

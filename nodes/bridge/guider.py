@@ -30,16 +30,19 @@ def added(model, adapted) -> dict[str, list[tuple]]:
             raise _more_than_patches()
         if len(patches) > len(before):
             found[key] = patches[len(before) :]
-    differ = any(
-        getattr(model, kind, {}).keys() != getattr(adapted, kind, {}).keys()
-        for kind in ("object_patches", "injections")
-    )
     merged = any(patch[_MODEL_STRENGTH] != 1 for patches in found.values() for patch in patches)
-    if differ or merged or model.patches.keys() - adapted.patches.keys():
+    if _beside(model) != _beside(adapted) or merged or model.patches.keys() - adapted.patches.keys():
         raise _more_than_patches()
     if not found:
         raise ValueError("adapted_model has the weights of model: put the LoRA on it that was trained on the style")
     return found
+
+
+def _beside(patcher) -> set[tuple[str, str]]:
+    """What is on a ModelPatcher beside patches of its weights: (kind, name) each."""
+    kinds = ("object_patches", "injections", "additional_models")
+    plain = {(kind, name) for kind in kinds for name in getattr(patcher, kind, {})}
+    return plain | {(kind, name) for kind, of in getattr(patcher, "wrappers", {}).items() for name in of}
 
 
 def _more_than_patches() -> ValueError:

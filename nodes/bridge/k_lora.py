@@ -23,8 +23,8 @@ from torch import Tensor
 from ...ziplora_core import k_lora
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.frozen import project
-from ...ziplora_core.lora_set import Factors, LoRASet
-from .apply import apply_once
+from ...ziplora_core.lora_set import Factors, Layer, LoRASet
+from .apply import ZippedAdapter, apply_once
 from .lora import described, fitting
 from .lora.loras import LoRASources
 from .lora.zipped import ZippedLoRA
@@ -117,18 +117,34 @@ def _with(module: torch.nn.Module, update: Update) -> Callable[..., Tensor]:
     return run
 
 
+def _refuse_zipped(model, shared: Mapping[str, Layer]) -> None:
+    """Raises ValueError where a merge is on the model that has one of these LoRAs.
+
+    shared: layers that both change; in others K-LoRA itself puts on one as a merge of one.
+    """
+    for name, layer in shared.items():
+        zips = [entry[1].layer for entry in model.patches.get(name, ()) if isinstance(entry[1], ZippedAdapter)]
+        both = ((zipped[c], of) for zipped in zips if zipped is not None for c, of in layer.items() if c in zipped)
+        if any(torch.equal(before.down, now.down) for before, now in both):
+            raise ValueError(
+                "a merge of these LoRAs is on the model already, by Apply Zipped LoRA or Zip LoRAs; connect the model "
+                "from before that node"
+            )
+
+
 def put_on(model, clip, sources: LoRASources, alpha: float, beta: float) -> tuple[Any, Any, str]:
     """(model, clip) clones that draw by K-LoRA, and a report; what came in is not changed. clip may be None.
 
     Layers that one LoRA alone changes have it all the time, and what reads the prompt, text encoders too, has both, as
     by LoRA loaders; bias and norm differences as well. Raises LoRAFileError where a file is another model's, and
-    ValueError as `k_lora.scores` does, where LoRA loaders have put the same files on, and for layers whose forward
-    cannot be added to.
+    ValueError as `k_lora.scores` does, where LoRA loaders or a merge have put the same files on, and for layers whose
+    forward cannot be added to.
     """
     began = time.monotonic()
     fitted = fitting.fit(sources, model.model)
     layers = fitted.loras.layers.items()
     shared = {name: layer for name, layer in layers if len(layer) > 1 and not name.startswith(_BEFORE)}
+    _refuse_zipped(model, shared)
     others = LoRASet(fitted.loras.concepts, {name: layer for name, layer in layers if name not in shared})
     odd = [n for n in shared if not (is_linear(_module(model.model, n)) or is_convolution(_module(model.model, n)))]
     if odd:

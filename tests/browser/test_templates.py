@@ -42,16 +42,16 @@ CLOSE_UPS = {
     "9 More than two LoRAs": ("ConceptStrengths",),
     "direct_merge": ("DirectMergeLoRA",),
     "stack": ("LoadLoRAStack", "ZipLoRAReference"),
-    "two_scales": ("TwoScaleGuider",),
-    "k_lora": ("KLoRA",),
-    "embedding": ("TrainEmbedding",),
     "split": ("SplitConcept",),
-    "custom_diffusion": ("TrainCustomDiffusion", "MergeCustomDiffusion"),
+    "Style of one picture (two scales)": ("TwoScaleGuider",),
+    "K-LoRA": ("KLoRA",),
+    "An embedding from pictures": ("TrainEmbedding",),
+    "Custom Diffusion": ("TrainCustomDiffusion", "MergeCustomDiffusion"),
 }
 ON_A_HELP_PAGE = 60  # quality: letters can be read at a help panel's width, and the archive stays small
 PUBLISH = bool(os.environ.get("ZIPLORA_PUBLISH"))  # with the defaults, as a help page should show them
 ALL = bool(os.environ.get("ZIPLORA_ALL"))
-TRAINS = ("TrainConceptLoRA", "UnZipLoRA")
+TRAINS = ("TrainConceptLoRA", "UnZipLoRA", "TrainEmbedding", "TrainCustomDiffusion")
 ZIPS = ("ZipLoRAs", "ZipLoRAOptimize")
 OPTIONAL = {
     "references",
@@ -61,6 +61,7 @@ OPTIONAL = {
     "clip",
     "class_images",
     "second_images",
+    "adapted_positive",
     "lora_stack",
     "subject_images",
     "style_images",

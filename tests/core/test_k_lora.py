@@ -57,6 +57,11 @@ def test_the_choice_is_the_papers(steps: int) -> None:
         assert seen == {"content", "style"} or steps == 1
 
 
+def test_a_layer_where_both_are_equal_is_the_styles() -> None:
+    found = k_lora.Scores(1.0, {"less": 0.4, "equal": 0.5, "more": 0.6})
+    assert found.chosen(0.5) == {"less": "style", "equal": "style", "more": "content"}
+
+
 def test_only_layers_that_both_change_are_chosen_for() -> None:
     assert k_lora.scores(toy_pair()).ratios.keys() == {"conv", "first", "second"}
 
@@ -117,8 +122,8 @@ def test_what_is_refused() -> None:
 def test_a_step_lasts_until_the_samplers_next_noise_level() -> None:
     sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0])
     said = {
-        8.0: 0.0, 9.5: 0.0, 8.000001: 0.0, 7.999999: 0.0, 5.0: 0.0, 4.0: 0.25, 3.999999: 0.25, 2.5: 0.25, 2.0: 0.5,
-        1.0: 0.75, 0.5: 0.75, 0.0: 0.75,
+        8.0: 0.0, 9.5: 0.0, 8.000001: 0.0, 7.999999: 0.0, 5.0: 0.0, 4.000001: 0.25, 4.0: 0.25, 3.999999: 0.25,
+        2.5: 0.25, 2.0: 0.5, 1.0: 0.75, 0.5: 0.75, 0.0: 0.75,
     }  # fmt: skip
     assert {sigma: k_lora.progress(sigma, sigmas) for sigma in said} == said
     assert k_lora.progress(3.0, torch.tensor([3.0, 1.0])) == k_lora.progress(3.0, torch.tensor([3.0])) == 0.0

@@ -15,14 +15,17 @@ FOLDER = Path(__file__).resolve().parent.parent.parent / "workflows" / "api"
 Prompt = dict[str, dict[str, Any]]
 
 
-def drawn_prompts(prompt: Prompt) -> list[tuple[str, list[Any]]]:
-    """(the sampler and its socket, the clip of the text encode there) of every prompt that a picture is drawn with."""
+SOCKETS = {"KSampler": ("positive", "negative"), "TwoScaleGuider": ("positive", "negative")}
+
+
+def drawn_prompts(prompt: Prompt) -> list[tuple[str, list[Any], list[Any]]]:
+    """(the node that guides and its socket, its model, the clip of the text encode there) of every prompt to draw."""
     found = []
     for number, node in prompt.items():
-        for socket in ("positive", "negative") if node["class_type"] == "KSampler" else ():
+        for socket in SOCKETS.get(node["class_type"], ()):
             encode = prompt[node["inputs"][socket][0]]
             assert encode["class_type"] == "CLIPTextEncode"
-            found.append((f"{number}.{socket}", encode["inputs"]["clip"]))
+            found.append((f"{number}.{socket}", node["inputs"]["model"], encode["inputs"]["clip"]))
     return found
 
 
@@ -35,10 +38,17 @@ def test_prompts_to_draw_are_encoded_with_the_clip_of_apply(file: Path) -> None:
     for inputs in compared:  # it puts the LoRAs on by itself, each variant's own
         for slot, socket in enumerate(("model", "clip", "vae")):
             assert prompt[inputs[socket][0]]["class_type"] == "CheckpointLoaderSimple" and inputs[socket][1] == slot
-    gives = {("ApplyZippedLoRA", 1), ("ZipLoRAs", 1)}  # a clip with both files' parts
-    for where, (node, slot) in found:
-        applied = prompt[node]
-        assert (applied["class_type"], slot) in gives, f"{where}: {applied['class_type']}"
+    gives = {"ApplyZippedLoRA", "ZipLoRAs", "KLoRA"}  # a clip with both files' parts
+    bare = {"CheckpointLoaderSimple", "LoraModelLoader"}  # models whose LoRAs have no text-encoder parts
+    trained = {"TrainConceptLoRA", "MergeCustomDiffusion"}
+    for where, (model, _), (node, slot) in found:
+        applied, of = prompt[node], prompt[model]
+        if applied["class_type"] == "CheckpointLoaderSimple":
+            assert of["class_type"] in bare, f"{where}: {of['class_type']}"
+            assert "lora" not in of["inputs"] or prompt[of["inputs"]["lora"][0]]["class_type"] in trained, where
+            assert slot == 1
+            continue
+        assert slot == 1 and applied["class_type"] in gives, f"{where}: {applied['class_type']}"
         checkpoint, clip = applied["inputs"]["clip"]
         assert (prompt[checkpoint]["class_type"], clip) == ("CheckpointLoaderSimple", 1)
 
@@ -66,6 +76,8 @@ FILLED_IN = {  # what a graph cannot run without a user's own
     "ZipLoRAs": {"subject_lora", "subject_prompt", "style_lora", "style_prompt"},
     "LoadLoRAPair": {"content_lora", "style_lora"},
     "LoadImage": {"image"},
+    "TrainEmbedding": {"prompt", "initial_word"},
+    "TrainCustomDiffusion": {"prompt"},
 }
 
 
@@ -85,7 +97,8 @@ def test_a_graph_is_a_form_in_reading_order_and_opens_on_its_note(file: Path) ->
     for number, node in prompt.items():
         assert asked.get(number, set()) >= FILLED_IN.get(node["class_type"], set())
         if node["class_type"] == "CLIPTextEncode":  # a text that says something is asked for, by the node's title
-            assert (number in asked) == bool(node["inputs"]["text"])
+            words = node["inputs"]["text"]
+            assert (number in asked) == bool(words and isinstance(words, str))
             (text,) = (one for one in nodes[int(number)]["inputs"] if one["name"] == "text")
             assert text["label"] in node["_meta"]["title"]
     assert len({(number, name) for number, names in asked.items() for name in names}) == len(form["inputs"])

@@ -34,7 +34,8 @@ words = st.one_of(
 numbers = st.sampled_from([-1, 0, 1, 0.5, -0.5, 2**31, 2**63, -(2**64), 10**30, 1e300, True])
 links = st.one_of(
     st.lists(st.one_of(words, numbers), max_size=3),
-    st.tuples(st.sampled_from(["pair", "optimise", "direct", "dial", "apply", "sparse", "checkpoint", "nowhere", "0"]),
+    st.tuples(st.sampled_from(["pair", "optimise", "direct", "dial", "apply", "sparse", "switch", "guider", "merge",
+                               "checkpoint", "nowhere", "0"]),
               st.sampled_from([0, 1, 2, 7, -1, "0", None, 0.5])).map(list),
 )  # fmt: skip
 values = st.one_of(words, numbers, links, st.none(), st.dictionaries(words, words, max_size=2))
@@ -75,6 +76,22 @@ def graph(content: Concept, style: Concept) -> Prompt:
                       prompt="", content_prompt="a", style_prompt="b", steps=1, learning_rate=1e-4,
                       merger_learning_rate=1e-3, similarity_lambda=0.5, column_share=10.0, rank=1, batch_size=1,
                       resolution=64, seed=0, filename_prefix="loras/fuzzed"),
+        "switch": node("KLoRA", model=BASE, lora_pair=["pair", 0], alpha=1.5, beta=0.5, clip=["checkpoint", 1]),
+        "switched": node("PreviewAny", source=["switch", 2]),
+        "guider": node("TwoScaleGuider", model=BASE, adapted_model=["apply", 0], positive=["words", 0],
+                       negative=["words", 0], text_scale=6.0, style_scale=3.0),
+        "guided": node("PreviewAny", source=["guider", 0]),
+        "word": node("TrainEmbedding", model=BASE, clip=["checkpoint", 1], vae=["checkpoint", 2],
+                     images=["picture", 0], prompt="", word="*", initial_word="star", vectors=1, steps=1,
+                     learning_rate=1e-4, batch_size=1, resolution=64, seed=0, filename_prefix="fuzzed",
+                     sample_every=0, save_every=0),
+        "whole": node("TrainCustomDiffusion", model=BASE, clip=["checkpoint", 1], vae=["checkpoint", 2],
+                      images=["picture", 0], prompt="", word="*", initial_word="star", steps=1, learning_rate=1e-4,
+                      batch_size=1, resolution=64, seed=0, filename_prefix="loras/fuzzed", sample_every=0,
+                      save_every=0),
+        "merge": node("MergeCustomDiffusion", model=BASE, clip=["checkpoint", 1], lora_pair=["pair", 0],
+                      prompts="a star\na heart", captions="a red circle\na blue square"),
+        "merged": node("PreviewAny", source=["merge", 1]),
     }  # fmt: skip
 
 
@@ -87,8 +104,14 @@ ENDS = {  # output node -> what it needs
     "loaded": ("load", "checkpoint"),
     "train": ("picture", "checkpoint"),
     "unzip": ("picture", "checkpoint"),
+    "switched": ("switch", "pair", "checkpoint"),
+    "guided": ("guider", "apply", "dial", "optimise", "pair", "words", "latents", "checkpoint"),
+    "word": ("picture", "checkpoint"),
+    "whole": ("picture", "checkpoint"),
+    "merged": ("merge", "pair", "checkpoint"),
 }
-OURS = {"pair", "optimise", "direct", "dial", "apply", "save", "export", "sparse", "sheet", "load", "train", "unzip"}
+OURS = {"pair", "optimise", "direct", "dial", "apply", "save", "export", "sparse", "sheet", "load", "train", "unzip",
+        "switch", "guider", "word", "whole", "merge"}  # fmt: skip
 
 
 @st.composite
@@ -197,9 +220,9 @@ def test_the_server_works_afterwards(
 ) -> None:
     """Last of this module: every whole graph does what it should."""
     server, _ = fuzzed
-    for end in ("applied", "save", "export", "thinned", "sheet"):
+    for end in ("applied", "save", "export", "thinned", "sheet", "switched", "guided", "merged"):
         whole = graph(content, style)
         assert judge(server, {name: whole[name] for name in (end, *ENDS[end])}) == "worked", end
-    for end in ("train", "unzip"):
+    for end in ("train", "unzip", "word", "whole"):
         whole = graph(content, style)
         assert judge(server, {name: whole[name] for name in (end, *ENDS[end])}) == "failed in words", end

@@ -29,6 +29,7 @@ SECOND = 1.0
 HEADROOM = 256 * 2**20  # address space that a case may take beside what the process has
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _MOVES = {"os.rename": 2, "os.mkdir": 1, "os.link": 2, "os.symlink": 2, "os.remove": 1, "os.rmdir": 1, "os.truncate": 1}
+_EMPTIED = ("os.remove", "os.rmdir")
 _NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind")
 _PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")
 _UNPICKLED = ("pickle.find_class",)
@@ -78,8 +79,11 @@ class Guard:
             if writes and not isinstance(path, int):
                 self.check(event, path)
         elif event in _MOVES:
+            inside = args[-1] if event in _EMPTIED and args[-1] != -1 else None  # a folder that is open, as in rmtree
             for path in args[: _MOVES[event]]:
-                self.check(event, path)
+                self.check(
+                    event, path if inside is None else os.path.join(os.readlink(f"/proc/self/fd/{inside}"), path)
+                )
         elif event in _NETWORK or event in _PROGRAMS or event in _UNPICKLED:
             self.strayed.append(f"{event}{args!r:.200}")
 

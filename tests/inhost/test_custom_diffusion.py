@@ -163,6 +163,13 @@ def test_the_rate_is_of_each_picture(pack):
     assert group["lr"] == pytest.approx(8e-5)
 
 
+def test_a_number_that_does_not_fit_is_refused(pack, miniature):
+    training = pack.nodes.bridge.training
+    name = next(iter(training.layers.prompt_readers(miniature.model.model)))
+    with pytest.raises(ValueError, match="does not fit into"):
+        training.custom_diffusion.patch_tensors(miniature.model, {name: torch.full((2, 2), 1e6)})
+
+
 def test_refused(pack, miniature, clip, monkeypatch):
     with pytest.raises(ValueError, match="class_prompt is empty"):
         train(pack, miniature, task(pack, class_pictures=[pictures(1)]))
@@ -256,6 +263,8 @@ def test_a_merge_answers_each_prompt_as_its_own_patch_does(pack, miniature):
         ("red star", "a blue ring", "prompts has 1 lines and there are 2 LoRAs"),
         ("red star\ncircle", " ", "captions is empty"),
         ("red star\n()", "a blue ring", "has no words"),
+        ("red star\n\ud800", "a blue ring", "prompts holds half a character"),
+        ("red star\ncircle", "a \ud800", "captions holds half a character"),
     ],
 )
 def test_a_merge_is_refused(pack, miniature, prompts, captions, says):

@@ -11,6 +11,7 @@ import pytest
 import test_gradient
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_training import pictures
 
 from devhost.base import ROOT
@@ -308,11 +309,32 @@ def test_the_text_encoders_gradient_is_the_difference_of_their_outputs(pack, min
         ({"initial": " "}, "initial_word is empty"),
         ({"initial": "()"}, "is no word"),
         ({"prefix": "../above"}, "leads out of the folder"),
+        ({"prompts": ["a\0star" * 999]}, "the prompt 'a\N{REPLACEMENT CHARACTER}stara.{100,180}…' lacks the word"),
+        ({"word": "*\ud800"}, "word holds half a character"),
+        ({"initial": "a \ud800"}, "initial_word holds half a character"),
     ],
 )
 def test_refused(pack, miniature, clip, changes, says):
     with pytest.raises(ValueError, match=says):
         train(pack, miniature, task(pack, **changes))
+
+
+def test_runs_of_several_processes_under_one_name_have_a_file_each(pack, miniature, clip, folder, monkeypatch):
+    """One is training, and says so; another, which says nothing, is done before this one."""
+    bridge = pack.nodes.bridge.training.embedding
+    (folder / ".concept_00001_.safetensors.ziplora.part").touch()
+    others, prepare = folder / "concept_00002_.safetensors", bridge._prepare
+
+    def meanwhile(*given):
+        others.write_bytes(b"another's")
+        return prepare(*given)
+
+    monkeypatch.setattr(bridge, "_prepare", meanwhile)
+    done = train(pack, miniature, task(pack, steps=1))
+    assert done.embedding == "embedding:concept_00003_"
+    assert others.read_bytes() == b"another's" and not (folder / "concept_00001_.safetensors").exists()
+    assert (folder / done.file).name == "concept_00003_.safetensors"
+    assert load_file(folder / done.file).keys() == done.tensors.keys()
 
 
 def test_a_clip_that_reads_no_embeddings_is_refused(pack, miniature):
@@ -322,13 +344,29 @@ def test_a_clip_that_reads_no_embeddings_is_refused(pack, miniature):
         train(pack, miniature, task(pack))
 
 
+def test_a_clip_with_hooks_is_refused(pack, miniature, clip):
+    import comfy.hooks
+
+    clip.patcher.forced_hooks = comfy.hooks.HookGroup()
+    with pytest.raises(ValueError, match="carries hooks"):
+        train(pack, miniature, task(pack))
+
+
 def test_word_is_found_whole(pack, clip):
     words = pack.nodes.bridge.network.text_gradient.WordEncoder(clip)
-    with pytest.raises(ValueError, match="lacks the word 'star'"):
-        words.tokens("many stars", "star", 1)
+    for text in ("many stars", "a superstar"):
+        with pytest.raises(ValueError, match="lacks the word 'star'"):
+            words.tokens(text, "star", 1)
     tokens = words.tokens("a star, and a star", "star", 1)
     places = [t for batch in tokens["l"] for t, *_ in batch if not isinstance(t, int)]
     assert len(places) == 2
+
+
+def test_a_word_starts_from_the_vectors_of_others_in_turn(pack, clip):
+    words = pack.nodes.bridge.network.text_gradient.WordEncoder(clip)
+    red, star = words.start("red", 1), words.start("star", 1)
+    for key, rows in words.start("red star", 3).items():
+        assert torch.equal(rows, torch.cat([red[key], star[key], red[key]])) and not torch.equal(red[key], star[key])
 
 
 def test_the_node_trains_with_what_it_is_given(pack, miniature, clip, folder, monkeypatch):

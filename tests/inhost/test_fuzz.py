@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import socket
+import tempfile
 import time
 from contextlib import suppress
 
@@ -66,16 +67,18 @@ def fuzz(pack, tmp_path_factory):
 
     outside = tmp_path_factory.mktemp("fuzz")
     base = outside / "a" / "comfyui"
-    for name in ("loras", "output/ziplora", "output/loras", "temp/user"):
+    for name in ("loras", "output/ziplora", "output/loras", "output/embeddings", "temp/user"):
         (base / name).mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         registered = dict(folder_paths.folder_names_and_paths)
         registered["loras"] = ([str(base / "loras")], {".safetensors"})
+        registered["embeddings"] = ([str(base / "output" / "embeddings")], {".safetensors"})
         registered["ziplora"] = ([str(base / "output" / "ziplora")], {".safetensors"})
         patch.setattr(folder_paths, "folder_names_and_paths", registered)
         patch.setattr(folder_paths, "filename_list_cache", {})
         patch.setattr(folder_paths, "output_directory", str(base / "output"))
         patch.setattr(folder_paths, "temp_directory", str(base / "temp"))
+        patch.setattr(tempfile, "tempdir", str(base / "temp"))
         patch.setattr(folder_paths, "user_directory", str(base / "temp" / "user"))
         patch.setattr(torch, "load", lambda *_, **__: Guard.tell("torch.load"))
         logging.disable(logging.CRITICAL)
@@ -359,8 +362,11 @@ def test_coefficient_files(pack, fuzz, models, zipped, vectors, data):
 
 
 @pytest.fixture(scope="module")
-def clip(load_miniature):
-    return load_miniature().clip
+def clip(fuzz, load_miniature):
+    found = load_miniature().clip
+    for name in ("clip_l", "clip_g"):
+        getattr(found.tokenizer, name).embedding_directory = [str(fuzz.base / "output" / "embeddings")]
+    return found
 
 
 @given(data=st.data())
@@ -424,6 +430,7 @@ def test_conditionings_and_latents(pack, fuzz, models, zipped, data):
 
 odd_floats = st.one_of(st.floats(), st.floats(-3, 3), st.sampled_from([0.0, 1.0, 2.0, -10.0, 1e30, -1e-30]))
 odd_ints = st.one_of(st.integers(-3, 3), st.sampled_from([*HUGE, *(-n for n in HUGE)]), st.booleans())
+captions = st.one_of(words, words.map(lambda text: f"a * {text}"), words.map(lambda text: f"{text}*\na * b"))
 no_steps = st.one_of(st.integers(-3, 0), st.integers(min_value=10_001), st.sampled_from(HUGE))
 
 
@@ -458,10 +465,26 @@ def calls(draw):
                        "batch_size": odd_ints, "resolution": odd_ints, "seed": odd_ints, "filename_prefix": prefixes,
                        "sample_every": odd_ints, "save_every": odd_ints, "continue_from": words,
                        "content_blocks": words, "style_blocks": words}),
+        ("KLoRA", {"alpha": odd_floats, "beta": odd_floats}),
+        ("TwoScaleGuider", {"text_scale": odd_floats, "style_scale": odd_floats}),
+        ("TrainEmbedding", {"images": pictures(), "prompt": captions, "word": words, "initial_word": words,
+                            "vectors": odd_ints, "steps": odd_ints, "learning_rate": odd_floats,
+                            "batch_size": odd_ints, "resolution": odd_ints, "seed": odd_ints,
+                            "filename_prefix": prefixes, "sample_every": odd_ints, "save_every": odd_ints}),
+        ("TrainCustomDiffusion", {"images": pictures(), "second_images": pictures(), "class_images": pictures(),
+                                  "prompt": captions, "second_prompt": captions, "class_prompt": words, "word": words,
+                                  "initial_word": words, "second_initial_word": words, "steps": odd_ints,
+                                  "learning_rate": odd_floats, "batch_size": odd_ints, "resolution": odd_ints,
+                                  "seed": odd_ints, "filename_prefix": prefixes, "class_count": odd_ints,
+                                  "prior_weight": odd_floats, "sample_every": odd_ints, "save_every": odd_ints}),
+        ("MergeCustomDiffusion", {"prompts": words, "captions": words}),
     ]))  # fmt: skip
     node, odd = call
     chosen = draw(st.sets(st.sampled_from(sorted(odd)), min_size=1, max_size=3))
     return node, {name: draw(odd[name]) for name in sorted(chosen)}
+
+
+LISTS = ("TrainConceptLoRA", "TrainEmbedding", "TrainCustomDiffusion")  # whose inputs are lists
 
 
 class Arrived(Exception):
@@ -471,23 +494,38 @@ class Arrived(Exception):
 class Encoders:
     """In the place of a text encoder and a VAE."""
 
-    def tokenize(self, text: str) -> str:
-        return text
+    def tokenize(self, text: str, return_word_ids: bool = False) -> dict:
+        found = [(len(word), 1.0, number) for number, word in enumerate(text.split()[:19], 1)]
+        return {"l": [[*found, *[(0, 1.0, 0)] * (20 - len(found))]]}
 
-    def encode_from_tokens_scheduled(self, tokens: str) -> list:
-        return [[torch.zeros(1, 20, 48), {}]]
+    def encode_from_tokens_scheduled(self, tokens: dict) -> list:
+        seed = sum(token[0] for token in tokens["l"][0])
+        return [[torch.randn(1, 20, 48, generator=torch.Generator().manual_seed(seed)), {}]]
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         raise Arrived
 
 
-def run(pack, fuzz, models, zipped, node: str, odd: dict):
-    """A node's execute with good values for what is not odd."""
+def with_a_lora(model):
+    """A clone of a model with one update on it."""
+    adapted = model.clone()
+    name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    adapted.add_patches({name: ("diff", (torch.ones(32, 32),))})
+    return adapted
+
+
+def run(pack, fuzz, models, zipped, node: str, odd: dict, clip=None):
+    """A node's execute with good values for what is not odd. clip: of those that train words."""
     model, picture = models["U-Net"], torch.full((1, 16, 16, 3), 0.5)
     pair = None if zipped is None else zipped.sources
     content, style = ({}, {}) if pair is None else (pair["content"].tensors, pair["style"].tensors)
     training = {"clip": Encoders(), "vae": Encoders(), "prompt": "a sks dog", "steps": 1, "learning_rate": 1e-4,
                 "rank": 4, "batch_size": 1, "resolution": 64, "seed": 0, "filename_prefix": "loras/x"}  # fmt: skip
+    a_word = {**{name: value for name, value in training.items() if name != "rank"}, "clip": clip, "model": model,
+              "images": picture, "prompt": "a * star", "word": "*", "initial_word": "star"}  # fmt: skip
+    keys = {
+        f"{list(UNET)[1]}.lora_{half}.weight": torch.ones(shape) for half, shape in (("up", (32, 1)), ("down", (1, 48)))
+    }
     good = {
         "LoadLoRAPair": {"content_lora": "subject.safetensors", "style_lora": "style.safetensors",
                          "content_strength": 1.0, "style_strength": 1.0},
@@ -511,9 +549,16 @@ def run(pack, fuzz, models, zipped, node: str, odd: dict):
                       "style_prompt": "szn style", "prompt": "a sks dog in szn style", "merger_learning_rate": 5e-3,
                       "similarity_lambda": 0.5, "column_share": 10.0, "content_blocks": "output_blocks.0",
                       "style_blocks": "output_blocks.1"},
+        "KLoRA": {"model": model, "lora_pair": pair},
+        "TwoScaleGuider": {"model": model, "adapted_model": with_a_lora(model), "text_scale": 6.0, "style_scale": 3.0,
+                           "positive": [[torch.zeros(1, 20, 48), {}]], "negative": [[torch.zeros(1, 20, 48), {}]]},
+        "TrainEmbedding": {**a_word, "vectors": 1},
+        "TrainCustomDiffusion": a_word,
+        "MergeCustomDiffusion": {"model": model, "clip": Encoders(), "prompts": "a dog\na cat", "captions": "a\na b c",
+                                 "lora_pair": pack.nodes.PairLoRAs.execute(keys, keys, 1.0, 1.0).args[0]},
     }[node]  # fmt: skip
     given = {**good, **odd}
-    if node == "TrainConceptLoRA":  # its inputs are lists
+    if node in LISTS:
         given = {name: [value] for name, value in given.items()}
     with suppress(Arrived):
         return getattr(pack.nodes, node).execute(**given)
@@ -521,13 +566,13 @@ def run(pack, fuzz, models, zipped, node: str, odd: dict):
 
 @given(call=calls())
 @many(3000)
-def test_settings(pack, fuzz, models, zipped, call):
+def test_settings(pack, fuzz, models, zipped, clip, call):
     """Every node with values that its widgets would not give: none writes outside of output, none trains for them."""
     node, odd = call
     before = set(fuzz.outside.rglob("*"))
     with torch.inference_mode():
         named = (*odd, "class_prompt", "second_prompt", "is missing", "no layer of the pair")
-        result = fuzz(f"settings of {node}", lambda: run(pack, fuzz, models, zipped, node, odd), named, 2**28)
+        result = fuzz(f"settings of {node}", lambda: run(pack, fuzz, models, zipped, node, odd, clip), named, 2**28)
     if node == "StyleStrength" and result is not None:
         assert all(m.isfinite().all() for m in result.args[0].coefficients["style"].values())
     for path in sorted({*fuzz.outside.rglob("*")} - before, reverse=True):

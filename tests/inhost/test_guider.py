@@ -151,6 +151,35 @@ def test_functions_of_other_packs_on_guidance_are_heard(pack, patcher, lora):
     assert asked == [4.0] * len(SIGMAS) and not any(bool(one.any()) for one in found)
 
 
+def test_another_packs_way_of_guidance_and_of_running_the_model_stays(pack, patcher, lora):
+    """A node before ours has replaced both, as rescaling and block-swapping packs do."""
+
+    def halved(apply_model, given):
+        return apply_model(given["input"], given["timestep"], **given["c"]) * 0.5
+
+    def rescaled(given):
+        return given["uncond"] + 0.7 * given["cond_scale"] * (given["cond"] - given["uncond"])
+
+    plain, base, prompts = patcher.clone(), patcher.clone(), tiny.prompts()
+    for model in (plain, base):
+        model.set_model_unet_function_wrapper(halved)
+    base.set_model_sampler_cfg_function(rescaled, disable_cfg1_optimization=True)
+    guided = predictions(host(base, prompts["content"], prompts["style"], 4.0))
+    before = predictions(host(plain, prompts["content"]))
+    styled = predictions(host(stock(plain, lora), prompts["content"]))
+    found = predictions(ours(pack, base, stock(base, lora), 4.0, 2.0))
+    for text, b, a, mine in zip(guided, before, styled, found, strict=True):
+        torch.testing.assert_close(mine, text + 2.0 * (a - b), rtol=1e-3, atol=1e-3)
+
+
+def test_it_guides_a_model_that_k_lora_is_on(pack, patcher, lora):
+    base = pack.nodes.bridge.k_lora.put_on(patcher, None, tiny.sources(pack, patcher.model), 1.5, 0.5)[0]
+    prompts, adapted = tiny.prompts(), stock(base, lora)
+    parts = (host(base, prompts["style"]), host(base, prompts["content"]), host(adapted, prompts["content"]))
+    for n, b, a, mine in zip(*map(predictions, parts), predictions(ours(pack, base, adapted, 5.0, 2.0)), strict=True):
+        torch.testing.assert_close(mine, n + 5.0 * (b - n) + 2.0 * (a - b), rtol=1e-3, atol=1e-3)
+
+
 def test_both_models_stay_as_they_are(pack, patcher, lora):
     adapted = stock(patcher, lora)
     before = [(model.patches_uuid, weights(model)) for model in (patcher, adapted)]
@@ -173,6 +202,9 @@ def test_models_that_are_not_one_are_refused(pack, patcher, lora):
     merged = patcher.clone()
     key, weight = next(iter(patcher.model.diffusion_model.state_dict().items()))
     merged.add_patches({f"diffusion_model.{key}": (weight,)}, 0.5, 0.5)
+    switched = pack.nodes.bridge.k_lora.put_on(patcher, None, tiny.sources(pack, patcher.model), 1.5, 0.5)[0]
+    wrapped = stock(patcher, lora)
+    wrapped.add_wrapper_with_key("apply_model", "another pack's", lambda executor, *given, **more: None)
     not_a_lora = "adapted_model is not model with a LoRA on it"
     for base, second, says in (
         (patcher, tiny.tiny_patcher(), "adapted_model is of another checkpoint loader"),
@@ -181,6 +213,8 @@ def test_models_that_are_not_one_are_refused(pack, patcher, lora):
         (stock(patcher, other), adapted, not_a_lora),
         (patcher, moved, not_a_lora),
         (patcher, merged, not_a_lora),
+        (patcher, switched, not_a_lora),
+        (patcher, wrapped, not_a_lora),
     ):
         with pytest.raises(ValueError, match=re.escape(says)):
             ours(pack, base, second, 6.0, 3.0)

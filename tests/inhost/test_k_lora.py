@@ -324,6 +324,19 @@ def test_three_loras_and_loaders_of_the_same_files_are_refused(pack, patcher, fi
         k_lora(pack, loaded, files)
 
 
+def test_a_merge_of_the_same_files_is_refused_and_of_others_is_not(pack, patcher, files):
+    direct, apply = pack.nodes.DirectMergeLoRA, pack.nodes.ApplyZippedLoRA
+    with torch.inference_mode():
+        (zipped,) = direct.execute(patcher, files.sources, "sum").args
+        others = direct.execute(patcher, tiny.sources(pack, patcher.model), "sum").args[0]
+        on_it, beside = (apply.execute(patcher, merge, 1.0).args[0] for merge in (zipped, others))
+    with pytest.raises(ValueError, match="a merge of these LoRAs is on the model already.*before that node"):
+        k_lora(pack, on_it, files)
+    sigmas = sampler_sigmas(patcher)
+    found, expected = (looks(m, [sigmas[3]]) for m in (k_lora(pack, beside, files)[0], files.stock(beside, 0.5)))
+    assert_near(found, expected)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_draws_with_the_one_lora_that_is_chosen_everywhere(pack, name, monkeypatch):
     family = FAMILIES[name]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ....ziplora_core.files import shown
 from .foreign import CopyBeforeChange, OrdinaryTensors
 from .injection import frozen_layers
 
@@ -77,7 +78,9 @@ class WordEncoder:
             batches = tokenizer.tokenize_with_weights(text, return_word_ids=True)
             tokens = [token for batch in batches for token, _, word in batch if word]
             if not tokens:
-                raise ValueError(f"initial_word '{text}' is no word; write one that is like the concept: dog, painting")
+                raise ValueError(
+                    f"initial_word '{shown(text)}' is no word; write one that is like the concept: dog, painting"
+                )
             table = encoder.transformer.get_input_embeddings()
             rows = [self._row(table, token) for token in tokens]
             found[key] = torch.stack([rows[i % len(rows)] for i in range(vectors)])
@@ -94,7 +97,9 @@ class WordEncoder:
         """A prompt's tokens, with places for the vectors of `word`. Raises ValueError where the prompt lacks it."""
         named, count = re.subn(rf"(?<!\w){re.escape(word)}(?!\w)", f" embedding:{_NAME} ", text)
         if not count:
-            raise ValueError(f"the prompt '{text}' lacks the word '{word}'; write it where the concept stands")
+            raise ValueError(
+                f"the prompt '{shown(text)}' lacks the word '{shown(word)}'; write it where the concept stands"
+            )
         spoken = copy.copy(self._clip)
         spoken.tokenizer = copy.copy(self._clip.tokenizer)
         with tempfile.TemporaryDirectory() as folder:

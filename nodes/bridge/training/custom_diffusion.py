@@ -26,7 +26,7 @@ from .denoiser import Denoiser, WordDenoiser, picture
 from .embedding import check_word, name_in_prompts
 from .layers import prompt_readers
 from .lora_file import File
-from .pictures import Prepared, check_pictures, check_prompt, encode, frames
+from .pictures import Prepared, check_letters, check_pictures, check_prompt, encode, frames
 from .run import Run, check_pace, loss_line
 
 
@@ -77,6 +77,7 @@ def check(task: Task) -> None:
         check_pictures(f"{start}images", concept.pictures)
         check_prompt(f"{start}prompt", "".join(concept.prompts))
         check_word(concept.word, concept.initial)
+        check_letters("class_prompt", concept.class_prompt)
     if task.class_pictures:
         check_pictures("class_images", task.class_pictures)
         check_prompt("class_prompt", task.concepts[0].class_prompt)

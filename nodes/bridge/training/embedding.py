@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ....ziplora_core import training
+from ....ziplora_core.files import shown
 from ....ziplora_core.trained_embedding import Settings, TrainedEmbedding
 from ..disk import paths
 from ..network import checks
@@ -21,7 +22,7 @@ from ..network.text_gradient import WordEncoder
 from . import loading
 from .denoiser import Denoiser, WordDenoiser, picture
 from .lora_file import File
-from .pictures import Prepared, check_pictures, check_prompt, encode, frames
+from .pictures import Prepared, check_letters, check_pictures, check_prompt, encode, frames
 from .run import Run, check_pace, loss_line
 
 
@@ -68,7 +69,9 @@ def check(task: Task) -> None:
 def check_word(word: str, initial: str) -> None:
     """Raises ValueError where a word is none, or there is nothing for it to start from."""
     if not word.strip() or word.split() != [word]:
-        raise ValueError(f"word is '{word}'; expected one word, or a sign such as *")
+        raise ValueError(f"word is '{shown(word)}'; expected one word, or a sign such as *")
+    check_letters("word", word)
+    check_letters("initial_word", initial)
     if not initial.strip():
         raise ValueError("initial_word is empty; write a word that is like the concept: dog, painting")
 

@@ -56,6 +56,11 @@ class Prepared:
 def check_prompt(name: str, text: str) -> None:
     if not text.strip():
         raise ValueError(f"{name} is empty; write what the pictures show, with a rare word for what is new in them")
+    check_letters(name, text)
+
+
+def check_letters(name: str, text: str) -> None:
+    """Raises ValueError for what no tokenizer can read."""
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"{name} holds half a character (a lone surrogate); write it again")
 
