@@ -47,7 +47,7 @@ MUTANTS = [
         ),
     ),
     *faults(
-        "nodes/bridge/training/concept.py",
+        "nodes/bridge/drawing/sampling.py",
         TRAINING,
         ("every batch of class pictures is the same", "request, seed + len(latents)", "request, seed"),
     ),
