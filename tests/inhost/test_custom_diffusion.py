@@ -127,6 +127,14 @@ def test_the_file_is_a_patch_for_the_stock_loader(pack, miniature, clip, folder,
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_rate_is_of_each_picture_of_a_step(pack, miniature, clip, folder, output, batch_size):
+    """Adam's first step is as long as its rate in every number whose gradient is not tiny."""
+    done = train(pack, miniature, task(pack, steps=1, learning_rate=1e-3, batch_size=batch_size))
+    updates = torch.cat([t.float().flatten() for t in done.lora_model.values()])
+    assert float(updates.abs().median()) == pytest.approx(1e-3 * batch_size, rel=0.05)
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_model_and_clip_are_what_they_were(pack, miniature, clip, folder, output, monkeypatch, interrupted):
     import comfy.model_management as management
