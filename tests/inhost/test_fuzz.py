@@ -471,6 +471,10 @@ def calls(draw):
                             "vectors": odd_ints, "steps": odd_ints, "learning_rate": odd_floats,
                             "batch_size": odd_ints, "resolution": odd_ints, "seed": odd_ints,
                             "filename_prefix": prefixes, "sample_every": odd_ints, "save_every": odd_ints}),
+        ("SplitConcept", {"images": pictures(), "prompt": captions, "word": words, "initial_word": words,
+                          "seeds": odd_ints, "steps": odd_ints, "learning_rate": odd_floats, "batch_size": odd_ints,
+                          "resolution": odd_ints, "seed": odd_ints, "filename_prefix": prefixes,
+                          "drawn_count": odd_ints, "sample_every": odd_ints}),
         ("TrainCustomDiffusion", {"images": pictures(), "second_images": pictures(), "class_images": pictures(),
                                   "prompt": captions, "second_prompt": captions, "class_prompt": words, "word": words,
                                   "initial_word": words, "second_initial_word": words, "steps": odd_ints,
@@ -484,7 +488,7 @@ def calls(draw):
     return node, {name: draw(odd[name]) for name in sorted(chosen)}
 
 
-LISTS = ("TrainConceptLoRA", "TrainEmbedding", "TrainCustomDiffusion")  # whose inputs are lists
+LISTS = ("TrainConceptLoRA", "TrainEmbedding", "SplitConcept", "TrainCustomDiffusion")  # whose inputs are lists
 
 
 class Arrived(Exception):
@@ -553,6 +557,7 @@ def run(pack, fuzz, models, zipped, node: str, odd: dict, clip=None):
         "TwoScaleGuider": {"model": model, "adapted_model": with_a_lora(model), "text_scale": 6.0, "style_scale": 3.0,
                            "positive": [[torch.zeros(1, 20, 48), {}]], "negative": [[torch.zeros(1, 20, 48), {}]]},
         "TrainEmbedding": {**a_word, "vectors": 1},
+        "SplitConcept": {**a_word, "seeds": 1},
         "TrainCustomDiffusion": a_word,
         "MergeCustomDiffusion": {"model": model, "clip": Encoders(), "prompts": "a dog\na cat", "captions": "a\na b c",
                                  "lora_pair": pack.nodes.PairLoRAs.execute(keys, keys, 1.0, 1.0).args[0]},
