@@ -30,7 +30,6 @@ RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
 SUBJECTS = 4  # of the first world's six, with every style; `--subjects`, `--pairs` may ask for others
 SEEDS = (0, 1, 2)
 PICTURES = 12  # of the pair, per method and seed: 36 over the seeds; fewer of the other prompts
-QUICK_PAIRS = 2
 QUICK_METHODS = ("content LoRA", "style LoRA", "direct 1/1", "default")
 
 
@@ -82,7 +81,7 @@ def chosen_pairs(given: argparse.Namespace) -> list[tuple[str, str]]:
     if given.pairs:
         pairs = [tuple(p.split("+")) for p in given.pairs]
     elif given.quick:
-        pairs = [(c.name, s.name) for c, s in zip(trained.subjects, trained.styles, strict=False)][:QUICK_PAIRS]
+        pairs = trained.quick
     if given.half:
         at = {name: i for group in (trained.subjects, trained.styles) for i, name in enumerate(c.name for c in group)}
         odd = given.half == "confirm"

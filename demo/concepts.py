@@ -129,6 +129,7 @@ def about(figures: dict[str, float]) -> dict[str, Any]:
         "known": known,
         "unseen": unseen,
         "untold": [],
+        "quick": [["mushroom", "ember"], ["icecream", "dusk"]],
         "blocks": BLOCKS,
         "shown": {
             "pair": ["mushroom", "ember"],

@@ -63,8 +63,8 @@ class Manifest:
     world: whose rules draw true pictures, "shapes" or "art". plain: the style that a subject's own prompt asks for
     (None: any). other_styles: those that the base knows and the subjects' pictures lack. known: prompts of the base's
     own words. unseen: what the styles' pictures do not show, as prompts name it, and the judge's word. untold: subjects
-    and styles of LoRAs that no true picture shows together. blocks: "content" and "style", starts of layer names, by
-    what they draw.
+    and styles of LoRAs that no true picture shows together. quick: pairs to look at first, which two loaders spoil.
+    blocks: "content" and "style", starts of layer names, by what they draw.
     """
 
     folder: Path
@@ -77,6 +77,7 @@ class Manifest:
     known: list[Asked]
     unseen: list[tuple[str, str]]
     untold: set[tuple[str, str]]
+    quick: list[tuple[str, str]]
     blocks: dict[str, tuple[str, ...]]
     shown: Shown
     subjects: list[Trained]
@@ -131,6 +132,7 @@ def read_manifest(folder: Path | None = None) -> Manifest:
         known=[Asked(*asked) for asked in raw["known"]],
         unseen=[(words, subject) for words, subject in raw["unseen"]],
         untold={(subject, style) for subject, style in raw["untold"]},
+        quick=[(subject, style) for subject, style in raw["quick"]],
         blocks={concept: tuple(names) for concept, names in raw["blocks"].items()},
         shown=Shown(**{**shown, "pair": tuple(shown["pair"]), "whole": tuple(shown["whole"])}),
         subjects=of_kind["content"],

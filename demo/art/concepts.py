@@ -162,6 +162,7 @@ def about(world: scenes.World, names: Sequence[str], figures: dict[str, float]) 
         "known": known,
         "unseen": [[scenes.prompt(subject), subject] for subject in style_subjects(world)[1]],
         "untold": [[s, w] for s in DESIGNS for w in NEW_SETS if (s, w) not in world.atlas.number],
+        "quick": [list(pair) for pair in zip(subjects, styles, strict=False)][:2],
         "blocks": BLOCKS,
         "shown": {
             "pair": [*subjects[:1], *styles[:1]],

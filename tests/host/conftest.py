@@ -19,7 +19,9 @@ def concepts() -> dict[str, list[Concept]]:
     found: dict[str, list[Concept]] = {"content": [], "style": []}
     for entry in manifest["loras"].values():
         picture = Path(entry["pictures"][0])  # pictures/<name>/<number>.png, copied as <name>/ into the input folder
-        concept = Concept(Path(entry["file"]).name, entry["training_prompt"], f"{picture.parent.name}/{picture.name}")
+        concept = Concept(
+            Path(entry["file"]).name, entry["picture_prompts"][0], f"{picture.parent.name}/{picture.name}"
+        )
         found[entry["kind"]].append(concept)
     return found
 

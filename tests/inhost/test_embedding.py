@@ -323,13 +323,13 @@ def test_runs_of_several_processes_under_one_name_have_a_file_each(pack, miniatu
     """One is training, and says so; another, which says nothing, is done before this one."""
     bridge = pack.nodes.bridge.training.embedding
     (folder / ".concept_00001_.safetensors.ziplora.part").touch()
-    others, prepare = folder / "concept_00002_.safetensors", bridge._prepare
+    others, prepare = folder / "concept_00002_.safetensors", bridge.prepare
 
     def meanwhile(*given):
         others.write_bytes(b"another's")
         return prepare(*given)
 
-    monkeypatch.setattr(bridge, "_prepare", meanwhile)
+    monkeypatch.setattr(bridge, "prepare", meanwhile)
     done = train(pack, miniature, task(pack, steps=1))
     assert done.embedding == "embedding:concept_00003_"
     assert others.read_bytes() == b"another's" and not (folder / "concept_00001_.safetensors").exists()
