@@ -59,6 +59,34 @@ def test_the_host_reads_prompts_as_the_training_does(written: tuple[Any, Path], 
         fit_base.Tokens(mini)(["a " * 15])
 
 
+def test_hidden_matrices_turn_and_the_rest_is_adams() -> None:
+    """Each singular value of a step on a matrix is about one, at the size that Adam's would have."""
+    from demo.art import fit_base, model
+
+    torch.manual_seed(0)
+    mini = model.new()
+    mini.unet.to(memory_format=torch.channels_last)
+    trained = mini.trained_parameters()
+    settings = fit_base.BaseSettings()
+    optimizers = fit_base.Optimizers(mini, trained, settings)
+    hidden = [p for p, _ in optimizers.hidden]
+    assert 0.9 < sum(p.numel() for p in hidden) / sum(p.numel() for p in trained) < 1
+    assert all(p.data_ptr() == matrix.data_ptr() for p, matrix in optimizers.hidden)
+    adams = [p for group in optimizers.each[1][0].param_groups for p in group["params"]]
+    assert {id(p) for p in hidden} | {id(p) for p in adams} == {id(p) for p in trained}
+    chosen = [hidden[0], next(p for p in hidden if p.ndim == 4), adams[0]]
+    before = [p.detach().clone() for p in chosen]
+    for p in trained:
+        p.grad = torch.randn_like(p)
+    optimizers.step(0.5)
+    for p, old in zip(chosen[:2], before, strict=False):
+        moved = (p.detach() - old).flatten(1).double()
+        values = torch.linalg.svdvals(moved) / (0.5 * settings.learning_rate * 0.2 * max(moved.shape) ** 0.5)
+        assert 0.4 < float(values.min()) and float(values.max()) < 1.6
+    moved = (chosen[2].detach() - before[2]).abs()
+    assert float(moved.median()) == pytest.approx(0.5 * settings.adam_rate, rel=0.05)
+
+
 def test_the_host_predicts_and_decodes_the_same(written: tuple[Any, Path], hosted: tuple[Any, Any, Any]) -> None:
     from demo.art import model
 
