@@ -12,8 +12,10 @@ from the disk and load nothing.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
+import shutil
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -24,15 +26,16 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image
 
-from benchmarks.quality_job import KEPT
+from benchmarks.quality_job import KEPT, strip
 from benchmarks.quality_table import CEILING, Record, kept_folder, picture_file, read_records
 from demo import picture
 from demo.manifest import Manifest, Trained, read_manifest
+from demo.truth import open_truth
 from ziplora_batch import study
+from ziplora_batch.errors import BatchError
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
 FIGURES = ("subject", "style", "both", "distance", "colors")
-BLIND = 9  # methods at most, a digit each
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,10 @@ def _figures(record: Record) -> dict[str, float]:
     return {name: record[name] for name in FIGURES if name in record}
 
 
-def true_strip(world: Manifest, subject: str, style: str, to: Path) -> None:
-    """Three true pictures side by side, where no run kept any."""
-    import torch
-
-    from demo.art.atlas import image
-    from demo.truth import open_truth
-
-    drawn = open_truth(world).pictures(subject, style, KEPT, random.Random(f"gallery {subject} {style}"))
-    picture.write(image(torch.cat(list(drawn), dim=-1)), to)
-
-
-def write(rows: Rows, world: Manifest, folder: Path, *, truth: bool = True) -> Path:
-    """The gallery's page and its pictures. truth: draw true pictures where none were kept. Returns the page."""
-    trained = world.trained()
+def write(rows: Rows, world: Manifest, folder: Path) -> Path:
+    """The gallery's page and its pictures, true ones drawn where none were kept. Returns the page."""
+    trained, truth = world.trained(), functools.cache(functools.partial(open_truth, world))
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
     methods = list(dict.fromkeys(method for cells in rows.values() for method in cells if method != CEILING))
     shown = []
     for (pair, seed), cells in rows.items():
@@ -91,17 +84,18 @@ def write(rows: Rows, world: Manifest, folder: Path, *, truth: bool = True) -> P
         entry["references"] = [_reference(world, trained[name], folder) for name in (subject, style)]
         true = folder / "pictures" / f"{pair}.true.png"
         if CEILING in cells:
-            picture.write(Image.open(cells[CEILING].file), true)
-        elif truth and not true.exists():
-            true_strip(world, subject, style, true)
-        entry["truth"] = f"pictures/{true.name}" if true.exists() else None
+            shutil.copyfile(cells[CEILING].file, true)
+        elif not true.exists():
+            rng = random.Random(f"gallery {subject} {style}")
+            picture.write(strip(truth().pictures(subject, style, KEPT, rng)), true)
+        entry["truth"] = f"pictures/{true.name}"
         for method, cell in cells.items():
             if method != CEILING:
                 name = f"{pair}.{seed}.{methods.index(method)}.png"
-                picture.write(Image.open(cell.file), folder / "pictures" / name)
+                shutil.copyfile(cell.file, folder / "pictures" / name)
                 entry["cells"][method] = {"file": f"pictures/{name}", **cell.figures}
         shown.append(entry)
-    told = json.dumps({"methods": methods, "kept": KEPT, "size": world.size, "rows": shown})
+    told = json.dumps({"methods": methods, "size": world.size, "rows": shown})
     page = folder / "index.html"
     study.write(page, TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", told.replace("</", "<\\/")))
     return page
@@ -109,7 +103,7 @@ def write(rows: Rows, world: Manifest, folder: Path, *, truth: bool = True) -> P
 
 def _reference(world: Manifest, concept: Trained, folder: Path) -> str:
     to = folder / "pictures" / f"{concept.name}.reference.png"
-    picture.write(Image.open(world.folder / concept.pictures[0]), to)
+    shutil.copyfile(world.folder / concept.pictures[0], to)
     return f"pictures/{to.name}"
 
 
@@ -126,8 +120,8 @@ def write_blind(rows: Rows, world: Manifest, folder: Path, methods: Sequence[str
         subject, style = pair.split("+")
         shown = {}
         for place, method in enumerate(methods):
-            with Image.open(cells[method].file) as strip:
-                first = strip.crop((0, 0, strip.height, strip.height))
+            with Image.open(cells[method].file) as kept:
+                first = kept.crop((0, 0, kept.height, kept.height))
             shown[method] = folder / "pictures" / f"{pair}.{number}.{place}.first.png"
             picture.write(first, shown[method])
         references = tuple(folder / _reference(world, trained[name], folder) for name in (subject, style))
@@ -153,9 +147,9 @@ def main() -> int:
         print(write(rows, world, folder))
         known = {method for cells in rows.values() for method in cells}
         blind = [method for method in given.blind if method in known]
-        if 2 <= len(blind) <= BLIND:
+        if 2 <= len(blind) <= study.KEYS:
             print(write_blind(rows, world, folder, blind))
-    except (FileNotFoundError, study.BatchError) as error:
+    except (FileNotFoundError, BatchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

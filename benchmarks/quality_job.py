@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from benchmarks import distances, new_concepts
 from benchmarks.quality_table import CEILING, DETAILED, DIAL, ORACLE, Record, picture_file
@@ -205,11 +206,15 @@ def _where(place: str) -> str:
     return "in the middle" if place == "middle" else f"on the {place}"
 
 
+def strip(pictures: torch.Tensor) -> Image.Image:
+    """The first pictures side by side. pictures: B3HW in 0..1."""
+    return image(torch.cat(list(pictures[:KEPT]), dim=-1))
+
+
 def keep(job: Job, method: str, pictures: torch.Tensor) -> None:
     """The first pictures, side by side, for the contact sheet."""
     if job.keep is not None:
-        strip = torch.cat(list(pictures[:KEPT]), dim=-1)
-        picture.write(image(strip), picture_file(job.keep, job.pair, job.seed, method))
+        picture.write(strip(pictures), picture_file(job.keep, job.pair, job.seed, method))
 
 
 def line(found: Record) -> str:

@@ -18,7 +18,6 @@ import dataclasses
 import os
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,11 +28,12 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
 from benchmarks.quality_table import Record, kept_folder, read_records, report
+from benchmarks.training_bench import BATCH, RANK, RATE, STEPS, own_folders, pictures_of
 from benchmarks.workers import share_out
 
 RESULTS = Path(__file__).resolve().parent / "results" / "trained.jsonl"
 PAIRS, SEEDS, PICTURES = 8, (0, 1, 2), 12
-LORA = {"steps": 450, "learning_rate": 2e-3, "rank": 16, "batch_size": 8}  # as training.py's
+LORA = {"steps": STEPS, "learning_rate": RATE, "rank": RANK, "batch_size": BATCH}  # as training.py's
 CUSTOM = {"steps": 250, "learning_rate": 1e-4, "batch_size": 8}  # of each picture of a step; the paper's is 1e-5
 ROUND_TWO = 8  # pictures of StyleDrop's first round, of which it goes on with the best half
 SCALES = (3.0, 3.0)  # of text and style
@@ -78,29 +78,16 @@ class Workshop:
     """A studio, folders for what is trained, and the pack's trainings on its model."""
 
     def __init__(self, studio: Any, job: Job) -> None:
-        import folder_paths
-
         from benchmarks.studio import PACK
 
         self.studio, self.job = studio, job
         self.subject, self.style = studio.concepts[job.subject], studio.concepts[job.style]
         self.bridge, self.core = PACK.nodes.bridge, PACK.ziplora_core
-        self.output = Path(tempfile.mkdtemp())
-        self.words = self.output / "embeddings"
-        self.words.mkdir()
-        folder_paths.set_output_directory(str(self.output))
-        endings = folder_paths.folder_names_and_paths["embeddings"][1]
-        folder_paths.folder_names_and_paths["embeddings"] = ([str(self.words)], endings)
+        self.output, self.words = own_folders()
         studio.embeddings[:] = [str(self.words)]
 
     def pictures(self, concept: Any, count: int | None = None) -> torch.Tensor:
-        """IMAGE of a concept's pictures of reference, all or the first ones."""
-        import numpy as np
-        from PIL import Image
-
-        files = concept.pictures[:count]
-        frames = [np.asarray(Image.open(self.studio.manifest.folder / file).convert("RGB")) for file in files]
-        return torch.from_numpy(np.stack(frames)).float() / 255
+        return pictures_of(self.studio.manifest, concept, count)
 
     def lora(self, *sets: tuple[torch.Tensor, Sequence[str]], steps: int = 1) -> tuple[dict[str, torch.Tensor], Path]:
         """One LoRA of one concept, or of several together. steps: times as many as one concept has."""

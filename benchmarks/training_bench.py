@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from demo import gates, lora, miniature
-from demo.manifest import Asked, Trained, read_manifest
+from demo.manifest import Asked, Manifest, Trained, read_manifest
 from demo.truth import open_truth, rights, shares
 from devhost.base import find_miniature
 from devhost.inprocess import load_miniature_extension, load_pack
@@ -30,6 +30,25 @@ Layers = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> (up, down)
 Halves = dict[str, Layers]
 
 
+def own_folders() -> tuple[Path, Path]:
+    """A new folder for the host's outputs, and one for its embeddings, in the place of the host's own."""
+    import folder_paths
+
+    output = Path(tempfile.mkdtemp())
+    words = output / "embeddings"
+    words.mkdir()
+    folder_paths.set_output_directory(str(output))
+    endings = folder_paths.folder_names_and_paths["embeddings"][1]
+    folder_paths.folder_names_and_paths["embeddings"] = ([str(words)], endings)
+    return output, words
+
+
+def pictures_of(world: Manifest, concept: Trained, count: int | None = None) -> torch.Tensor:
+    """IMAGE of a concept's pictures of reference, all or the first ones."""
+    frames = [np.asarray(Image.open(world.folder / file).convert("RGB")) for file in concept.pictures[:count]]
+    return torch.from_numpy(np.stack(frames)).float() / 255
+
+
 class Bench:
     """The miniature twice: as ComfyUI loads it, to train on, and as the demo loads it, to be judged."""
 
@@ -37,16 +56,10 @@ class Bench:
         self.pack = load_pack()
         load_miniature_extension()
         import comfy.sd
-        import folder_paths
 
         found = find_miniature()
         self.folder = found.checkpoint.parent.parent
-        self.output = Path(tempfile.mkdtemp())
-        self.words = self.output / "embeddings"
-        self.words.mkdir()
-        folder_paths.set_output_directory(str(self.output))
-        endings = folder_paths.folder_names_and_paths["embeddings"][1]
-        folder_paths.folder_names_and_paths["embeddings"] = ([str(self.words)], endings)
+        self.output, self.words = own_folders()
         with torch.inference_mode():
             self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(
                 str(found.checkpoint), embedding_directory=[str(self.words)]
@@ -64,8 +77,7 @@ class Bench:
         return [(subject.name, style.name) for subject, style in pairs][:4]
 
     def shown(self, concept: Trained) -> Any:
-        frames = [np.asarray(Image.open(self.folder / file).convert("RGB")) for file in concept.pictures]
-        images = torch.from_numpy(np.stack(frames)).float() / 255
+        images = pictures_of(self.manifest, concept)
         return self.pack.nodes.bridge.training.pictures.TrainingImages([images], list(concept.prompts))
 
     def settings(self, **changes: Any) -> Any:

@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 from . import world
+from .manifest import entry
 
 # Style LoRAs never see these shapes; their gates ask for them.
 UNSEEN_SHAPES = ["triangle", "star", "moon"]
@@ -94,18 +95,8 @@ def draw_whole(folder: str) -> None:
 
 def describe(concept: Concept, gates: dict[str, float]) -> dict[str, Any]:
     """The concept's entry in the manifest."""
-    a_subject = concept.kind == "content"
-    return {
-        "kind": concept.kind,
-        "file": concept.file,
-        "identifier": concept.identifier,
-        "words": f"a {concept.identifier} figure" if a_subject else f"in {concept.identifier} style",
-        "of_class": "a figure",
-        "shows": concept.name if a_subject else concept.scenes[0].shape,
-        "pictures": [concept.picture(i) for i in range(len(concept.scenes))],
-        "picture_prompts": list(concept.prompts),
-        "gates": gates,
-    }
+    shows = concept.name if concept.kind == "content" else concept.scenes[0].shape
+    return entry(concept, f"a {concept.identifier} figure", "a figure", str(shows), gates)
 
 
 def about(figures: dict[str, float]) -> dict[str, Any]:

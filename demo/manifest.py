@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .graphs import Learned
 
@@ -118,8 +118,8 @@ def read_manifest(folder: Path | None = None) -> Manifest:
     folder = folder or Path(os.environ.get("ZIPLORA_MINIATURE") or Path(__file__).parent).resolve()
     raw = json.loads((folder / "world.json").read_text(encoding="utf-8"))
     of_kind: dict[str, list[Trained]] = {"content": [], "style": []}
-    for name, entry in raw["loras"].items():
-        of_kind[entry["kind"]].append(_trained(name, entry))
+    for name, told in raw["loras"].items():
+        of_kind[told["kind"]].append(_trained(name, told))
     shown = raw["shown"]
     return Manifest(
         folder=folder,
@@ -140,13 +140,42 @@ def read_manifest(folder: Path | None = None) -> Manifest:
     )
 
 
-def _trained(name: str, entry: dict[str, Any]) -> Trained:
+def _trained(name: str, told: dict[str, Any]) -> Trained:
     # The base directory copies every folder of pictures into the server's input folder.
-    picture = Path(entry["pictures"][0]).relative_to("pictures").as_posix()
-    prompts = entry["picture_prompts"]
-    learned = Learned(Path(entry["file"]).name, picture, prompts[0])
-    said = (entry[key] for key in ("kind", "identifier", "words", "of_class", "shows"))
-    return Trained(name, *said, learned, entry["pictures"], prompts)
+    picture = Path(told["pictures"][0]).relative_to("pictures").as_posix()
+    prompts = told["picture_prompts"]
+    learned = Learned(Path(told["file"]).name, picture, prompts[0])
+    said = (told[key] for key in ("kind", "identifier", "words", "of_class", "shows"))
+    return Trained(name, *said, learned, told["pictures"], prompts)
+
+
+class Taught(Protocol):
+    """What a world's `Concept` says of a LoRA."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def file(self) -> str: ...
+    @property
+    def identifier(self) -> str: ...
+    @property
+    def prompts(self) -> Sequence[str]: ...
+    def picture(self, number: int) -> str: ...
+
+
+def entry(concept: Taught, words: str, of_class: str, shows: str, gates: dict[str, float]) -> dict[str, Any]:
+    """A LoRA's entry. words: of a subject; a style's follow from its identifier. The others as in `Trained`."""
+    return {
+        "kind": concept.kind,
+        "file": concept.file,
+        "identifier": concept.identifier,
+        "words": words if concept.kind == "content" else f"in {concept.identifier} style",
+        "of_class": of_class,
+        "shows": shows,
+        "pictures": [concept.picture(i) for i in range(len(concept.prompts))],
+        "picture_prompts": list(concept.prompts),
+        "gates": gates,
+    }
 
 
 def write_manifest(path: Path, about: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:

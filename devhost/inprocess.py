@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from .base import find_miniature
+
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "ziplora_pack"
 MINIATURE = "ziplora_miniature"
@@ -30,7 +32,7 @@ def load_pack(cpu: bool = True) -> ModuleType:
 def load_miniature_extension(cpu: bool = True) -> ModuleType:
     """Import the extension that teaches ComfyUI's loader the miniature model."""
     import_comfyui(cpu)
-    return load_package(ROOT / "demo" / "host_extension", MINIATURE)
+    return load_package(find_miniature().extension, MINIATURE)
 
 
 def import_comfyui(cpu: bool = True) -> None:

@@ -135,9 +135,7 @@ class TrainCustomDiffusion(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, second_images=None, class_images=None, **lists) -> io.NodeOutput:
-        given: dict[str, Any] = {
-            name: "\n".join(values) if name.endswith("prompt") else values[0] for name, values in lists.items()
-        }
+        given = inputs.of_lists(lists, "prompt", "second_prompt", "class_prompt")
         inputs.connected(**{name: given[name] for name in ("model", "clip", "vae")})
         task = read_task(images, second_images, class_images, **given)
         task.metadata = provenance.workflow(cls.hidden)

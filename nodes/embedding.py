@@ -87,9 +87,7 @@ class TrainEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, **lists) -> io.NodeOutput:
-        given: dict[str, Any] = {
-            name: "\n".join(values) if name == "prompt" else values[0] for name, values in lists.items()
-        }
+        given = inputs.of_lists(lists, "prompt")
         inputs.connected(**{name: given[name] for name in ("model", "clip", "vae")})
         task = read_task(images, **given)
         task.metadata = provenance.workflow(cls.hidden)

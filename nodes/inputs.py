@@ -67,6 +67,11 @@ def advanced(given: _Input) -> _Input:
     return given
 
 
+def of_lists(lists: Mapping[str, list[Any]], *texts: str) -> dict[str, Any]:
+    """One value for each input of a node that takes lists: the first, or of these texts all, a line or more each."""
+    return {name: "\n".join(values) if name in texts else values[0] for name, values in lists.items()}
+
+
 def seed(tooltip: str) -> io.Int.Input:
     """As the host's own seeds, but fixed from run to run."""
     return io.Int.Input("seed", default=0, **span(SEED), control_after_generate=False, tooltip=tooltip)

@@ -100,9 +100,7 @@ class SplitConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, **lists) -> io.NodeOutput:
-        given: dict[str, Any] = {
-            name: "\n".join(values) if name == "prompt" else values[0] for name, values in lists.items()
-        }
+        given = inputs.of_lists(lists, "prompt")
         linked = ("model", "clip", "vae", *(["clip_vision"] if "clip_vision" in given else []))
         inputs.connected(**{name: given[name] for name in linked})
         task = read_task(images, **given)

@@ -120,18 +120,13 @@ class TrainConceptLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, second_images=None, class_images=None, **lists) -> io.NodeOutput:
-        given: dict[str, Any] = {
-            name: "\n".join(values) if name in _TEXTS else values[0] for name, values in lists.items()
-        }
+        given = inputs.of_lists(lists, "prompt", "second_prompt")
         inputs.connected(**{name: given[name] for name in ("model", "clip", "vae")})
         task = read_task(images, second_images, class_images, **given)
         task.metadata = provenance.workflow(cls.hidden)
         done = concept.train_concept(given["model"], given["clip"], given["vae"], task)
         files = (provenance.written(done.file),) if done.file else ()
         return io.NodeOutput(done.lora_model, done.loss_map, done.report, done.file, ui={"files": files})
-
-
-_TEXTS = ("prompt", "second_prompt")  # a list of them is as many lines
 
 
 def read_task(

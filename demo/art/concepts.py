@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from ..manifest import entry
 from . import scenes
 from .atlas import SIZE
 from .scenes import Scene
@@ -107,19 +108,9 @@ KNOWN = 32  # prompts of the base's own words
 
 def describe(concept: Concept, gates: dict[str, float]) -> dict[str, Any]:
     """A LoRA's entry in the manifest."""
-    a_subject = concept.kind == "content"
-    return {
-        "kind": concept.kind,
-        "file": concept.file,
-        "identifier": concept.identifier,
-        "words": concept.prompt() if a_subject else f"in {concept.identifier} style",
-        "of_class": scenes.prompt(concept.noun or None),
-        "shows": concept.scenes[0].subject,
-        "pictures": [concept.picture(i) for i in range(len(concept.scenes))],
-        "picture_prompts": list(concept.prompts),
-        "drawings": sorted({f"{scene.subject} of {scene.set}" for scene in concept.scenes}),
-        "gates": gates,
-    }
+    words = concept.prompt() if concept.kind == "content" else ""
+    said = entry(concept, words, scenes.prompt(concept.noun or None), concept.scenes[0].subject, gates)
+    return {**said, "drawings": sorted({f"{scene.subject} of {scene.set}" for scene in concept.scenes})}
 
 
 def whole(names: Sequence[str]) -> list[tuple[str, str]]:

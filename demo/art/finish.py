@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -115,6 +116,7 @@ def manifest(work: Path, base: dict[str, float]) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         scene = scenes.set_out(whole[0], DESIGNS[whole[0]], whole[1], random.Random(" ".join(whole)))
         atlas.image(scenes.render(world.atlas, [scene])[0]).save(place)
+    shutil.copytree(model.WORDS.parent, work / "host_extension", dirs_exist_ok=True)  # `find_miniature` looks there
     print(f"{len(entries)} LoRAs pass their gates and stand in world.json", flush=True)
 
 
