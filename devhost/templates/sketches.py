@@ -50,7 +50,7 @@ def split() -> Graph:
     """A concept's pictures, the eye that chooses, and what each word draws."""
     parts = Parts("split", "")
     parts.graph.column("Picture")
-    picture = parts.references()[0]
+    picture = parts.reference("subject")
     eye = parts.graph.add("CLIPVisionLoader", clip_name=CLIP)
     parts.graph.column("Split")
     words = parts.train("SplitConcept", images=picture, clip_vision=eye[0])
