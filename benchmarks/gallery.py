@@ -30,7 +30,7 @@ from benchmarks.quality_job import KEPT, strip
 from benchmarks.quality_table import CEILING, Record, kept_folder, picture_file, read_records
 from demo import picture
 from demo.manifest import Manifest, Trained, read_manifest
-from demo.truth import open_truth
+from demo.truth import Truth
 from ziplora_batch import study
 from ziplora_batch.errors import BatchError
 
@@ -73,7 +73,7 @@ def _figures(record: Record) -> dict[str, float]:
 
 def write(rows: Rows, world: Manifest, folder: Path) -> Path:
     """The gallery's page and its pictures, true ones drawn where none were kept. Returns the page."""
-    trained, truth = world.trained(), functools.cache(functools.partial(open_truth, world))
+    trained, truth = world.trained(), functools.cache(functools.partial(Truth, world))
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     methods = list(dict.fromkeys(method for cells in rows.values() for method in cells if method != CEILING))
     shown = []

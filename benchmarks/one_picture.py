@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.training_bench import BATCH, COUNT, RANK, Bench, Halves, Layers, attached, line, of_file
-from demo import gates
 from demo.manifest import Asked
+from demo.miniature import generate
 from demo.truth import rights, shares
 
 RESULTS = Path(__file__).resolve().parent / "results" / "unzip.jsonl"
@@ -125,7 +125,7 @@ class OnePicture:
         said = dict(zip((self.subject.identifier, self.style.identifier), taught.words or (), strict=False))
         for what, questions in asked.items():
             with attached(self.bench, loras[what]), self.bench.said(said):
-                pictures = gates.generate(self.bench.judged, [one.prompt for one in questions], seed)
+                pictures = generate(self.bench.judged, [one.prompt for one in questions], seed)
             right = shares(rights(self.bench.truth, pictures, questions))
             found |= {f"{what}/{k}": v for k, v in right.items()}
             found[f"{what}/distance"] = self._distance(pictures, questions)

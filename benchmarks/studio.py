@@ -28,10 +28,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from demo.gates import CFG, STEPS  # noqa: E402
 from demo.manifest import Trained, read_manifest  # noqa: E402
-from demo.miniature import half_is_fast  # noqa: E402
-from demo.truth import open_truth  # noqa: E402
+from demo.miniature import CFG, STEPS, half_is_fast  # noqa: E402
+from demo.truth import Truth  # noqa: E402
 from nodes import common_ksampler  # noqa: E402
 
 loras, fitting, zipped_lora = (getattr(PACK.nodes.bridge.lora, n) for n in ("loras", "fitting", "zipped"))
@@ -52,7 +51,7 @@ class Studio:
     def __init__(self) -> None:
         self.files = find_miniature()
         self.manifest = read_manifest()
-        self.truth, self.side = open_truth(self.manifest), self.manifest.size // 8
+        self.truth, self.side = Truth(self.manifest), self.manifest.size // 8
         self.embeddings = folder_paths.get_folder_paths("embeddings")
         self.model, self.clip, self.vae, _ = comfy.sd.load_checkpoint_guess_config(
             str(self.files.checkpoint), embedding_directory=self.embeddings

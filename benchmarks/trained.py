@@ -106,13 +106,11 @@ class Workshop:
         taught = []
         for one in concepts:
             # The node uses every caption with every picture, so there is one, and pictures that it fits.
-            plain, words = self.studio.manifest.plain, one.words
+            words = one.words
             if one.kind == "style":
                 words, fits = f"{one.of_class} {one.words}", [True] * len(one.prompts)
-            elif plain is None:
-                fits = [not prompt.endswith(" style") for prompt in one.prompts]
             else:
-                fits = [prompt.endswith(f" in {plain} style") for prompt in one.prompts]
+                fits = [not prompt.endswith(" style") for prompt in one.prompts]
             images = self.pictures(one)[torch.tensor(fits)]
             caption = words.replace(one.identifier, NEW_WORD)
             taught.append(trains.Concept([images], [caption], NEW_WORD, one.identifier, one.of_class))

@@ -39,8 +39,8 @@ from benchmarks.training_bench import (
     of_file,
     spread,
 )
-from demo import gates
 from demo.manifest import Asked, Trained
+from demo.miniature import generate
 from demo.truth import rights, shares
 
 
@@ -132,7 +132,7 @@ def blocks(bench: Bench, seed: int = 3000) -> None:
     one, other = _two_prompts(bench.manifest.known, COUNT, random.Random(seed))
     for group in [[], *groups, every]:
         with told(bench, group, [asked.prompt for asked in other]):
-            pictures = gates.generate(bench.judged, [asked.prompt for asked in one], seed)
+            pictures = generate(bench.judged, [asked.prompt for asked in one], seed)
         figures = {}
         for side, wanted in zip("AB", (one, other), strict=True):
             right = shares(rights(bench.truth, pictures, wanted))

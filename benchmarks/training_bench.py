@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from demo import gates, lora, miniature
+from demo import lora, miniature
 from demo.manifest import Asked, Manifest, Trained, read_manifest
-from demo.truth import open_truth, rights, shares
+from demo.truth import Truth, rights, shares
 from devhost.base import find_miniature
 from devhost.inprocess import load_miniature_extension, load_pack
 
 STEPS, RATE, RANK, BATCH = 450, 2e-3, 16, 8
-COUNT = gates.COUNT
+COUNT = 32
 _SETTINGS = ("steps", "learning_rate", "rank", "batch_size", "prior_weight")
 Layers = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> (up, down)
 Halves = dict[str, Layers]
@@ -65,8 +65,8 @@ class Bench:
                 str(found.checkpoint), embedding_directory=[str(self.words)]
             )
         self.manifest = read_manifest()
-        self.truth = open_truth(self.manifest)
-        self.judged = miniature.load_miniature(str(found.checkpoint), self.truth.build)
+        self.truth = Truth(self.manifest)
+        self.judged = miniature.load_miniature(str(found.checkpoint))
         self.names = {lora.file_name(name): name for name, _ in self.judged.unet.named_modules()}
         self.concepts = self.manifest.trained()
 
@@ -97,7 +97,7 @@ class Bench:
 
     def ask(self, asked: Sequence[Asked], seed: int) -> dict[str, float]:
         """Shares of what is right in pictures of these prompts, by the judged model as it is."""
-        pictures = gates.generate(self.judged, [one.prompt for one in asked], seed)
+        pictures = miniature.generate(self.judged, [one.prompt for one in asked], seed)
         return shares(rights(self.truth, pictures, asked))
 
     def gates(self, concept: Trained, file: Path, seed: int = 1000) -> dict[str, float]:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from .graphs import Learned
 
@@ -60,19 +60,16 @@ class Shown:
 class Manifest:
     """A miniature.
 
-    world: whose rules draw true pictures, "shapes" or "art". plain: the style that a subject's own prompt asks for
-    (None: any). other_styles: those that the base knows and the subjects' pictures lack. known: prompts of the base's
+    other_styles: those that the base knows and the subjects' pictures lack. known: prompts of the base's
     own words. unseen: what the styles' pictures do not show, as prompts name it, and the judge's word. untold: subjects
     and styles of LoRAs that no true picture shows together. quick: pairs to look at first, which two loaders spoil.
     blocks: "content" and "style", starts of layer names, by what they draw.
     """
 
     folder: Path
-    world: str
     checkpoint: str
     judge: Path
     size: int
-    plain: str | None
     other_styles: list[str]
     known: list[Asked]
     unseen: list[tuple[str, str]]
@@ -89,7 +86,7 @@ class Manifest:
 
     def alone(self, subject: Trained) -> Asked:
         """A subject by its own prompt."""
-        return Asked(subject.learned.prompt, subject.name, self.plain)
+        return Asked(subject.learned.prompt, subject.name, None)
 
     def restyled(self, subject: Trained, style: str) -> Asked:
         """A subject in a style that the base knows."""
@@ -123,11 +120,9 @@ def read_manifest(folder: Path | None = None) -> Manifest:
     shown = raw["shown"]
     return Manifest(
         folder=folder,
-        world=raw["world"],
         checkpoint=Path(raw["checkpoint"]).name,
         judge=folder / raw["judge"],
         size=raw["size"],
-        plain=raw["plain"],
         other_styles=raw["other_styles"],
         known=[Asked(*asked) for asked in raw["known"]],
         unseen=[(words, subject) for words, subject in raw["unseen"]],
@@ -147,35 +142,6 @@ def _trained(name: str, told: dict[str, Any]) -> Trained:
     learned = Learned(Path(told["file"]).name, picture, prompts[0])
     said = (told[key] for key in ("kind", "identifier", "words", "of_class", "shows"))
     return Trained(name, *said, learned, told["pictures"], prompts)
-
-
-class Taught(Protocol):
-    """What a world's `Concept` says of a LoRA."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def file(self) -> str: ...
-    @property
-    def identifier(self) -> str: ...
-    @property
-    def prompts(self) -> Sequence[str]: ...
-    def picture(self, number: int) -> str: ...
-
-
-def entry(concept: Taught, words: str, of_class: str, shows: str, gates: dict[str, float]) -> dict[str, Any]:
-    """A LoRA's entry. words: of a subject; a style's follow from its identifier. The others as in `Trained`."""
-    return {
-        "kind": concept.kind,
-        "file": concept.file,
-        "identifier": concept.identifier,
-        "words": words if concept.kind == "content" else f"in {concept.identifier} style",
-        "of_class": of_class,
-        "shows": shows,
-        "pictures": [concept.picture(i) for i in range(len(concept.prompts))],
-        "picture_prompts": list(concept.prompts),
-        "gates": gates,
-    }
 
 
 def write_manifest(path: Path, about: dict[str, Any], entries: dict[str, dict[str, Any]]) -> None:

@@ -7,56 +7,43 @@ schedule = SDXL's, prediction = v (the checkpoint says so with the key `v_pred`)
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import autoencoder
 from .autoencoder import SDXL_SCALE, Autoencoder
 from .openclip import openclip
-from .world import SIZE
+from .world.atlas import SIZE
 
 LATENT = SIZE // 8
+STEPS, CFG = 20, 3.0  # it is judged by pictures that are drawn so
 UNET_PREFIX = "model.diffusion_model."
+CONTEXT, POOLED = 48 + 80, 80
 UNET: dict[str, Any] = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
     "model_channels": 64,
-    "num_res_blocks": [1, 2, 1],
-    "channel_mult": [1, 1, 1],
-    "transformer_depth": [0, 1, 1, 1],
+    "num_res_blocks": [1, 1, 1],
+    "channel_mult": [1, 2, 2],
+    "transformer_depth": [0, 1, 1],
     "transformer_depth_middle": 1,
-    "transformer_depth_output": [0, 0, 1, 1, 1, 1, 1],
-    "context_dim": 96,
-    "num_head_channels": 16,
-    "adm_in_channels": 64 + 6 * 256,
+    "transformer_depth_output": [0, 0, 1, 1, 1, 1],
+    "context_dim": CONTEXT,
+    "num_head_channels": 32,
+    "adm_in_channels": POOLED + 6 * 256,
     "num_classes": "sequential",
     "use_spatial_transformer": True,
     "use_linear_in_transformer": True,
     "legacy": False,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Build:
-    """What one world's miniature is built from.
-
-    autoencoder: makes one, for stored weights where there are some. text: the module with the text classes.
-    """
-
-    unet: dict[str, Any]
-    autoencoder: Callable[[dict[str, Tensor] | None], Autoencoder]
-    text: str
-
-
-FIRST = Build(UNET, lambda state: Autoencoder(), "demo.host_extension.text")
+FIRST_STAGE = "first_stage_model."  # the autoencoder's keys in a checkpoint
 
 
 def half_is_fast(device: str) -> bool:
@@ -106,16 +93,18 @@ class Miniature(nn.Module):
     unet: Any  # the host's classes carry no types
     clip: Any
 
-    def __init__(self, build: Build = FIRST, autoencoder: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, first_stage: dict[str, Tensor] | None = None) -> None:
+        """first_stage: a trained autoencoder's weights; untrained without."""
         super().__init__()
         import comfy.ops
         from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-        text = importlib.import_module(build.text)
+        from .host_extension import text
+
         operations = comfy.ops.disable_weight_init
-        self.unet = UNetModel(**build.unet, dtype=torch.float32, device="cpu", operations=operations)
+        self.unet = UNetModel(**UNET, dtype=torch.float32, device="cpu", operations=operations)
         self.clip = text.MiniatureClipModel(dtype=torch.float32, model_options={"custom_operations": operations})
-        self.vae = build.autoencoder(autoencoder)
+        self.vae = Autoencoder() if first_stage is None else autoencoder.load(first_stage)
         self.tokenizer = text.MiniatureTokenizer()
         _init(self.unet)
         _init(self.clip)
@@ -148,7 +137,7 @@ class Miniature(nn.Module):
         return torch.tensor(rows, device=self.device)
 
     def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(context B x 16 x 96, pooled B x 64), as the host computes them but differentiable."""
+        """(context B x 16 x 128, pooled B x 80), as the host computes them but differentiable."""
         left, _ = _text(self.clip.clip_l.transformer, tokens)
         right, pooled = _text(self.clip.clip_g.transformer, tokens)
         return torch.cat([left, right], dim=-1), pooled
@@ -196,8 +185,8 @@ class Miniature(nn.Module):
         self,
         prompts: Sequence[str],
         seed: int,
-        steps: int = 20,
-        cfg: float = 3.0,
+        steps: int = STEPS,
+        cfg: float = CFG,
         negative: str = "",
     ) -> Tensor:
         """B4hw latents: Euler with the host's 'normal' spacing and classifier-free guidance."""
@@ -225,6 +214,13 @@ class Miniature(nn.Module):
     def pictures(self, latents: Tensor) -> Tensor:
         """B3HW in 0..1."""
         return torch.cat([self.vae.decode(part) for part in latents.split(8)]).float().clamp(0, 1)
+
+
+def generate(model: Miniature, prompts: Sequence[str], seed: int, steps: int = STEPS, cfg: float = CFG) -> Tensor:
+    """B3HW pictures in 0..1 on the CPU."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half_is_fast(model.device.type)):
+        latents = model.sample(prompts, seed, steps, cfg)
+    return model.pictures(latents).cpu()
 
 
 def stratified_steps(count: int, device: torch.device) -> Tensor:
@@ -289,17 +285,12 @@ def checkpoint(model: Miniature) -> dict[str, Tensor]:
     for key, value in openclip(model.clip.clip_g.transformer.state_dict()).items():
         state[f"conditioner.embedders.1.model.{key}"] = value
     for key, value in model.vae.state_dict().items():
-        state[f"first_stage_model.{key}"] = value
+        state[FIRST_STAGE + key] = value
     half = {key: value.detach().cpu().half().contiguous() for key, value in state.items()}
-    half["first_stage_model.vae_scale"] = torch.tensor(SDXL_SCALE)
-    half["first_stage_model.vae_shift"] = torch.tensor(0.0)
+    half[FIRST_STAGE + "vae_scale"] = torch.tensor(SDXL_SCALE)
+    half[FIRST_STAGE + "vae_shift"] = torch.tensor(0.0)
     half["v_pred"] = torch.zeros(1)
     return half
-
-
-def save_checkpoint(model: Miniature, path: str) -> None:
-    """Writes `checkpoint(model)` atomically."""
-    write_safetensors(checkpoint(model), path)
 
 
 def write_safetensors(state: dict[str, Tensor], path: str, metadata: dict[str, str] | None = None) -> None:
@@ -308,16 +299,15 @@ def write_safetensors(state: dict[str, Tensor], path: str, metadata: dict[str, s
     os.replace(path + ".part", path)
 
 
-def load_miniature(path: str, build: Build = FIRST) -> Miniature:
-    """Reads a checkpoint made by `save_checkpoint` back into a trainable, float32 model.
+def load_miniature(path: str) -> Miniature:
+    """Reads a checkpoint back into a trainable, float32 model.
 
     Raises KeyError where a weight is missing, FileNotFoundError where there is no file.
     """
     import comfy.utils
 
     state = {k: v.float() for k, v in load_file(path).items()}
-    first_stage = "first_stage_model."
-    model = Miniature(build, {k.removeprefix(first_stage): v for k, v in state.items() if k.startswith(first_stage)})
+    model = Miniature({k.removeprefix(FIRST_STAGE): v for k, v in state.items() if k.startswith(FIRST_STAGE)})
     model.unet.load_state_dict({k: state[UNET_PREFIX + k] for k in model.unet.state_dict()})
     prefixes = {
         "conditioner.embedders.0.transformer.text_model": "clip_l.transformer.text_model",
@@ -329,5 +319,4 @@ def load_miniature(path: str, build: Build = FIRST) -> Miniature:
     left_out = [k for k in missing if "logit_scale" not in k and k != "clip_l.transformer.text_projection.weight"]
     if left_out:
         raise KeyError(f"'{path}' lacks the text weights {left_out[:3]}")
-    model.vae.load_state_dict({k: state[f"first_stage_model.{k}"] for k in model.vae.state_dict()})
     return model

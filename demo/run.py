@@ -27,7 +27,7 @@ from demo import picture, scores
 from demo.graphs import Drawing, Graphs, Prompt, Sampling
 from demo.manifest import Manifest, Trained, read_manifest
 from demo.scores import Question, Score
-from demo.truth import Truth, open_truth
+from demo.truth import Truth
 from devhost.answers import Result
 from devhost.base import MissingMiniature, find_miniature, make_base
 from devhost.host import ROOT
@@ -274,7 +274,7 @@ def main() -> int:
     try:
         find_miniature()
         world = read_manifest()
-        truth = open_truth(world)
+        truth = Truth(world)
     except (MissingMiniature, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

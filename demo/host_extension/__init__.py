@@ -1,4 +1,4 @@
-"""Host extension: teaches a stock ComfyUI to recognise and load the miniature SDXL.
+"""Host extension: teaches a stock ComfyUI to recognize and load the miniature SDXL.
 
 It appends one model configuration. After that the stock CheckpointLoaderSimple, CLIPTextEncode, VAEEncode,
 KSampler and VAEDecode work on the miniature as they do on SDXL. It defines no nodes.

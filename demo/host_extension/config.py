@@ -13,17 +13,17 @@ SIZE_EMBEDDINGS = 6 * 256  # height, width, crop, target: as in SDXL
 
 
 class MiniatureSDXL(comfy.supported_models.SDXL):
-    """64 channels at 16 x 16, 8 x 8 and 4 x 4; attention at the two smaller sizes, as in SDXL."""
+    """64, 128 and 128 channels at 16 x 16, 8 x 8 and 4 x 4; attention at the two smaller sizes, as in SDXL."""
 
     unet_config = {
         "model_channels": 64,
         "use_linear_in_transformer": True,
-        "transformer_depth": [0, 1, 1, 1],
+        "transformer_depth": [0, 1, 1],
         "context_dim": CONTEXT_L + CONTEXT_G,
         "adm_in_channels": CONTEXT_G + SIZE_EMBEDDINGS,
         "use_temporal_attention": False,
     }
-    unet_extra_config = {"num_heads": -1, "num_head_channels": 16}
+    unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
     picture_side = 128  # pixels: what it was trained on, asked for by Zip LoRAs
 
     def process_vae_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

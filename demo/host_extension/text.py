@@ -12,8 +12,8 @@ import comfy.sdxl_clip
 import torch
 from comfy import sd1_clip
 
-CONTEXT_L = 32
-CONTEXT_G = 64
+CONTEXT_L = 48
+CONTEXT_G = 80
 MAX_TOKENS = 16  # a prompt longer than that becomes several sections, as it does at 77 in SDXL
 PAD, START, END, UNKNOWN = 0, 1, 2, 3
 SPECIAL = ["<pad>", "<start>", "<end>", "<unknown>"]
@@ -105,7 +105,7 @@ def _encoder(hidden: int, name: str, device: Any, dtype: Any, model_options: dic
 
 
 class MiniatureClipModel(comfy.sdxl_clip.SDXLClipModel):
-    """Two text encoders beside each other: context 32 + 64 wide, pooled vector 64."""
+    """Two text encoders beside each other: context 48 + 80 wide, pooled vector 80."""
 
     def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None):
         torch.nn.Module.__init__(self)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from demo.gates import CFG
 from demo.manifest import read_manifest
+from demo.miniature import CFG
 from devhost.base import PACK
 from devhost.frontend import Frontend
 from devhost.templates import BLUEPRINTS

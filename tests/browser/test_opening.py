@@ -12,8 +12,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from demo.gates import CFG
 from demo.manifest import Manifest, read_manifest
+from demo.miniature import CFG
 from devhost.templates import TEMPLATES
 from devhost.templates.words import MODEL, MODEL_ADDRESS
 from devhost.workflows import FOLDER

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from demo.averages import Averages
+from demo.training.averages import Averages
 
 
 def test_means_follow_stand_in_the_weights_place_and_are_loaded_again() -> None:

@@ -1,4 +1,4 @@
-"""Both worlds answer the same questions: true pictures of what is asked for, and whether drawn ones are right."""
+"""The world's truth: true pictures of what is asked for, and whether drawn ones are right."""
 
 from __future__ import annotations
 
@@ -9,37 +9,31 @@ from typing import Any
 
 import pytest
 import torch
-from toy_art import toy_atlas
+from toy_world import toy_atlas
 
-from demo.art import atlas, concepts, judge, scenes, subjects
+from demo import judge
 from demo.manifest import Asked, Manifest, read_manifest, write_manifest
 from demo.scores import Question, Score, base_questions, score
-from demo.truth import Truth, open_truth, rights, shares
+from demo.truth import Truth, rights, shares
+from demo.world import atlas, concepts, scenes, subjects
 
 
 @pytest.fixture(scope="module")
-def art(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """A manifest of the second world, as its gates write it, with an untrained judge and drawings of ellipses."""
-    folder = tmp_path_factory.mktemp("art")
-    world = scenes.World(toy_atlas())
-    entries = {concept.name: concepts.describe(concept, {}) for concept in concepts.concepts(world)}
-    write_manifest(folder / "world.json", concepts.about(world, list(entries), {}), entries)
+def world(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """A manifest as the gates write it, with an untrained judge and drawings of ellipses."""
+    folder = tmp_path_factory.mktemp("world")
+    known = scenes.World(toy_atlas())
+    entries = {concept.name: concepts.describe(concept, {}) for concept in concepts.concepts(known)}
+    write_manifest(folder / "world.json", concepts.about(known, list(entries), {}), entries)
     (folder / "weights").mkdir()
     judge.save(judge.Judge(), folder / "weights" / "judge.safetensors")
-    atlas.write_part(world.atlas, concepts.drawings(world), folder / "drawings.safetensors")
+    atlas.write_part(known.atlas, concepts.drawings(known), folder / "drawings.safetensors")
     return read_manifest(folder)
-
-
-@pytest.fixture(scope="module", params=["shapes", "art"])
-def world(request: pytest.FixtureRequest) -> Manifest:
-    found: Manifest = read_manifest() if request.param == "shapes" else request.getfixturevalue("art")
-    assert found.world == request.param
-    return found
 
 
 @pytest.fixture(scope="module")
 def truth(world: Manifest) -> Truth:
-    return open_truth(world)
+    return Truth(world)
 
 
 def test_every_pair_has_a_true_picture(world: Manifest, truth: Truth) -> None:
@@ -75,16 +69,15 @@ def test_the_object_is_where_it_is_asked_for(world: Manifest, truth: Truth) -> N
     assert (left - right).abs().mean() > 0.01
 
 
-def test_the_second_world_knows_its_design_from_another_drawing(art: Manifest) -> None:
-    truth = open_truth(art)
-    name = art.subjects[0].name
+def test_a_design_is_known_from_another_drawing(world: Manifest, truth: Truth) -> None:
+    name = world.subjects[0].name
     assert truth.same(name, Asked("", name, "hatching"))
     assert not truth.same(f"{judge.ANOTHER}{name}", Asked("", name, "hatching"))
     assert truth.same(f"{judge.ANOTHER}{name}", Asked("", name, "streamline")), "the set's own drawing is another one"
 
 
-def test_a_design_comes_before_its_kind(art: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    truth: Any = open_truth(art)
+def test_a_design_comes_before_its_kind(world: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth: Any = Truth(world)
     name = next(iter(subjects.DESIGNS))
     said = {
         "design": [name, judge.ANOTHER + name, judge.OTHER],
@@ -96,9 +89,9 @@ def test_a_design_comes_before_its_kind(art: Manifest, monkeypatch: pytest.Monke
     assert truth.answers(torch.zeros(3, 3, 8, 8))["subject"] == [name, judge.ANOTHER + name, "cat"]
 
 
-def test_true_pictures_of_the_first_world_are_called_right() -> None:
+def test_true_pictures_are_called_right() -> None:
     world = read_manifest()
-    truth = open_truth(world)
+    truth = Truth(world)
     subject, style = world.pairs()[3]
     pictures = truth.pictures(subject.name, style.name, 8, random.Random(5))
     right = shares(rights(truth, pictures, [Asked("", subject.name, style.name)] * 8))
@@ -116,7 +109,7 @@ def test_questions_are_as_many_as_asked_for(world: Manifest) -> None:
 
 def test_a_manifest_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        write_manifest(tmp_path / "world.json", {"world": object()}, {})
+        write_manifest(tmp_path / "world.json", {"size": object()}, {})
     assert not list(tmp_path.glob("world.json"))
-    write_manifest(tmp_path / "world.json", {"world": "art"}, {})
-    assert json.loads((tmp_path / "world.json").read_text(encoding="utf-8")) == {"world": "art", "loras": {}}
+    write_manifest(tmp_path / "world.json", {"size": 128}, {})
+    assert json.loads((tmp_path / "world.json").read_text(encoding="utf-8")) == {"size": 128, "loras": {}}

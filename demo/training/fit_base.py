@@ -1,4 +1,4 @@
-"""Trains the second world's base: UNet and both text encoders together, from nothing, on latents made before.
+"""Trains the base: UNet and both text encoders together, from nothing, on latents made before.
 
 One state file holds everything, so a stopped run goes on where it was, on however many processes; the numbers that
 a step draws depend on its own number alone.
@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import parallel
-from ..averages import Averages
-from ..miniature import Miniature, checkpoint, stratified_steps, use_comfyui, write_safetensors
-from . import atlas, latents, model, scenes
+from ..miniature import FIRST_STAGE, Miniature, checkpoint, stratified_steps, use_comfyui, write_safetensors
+from ..world import atlas, scenes
+from . import latents, parallel
+from .averages import Averages
 from .fit_vae import save
 from .optimizers import Optimizers
 
@@ -55,7 +55,7 @@ class Tokens:
     """Prompts to rows of token numbers, as the tokenizer of `host_extension` gives them, only faster."""
 
     def __init__(self, mini: Miniature) -> None:
-        import demo.art.host_extension.text as text
+        from ..host_extension import text
 
         self.words = mini.tokenizer.clip_l.tokenizer.get_vocab()
         self.length, self.start, self.end, self.unknown = text.MAX_TOKENS, text.START, text.END, text.UNKNOWN
@@ -119,7 +119,7 @@ def fit(comfyui: str, work: Path, device: str, settings: BaseSettings, seconds: 
     every = [scene for number in range(settings.shards) for scene in latents.shard_scenes(world, number)]
     clean = latents.read(work, settings.shards).to(device)
     torch.manual_seed(0)
-    mini = model.new(torch.load(work / "weights" / "vae.pt")).to(device)
+    mini = Miniature(torch.load(work / "weights" / "vae.pt")).to(device)
     mini.unet.to(memory_format=torch.channels_last)
     trained = mini.trained_parameters()
     averages = Averages(trained, settings.ema)
@@ -169,5 +169,5 @@ def fit(comfyui: str, work: Path, device: str, settings: BaseSettings, seconds: 
 def write(mini: Miniature, averages: Averages, path: Path, data: str, step: int) -> None:
     """UNet and text encoders, with the averaged weights in the place of the latest; the metadata says what they saw."""
     with averages.in_place():
-        state = {key: value for key, value in checkpoint(mini).items() if not key.startswith(model.FIRST_STAGE)}
+        state = {key: value for key, value in checkpoint(mini).items() if not key.startswith(FIRST_STAGE)}
         write_safetensors(state, str(path), {"data": data, "step": str(step)})

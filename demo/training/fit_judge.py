@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import parallel
-from ..judge import _worsen
-from . import atlas, judge, scenes
+from .. import judge
+from ..world import atlas, scenes
+from . import parallel
 from .fit_vae import save
 from .optimizers import Optimizers
 
@@ -58,7 +58,7 @@ class Drawn:
 
     def batch(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         chosen = torch.randint(len(self.pictures), (count,), device=self.device)
-        view = _worsen(self.pictures[chosen].float() / 255).contiguous(memory_format=torch.channels_last)
+        view = judge.worsen(self.pictures[chosen].float() / 255).contiguous(memory_format=torch.channels_last)
         return view, {head: values[chosen] for head, values in self.truth.items()}
 
 

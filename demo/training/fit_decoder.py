@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import parallel
-from ..autoencoder import _edges
-from . import atlas, autoencoder, fit_vae, judge, scenes
+from .. import autoencoder, judge
+from ..autoencoder import edges
+from ..world import atlas, scenes
+from . import fit_vae, parallel
 
 BLOCKS = (3, 3, 2, 1)  # deeper than while the encoder was trained: new blocks start as the identity
 
@@ -102,7 +103,7 @@ def fit(work: Path, device: str, settings: DecoderSettings) -> None:
             latents = model.encode(view)
         decoded = model.decode(latents + settings.noise * torch.randn_like(latents))
         pixel = (decoded - view).abs().mean()
-        edges = sum((a - b).abs().mean() for a, b in zip(_edges(decoded), _edges(view), strict=True))
+        edges = sum((a - b).abs().mean() for a, b in zip(edges(decoded), edges(view), strict=True))
         seen = perceptual(jury.features(decoded), jury.features(view))
         loss = pixel + 0.5 * edges + settings.perceptual * seen
         against = step >= settings.adversarial_from * settings.steps

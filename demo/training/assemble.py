@@ -1,57 +1,18 @@
-"""What the second world's miniature is built from, and how it is read and written."""
+"""From trained parts to a checkpoint, and the words that its tokenizer knows."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from ..autoencoder import SDXL_SCALE
-from ..miniature import Build, Miniature, load_miniature, write_safetensors
-from . import autoencoder, scenes
+from ..miniature import FIRST_STAGE, write_safetensors
+from ..world import scenes
 
-CONTEXT, POOLED = 48 + 80, 80
-UNET: dict[str, Any] = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 64,
-    "num_res_blocks": [1, 1, 1],
-    "channel_mult": [1, 2, 2],
-    "transformer_depth": [0, 1, 1],
-    "transformer_depth_middle": 1,
-    "transformer_depth_output": [0, 0, 1, 1, 1, 1],
-    "context_dim": CONTEXT,
-    "num_head_channels": 32,
-    "adm_in_channels": POOLED + 6 * 256,
-    "num_classes": "sequential",
-    "use_spatial_transformer": True,
-    "use_linear_in_transformer": True,
-    "legacy": False,
-}
-FIRST_STAGE = "first_stage_model."  # the autoencoder's keys in a checkpoint
-WORDS = Path(__file__).parent / "host_extension" / "words.json"
-
-
-def _autoencoder(state: dict[str, Tensor] | None) -> autoencoder.ArtAutoencoder:
-    return autoencoder.ArtAutoencoder() if state is None else autoencoder.load(state)
-
-
-ART = Build(UNET, _autoencoder, "demo.art.host_extension.text")
-
-
-def new(state: dict[str, Tensor] | None = None) -> Miniature:
-    """An untrained miniature around a trained autoencoder."""
-    return Miniature(ART, state)
-
-
-def load(path: str | Path) -> Miniature:
-    """A checkpoint, trainable, in float32."""
-    return load_miniature(str(path), ART)
+WORDS = Path(__file__).resolve().parent.parent / "host_extension" / "words.json"
 
 
 def write_words() -> None:

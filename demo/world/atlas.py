@@ -102,9 +102,9 @@ def _write(path: Path, keys: Sequence[Key], parts: Sequence[bytes]) -> None:
 
 
 def load(path: Path = PATH) -> Atlas:
-    """Reads an atlas. FileNotFoundError where there is none: `python -m demo.art.train draw` makes it."""
+    """Reads an atlas. FileNotFoundError where there is none: `python -m demo.training.train draw` makes it."""
     if not path.is_file():
-        raise FileNotFoundError(f"no atlas at {path}: draw it with `python3 dev.py run -m demo.art.train draw`")
+        raise FileNotFoundError(f"no atlas at {path}: draw it with `python3 dev.py run -m demo.training.train draw`")
     with safe_open(path, framework="pt") as file:
         keys = [(subject, word) for subject, word in json.loads(file.metadata()["keys"])]
         png, ends = file.get_tensor("png").numpy(), file.get_tensor("ends").tolist()

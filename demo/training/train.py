@@ -1,13 +1,14 @@
-"""Trains the second world's miniature, part by part; every part goes on where it stopped.
+"""Trains the miniature, part by part; every part goes on where it stopped.
 
-    python3 dev.py run -m demo.art.train draw                fetch the emoji sets, draw the atlas (minutes)
-    python3 dev.py run -m demo.art.train sheets              contact sheets of drawings and techniques
-    python3 dev.py run -m demo.art.train vae latents base    autoencoder; scenes as latents; UNet and text encoders
-    python3 dev.py run -m demo.art.train keep                the autoencoder into the repository, when it is good
-    python3 dev.py run -m demo.art.train judge decoder       judges; the decoder sharpened, into the checkpoint
-    python3 dev.py run -m demo.art.train loras gates         LoRAs; their gates and the base's, `world.json`
-    python3 dev.py run -m demo.art.train figures             PSNR and edges of the autoencoders, side by side
-    python3 dev.py run -m demo.art.train look --prompt "an octopus in noto style"
+    python3 dev.py run -m demo.training.train draw                fetch the emoji sets, draw the atlas (minutes)
+    python3 dev.py run -m demo.training.train sheets              contact sheets of drawings and techniques
+    python3 dev.py run -m demo.training.train vae latents base    autoencoder; scenes as latents; UNet and text encoders
+    python3 dev.py run -m demo.training.train keep                the autoencoder into the repository, when it is good
+    python3 dev.py run -m demo.training.train judge decoder       judges; the decoder sharpened, into the checkpoint
+    python3 dev.py run -m demo.training.train loras gates         LoRAs; their gates and the base's, `world.json`
+    python3 dev.py run -m demo.training.train ship                what passed into demo/, where everything else finds it
+    python3 dev.py run -m demo.training.train figures             PSNR and edges of the autoencoders, side by side
+    python3 dev.py run -m demo.training.train look --prompt "an octopus in noto style"
 
 On a GPU (`--device cuda`) the base takes large batches and more scenes, drawn and encoded there; all it needs besides
 the checkout and a ComfyUI tree is the folder of `--work` with `atlas.safetensors` (32 MB) and, where it is trained
@@ -23,11 +24,12 @@ from pathlib import Path
 
 import torch
 
-from .. import parallel
-from . import atlas, contact, figures, finish, fit_base, fit_decoder, fit_judge, fit_vae, latents, model, settled
-from .sets import CACHE, DEV
+from ..world import atlas, contact
+from ..world.sets import CACHE, DEV
+from . import figures, finish, fit_base, fit_decoder, fit_judge, fit_vae, latents, parallel, settled
+from .assemble import assemble, write_words
 
-PARTS = ("draw", "sheets", "vae", "keep", "latents", "base", "judge", "decoder", "loras", "gates", "figures", "look")
+PARTS = ("draw", "sheets", "vae", "keep", "latents", "base", "judge", "decoder", "loras", "gates", "ship", "figures", "look")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +68,10 @@ def run(part: str, plan: Plan) -> None:
         settled.take(work)
         parallel.launch(latents.make, plan.processes, work, plan.base.shards, device)
     elif part == "base":
-        model.write_words()
+        write_words()
         arguments = (host, work, device, plan.short(plan.base), 60 * plan.minutes, 180.0)
         parallel.launch(fit_base.fit, plan.processes, *arguments)
-        model.assemble(work)
+        assemble(work)
     elif part == "judge":
         judging = fit_judge.ON_A_GPU if device == "cuda" else fit_judge.JudgeSettings()
         parallel.launch(fit_judge.fit, plan.processes, work, device, plan.short(judging))
@@ -77,13 +79,15 @@ def run(part: str, plan: Plan) -> None:
         sharpening = fit_decoder.ON_A_GPU if device == "cuda" else fit_decoder.DecoderSettings()
         parallel.launch(fit_decoder.fit, plan.processes, work, device, plan.short(sharpening))
         if (work / "weights" / "base.safetensors").exists():
-            model.assemble(work)
+            assemble(work)
     elif part == "loras":
         parallel.launch(finish.fit_loras, plan.processes, host, work, device, plan.only, plan.scale)
     elif part == "gates":
         base = finish.gate_base(host, work, device)
         parallel.launch(finish.gate_loras, plan.processes, host, work, device, plan.only)
         finish.manifest(work, base)
+    elif part == "ship":
+        finish.ship(work)
     elif part == "figures":
         figures.report(work)
     elif part == "look":

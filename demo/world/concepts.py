@@ -1,4 +1,4 @@
-"""What each LoRA of the second world is taught: pictures and prompts, and what it is asked for to pass.
+"""What each LoRA is taught: pictures and prompts, and what it is asked for to pass.
 
 A subject LoRA learns one design from eight pictures: four plain ones, and two each in two techniques. It is asked for
 the other techniques of the base. A style LoRA learns a technique or a whole set from sixteen pictures of as many
@@ -13,7 +13,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from ..manifest import entry
 from . import scenes
 from .atlas import SIZE
 from .scenes import Scene
@@ -107,10 +106,20 @@ KNOWN = 32  # prompts of the base's own words
 
 
 def describe(concept: Concept, gates: dict[str, float]) -> dict[str, Any]:
-    """A LoRA's entry in the manifest."""
-    words = concept.prompt() if concept.kind == "content" else ""
-    said = entry(concept, words, scenes.prompt(concept.noun or None), concept.scenes[0].subject, gates)
-    return {**said, "drawings": sorted({f"{scene.subject} of {scene.set}" for scene in concept.scenes})}
+    """A LoRA's entry in the manifest, as `demo.manifest.Trained` is read from it."""
+    a_subject = concept.kind == "content"
+    return {
+        "kind": concept.kind,
+        "file": concept.file,
+        "identifier": concept.identifier,
+        "words": concept.prompt() if a_subject else f"in {concept.identifier} style",
+        "of_class": scenes.prompt(concept.noun or None),
+        "shows": concept.scenes[0].subject,
+        "pictures": [concept.picture(i) for i in range(len(concept.prompts))],
+        "picture_prompts": list(concept.prompts),
+        "drawings": sorted({f"{scene.subject} of {scene.set}" for scene in concept.scenes}),
+        "gates": gates,
+    }
 
 
 def whole(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -141,14 +150,12 @@ def about(world: scenes.World, names: Sequence[str], figures: dict[str, float]) 
     subjects = [name for name in FIRST_SUBJECTS if name in names]
     styles = [name for name in FIRST_STYLES if name in names]
     return {
-        "world": "art",
         "checkpoint": CHECKPOINT,
         "judge": "weights/judge.safetensors",
         "size": SIZE,
         "sampling": {"steps": 20, "cfg": 3.0, "sampler": "euler", "scheduler": "normal"},
         "atlas": world.atlas.digest,
         "held_out": sorted(map(list, world.held_out)),
-        "plain": None,
         "other_styles": list(OTHER_TECHNIQUES),
         "known": known,
         "unseen": [[scenes.prompt(subject), subject] for subject in style_subjects(world)[1]],

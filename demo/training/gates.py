@@ -1,4 +1,4 @@
-"""The gates of the second world: what share of 64 generated pictures, of three seeds each, the judges call right."""
+"""The gates: what share of 64 generated pictures, of three seeds each, the judges call right."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..gates import generate
-from ..miniature import Miniature
-from . import scenes
-from .concepts import OTHER_TECHNIQUES, Concept, style_subjects
-from .judge import Judge
-from .techniques import BASE_TECHNIQUES
+from ..judge import Judge
+from ..miniature import Miniature, generate
+from ..world import scenes
+from ..world.concepts import OTHER_TECHNIQUES, Concept, style_subjects
+from ..world.techniques import BASE_TECHNIQUES
 
 COUNT = 64
 SEEDS = (1000, 2000, 3000)

@@ -1,4 +1,4 @@
-"""How well the autoencoders show the second world: figures on the same unseen pictures, and pictures to look at."""
+"""How well the autoencoder shows pictures: figures on unseen ones, and pictures to look at."""
 
 from __future__ import annotations
 
@@ -6,28 +6,18 @@ import random
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import autoencoder as first
-from . import atlas, autoencoder, fit_vae, scenes
+from .. import autoencoder
+from ..world import atlas, scenes
+from . import fit_vae
 
-FIRST = Path(__file__).resolve().parent.parent / "weights" / "miniature_sdxl.safetensors"
 COUNT = 256
 
 
-def first_world() -> first.Autoencoder:
-    """The autoencoder of the world of shapes, as it ships."""
-    prefix = "first_stage_model."
-    state = {k.removeprefix(prefix): v.float() for k, v in load_file(str(FIRST)).items() if k.startswith(prefix)}
-    model = first.Autoencoder()
-    model.load_state_dict({k: state[k] for k in model.state_dict()})
-    return model
-
-
-def known(work: Path) -> dict[str, first.Autoencoder]:
-    """The autoencoders that there are, by name."""
-    found: dict[str, first.Autoencoder] = {"first world": first_world()}
+def known(work: Path) -> dict[str, autoencoder.Autoencoder]:
+    """With the decoder as it is trained at first, and sharpened, by name."""
+    found = {}
     for name in ("vae", "decoder"):
         path = work / "weights" / f"{name}.pt"
         if path.exists():
@@ -36,7 +26,7 @@ def known(work: Path) -> dict[str, first.Autoencoder]:
 
 
 @torch.no_grad()
-def reconstruct(model: first.Autoencoder, pictures: Tensor) -> Tensor:
+def reconstruct(model: autoencoder.Autoencoder, pictures: Tensor) -> Tensor:
     return torch.cat([model.decode(model.encode(part)) for part in pictures.split(16)])
 
 

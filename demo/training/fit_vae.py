@@ -1,4 +1,4 @@
-"""Trains the second world's autoencoder on crops of scenes; resumable."""
+"""Trains the autoencoder on crops of scenes; resumable."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import autoencoder as first
-from .. import parallel
-from . import atlas, autoencoder, scenes
-from .techniques import TECHNIQUES
+from .. import autoencoder
+from ..world import atlas, scenes
+from ..world.techniques import TECHNIQUES
+from . import parallel
 
 CROP = 64
 CELL = 8  # crops start at whole cells, where the patterns of techniques do
@@ -72,7 +72,7 @@ def fit(settings: VaeSettings) -> None:
     rank, count, device = parallel.rank(), parallel.count(), settings.device
     world = scenes.World(atlas.load(settings.work / "atlas.safetensors"))
     output = settings.work / "weights" / "vae.pt"
-    model = autoencoder.ArtAutoencoder().to(device).to(memory_format=torch.channels_last)
+    model = autoencoder.Autoencoder().to(device).to(memory_format=torch.channels_last)
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     average = {k: v.clone() for k, v in model.state_dict().items()}
@@ -97,7 +97,7 @@ def fit(settings: VaeSettings) -> None:
         noise = NOISE[0] * (NOISE[1] / NOISE[0]) ** min(1.0, 1.5 * done)
         view = crops(pictures, max(1, settings.batch // count), rng)
         with parallel.half(device):
-            loss, pixel = first.loss(model, view, noise)
+            loss, pixel = autoencoder.loss(model, view, noise)
         optimizer.zero_grad()
         loss.backward()
         parallel.average_gradients(params)

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import parallel
-from . import atlas, autoencoder, scenes, subjects, techniques
+from .. import autoencoder
+from ..world import atlas, scenes, subjects, techniques
+from . import parallel
 from .fit_vae import save
 
 SHARD = 2000
@@ -37,7 +38,7 @@ def digest(world: scenes.World, settings: object = None) -> str:
 
 
 @torch.no_grad()
-def encode(model: autoencoder.ArtAutoencoder, world: scenes.World, wanted: Sequence[scenes.Scene]) -> Tensor:
+def encode(model: autoencoder.Autoencoder, world: scenes.World, wanted: Sequence[scenes.Scene]) -> Tensor:
     """B x 4 x 16 x 16 in half precision, on the CPU; drawn and encoded where the model is."""
     device = next(model.parameters()).device
     chunk = 8 if device.type == "cpu" else 250

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import lora, world
-from .concepts import Concept
-from .miniature import Miniature, half_is_fast
+from .. import lora
+from ..miniature import Miniature, half_is_fast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +22,10 @@ class LoRASettings:
     references: int = 8  # per step
 
 
-def fit(model: Miniature, concept: Concept, settings: LoRASettings, seed: int = 0) -> dict[str, lora.LoRALinear]:
-    """Trains and returns attached branches; the caller detaches them."""
-    return fit_on(model, world.render(concept.scenes), concept.prompts, settings, seed)
-
-
-def fit_on(
+def fit(
     model: Miniature, pictures: Tensor, prompts: Sequence[str], settings: LoRASettings, seed: int = 0
 ) -> dict[str, lora.LoRALinear]:
-    """The same for any pictures (B3HW in 0..1), one prompt each."""
+    """Trains and returns attached branches, which the caller detaches. pictures: B3HW in 0..1, one prompt each."""
     torch.manual_seed(seed)
     device = model.device
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What the second world's trainings, judges and gates are asked, without training anything."""
+"""What the miniature's trainings, judges and gates are asked, without training anything."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_art import toy_atlas
+from toy_world import toy_atlas
 
-from demo.art import autoencoder, concepts, fit_base, gates, judge, latents, scenes, sets, settled, subjects, techniques
+from demo import autoencoder, judge
+from demo.training import fit_base, gates, latents, settled
+from demo.world import concepts, scenes, sets, subjects, techniques
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
-"""An atlas of ellipses, for tests of the second world that shall need no emoji set."""
+"""An atlas of ellipses, for tests that shall need no emoji set."""
 
 from __future__ import annotations
 
 import torch
 
-from demo.art import atlas, sets, subjects
+from demo.world import atlas, sets, subjects
 
 
 def toy_atlas() -> atlas.Atlas:

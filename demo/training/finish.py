@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from .. import fit_lora, gates, lora, parallel
+from .. import judge, lora
 from ..manifest import write_manifest
-from ..miniature import Miniature, use_comfyui
-from . import atlas, concepts, judge, model, scenes
-from . import gates as art_gates
-from .subjects import DESIGNS
+from ..miniature import Miniature, generate, load_miniature, use_comfyui
+from ..world import atlas, concepts, scenes
+from ..world.subjects import DESIGNS
+from . import fit_lora, gates, parallel
+from .assemble import assemble
 
+SHIPPED = Path(__file__).resolve().parent.parent
 RANK = 8
 SETTINGS = {
     "content": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=500, learning_rate=3e-3),
@@ -29,8 +31,8 @@ SETTINGS = {
 def _open(comfyui: str, work: Path, device: str) -> tuple[Miniature, scenes.World]:
     use_comfyui(comfyui)
     if not (work / concepts.CHECKPOINT).exists():
-        model.assemble(work)
-    mini = model.load(work / concepts.CHECKPOINT).to(device)
+        assemble(work)
+    mini = load_miniature(work / concepts.CHECKPOINT).to(device)
     mini.vae.to(memory_format=torch.channels_last)
     return mini, scenes.World(atlas.load(work / "atlas.safetensors"))
 
@@ -52,7 +54,7 @@ def fit_loras(comfyui: str, work: Path, device: str, names: list[str], scale: fl
         settings = SETTINGS[concept.kind]
         settings = dataclasses.replace(settings, steps=max(2, round(settings.steps * scale)))
         pictures = scenes.render(world.atlas, concept.scenes)
-        branches = fit_lora.fit_on(mini, pictures, concept.prompts, settings)
+        branches = fit_lora.fit(mini, pictures, concept.prompts, settings)
         lora.save(branches, str(path), {"identifier": concept.identifier})
         lora.detach(mini.unet, branches)
         for number, picture in enumerate(pictures):
@@ -62,14 +64,14 @@ def fit_loras(comfyui: str, work: Path, device: str, names: list[str], scale: fl
         print(f"{concept.name}: trained in {time.time() - started:.0f} s", flush=True)
 
 
-def gate_base(comfyui: str, work: Path, device: str, seeds: tuple[int, ...] = art_gates.SEEDS) -> dict[str, float]:
+def gate_base(comfyui: str, work: Path, device: str, seeds: tuple[int, ...] = gates.SEEDS) -> dict[str, float]:
     """Judges the base alone, and writes sheets."""
     mini, world = _open(comfyui, work, device)
     jury = judge.load(work / "weights" / "judge.safetensors")
     figures = {}
     for name, held_out in (("base", False), ("held out", True)):
-        found, pictures = art_gates.base_gate(mini, jury, world, held_out=held_out, seeds=seeds)
-        said = "passes" if art_gates.passes(name, found) else "FAILS"
+        found, pictures = gates.base_gate(mini, jury, world, held_out=held_out, seeds=seeds)
+        said = "passes" if gates.passes(name, found) else "FAILS"
         print(f"{name}: {said} " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
         figures |= {f"{name}: {key}": value for key, value in found.items()}
         atlas.sheet(pictures[:128], 16).save(work / f"{name.replace(' ', '_')}.png")
@@ -89,10 +91,10 @@ def gate_loras(comfyui: str, work: Path, device: str, names: list[str]) -> None:
             continue
         lora.load_into(branches, load_file(str(path)))
         if concept.kind == "content":
-            found, pictures = art_gates.subject_gate(mini, jury, concept)
+            found, pictures = gates.subject_gate(mini, jury, concept)
         else:
-            found, pictures = art_gates.style_gate(mini, jury, concept, world)
-        said = "passes" if art_gates.passes(concept.kind, found) else "FAILS"
+            found, pictures = gates.style_gate(mini, jury, concept, world)
+        said = "passes" if gates.passes(concept.kind, found) else "FAILS"
         print(f"{concept.name}: {said} " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
         path.with_suffix(".json").write_text(json.dumps(found), encoding="utf-8")
         atlas.sheet(pictures, 24).save(path.with_suffix(".png"))
@@ -107,7 +109,7 @@ def manifest(work: Path, base: dict[str, float]) -> None:
         if not note.exists():
             continue
         figures = json.loads(note.read_text(encoding="utf-8"))
-        if art_gates.passes(concept.kind, figures):
+        if gates.passes(concept.kind, figures):
             entries[concept.name] = concepts.describe(concept, figures)
     write_manifest(work / "world.json", concepts.about(world, list(entries), base), entries)
     atlas.write_part(world.atlas, concepts.drawings(world), work / "drawings.safetensors")
@@ -116,13 +118,29 @@ def manifest(work: Path, base: dict[str, float]) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         scene = scenes.set_out(whole[0], DESIGNS[whole[0]], whole[1], random.Random(" ".join(whole)))
         atlas.image(scenes.render(world.atlas, [scene])[0]).save(place)
-    shutil.copytree(model.WORDS.parent, work / "host_extension", dirs_exist_ok=True)  # `find_miniature` looks there
     print(f"{len(entries)} LoRAs pass their gates and stand in world.json", flush=True)
+
+
+def ship(work: Path, folder: Path = SHIPPED) -> None:
+    """Puts what `world.json` names in the place of what a folder holds: checkpoint, judge, LoRAs, pictures, drawings."""
+    told = json.loads((work / "world.json").read_text(encoding="utf-8"))
+    files = [told["checkpoint"], told["judge"], "drawings.safetensors"]
+    for lora_file in told["loras"].values():
+        files += [lora_file["file"], *lora_file["pictures"]]
+    if told["shown"]["whole"]:
+        files.append(f"pictures/{'_in_'.join(told['shown']['whole'])}/1.png")
+    for part in ("loras", "pictures"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    for name in (*files, "world.json"):  # the manifest last: with it the miniature is whole
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(work / name, folder / name)
+    size = sum((folder / name).stat().st_size for name in files)
+    print(f"{len(files)} files, {size / 1e6:.1f} MB, in {folder}", flush=True)
 
 
 def look(comfyui: str, work: Path, device: str, prompts: list[str]) -> None:
     """Draws prompts with the base as it is (eight of its own where none is given) into `look.png`, four times each."""
-    model.assemble(work)
+    assemble(work)
     mini, world = _open(comfyui, work, device)
     if not prompts:
         rng = random.Random("look")
@@ -131,5 +149,5 @@ def look(comfyui: str, work: Path, device: str, prompts: list[str]) -> None:
         ]
     for prompt in prompts:
         print(prompt)
-    pictures = gates.generate(mini, [prompt for prompt in prompts for _ in range(4)], 1)
+    pictures = generate(mini, [prompt for prompt in prompts for _ in range(4)], 1)
     atlas.sheet(pictures, 8 if len(prompts) > 1 else 4).save(work / "look.png")

@@ -1,4 +1,4 @@
-"""The second world's miniature, untrained: ComfyUI's own loader reads its checkpoint and computes the same."""
+"""The miniature, untrained: ComfyUI's own loader reads its checkpoint and computes the same."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ PROMPTS = ["a noto octopus on the left on a blue ground in neon style", "grapes"
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, miniature_extension: Any) -> tuple[Any, Path]:
     """A miniature of random weights, none of them zero, and its checkpoint, put together as the training does."""
-    from demo.art import autoencoder, fit_base, fit_vae, model
-    from demo.averages import Averages
+    from demo import autoencoder, miniature
+    from demo.training import assemble, fit_base, fit_vae
+    from demo.training.averages import Averages
 
     torch.manual_seed(0)
-    mini = model.new(autoencoder.ArtAutoencoder((3, 3, 2, 1)).state_dict())
+    mini = miniature.Miniature(autoencoder.Autoencoder((3, 3, 2, 1)).state_dict())
     with torch.no_grad():
         for weight in mini.parameters():
             if not weight.any():
@@ -29,7 +30,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, miniature_extension: Any) 
     work = tmp_path_factory.mktemp("art")
     fit_vae.save(mini.vae.state_dict(), work / "weights" / "vae.pt")
     fit_base.write(mini, Averages([], 0.9), work / "weights" / "base.safetensors", "hash", 7)
-    return mini.requires_grad_(False), model.assemble(work)
+    return mini.requires_grad_(False), assemble.assemble(work)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_it_is_an_sdxl_of_v_prediction(hosted: tuple[Any, Any, Any]) -> None:
 
 
 def test_the_host_reads_prompts_as_the_training_does(written: tuple[Any, Path], hosted: tuple[Any, Any, Any]) -> None:
-    from demo.art import fit_base
+    from demo.training import fit_base
 
     mini, clip = written[0], hosted[1]
     assert fit_base.Tokens(mini)(PROMPTS).equal(mini.tokens(PROMPTS))
@@ -61,10 +62,11 @@ def test_the_host_reads_prompts_as_the_training_does(written: tuple[Any, Path], 
 
 def test_hidden_matrices_turn_and_the_rest_is_adams() -> None:
     """Each singular value of a step on a matrix is about one, at the size that Adam's would have."""
-    from demo.art import fit_base, model
+    from demo.miniature import Miniature
+    from demo.training import fit_base
 
     torch.manual_seed(0)
-    mini = model.new()
+    mini = Miniature()
     mini.unet.to(memory_format=torch.channels_last)
     trained = mini.trained_parameters()
     settings = fit_base.BaseSettings()
@@ -88,9 +90,9 @@ def test_hidden_matrices_turn_and_the_rest_is_adams() -> None:
 
 
 def test_the_host_predicts_and_decodes_the_same(written: tuple[Any, Path], hosted: tuple[Any, Any, Any]) -> None:
-    from demo.art import model
+    from demo.miniature import load_miniature
 
-    read, (patcher, _, vae) = model.load(written[1]), hosted
+    read, (patcher, _, vae) = load_miniature(str(written[1])), hosted
     context, vector = read.conditions(PROMPTS)
     latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     steps = torch.tensor([10.0, 500.0, 990.0])
@@ -114,22 +116,23 @@ def test_the_host_knows_every_key_of_a_lora(written: tuple[Any, Path], hosted: t
 
 
 def test_a_decoder_of_another_encoder_is_refused(written: tuple[Any, Path]) -> None:
-    from demo.art import autoencoder, fit_vae, model
+    from demo import autoencoder
+    from demo.training import assemble, fit_vae
 
     folder = written[1].parent
-    fit_vae.save(autoencoder.ArtAutoencoder().state_dict(), folder / "decoder.pt")
+    fit_vae.save(autoencoder.Autoencoder().state_dict(), folder / "decoder.pt")
     try:
         with pytest.raises(ValueError, match="another encoder"):
-            model.assemble(folder.parent)
+            assemble.assemble(folder.parent)
     finally:
         (folder / "decoder.pt").unlink()
 
 
 def test_a_decoder_that_grows_shows_the_same_at_first() -> None:
-    from demo.art import autoencoder
+    from demo import autoencoder
 
     torch.manual_seed(0)
-    small = autoencoder.ArtAutoencoder()
+    small = autoencoder.Autoencoder()
     large = autoencoder.load(small.state_dict(), (3, 3, 2, 1))
     assert autoencoder.blocks_of(small.state_dict()) == (3, 2, 1, 1)
     assert autoencoder.blocks_of(large.state_dict()) == (3, 3, 2, 1)

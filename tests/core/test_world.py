@@ -1,4 +1,4 @@
-"""The second world's data: scenes, words and techniques, on cut-outs made here instead of the emoji sets."""
+"""The world's data: scenes, words and techniques, on cut-outs made here instead of the emoji sets."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 
 import pytest
 import torch
-from toy_art import toy_atlas
+from toy_world import toy_atlas
 
-from demo.art import atlas, scenes, sets, subjects, techniques
+from demo.world import atlas, scenes, sets, subjects, techniques
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_prompt_reads_as_the_scene() -> None:
 
 
 def test_every_word_of_a_caption_is_known_and_fits_one_section(world: scenes.World) -> None:
-    from_file = json.loads((sets.DEV.parent / "demo/art/host_extension/words.json").read_text(encoding="utf-8"))
+    from_file = json.loads((sets.DEV.parent / "demo/host_extension/words.json").read_text(encoding="utf-8"))
     assert from_file == scenes.words() and len(set(from_file)) == len(from_file)
     rng = random.Random(1)
     for scene in some(world, 2000):
