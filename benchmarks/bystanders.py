@@ -30,7 +30,6 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
 from benchmarks import new_concepts
-from benchmarks.intervals import WEAK
 from benchmarks.quality_table import Record
 from benchmarks.workers import share_out
 from demo.manifest import Asked
@@ -59,9 +58,8 @@ class Set:
 
 def sets(block: str) -> list[Set]:
     """As many sets as the block has strong subjects; each subject is asked for once, styles and bystanders by lot."""
-    weak, rng = WEAK[block], random.Random(f"bystanders {block}")
-    subjects = [name for name in new_concepts.NAMES if name not in weak]
-    styles = [name for name in new_concepts.STYLE_NAMES if name not in weak]
+    rng = random.Random(f"bystanders {block}")
+    subjects, styles = new_concepts.strong(block)
     shuffled = rng.sample(styles, len(styles))
     chosen = []
     for place, subject in enumerate(subjects):

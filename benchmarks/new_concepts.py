@@ -1,220 +1,181 @@
-"""Concepts that no choice has seen: subjects and styles drawn by rule from a block's name, a LoRA of each, a judge.
+"""Concepts that no choice has seen: subjects by lot and styles by rule from a block's name, a LoRA of each, a judge.
 
+    python3 dev.py run -m demo.training.train draw             first: the atlas of all drawings (minutes)
     python3 dev.py run benchmarks/new_concepts.py choose confirm     train what is missing of two blocks (hours)
     python3 dev.py run benchmarks/new_concepts.py choose --show choose.png     only draw its concepts
 
 A block lies in .dev/concepts/<block>, laid out as demo/ is, so that ZIPLORA_MINIATURE may name it. What the demo ships
-is chosen by hand; these are not: twelve subjects of three families of figures, twelve styles of three families, the
-same for every run. LoRAs that fail the demo's gates are kept and marked as weak, since people have such LoRAs too.
-A run goes on where it stopped.
+is chosen by hand; these are not: seven subjects, each one drawing that the base was never shown, and nine styles of
+three families, other ones in each block. LoRAs that fail the demo's gates are kept and marked as weak, since people
+have such LoRAs too. A run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import colorsys
+import dataclasses
 import json
 import os
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 
-from demo import world
-from demo.world import RGB, Part, Style
+from demo.world import atlas, concepts, scenes, sets, subjects, techniques
+from demo.world.techniques import Layers, Technique
 from devhost.host import DEV, current_host
 
 BLOCKS = ("choose", "confirm", "final")  # to choose a method on, to confirm it, to be drawn once for the last table
-COUNT = 12  # of each kind
+SUBJECTS, STYLES = 7, 9
 FOLDER = DEV / "concepts"
-JUDGE_PICTURES, JUDGE_STEPS = 9000, 2400
-NAMES = "alder birch cedar dahlia elder fern gorse hazel iris juniper kelp larch".split()
-STYLE_NAMES = "agate beryl coral dolerite emery flint garnet halite indigo jasper kyanite lapis".split()
-
-
-# --- subjects ------------------------------------------------------------------------------------------------
-
-
-def _hue(hue: float, saturation: float, value: float) -> RGB:
-    def channel(offset: float) -> float:
-        k = (offset + hue * 6) % 6
-        return value - value * saturation * max(0.0, min(k, 4 - k, 1.0))
-
-    return channel(5), channel(3), channel(1)
-
-
-def _colours(rng: random.Random, count: int) -> list[RGB]:
-    """Clearly different ones: hues spread over the circle, one of them light."""
-    start = rng.random()
-    found = [
-        _hue((start + i / count + rng.uniform(-0.08, 0.08)) % 1, rng.uniform(0.55, 0.95), rng.uniform(0.55, 0.95))
-        for i in range(count)
-    ]
-    found[rng.randrange(count)] = _hue(rng.random(), rng.uniform(0.05, 0.3), rng.uniform(0.9, 1.0))
-    rng.shuffle(found)
-    return found
-
-
-def stacked(rng: random.Random) -> tuple[Part, ...]:
-    """Three parts one above the other, the middle one carrying a small fourth: a totem."""
-    kinds = rng.sample(["disc", "plate", "dome", "spike", "cone"], 3)
-    colours = _colours(rng, 4)
-    widths = [rng.uniform(0.35, 0.85) for _ in range(3)]
-    parts = [
-        Part(kind, 0.0, -0.6 + 0.6 * i, width, 0.38, colour)
-        for i, (kind, width, colour) in enumerate(zip(kinds, widths, colours, strict=False))
-    ]
-    side = rng.choice([-1, 0, 1])
-    parts.append(Part(rng.choice(["disc", "plate"]), side * 0.2, 0.0, 0.14, 0.14, colours[3]))
-    return tuple(parts)
-
-
-def winged(rng: random.Random) -> tuple[Part, ...]:
-    """A body with the same part on both sides, and a head."""
-    colours = _colours(rng, 3)
-    body = Part(
-        rng.choice(["disc", "plate", "dome"]), 0.0, 0.15, rng.uniform(0.3, 0.45), rng.uniform(0.45, 0.7), colours[0]
-    )
-    kind, height = rng.choice(["disc", "spike", "cone", "plate"]), rng.uniform(0.18, 0.45)
-    lower = rng.choice([-0.05, 0.25])
-    wings = [Part(kind, s * 0.64, lower, 0.34, height, colours[1]) for s in (-1, 1)]
-    head = Part(rng.choice(["disc", "spike", "plate", "dome"]), 0.0, -0.62, rng.uniform(0.22, 0.36), 0.3, colours[2])
-    return body, *wings, head
-
-
-SUBJECT_FAMILIES: tuple[Callable[[random.Random], tuple[Part, ...]], ...] = (world.random_figure, stacked, winged)
+STYLE_NAMES = "agate beryl coral dolerite emery flint garnet halite indigo".split()
 
 
 # --- styles --------------------------------------------------------------------------------------------------
 
 
-def duotone(rng: random.Random) -> Style:
-    """A patterned ground of one hue, objects of another, with or without a line."""
-    hue = rng.random()
-    dark_ground = rng.random() < 0.5
-    value = rng.uniform(0.2, 0.4) if dark_ground else rng.uniform(0.85, 1.0)
-    ground1 = _hue(hue, rng.uniform(0.3, 0.8), value)
-    ground2 = _hue(hue, rng.uniform(0.3, 0.8), value * (1.6 if dark_ground else 0.8))
-    other = (hue + rng.uniform(0.3, 0.7)) % 1
-    low, high = (0.6, 1.0) if dark_ground else (0.2, 0.6)
-    lined = rng.random() < 0.6
-    return Style(
-        ground=rng.choice(world.GROUNDS),
-        ground1=ground1,
-        ground2=ground2,
-        period=rng.choice([24.0, 32.0, 40.0]),
-        fill=rng.choice(["solid", "solid", "shade"]),
-        palette=1.0,
-        dark=_hue(other, 0.8, low),
-        light=_hue((other + 0.1) % 1, 0.5, high),
-        line=5.0 if lined else 0.0,
-        line_colour=(1.0, 1.0, 1.0) if dark_ground else (0.05, 0.05, 0.08),
-        shadow=8.0 if rng.random() < 0.25 else 0.0,
-    )
+def _hex(hue: float, saturation: float, value: float) -> str:
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
 
-def drawn_in_lines(rng: random.Random) -> Style:
-    """Nothing filled: one line colour on a ground, some of it glowing."""
-    hue = rng.random()
-    dark_ground = rng.random() < 0.6
-    value = rng.uniform(0.1, 0.3) if dark_ground else rng.uniform(0.85, 1.0)
-    ground1 = _hue(hue, rng.uniform(0.3, 0.9), value)
-    return Style(
-        ground=rng.choice(["plain", "plain", "grid", "dots", "horizon", "slant"]),
-        ground1=ground1,
-        ground2=_hue(hue, 0.5, value * (1.8 if dark_ground else 0.88)),
-        period=rng.choice([24.0, 32.0]),
-        fill="none",
-        line=rng.uniform(5.0, 6.5),
-        line_colour=_hue((hue + rng.uniform(0.25, 0.75)) % 1, rng.uniform(0.5, 0.9), 1.0 if dark_ground else 0.45),
-        glow=rng.uniform(0.5, 0.9) if dark_ground and rng.random() < 0.4 else 0.0,
-    )
+def _sheet_and_ink(rng: random.Random) -> tuple[str, str, bool]:
+    """Colors of a ground and of what is drawn on it, far from each other; and whether the ground is dark."""
+    hue, dark = rng.random(), rng.random() < 0.5
+    other = hue + rng.uniform(0.3, 0.7)
+    sheet = _hex(hue, rng.uniform(0.4, 0.9), rng.uniform(0.2, 0.35) if dark else rng.uniform(0.9, 1.0))
+    return sheet, _hex(other, rng.uniform(0.5, 0.9), 1.0 if dark else 0.4), dark
 
 
-STYLE_FAMILIES: tuple[Callable[[random.Random], Style], ...] = (world.random_style, duotone, drawn_in_lines)
+def toned(rng: random.Random) -> Technique:
+    """A palette by brightness on one sheet, with lines around what is drawn or without."""
+    sheet, ink, dark = _sheet_and_ink(rng)
+    start, turn = rng.random(), rng.choice((-1, 1)) * rng.uniform(0.15, 0.4)
+    tones = [_hex(start + turn * i / 3, rng.uniform(0.5, 0.9), 0.25 + 0.25 * i) for i in range(4)]
+    lined = rng.choice((0.0, 0.9))
+
+    def draw(layers: Layers) -> Tensor:
+        tone = techniques.palette(techniques.brightness(layers.on("#ffffff")), *tones)
+        tone = techniques.blend(tone, techniques.rgb(ink, tone), lined * techniques.outlines(layers))
+        return techniques.blend(techniques.rgb(sheet, tone).expand_as(tone), tone, layers.alpha)
+
+    return draw
+
+
+def lined(rng: random.Random) -> Technique:
+    """Lines of one ink, and ruled strokes where it is dark."""
+    sheet, ink, dark = _sheet_and_ink(rng)
+    across, down = rng.choice(((1, 0), (0, 1), (1, 1), (1, -1)))
+    period, least = rng.choice((4, 8)), rng.uniform(0.15, 0.4)
+
+    def draw(layers: Layers) -> Tensor:
+        light = techniques.brightness(layers.on("#000000" if dark else "#ffffff"))
+        strength = light if dark else 1 - light
+        columns, rows = techniques.coordinates(light)
+        away = ((across * columns + down * rows) % period - period / 2).abs()
+        width = ((strength - least) * 4).clamp(0, 1) * period / 5
+        strokes = (width + 0.5 - away).clamp(0, 1) * (width > 0.05) * layers.alpha
+        drawn = torch.maximum(techniques.outlines(layers), strokes)
+        return techniques.blend(techniques.rgb(sheet, drawn), techniques.rgb(ink, drawn), drawn)
+
+    return draw
+
+
+MARKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # on -1..1 across and down a cell
+    "dot": lambda x, y: (x.square() + y.square()) < 0.7,
+    "diamond": lambda x, y: x.abs() + y.abs() < 0.9,
+    "bar": lambda x, y: y.abs() < 0.55,
+    "tile": lambda x, y: torch.maximum(x.abs(), y.abs()) < 0.8,
+}
+
+
+def tiled(rng: random.Random) -> Technique:
+    """A mark in each cell of eight pixels, in the object's own colors or in one ink, on a sheet."""
+    sheet, ink, dark = _sheet_and_ink(rng)
+    shape, own = MARKS[rng.choice(list(MARKS))], rng.random() < 0.5
+
+    def draw(layers: Layers) -> Tensor:
+        columns, rows = techniques.coordinates(layers.picture)
+        mark = shape((columns % 8 - 3.5) / 4, (rows % 8 - 3.5) / 4).to(layers.picture.dtype)
+        cells = techniques.mosaic(layers.on(sheet), 8)
+        light = techniques.mosaic(techniques.brightness(layers.on("#000000" if dark else "#ffffff")), 8)
+        strength = 0.35 + 0.65 * (light if dark else 1 - light)
+        colored = cells if own else techniques.blend(techniques.rgb(sheet, light), techniques.rgb(ink, light), strength)
+        inside = (techniques.mosaic(layers.alpha, 8) > 0.35).to(mark.dtype)
+        return techniques.blend(techniques.rgb(sheet, mark).expand_as(cells), colored, mark * inside)
+
+    return draw
+
+
+FAMILIES: tuple[Callable[[random.Random], Technique], ...] = (toned, lined, tiled)
 
 
 # --- a block -------------------------------------------------------------------------------------------------
 
 
-def _picture(parts: tuple[Part, ...], style: Style) -> torch.Tensor:
-    return world.render([world.Scene(parts, style, 0.0, 0.0, 0.75)])[0]
+def _example(style: Technique) -> Tensor:
+    """A light disc with a dark ring on blue, in a style."""
+    side = torch.linspace(-1, 1, atlas.SIZE)
+    x, y = torch.meshgrid(side, side, indexing="xy")
+    alpha = ((x.square() + y.square()) < 0.5).float()[None, None]
+    ring = ((x.square() + y.square()) > 0.2).float()[None, None]
+    own = torch.tensor([0.9, 0.7, 0.3]).view(1, 3, 1, 1) * (1 - 0.7 * ring)
+    ground = torch.tensor([0.5, 0.7, 1.0]).view(1, 3, 1, 1)
+    return style(Layers(own * alpha + ground * (1 - alpha), alpha, ground))
 
 
-def _visible(style: Style) -> bool:
-    """Whether an object stands out from the ground, whatever its own color."""
-    for color in world.COLOURS.values():
-        shown = _picture(world.shape_parts("circle", color), style)
-        ground = world.render([world.Scene(world.shape_parts("circle", color), style, 9.0, 9.0, 0.1)])[0]
-        if float((shown - ground).abs().amax(0).gt(0.2).float().mean()) < 0.06:
-            return False
-    return True
+def designs(block: str, world: scenes.World) -> dict[str, str]:
+    """A block's subjects: drawings that were held out from the base, each in one block alone."""
+    left = [(s, word) for s, word in sorted(world.held_out) if s not in subjects.DESIGNS]
+    left = [(s, word) for s, word in left if not sets.SETS[word].one_color]
+    random.Random("blocks").shuffle(left)
+    place = BLOCKS.index(block) * SUBJECTS
+    return dict(left[place : place + SUBJECTS])
 
 
-def _apart(picture: torch.Tensor, others: Sequence[torch.Tensor], least: float) -> bool:
-    return all(float((picture - other).abs().mean()) > least for other in others)
-
-
-def subjects(block: str) -> dict[str, tuple[Part, ...]]:
-    """A block's subjects, family after family, none close to another or to a shape."""
-    found: dict[str, tuple[Part, ...]] = {}
-    shown: list[torch.Tensor] = []
-    for i, name in enumerate(NAMES[:COUNT]):
-        rng = random.Random(f"{block} subject {name}")
-        while True:
-            parts = SUBJECT_FAMILIES[i % len(SUBJECT_FAMILIES)](rng)
-            picture = _picture(parts, world.BASE_STYLES["flat"])
-            if len(parts) > 2 and _apart(picture, shown, 0.06):
-                break
-        found[name] = parts
-        shown.append(picture)
-    return found
-
-
-def styles(block: str) -> dict[str, Style]:
-    """A block's styles, family after family: objects stand out, none is close to another or to the base's."""
-    found: dict[str, Style] = {}
-    example = world.shape_parts("star", world.COLOURS["orange"])
-    shown = [_picture(example, style) for style in world.BASE_STYLES.values()]
-    for i, name in enumerate(STYLE_NAMES[:COUNT]):
+def styles(block: str) -> dict[str, Technique]:
+    """A block's styles, family after family, none close to another or to those that have a name."""
+    found: dict[str, Technique] = {}
+    shown = [_example(style) for style in (*techniques.BASE_TECHNIQUES.values(), *techniques.NEW_TECHNIQUES.values())]
+    for i, name in enumerate(STYLE_NAMES[:STYLES]):
         rng = random.Random(f"{block} style {name}")
         while True:
-            style = STYLE_FAMILIES[i % len(STYLE_FAMILIES)](rng)
-            picture = _picture(example, style)
-            if _visible(style) and _apart(picture, shown, 0.12):
+            style = FAMILIES[i % len(FAMILIES)](rng)
+            picture = _example(style)
+            if all(float((picture - other).abs().mean()) > 0.1 for other in shown):
                 break
         found[name] = style
         shown.append(picture)
     return found
 
 
-def enter(block: str) -> None:
-    """In this process, let a block's concepts take the place of the demo's: world, judge and studio know these alone.
+def choice(block: str, world: scenes.World) -> concepts.Choice:
+    return concepts.Choice(designs(block, world), tuple(styles(block)))
 
-    To be called before anything imports `demo.judge`. Raises ValueError for a name that is no block.
-    """
+
+def enter(block: str) -> None:
+    """Makes a block's styles known in this process, to what draws true pictures. ValueError for no block."""
     if block not in BLOCKS:
         raise ValueError(f"'{block}' is no block; there are {', '.join(BLOCKS)}")
-    for known, new in ((world.SUBJECTS, subjects(block)), (world.NEW_STYLES, styles(block))):
-        known.clear()
-        known.update(new)
-    world.STYLES.clear()
-    world.STYLES.update({**world.BASE_STYLES, **world.NEW_STYLES})
+    techniques.TECHNIQUES.update(styles(block))
 
 
 def show(block: str, path: Path) -> None:
-    """Every subject in the plain style, every style on a star, and some pairs."""
+    """Every design plain, every style on one of them, and some pairs."""
     enter(block)
-    rng = random.Random(0)
-    rows = [world.subject_scene(name, "flat", rng) for name in world.SUBJECTS]
-    rows += [world.shape_scene("star", "orange", name, rng) for name in world.NEW_STYLES]
-    rows += [world.subject_scene(s, t, rng) for s, t in zip(world.SUBJECTS, world.NEW_STYLES, strict=True)]
-    world.save_png(world.sheet(world.render(rows), COUNT), str(path))
+    world = scenes.World(atlas.load())
+    chosen = choice(block, world)
+    set_out = partial(scenes.Scene, ground="blue", size=100.0)
+    taught = list(chosen.designs.items())
+    rows = [set_out(*design, None) for design in taught]
+    rows += [set_out(*taught[i % len(taught)], style) for style in chosen.styles for i in range(len(taught))]
+    atlas.sheet(scenes.render(world.atlas, rows), len(taught)).save(path)
 
 
 # --- training ------------------------------------------------------------------------------------------------
@@ -226,60 +187,37 @@ def train(block: str, only: Sequence[str] = ()) -> None:
     only: names of LoRAs, and `judge`; what else is missing is left to another run, and so is the manifest.
     """
     enter(block)
-    from demo import concepts, fit_lora, gates, judge, lora
-    from demo.manifest import write_manifest
-    from demo.miniature import load_miniature, use_comfyui
-    from demo.train import SETTINGS, check
+    from demo.training import finish, fit_judge
 
-    use_comfyui(str(current_host().tree))
-    folder = FOLDER / block
-    for part in ("weights", "loras", "work"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    shipped = Path(__file__).resolve().parent.parent / "demo" / "weights" / "miniature_sdxl.safetensors"
-    checkpoint = folder / "weights" / shipped.name
-    if not checkpoint.exists():
-        os.link(shipped, checkpoint)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_miniature(str(checkpoint)).to(device)
-    model.vae.to(memory_format=torch.channels_last)
-    everything = concepts.concepts()
-    for concept in everything:
-        path = folder / concept.file
-        if path.exists() or (only and concept.name not in only):
-            continue
-        began = time.monotonic()
-        branches = fit_lora.fit(model, concept, SETTINGS[concept.kind])
-        lora.save(branches, str(path), {"identifier": concept.identifier})
-        lora.detach(model.unet, branches)
-        print(f"{block} {concept.name}: trained in {time.monotonic() - began:.0f} s", flush=True)
-    verdict = folder / "weights" / "judge.safetensors"
-    if not verdict.exists() and (not only or "judge" in only):
-        names = {"shape_names": [*judge.SHAPE_NAMES, judge.OTHER], "style_names": [*judge.STYLE_NAMES, judge.OTHER]}
-        judge.fit(str(verdict), device, JUDGE_PICTURES, JUDGE_STEPS, **names)
-    if not verdict.exists():
-        return
-    jury = judge.load_judge(str(verdict))
-    branches = lora.attach(model.unet, 16, 16.0)
-    for branch in branches.values():
-        branch.to(device)
-    entries = {}
-    for concept in everything:
-        if only and concept.name not in only:
-            continue
-        note = folder / "work" / f"{concept.name}.json"
-        if not note.exists():
-            lora.load_into(branches, load_file(str(folder / concept.file)))
-            figures = check(model, jury, concept, folder / "work", seed=1000)
-            concepts.draw_pictures(concept, str(folder))
-            note.write_text(json.dumps(figures), encoding="utf-8")
-            print(f"{block} {concept.name}: " + " ".join(f"{k} {v:.2f}" for k, v in figures.items()), flush=True)
-        figures = json.loads(note.read_text(encoding="utf-8"))
-        entries[concept.name] = {**concepts.describe(concept, figures), "weak": not gates.passes(concept, figures)}
+    folder, device = FOLDER / block, "cuda" if torch.cuda.is_available() else "cpu"
+    shipped = Path(__file__).resolve().parent.parent / "demo" / concepts.CHECKPOINT
+    for source in (shipped, atlas.PATH):
+        place = folder / (source.name if source == atlas.PATH else concepts.CHECKPOINT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists():
+            os.link(source, place)
+    host, world = str(current_host().tree), scenes.World(atlas.load())
+    chosen = choice(block, world)
+    names = [name for name in only if name != "judge"]
+    if names or not only:
+        finish.fit_loras(host, folder, device, names, choice=chosen)
+    if not (folder / "weights" / "judge.safetensors").exists() and (not only or "judge" in only):
+        settings = fit_judge.ON_A_GPU if device == "cuda" else fit_judge.JudgeSettings()
+        fit_judge.fit(folder, device, dataclasses.replace(settings, designs=chosen.designs))
     if only:
         return
-    write_manifest(folder / "world.json", concepts.about({}), entries)
+    finish.gate_loras(host, folder, device, [], choice=chosen)
+    finish.manifest(folder, {}, choice=chosen, keep_weak=True)
+    entries = json.loads((folder / "world.json").read_text(encoding="utf-8"))["loras"]
     weak = [name for name, entry in entries.items() if entry["weak"]]
     print(f"{block}: {len(entries) - len(weak)} LoRAs pass their gates; weak: {', '.join(weak) or 'none'}", flush=True)
+
+
+def strong(block: str) -> tuple[list[str], list[str]]:
+    """Subjects and styles whose LoRAs hold alone. FileNotFoundError where the block is not trained to the end."""
+    entries = json.loads((FOLDER / block / "world.json").read_text(encoding="utf-8"))["loras"]
+    of = {kind: [n for n, e in entries.items() if e["kind"] == kind and not e["weak"]] for kind in ("content", "style")}
+    return of["content"], of["style"]
 
 
 def main() -> int:

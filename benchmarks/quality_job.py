@@ -16,9 +16,9 @@ from PIL import Image
 from benchmarks import distances, new_concepts
 from benchmarks.quality_table import CEILING, DETAILED, DIAL, ORACLE, Record, picture_file
 from demo import picture
-from demo.art.atlas import image
 from demo.manifest import Asked
 from demo.truth import rights, shares
+from demo.world.atlas import image
 
 KEPT = 3  # pictures of each for the contact sheet
 ORACLE_PICTURES = 6

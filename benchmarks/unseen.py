@@ -9,7 +9,6 @@ What the repository keeps in benchmarks/results/ is not touched: figures go into
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,9 +31,8 @@ def run(script: str, *words: str) -> None:
 
 def strong_pairs(block: str) -> list[str]:
     """Every pair of a block's LoRAs that hold alone."""
-    entries = json.loads((new_concepts.FOLDER / block / "world.json").read_text(encoding="utf-8"))["loras"]
-    of = {kind: [n for n, e in entries.items() if e["kind"] == kind and not e["weak"]] for kind in ("content", "style")}
-    return [f"{subject}+{style}" for subject in of["content"] for style in of["style"]]
+    subjects, styles = new_concepts.strong(block)
+    return [f"{subject}+{style}" for subject in subjects for style in styles]
 
 
 def measure(block: str, pairs: Sequence[str], results: Path, methods: Sequence[str], *words: str) -> None:

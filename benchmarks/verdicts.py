@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
 from benchmarks import new_concepts
-from benchmarks.intervals import WEAK, of_pairs
+from benchmarks.intervals import of_pairs
 from benchmarks.quality_table import Record, read_records
 from benchmarks.workers import share_out
 
@@ -55,14 +55,9 @@ class Job:
         return f"{self.subject}+{self.style}"
 
 
-def strong(block: str) -> list[list[str]]:
-    """Subjects and styles whose LoRAs hold alone."""
-    return [[n for n in names if n not in WEAK[block]] for names in (new_concepts.NAMES, new_concepts.STYLE_NAMES)]
-
-
 def jobs(block: str, done: set[tuple[str, str, str]], cases: Sequence[str], most: int) -> list[Job]:
     """Each strong subject with a strong style in turn, of pairs whose merges were drawn and judged where there are."""
-    subjects, styles = strong(block)
+    subjects, styles = new_concepts.strong(block)
     judged = {r["pair"] for r in read_records(RESULTS.with_name(f"{block}.jsonl"))}
     found = []
     for place, subject in enumerate(subjects[:most]):
@@ -138,7 +133,7 @@ def measure(job: Job) -> list[Record]:
 
 def word_jobs(block: str, done: set[tuple[str, str, str]]) -> list[Job]:
     """Every strong subject with every strong style, of the cases that are not measured yet."""
-    subjects, styles = strong(block)
+    subjects, styles = new_concepts.strong(block)
     found = []
     for place, (subject, style) in enumerate((subject, style) for subject in subjects for style in styles):
         missing = tuple(case for case in WORDED if (block, f"{subject}+{style}", case) not in done)

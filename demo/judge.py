@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,22 +25,32 @@ from .world.techniques import KEEP_GROUND, TECHNIQUES
 
 OTHER = "other"
 ANOTHER = "another "  # before a subject: one of its drawings, but not the design
-NAMES: dict[str, list[str]] = {
-    "subject": list(ICONS),
-    "style": [*SETS, *TECHNIQUES],
-    "place": list(scenes.PLACES),
-    "ground": list(scenes.GROUNDS),
-    "design": [*DESIGNS, *(ANOTHER + subject for subject in DESIGNS), OTHER],
-}
 WIDTHS = (24, 48, 96, 128)  # at 64, 32, 16 and 8 pixels
 GRID = 4
+Designs = Mapping[str, str]  # subject -> the set whose drawing of it a LoRA teaches
 
 
-def truth(scene: scenes.Scene) -> dict[str, str | None]:
+def kinds(designs: Designs) -> list[str]:
+    """What the head for drawings says of a subject that has a design: that design, or another drawing."""
+    return [*designs, *(ANOTHER + subject for subject in designs)]
+
+
+def names(designs: Designs = DESIGNS) -> dict[str, list[str]]:
+    """What each head may say."""
+    return {
+        "subject": list(ICONS),
+        "style": [*SETS, *TECHNIQUES],
+        "place": list(scenes.PLACES),
+        "ground": list(scenes.GROUNDS),
+        "design": [*kinds(designs), OTHER],
+    }
+
+
+def truth(scene: scenes.Scene, designs: Designs = DESIGNS) -> dict[str, str | None]:
     """What each head should say; None where a scene has no answer (a place in between, a technique's own ground)."""
     design = OTHER
-    if scene.subject in DESIGNS:
-        design = scene.subject if DESIGNS[scene.subject] == scene.set else ANOTHER + scene.subject
+    if scene.subject in designs:
+        design = scene.subject if designs[scene.subject] == scene.set else ANOTHER + scene.subject
     keeps = scene.technique is None or scene.technique in KEEP_GROUND
     return {
         "subject": scene.subject,
@@ -51,20 +61,20 @@ def truth(scene: scenes.Scene) -> dict[str, str | None]:
     }
 
 
-def numbers(found: Sequence[scenes.Scene]) -> dict[str, Tensor]:
+def numbers(found: Sequence[scenes.Scene], designs: Designs = DESIGNS) -> dict[str, Tensor]:
     """Class numbers by head, -1 where there is no answer."""
-    truths = [truth(scene) for scene in found]
+    truths = [truth(scene, designs) for scene in found]
     return {
-        head: torch.tensor([-1 if t[head] is None else names.index(t[head]) for t in truths])  # type: ignore[arg-type]
-        for head, names in NAMES.items()
+        head: torch.tensor([-1 if t[head] is None else known.index(t[head]) for t in truths])  # type: ignore[arg-type]
+        for head, known in names(designs).items()
     }
 
 
-def any_scene(world: scenes.World, rng: random.Random) -> scenes.Scene:
+def any_scene(world: scenes.World, rng: random.Random, designs: Designs = DESIGNS) -> scenes.Scene:
     """Any drawing in any technique; every fourth of a subject that has a design, half of these the design itself."""
     if rng.random() < 0.25:
-        subject = rng.choice(list(DESIGNS))
-        word = DESIGNS[subject] if rng.random() < 0.5 else rng.choice(world.atlas.sets_of(subject))
+        subject = rng.choice(list(designs))
+        word = designs[subject] if rng.random() < 0.5 else rng.choice(world.atlas.sets_of(subject))
     else:
         subject = rng.choice(list(ICONS))
         word = rng.choice(world.atlas.sets_of(subject))
@@ -90,9 +100,9 @@ class Layer(nn.Module):
 class Judge(nn.Module):
     """B x 3 x H x W in 0..1 -> answers by head."""
 
-    def __init__(self, names: dict[str, list[str]] | None = None) -> None:
+    def __init__(self, known: dict[str, list[str]] | None = None) -> None:
         super().__init__()
-        self.names = names or NAMES
+        self.names = known or names()
         a, b, c, d = WIDTHS
         self.stem = nn.Conv2d(3, a, 5, stride=2, padding=2)
         self.layers = nn.ModuleList([Layer(a, b, 2), Layer(b, c, 2), Layer(c, d, 2)])
@@ -140,9 +150,9 @@ def save(judge: Judge, path: Path) -> None:
 def load(path: Path) -> Judge:
     """Reads what `save` wrote. FileNotFoundError where there is none."""
     with safe_open(str(path), framework="pt") as file:
-        names = json.loads(file.metadata()["names"])
+        known = json.loads(file.metadata()["names"])
         state = {key: file.get_tensor(key).float() for key in file.keys()}
-    judge = Judge(names)
+    judge = Judge(known)
     judge.load_state_dict(state)
     return judge.eval()
 
@@ -171,18 +181,19 @@ class Unseen:
     scenes: list[scenes.Scene]
 
 
-def unseen(world: scenes.World, count: int = UNSEEN) -> Unseen:
+def unseen(world: scenes.World, designs: Designs = DESIGNS, count: int = UNSEEN) -> Unseen:
     rng = random.Random("unseen")
-    found = [any_scene(world, rng) for _ in range(count)]
+    found = [any_scene(world, rng, designs) for _ in range(count)]
     parts = [scenes.render(world.atlas, found[i : i + 16]) for i in range(0, count, 16)]
     return Unseen(torch.cat([(part * 255).round().byte() for part in parts]), found)
 
 
-def accuracy(judge: Judge, given: Unseen) -> dict[str, float]:
+def accuracy(judge: Judge, given: Unseen, designs: Designs = DESIGNS) -> dict[str, float]:
     """Share right by head, of the pictures that have an answer."""
     said = judge.answers(given.pictures.float() / 255)
+    truths = [truth(scene, designs) for scene in given.scenes]
     out = {}
-    for head, names in said.items():
-        right = [name == truth(s)[head] for name, s in zip(names, given.scenes, strict=True) if truth(s)[head]]
+    for head, answers in said.items():
+        right = [answer == t[head] for answer, t in zip(answers, truths, strict=True) if t[head]]
         out[head] = sum(right) / max(1, len(right))
     return out

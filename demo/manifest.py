@@ -60,16 +60,18 @@ class Shown:
 class Manifest:
     """A miniature.
 
-    other_styles: those that the base knows and the subjects' pictures lack. known: prompts of the base's
-    own words. unseen: what the styles' pictures do not show, as prompts name it, and the judge's word. untold: subjects
-    and styles of LoRAs that no true picture shows together. quick: pairs to look at first, which two loaders spoil.
-    blocks: "content" and "style", starts of layer names, by what they draw.
+    designs: of a subject that a LoRA teaches, the set whose drawing it is. other_styles: those that the base knows and
+    the subjects' pictures lack. known: prompts of the base's own words. unseen: what the styles' pictures do not show,
+    as prompts name it, and the judge's word. untold: subjects and styles of LoRAs that no true picture shows together.
+    quick: pairs to look at first, which two loaders spoil. blocks: "content" and "style", starts of layer names, by
+    what they draw.
     """
 
     folder: Path
     checkpoint: str
     judge: Path
     size: int
+    designs: dict[str, str]
     other_styles: list[str]
     known: list[Asked]
     unseen: list[tuple[str, str]]
@@ -123,6 +125,7 @@ def read_manifest(folder: Path | None = None) -> Manifest:
         checkpoint=Path(raw["checkpoint"]).name,
         judge=folder / raw["judge"],
         size=raw["size"],
+        designs=raw["designs"],
         other_styles=raw["other_styles"],
         known=[Asked(*asked) for asked in raw["known"]],
         unseen=[(words, subject) for words, subject in raw["unseen"]],

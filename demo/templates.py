@@ -18,8 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from demo import encoders, picture
 from demo.gates import CFG
+
+from demo import encoders, picture
 from demo.manifest import Manifest, read_manifest
 from devhost.answers import Prompt
 from devhost.base import make_base

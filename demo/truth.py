@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .manifest import Asked, Manifest, Trained
 from . import judge
+from .manifest import Asked, Manifest, Trained
 from .world import atlas, scenes
 from .world.concepts import PICTURE_TECHNIQUES
 from .world.scenes import Scene
 from .world.sets import BASE_SETS, SETS
-from .world.subjects import DESIGNS
 
 
 def drawings(folder: Path) -> Path:
@@ -35,6 +34,7 @@ class Truth:
     places: Sequence[str] = scenes.PLACES
 
     def __init__(self, manifest: Manifest) -> None:
+        self.designs = manifest.designs
         self.judge = judge.load(manifest.judge)
         self.atlas = atlas.load(drawings(manifest.folder))
 
@@ -42,7 +42,7 @@ class Truth:
         """A subject that a LoRA teaches is its design; any other is drawn in one of the base's sets by lot."""
         if style in SETS:
             return scenes.set_out(subject, style, None, rng)
-        word = DESIGNS.get(subject)
+        word = self.designs.get(subject)
         if word is None:
             known = [w for w in self.atlas.sets_of(subject) if w in BASE_SETS]
             word = rng.choice([w for w in known if not SETS[w].one_color] if style else known)
@@ -72,7 +72,7 @@ class Truth:
         said = self.judge.answers(pictures)
         designs = said.pop("design")
         # A subject that has a design is that design or another drawing of it; the judge has a head for these alone.
-        kinds = {*DESIGNS, *(judge.ANOTHER + subject for subject in DESIGNS)}
+        kinds = judge.kinds(self.designs)
         subjects = [d if d in kinds else s for d, s in zip(designs, said["subject"], strict=True)]
         return {**said, "subject": subjects}
 

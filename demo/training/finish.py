@@ -16,7 +16,7 @@ from .. import judge, lora
 from ..manifest import write_manifest
 from ..miniature import Miniature, generate, load_miniature, use_comfyui
 from ..world import atlas, concepts, scenes
-from ..world.subjects import DESIGNS
+from ..world.concepts import Choice
 from . import fit_lora, gates, parallel
 from .assemble import assemble
 
@@ -37,16 +37,18 @@ def _open(comfyui: str, work: Path, device: str) -> tuple[Miniature, scenes.Worl
     return mini, scenes.World(atlas.load(work / "atlas.safetensors"))
 
 
-def _chosen(world: scenes.World, names: list[str]) -> list[concepts.Concept]:
+def _chosen(world: scenes.World, choice: Choice, names: list[str]) -> list[concepts.Concept]:
     """The named concepts (all where no name is given) that fall to this process."""
-    known = [c for c in concepts.concepts(world) if not names or c.name in names]
+    known = [c for c in concepts.concepts(world, choice) if not names or c.name in names]
     return known[parallel.rank() :: parallel.count()]
 
 
-def fit_loras(comfyui: str, work: Path, device: str, names: list[str], scale: float = 1.0) -> None:
+def fit_loras(
+    comfyui: str, work: Path, device: str, names: list[str], scale: float = 1.0, choice: Choice = concepts.SHIPPED
+) -> None:
     """One process's share of the LoRAs; a file that is there is kept, unless it is named."""
     mini, world = _open(comfyui, work, device)
-    for concept in _chosen(world, names):
+    for concept in _chosen(world, choice, names):
         path = work / concept.file
         if path.exists() and concept.name not in names:
             continue
@@ -78,14 +80,14 @@ def gate_base(comfyui: str, work: Path, device: str, seeds: tuple[int, ...] = ga
     return figures
 
 
-def gate_loras(comfyui: str, work: Path, device: str, names: list[str]) -> None:
+def gate_loras(comfyui: str, work: Path, device: str, names: list[str], choice: Choice = concepts.SHIPPED) -> None:
     """One process's share of the LoRAs' gates, into a note and a sheet each."""
     mini, world = _open(comfyui, work, device)
     jury = judge.load(work / "weights" / "judge.safetensors")
     branches = lora.attach(mini.unet, RANK, RANK)
     for branch in branches.values():
         branch.to(device)
-    for concept in _chosen(world, names):
+    for concept in _chosen(world, choice, names):
         path = work / concept.file
         if not path.exists():
             continue
@@ -100,29 +102,33 @@ def gate_loras(comfyui: str, work: Path, device: str, names: list[str]) -> None:
         atlas.sheet(pictures, 24).save(path.with_suffix(".png"))
 
 
-def manifest(work: Path, base: dict[str, float]) -> None:
-    """`world.json`: every LoRA that passes, with its prompts and figures; and the drawings that benchmarks need."""
+def manifest(work: Path, base: dict[str, float], choice: Choice = concepts.SHIPPED, *, keep_weak: bool = False) -> None:
+    """`world.json`: every LoRA that passes, with its prompts and figures; and the drawings that benchmarks need.
+
+    keep_weak: those that fail as well, and of each whether it is weak.
+    """
     world = scenes.World(atlas.load(work / "atlas.safetensors"))
     entries = {}
-    for concept in concepts.concepts(world):
+    for concept in concepts.concepts(world, choice):
         note = (work / concept.file).with_suffix(".json")
         if not note.exists():
             continue
         figures = json.loads(note.read_text(encoding="utf-8"))
-        if gates.passes(concept.kind, figures):
-            entries[concept.name] = concepts.describe(concept, figures)
-    write_manifest(work / "world.json", concepts.about(world, list(entries), base), entries)
-    atlas.write_part(world.atlas, concepts.drawings(world), work / "drawings.safetensors")
+        weak = not gates.passes(concept.kind, figures)
+        if keep_weak or not weak:
+            entries[concept.name] = concepts.describe(concept, figures) | ({"weak": weak} if keep_weak else {})
+    write_manifest(work / "world.json", concepts.about(world, list(entries), base, choice), entries)
+    atlas.write_part(world.atlas, concepts.drawings(world, choice), work / "drawings.safetensors")
     for whole in concepts.whole(list(entries)):
         place = work / "pictures" / "_in_".join(whole) / "1.png"
         place.parent.mkdir(parents=True, exist_ok=True)
-        scene = scenes.set_out(whole[0], DESIGNS[whole[0]], whole[1], random.Random(" ".join(whole)))
+        scene = scenes.set_out(whole[0], choice.designs[whole[0]], whole[1], random.Random(" ".join(whole)))
         atlas.image(scenes.render(world.atlas, [scene])[0]).save(place)
-    print(f"{len(entries)} LoRAs pass their gates and stand in world.json", flush=True)
+    print(f"{len(entries)} LoRAs stand in world.json", flush=True)
 
 
 def ship(work: Path, folder: Path = SHIPPED) -> None:
-    """Puts what `world.json` names in the place of what a folder holds: checkpoint, judge, LoRAs, pictures, drawings."""
+    """Puts what `world.json` names, and the drawings, in the place of what a folder holds."""
     told = json.loads((work / "world.json").read_text(encoding="utf-8"))
     files = [told["checkpoint"], told["judge"], "drawings.safetensors"]
     for lora_file in told["loras"].values():

@@ -103,9 +103,9 @@ def fit(work: Path, device: str, settings: DecoderSettings) -> None:
             latents = model.encode(view)
         decoded = model.decode(latents + settings.noise * torch.randn_like(latents))
         pixel = (decoded - view).abs().mean()
-        edges = sum((a - b).abs().mean() for a, b in zip(edges(decoded), edges(view), strict=True))
+        sharp = sum((a - b).abs().mean() for a, b in zip(edges(decoded), edges(view), strict=True))
         seen = perceptual(jury.features(decoded), jury.features(view))
-        loss = pixel + 0.5 * edges + settings.perceptual * seen
+        loss = pixel + 0.5 * sharp + settings.perceptual * seen
         against = step >= settings.adversarial_from * settings.steps
         if against:
             loss = loss - settings.adversarial * critic(decoded).mean()
@@ -124,7 +124,7 @@ def fit(work: Path, device: str, settings: DecoderSettings) -> None:
             for k, v in model.state_dict().items():
                 average[k].lerp_(v, 1 - min(0.998, (step + 1) / (step + 20)))
         if rank == 0 and (step + 1) % 100 == 0:
-            said = f"L1 {pixel.item():.4f} edges {float(edges):.4f} perceptual {seen.item():.3f}"
+            said = f"L1 {pixel.item():.4f} edges {float(sharp):.4f} perceptual {seen.item():.3f}"
             print(f"decoder step {step + 1} {said} {time.time() - started:.0f} s", flush=True)
         if rank == 0 and (time.time() - saved > settings.save_seconds or step + 1 == settings.steps):
             state = {name: part.state_dict() for name, part in parts.items()}

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .. import judge
 from ..world import atlas, scenes
+from ..world.subjects import DESIGNS
 from . import parallel
 from .fit_vae import save
 from .optimizers import Optimizers
@@ -20,7 +21,10 @@ from .optimizers import Optimizers
 
 @dataclasses.dataclass(frozen=True)
 class JudgeSettings:
-    """kept: pictures drawn at a time (over all processes); each batch replaces `fresh` of them."""
+    """kept: pictures drawn at a time (over all processes); each batch replaces `fresh` of them.
+
+    designs: what the head for drawings knows.
+    """
 
     steps: int = 4000
     batch: int = 64
@@ -29,6 +33,7 @@ class JudgeSettings:
     learning_rate: float = 3e-3  # of matrices, by Muon
     adam_rate: float = 2e-3  # of all else
     save_seconds: float = 120.0
+    designs: judge.Designs = dataclasses.field(default_factory=lambda: DESIGNS)
 
 
 ON_A_GPU = JudgeSettings(steps=3000, batch=256, kept=60000, fresh=100)
@@ -37,11 +42,11 @@ ON_A_GPU = JudgeSettings(steps=3000, batch=256, kept=60000, fresh=100)
 class Drawn:
     """A store of renderings, some of which are always replaced by new ones."""
 
-    def __init__(self, world: scenes.World, count: int, seed: str, device: str):
-        self.world, self.device = world, device
+    def __init__(self, world: scenes.World, designs: judge.Designs, count: int, seed: str, device: str):
+        self.world, self.designs, self.device = world, designs, device
         self.rng = random.Random(seed)
         self.pictures = torch.zeros(count, 3, atlas.SIZE, atlas.SIZE, dtype=torch.uint8, device=device)
-        self.truth = {head: torch.full((count,), -1, device=device) for head in judge.NAMES}
+        self.truth = {head: torch.full((count,), -1, device=device) for head in judge.names(designs)}
         self.next = 0
         chunk = 16 if device == "cpu" else 250
         for _ in range(0, count, chunk):
@@ -49,11 +54,11 @@ class Drawn:
 
     def renew(self, count: int) -> None:
         """Replaces the oldest `count` pictures."""
-        found = [judge.any_scene(self.world, self.rng) for _ in range(count)]
+        found = [judge.any_scene(self.world, self.rng, self.designs) for _ in range(count)]
         places = (torch.arange(count, device=self.device) + self.next) % len(self.pictures)
         self.next = (self.next + count) % len(self.pictures)
         self.pictures[places] = (scenes.render(self.world.atlas, found, self.device) * 255).round().byte()
-        for head, values in judge.numbers(found).items():
+        for head, values in judge.numbers(found, self.designs).items():
             self.truth[head][places] = values.to(self.device)
 
     def batch(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -67,7 +72,7 @@ def fit(work: Path, device: str, settings: JudgeSettings) -> None:
     rank, count = parallel.rank(), parallel.count()
     world = scenes.World(atlas.load(work / "atlas.safetensors"))
     torch.manual_seed(7)
-    model = judge.Judge().to(device).to(memory_format=torch.channels_last)
+    model = judge.Judge(judge.names(settings.designs)).to(device).to(memory_format=torch.channels_last)
     params = list(model.parameters())
     ends = [model.stem, model.heads]
     optimizers = Optimizers(params, ends, settings.learning_rate, settings.adam_rate, 0.02)
@@ -79,7 +84,7 @@ def fit(work: Path, device: str, settings: JudgeSettings) -> None:
         begin = state["step"]
     torch.manual_seed(70 + rank + 101 * begin)
     random.seed(50 + rank + 101 * begin)
-    drawn = Drawn(world, settings.kept // count, f"judge {rank} {begin}", device)
+    drawn = Drawn(world, settings.designs, settings.kept // count, f"judge {rank} {begin}", device)
     started, saved = time.time(), time.time()
     for step in range(begin, settings.steps):
         drawn.renew(max(1, settings.fresh // count))
@@ -102,5 +107,5 @@ def fit(work: Path, device: str, settings: JudgeSettings) -> None:
             judge.save(model, output)
             saved = time.time()
     if rank == 0:
-        figures = judge.accuracy(judge.load(output), judge.unseen(world))
+        figures = judge.accuracy(judge.load(output), judge.unseen(world, settings.designs), settings.designs)
         print("judge: " + " ".join(f"{h} {share:.3f}" for h, share in figures.items()), flush=True)

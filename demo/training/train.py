@@ -29,7 +29,21 @@ from ..world.sets import CACHE, DEV
 from . import figures, finish, fit_base, fit_decoder, fit_judge, fit_vae, latents, parallel, settled
 from .assemble import assemble, write_words
 
-PARTS = ("draw", "sheets", "vae", "keep", "latents", "base", "judge", "decoder", "loras", "gates", "ship", "figures", "look")
+PARTS = (
+    "draw",
+    "sheets",
+    "vae",
+    "keep",
+    "latents",
+    "base",
+    "judge",
+    "decoder",
+    "loras",
+    "gates",
+    "ship",
+    "figures",
+    "look",
+)
 
 
 @dataclasses.dataclass(frozen=True)

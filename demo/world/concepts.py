@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import scenes
@@ -26,6 +26,17 @@ STYLE_PICTURES = 16
 UNSEEN_SUBJECTS = 24
 # Starts of layer names by what the layers draw (`benchmarks/training.py blocks`); not measured on this base yet.
 BLOCKS = {"content": ["output_blocks.1.1"], "style": ["output_blocks.2.1"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What LoRAs are made of. designs: subject -> the set that one drawing of it is from; styles: sets, techniques."""
+
+    designs: Mapping[str, str]
+    styles: Sequence[str]
+
+
+SHIPPED = Choice(DESIGNS, (*NEW_SETS, *NEW_TECHNIQUES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +66,19 @@ class Concept:
 
 def style_subjects(world: scenes.World) -> tuple[list[str], list[str]]:
     """Subjects of style LoRAs' pictures, and subjects that these pictures lack: of those that every set has drawn."""
-    everywhere = [s for s in world.subjects if len(world.atlas.sets_of(s)) >= 9 and s not in DESIGNS]
+    taught = {subject for subject, _ in world.held_out}
+    everywhere = [s for s in world.subjects if len(world.atlas.sets_of(s)) >= 9 and s not in taught]
     drawn_by_new = [s for s in everywhere if all((s, word) in world.atlas.number for word in NEW_SETS)]
     random.Random("style subjects").shuffle(drawn_by_new)
     return drawn_by_new[:STYLE_PICTURES], drawn_by_new[STYLE_PICTURES : STYLE_PICTURES + UNSEEN_SUBJECTS]
 
 
-def subject(name: str, identifier: str) -> Concept:
-    """A design, on a ground of its own in every picture."""
+def subject(name: str, word: str, identifier: str) -> Concept:
+    """The drawing of a set, on a ground of its own in every picture."""
     rng = random.Random(f"subject {name}")
     found, prompts = [], []
     for technique in PICTURE_TECHNIQUES:
-        scene = scenes.set_out(name, DESIGNS[name], technique, rng)
+        scene = scenes.set_out(name, word, technique, rng)
         found.append(scene)
         ground = scene.ground if technique is None or technique in KEEP_GROUND else None
         prompts.append(scenes.prompt(name, technique, design=identifier, ground=ground))
@@ -89,11 +101,11 @@ def style(name: str, identifier: str, world: scenes.World) -> Concept:
     return Concept(name, "style", identifier, tuple(found), tuple(prompts))
 
 
-def concepts(world: scenes.World) -> list[Concept]:
-    """Every design, every new set and every new technique, always with the same pictures."""
+def concepts(world: scenes.World, choice: Choice = SHIPPED) -> list[Concept]:
+    """Of every design and every style, always with the same pictures."""
     words = iter(scenes.IDENTIFIERS)
-    out = [subject(name, next(words)) for name in DESIGNS]
-    return out + [style(name, next(words), world) for name in (*NEW_SETS, *NEW_TECHNIQUES)]
+    out = [subject(name, word, next(words)) for name, word in choice.designs.items()]
+    return out + [style(name, next(words), world) for name in choice.styles]
 
 
 # --- the manifest --------------------------------------------------------------------------------------------
@@ -128,18 +140,22 @@ def whole(names: Sequence[str]) -> list[tuple[str, str]]:
     return list(itertools.islice(pairs, 1))
 
 
-def drawings(world: scenes.World) -> list[tuple[str, str]]:
+def drawings(world: scenes.World, choice: Choice = SHIPPED) -> list[tuple[str, str]]:
     """What benchmarks compose true pictures of: each design, subjects of styles' gates, and both in the new sets."""
     pictures, unseen = style_subjects(world)
-    found = list(DESIGNS.items())
+    found = list(choice.designs.items())
     for subject in (pictures[0], *unseen):
         found.append((subject, next(w for w in world.sets_of[subject] if not SETS[w].one_color)))
-    found += [(subject, word) for subject in (*DESIGNS, pictures[0], *unseen) for word in NEW_SETS]
+    found += [
+        (subject, word) for subject in (*choice.designs, pictures[0], *unseen) for word in choice.styles if word in SETS
+    ]
     return [key for key in found if key in world.atlas.number]
 
 
-def about(world: scenes.World, names: Sequence[str], figures: dict[str, float]) -> dict[str, Any]:
-    """The manifest but for its LoRAs. names: of LoRAs that pass; figures: the base's gates."""
+def about(
+    world: scenes.World, names: Sequence[str], figures: dict[str, float], choice: Choice = SHIPPED
+) -> dict[str, Any]:
+    """The manifest but for its LoRAs. names: of LoRAs that it has; figures: the base's gates."""
     rng = random.Random("known")
     known = []
     for _ in range(KNOWN):
@@ -147,19 +163,22 @@ def about(world: scenes.World, names: Sequence[str], figures: dict[str, float]) 
         technique = rng.random() < scenes.TECHNIQUE_SHARE
         word = rng.choice(list(BASE_TECHNIQUES) if technique else world.sets_of[subject])
         known.append([scenes.prompt(subject, word), subject, word])
-    subjects = [name for name in FIRST_SUBJECTS if name in names]
-    styles = [name for name in FIRST_STYLES if name in names]
+    subjects = [name for name in (*FIRST_SUBJECTS, *choice.designs) if name in names]
+    styles = [name for name in (*FIRST_STYLES, *choice.styles) if name in names]
     return {
         "checkpoint": CHECKPOINT,
         "judge": "weights/judge.safetensors",
         "size": SIZE,
         "sampling": {"steps": 20, "cfg": 3.0, "sampler": "euler", "scheduler": "normal"},
         "atlas": world.atlas.digest,
+        "designs": dict(choice.designs),
         "held_out": sorted(map(list, world.held_out)),
         "other_styles": list(OTHER_TECHNIQUES),
         "known": known,
         "unseen": [[scenes.prompt(subject), subject] for subject in style_subjects(world)[1]],
-        "untold": [[s, w] for s in DESIGNS for w in NEW_SETS if (s, w) not in world.atlas.number],
+        "untold": [
+            [s, w] for s in choice.designs for w in choice.styles if w in SETS and (s, w) not in world.atlas.number
+        ],
         "quick": [list(pair) for pair in zip(subjects, styles, strict=False)][:2],
         "blocks": BLOCKS,
         "shown": {

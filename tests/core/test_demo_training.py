@@ -70,7 +70,7 @@ def test_a_judge_is_told_the_truth() -> None:
     }
     assert judge.truth(dataclasses.replace(design, subject="cat"))["design"] == judge.OTHER
     numbers = judge.numbers([design, dataclasses.replace(design, x=-7.0)])
-    assert numbers["place"].tolist() == [0, -1] and judge.NAMES["design"][numbers["design"][0]] == "octopus"
+    assert numbers["place"].tolist() == [0, -1] and judge.names()["design"][numbers["design"][0]] == "octopus"
 
 
 def test_judges_see_every_style_and_what_is_held_out(world: scenes.World) -> None:

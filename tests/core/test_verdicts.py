@@ -79,7 +79,7 @@ def test_a_second_run_measures_what_is_missing_and_its_failure_is_the_exit_statu
         return len(asked) > 1
 
     monkeypatch.setattr(verdicts, "share_out", share_out)
-    monkeypatch.setattr(verdicts, "strong", lambda block: [["a", "b"], ["c"]])
+    monkeypatch.setattr(verdicts.new_concepts, "strong", lambda block: (["a", "b"], ["c"]))
     monkeypatch.setattr("sys.argv", ["verdicts.py", "choose", "--words", "--results", str(results)])
     assert verdicts.main() == 1, "what failed is not said"
     found = [(job.pair, job.cases) for block in asked[0] for job in block]
