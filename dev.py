@@ -10,7 +10,7 @@
     python3 dev.py serve       a ComfyUI with the pack and the miniature model, to use by hand
     python3 dev.py lint        ruff and mypy
     python3 dev.py mutants     deliberate faults, each against the tests that should notice it (minutes to an hour)
-    python3 dev.py train       train the miniature model again from nothing (hours on a CPU)
+    python3 dev.py train       train the miniature model again from nothing, or PARTS of it (hours on a CPU)
     python3 dev.py workflows   write workflows/ and workflows/api/ through the real frontend, and what nodes say
     python3 dev.py validate    every graph through comfy-cli's validator
     python3 dev.py run FILE    run a Python file in the environment
@@ -109,7 +109,7 @@ def mutants(rest: list[str]) -> int:
 
 def train(rest: list[str]) -> int:
     host = set_up()
-    return python(host, "-m", "demo.train", "--comfyui", str(host.tree), *rest)
+    return python(host, "-m", "demo.training.train", *rest, "--comfyui", str(host.tree))
 
 
 def workflows(rest: list[str]) -> int:

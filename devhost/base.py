@@ -76,14 +76,12 @@ def find_miniature(demo: Path | None = None) -> Miniature:
     The folder is laid out as demo/ is: world.json, weights/, loras/*.safetensors, pictures/<name>/*.png.
     """
     demo = demo or Path(os.environ.get("ZIPLORA_MINIATURE") or ROOT / "demo").resolve()
-    own = demo / "host_extension"  # a miniature of another build brings its own
-    extension = own if own.is_dir() else ROOT / "demo" / "host_extension"
+    extension = ROOT / "demo" / "host_extension"
     checkpoint = demo / "weights" / CHECKPOINT
     loras = sorted((demo / "loras").glob("*.safetensors"))
     pictures = sorted({picture.parent for picture in (demo / "pictures").glob("*/*.png")})
     parts = {"checkpoint": checkpoint.is_file(), "LoRAs": loras, "pictures": pictures}
     parts["world.json"] = (demo / "world.json").is_file()  # what each LoRA is, and its prompt
-    parts["host extension"] = (extension / "__init__.py").is_file()
     missing = [name for name, found in parts.items() if not found]
     if missing:
         raise MissingMiniature(

@@ -1,14 +1,7 @@
-"""Trains the miniature, part by part; every part goes on where it stopped.
+"""Trains the miniature, part by part; every part goes on where it stopped. `demo/README.md` says what each part does.
 
-    python3 dev.py run -m demo.training.train draw                fetch the emoji sets, draw the atlas (minutes)
-    python3 dev.py run -m demo.training.train sheets              contact sheets of drawings and techniques
-    python3 dev.py run -m demo.training.train vae latents base    autoencoder; scenes as latents; UNet and text encoders
-    python3 dev.py run -m demo.training.train keep                the autoencoder into the repository, when it is good
-    python3 dev.py run -m demo.training.train judge decoder       judges; the decoder sharpened, into the checkpoint
-    python3 dev.py run -m demo.training.train loras gates         LoRAs; their gates and the base's, `world.json`
-    python3 dev.py run -m demo.training.train ship                what passed into demo/, where everything else finds it
-    python3 dev.py run -m demo.training.train figures             PSNR and edges of the autoencoders, side by side
-    python3 dev.py run -m demo.training.train look --prompt "an octopus in noto style"
+    python3 dev.py train                            everything, from nothing
+    python3 dev.py train judge decoder loras gates  some parts
 
 On a GPU (`--device cuda`) the base takes large batches and more scenes, drawn and encoded there; all it needs besides
 the checkout and a ComfyUI tree is the folder of `--work` with `atlas.safetensors` (32 MB) and, where it is trained
@@ -26,24 +19,11 @@ import torch
 
 from ..world import atlas, contact
 from ..world.sets import CACHE, DEV
-from . import figures, finish, fit_base, fit_decoder, fit_judge, fit_vae, latents, parallel, settled
+from . import figures, finish, fit_base, fit_decoder, fit_judge, fit_vae, latents, parallel
 from .assemble import assemble, write_words
 
-PARTS = (
-    "draw",
-    "sheets",
-    "vae",
-    "keep",
-    "latents",
-    "base",
-    "judge",
-    "decoder",
-    "loras",
-    "gates",
-    "ship",
-    "figures",
-    "look",
-)
+ALL = ("draw", "vae", "latents", "base", "judge", "decoder", "loras", "gates", "ship")
+PARTS = (*ALL, "sheets", "figures", "look")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +56,7 @@ def run(part: str, plan: Plan) -> None:
     elif part == "vae":
         large = fit_vae.ON_A_GPU if device == "cuda" else {}
         parallel.launch(fit_vae.fit, plan.processes, plan.short(fit_vae.VaeSettings(work, device, **large)))
-    elif part == "keep":
-        settled.keep(work)
     elif part == "latents":
-        settled.take(work)
         parallel.launch(latents.make, plan.processes, work, plan.base.shards, device)
     elif part == "base":
         write_words()
@@ -110,7 +87,7 @@ def run(part: str, plan: Plan) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("parts", nargs="*", default=ALL, help=", ".join(PARTS))
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH") or str(DEV / "comfyui"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=None, help="on a CPU; default: its cores")
@@ -123,6 +100,9 @@ def main() -> None:
         parser.add_argument(f"--{setting}", type=int, default=None, help="of the base")
     parser.add_argument("--fused", action="store_true", help="the base's UNet through torch.compile")
     given = parser.parse_args()
+    unknown = [part for part in given.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"there is no part '{unknown[0]}'; there are {', '.join(PARTS)}")
     on_gpu = given.device == "cuda"
     changed = {name: getattr(given, name) for name in ("shards", "steps", "batch") if getattr(given, name)}
     changed["fused"] = given.fused

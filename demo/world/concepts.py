@@ -163,8 +163,8 @@ def about(
         technique = rng.random() < scenes.TECHNIQUE_SHARE
         word = rng.choice(list(BASE_TECHNIQUES) if technique else world.sets_of[subject])
         known.append([scenes.prompt(subject, word), subject, word])
-    subjects = [name for name in (*FIRST_SUBJECTS, *choice.designs) if name in names]
-    styles = [name for name in (*FIRST_STYLES, *choice.styles) if name in names]
+    subjects = [name for name in dict.fromkeys((*FIRST_SUBJECTS, *choice.designs)) if name in names]
+    styles = [name for name in dict.fromkeys((*FIRST_STYLES, *choice.styles)) if name in names]
     return {
         "checkpoint": CHECKPOINT,
         "judge": "weights/judge.safetensors",

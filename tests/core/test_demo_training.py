@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from toy_world import toy_atlas
 
 from demo import autoencoder, judge
-from demo.training import fit_base, gates, latents, settled
+from demo.training import finish, fit_base, gates, latents
 from demo.world import concepts, scenes, sets, subjects, techniques
 
 
@@ -131,10 +132,26 @@ def test_sharpness_is_whole_for_the_truth_and_less_for_a_blur() -> None:
     assert noisy["psnr"] == pytest.approx(float((-10 * error.log10()).mean()), rel=1e-4)
 
 
-def test_the_autoencoder_that_is_kept_shows_a_plain_picture(tmp_path: Path) -> None:
-    settled.take(tmp_path)
-    model = autoencoder.load(torch.load(tmp_path / "weights" / "vae.pt")).eval()
-    picture = torch.full((1, 3, 128, 128), 0.9)
-    picture[:, :, 32:96, 40:88] = torch.tensor([0.2, 0.5, 0.3]).view(3, 1, 1)
-    with torch.no_grad():
-        assert (model.decode(model.encode(picture)) - picture).abs().mean() < 0.02
+def test_what_passed_takes_the_place_of_what_was_shipped(tmp_path: Path) -> None:
+    work, folder = tmp_path / "work", tmp_path / "demo"
+    taught = {"file": "loras/cat.safetensors", "pictures": ["pictures/cat/1.png"]}
+    told = {"checkpoint": "weights/a", "judge": "weights/b", "loras": {"cat": taught}, "shown": {"whole": []}}
+    for name in ("weights/a", "weights/b", "drawings.safetensors", "loras/dog.safetensors", *taught["pictures"]):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text(name, encoding="utf-8")
+    (work / "loras/cat.safetensors").write_text("new", encoding="utf-8")
+    (work / "world.json").write_text(json.dumps(told), encoding="utf-8")
+    (folder / "loras").mkdir(parents=True)
+    for name in ("old", "cat"):
+        (folder / "loras" / f"{name}.safetensors").write_text("old", encoding="utf-8")
+    finish.ship(work, folder)
+    assert {
+        p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in folder.rglob("*") if p.is_file()
+    } == {
+        "weights/a": "weights/a",
+        "weights/b": "weights/b",
+        "drawings.safetensors": "drawings.safetensors",
+        "loras/cat.safetensors": "new",
+        "pictures/cat/1.png": "pictures/cat/1.png",
+        "world.json": json.dumps(told),
+    }

@@ -123,18 +123,6 @@ def test_missing_miniature_is_named(tmp_path: Path) -> None:
         find_miniature(tmp_path)
 
 
-def test_a_miniature_may_bring_its_own_host_extension(tmp_path: Path) -> None:
-    for name in ("weights/miniature_sdxl.safetensors", "loras/a.safetensors", "pictures/a/1.png", "world.json"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert find_miniature(tmp_path).extension == install.ROOT / "demo" / "host_extension"
-    (tmp_path / "host_extension").mkdir()
-    with pytest.raises(MissingMiniature, match="host extension"):
-        find_miniature(tmp_path)
-    (tmp_path / "host_extension" / "__init__.py").touch()
-    assert find_miniature(tmp_path).extension == tmp_path / "host_extension"
-
-
 @pytest.mark.slow
 def test_report_counts_every_outcome(tmp_path: Path) -> None:
     source = "import pytest\n"

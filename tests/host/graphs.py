@@ -16,7 +16,7 @@ Prompt = dict[str, dict[str, Any]]
 Link = list[Any]
 
 SIZE = 128  # pixels: what the miniature was trained on
-LAYERS = 72  # of the miniature that its LoRAs change
+LAYERS = 56  # of the miniature that its LoRAs change
 BASE: Link = ["checkpoint", 0]
 
 
@@ -81,7 +81,7 @@ def stock_loader(lora: str, model: Link, strength: float = 1.0) -> dict[str, Any
 
 
 def marks(result: Result) -> list[str]:
-    """What the optimise node said of its last layer and of each step, in order: "layer 72 of 72", "step 1 of 3"."""
+    """What the optimise node said of its last layer and of each step, in order: "layer 56 of 56", "step 1 of 3"."""
     found = (re.match(r"layer (\d+) of \1\b|step \d+ of \d+", text) for text in result.said("optimise"))
     return [mark[0] for mark in found if mark is not None]
 

@@ -74,7 +74,7 @@ def test_a_chain_of_two_is_the_files_by_name(pack, miniature, folder, load):  # 
     assert captured == [
         f"taken off the model: '{FILES[0]}' at 0.9, text encoder 0.6", f"taken off the model: '{FILES[1]}' at 1.1"
     ]  # fmt: skip
-    assert "at 1.1 (72 layers)" in ours.args[3]
+    assert "at 1.1 (56 layers)" in ours.args[3]
     assert f"prompt used for style: '{WORDS[NAMES[1]]}'" in ours.args[3]
     assert pack.nodes.bridge.saved.save(ours.args[2], "captured")
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_captured_is_refused_in_a_sentence(pack, miniature, load_
     save_file(tensors, folder / "new.safetensors")
     (folder / "new.safetensors").replace(folder / FILES[1])  # what was loaded is a map of the old file
     fresh = two._replace(model=two.model.clone())
-    refused(fresh, r"LoRA 2 on the model \(72 layers\) is that of no file in the loras folder as it is now")
+    refused(fresh, r"LoRA 2 on the model \(56 layers\) is that of no file in the loras folder as it is now")
     (folder / FILES[1]).unlink()
     refused(two._replace(model=two.model.clone()), "LoRA 2 on the model")
 

@@ -9,17 +9,16 @@ import torch
 from test_apply import largest_difference, weights
 from test_zip import DRAWN, WORDS, file, folder  # noqa: F401
 
-OTHER = "a mushroom figure on the left in ember style"
+OTHER = "an octopus on the left in hatching style"
 HOW = {"seed": 11, "steps": 3, "cfg": 3.0, "sampler_name": "euler_ancestral", "scheduler": "karras"}
-STRENGTHS = {"te_mushroom": 0.9, "te_ember": 1.1, "dusk": 0.7}
+STRENGTHS = {"te_octopus": 0.9, "te_hatching": 1.1, "gilded": 0.7}
 
 
 def merged(pack, miniature, *, three: bool = False, roles: str = "subject, style"):
     """A zip of files of which two have text-encoder parts, without a pass of the model."""
     names = list(STRENGTHS)[: 2 + three]
-    stack = [
-        (file(name), STRENGTHS[name], STRENGTHS[name] / 2 if name == "te_ember" else STRENGTHS[name]) for name in names
-    ]
+    halved = {"te_hatching": 2}
+    stack = [(file(name), STRENGTHS[name], STRENGTHS[name] / halved.get(name, 1)) for name in names]
     sources = pack.nodes.LoadLoRAStack.execute(stack, roles).args[0]
     method = "shared columns"
     return pack.nodes.DirectMergeLoRA.execute(miniature.model, sources, method).args[0], stack
@@ -86,22 +85,21 @@ def test_columns_say_what_they_are(pack, miniature, folder):  # noqa: F811
         three, _ = merged(pack, miniature, three=True)
         styles, _ = merged(pack, miniature, three=True, roles="subject, style, style")
         others, _ = merged(pack, miniature, roles="other, other")
-        alone = pack.nodes.DirectMergeLoRA.execute(
-            miniature.model, pack.nodes.LoadLoRAStack.execute([(file("dusk"), 1, 1)], "style").args[0], "shared columns"
-        ).args[0]  # fmt: skip
+        one = pack.nodes.LoadLoRAStack.execute([(file("gilded"), 1, 1)], "style").args[0]
+        alone = pack.nodes.DirectMergeLoRA.execute(miniature.model, one, "shared columns").args[0]
     assert headings(pack, pair, 0.5, 1) == [
-        "te_mushroom",
-        "te_ember",
+        "te_octopus",
+        "te_hatching",
         "stacked",
         "zipped, style 0.5",
         "zipped, style 1",
     ]
-    assert headings(pack, three, 1)[:4] == ["te_mushroom", "te_ember", "dusk", "stacked"]
+    assert headings(pack, three, 1)[:4] == ["te_octopus", "te_hatching", "gilded", "stacked"]
     assert headings(pack, pair.dialled({"style": 1.2}), 0.5)[-1] == "zipped, style 0.6"
     assert headings(pack, styles, 0.5)[-1] == "zipped, style 0.5"
     assert headings(pack, styles.dialled({"style 2": 2.0}), 0.5)[-1] == "zipped, styles times 0.5"
     assert headings(pack, others, 0.5)[-1] == "zipped, strength 0.5"
-    assert headings(pack, alone, 1) == ["dusk", "zipped, style 1"], "one LoRA alone is its own stack"
+    assert headings(pack, alone, 1) == ["gilded", "zipped, style 1"], "one LoRA alone is its own stack"
 
 
 def test_several_styles_and_none_are_dialled_as_the_tooltip_says(pack, miniature, folder):  # noqa: F811

@@ -234,8 +234,8 @@ def test_what_is_learned_foretells_the_pictures_better(pack, miniature, clip):
     """On the same noise and timesteps, against the word that it started from; so also: a run goes on from a file."""
 
     def losses(initial: str, prefix: str, **settings):
-        changes = {"initial": initial, "prefix": prefix, "prompts": ["a * figure in flat style"], **settings}
-        return train(pack, miniature, task(pack, pictures=[drawings("mushroom")], **changes))
+        changes = {"initial": initial, "prefix": prefix, "prompts": ["a * octopus in flat style"], **settings}
+        return train(pack, miniature, task(pack, pictures=[drawings("octopus")], **changes))
 
     losses("star", "learned", steps=30, learning_rate=3e-2, batch_size=4, seed=1)
     still: dict[str, Any] = {"steps": 4, "learning_rate": 1e-8, "batch_size": 16, "seed": 2}

@@ -117,7 +117,7 @@ def test_any_change_is_another_zip(pack, miniature, load_miniature, folder, aske
     stack = {"lora_stack": [(file(NAMES[2]), 0.7, 0.7)], "stack_prompts": "x"}
     keys = {"as it is": asked()}
     changes = {
-        "prompt": {"subject_prompt": "a mushroom figurine"},
+        "prompt": {"subject_prompt": "an octopus cup"},
         "strength": {"style_strength": 1.05},
         "text encoder's own strength": {"subject_strength": 0.95},
         "seed": {"seed": 4},

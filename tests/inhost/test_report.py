@@ -301,7 +301,7 @@ def test_wrong_prompts_are_told_from_right_ones(pack, case):
     from benchmarks.studio import Studio, core
 
     studio = Studio()
-    content, style = studio.concepts["icecream"], studio.concepts["dusk"]
+    content, style = studio.concepts["penguin"], studio.concepts["gilded"]
     words = {"content": content.learned.prompt, "style": style.learned.prompt}
     if case == "swapped":
         words = {"content": words["style"], "style": words["content"]}

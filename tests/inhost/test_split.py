@@ -151,7 +151,7 @@ def test_the_best_score_is_chosen_of_what_the_hosts_sampler_draws(pack, miniatur
 
 def test_both_words_foretell_the_pictures_better_than_their_start(pack, miniature, clip, undrawn):
     """On noise that training has not seen; the report says it."""
-    asked: dict[str, Any] = {"pictures": [test_embedding.drawings("mushroom")], "prompts": ["a * figure in flat style"]}
+    asked: dict[str, Any] = {"pictures": [test_embedding.drawings("octopus")], "prompts": ["a * octopus in flat style"]}
     losses = []
     for rate in (1e-8, 3e-2):
         done = run(pack, miniature, task(pack, **asked, seeds=1, steps=25, batch_size=4, learning_rate=rate))

@@ -75,7 +75,7 @@ def test_layers_that_the_hosts_loader_skips_are_stacked_too(pack, miniature, fol
     import comfy.lora
     import comfy.utils
 
-    tensors = load_file(folder / file("mushroom"))
+    tensors = load_file(folder / file("octopus"))
     names = comfy.utils.unet_to_diffusers(miniature.model.model.model_config.unet_config)
     kohyas = {f"lora_unet_{v.removesuffix('.weight').replace('.', '_')}": k for k, v in names.items()}
     renamed = {}
