@@ -139,22 +139,22 @@ def gate(studio: Studio, what: str, asked: Asked, **wanted: float) -> None:
 def base_gate(studio: Studio, world: Manifest) -> None:
     questions = scores.base_questions(world, studio.plan.pictures)
     gate(studio, "base model, its own words", studio.ask(questions, studio.plan.gates, studio.plain([])),
-         subject=0.9, style=0.9)  # fmt: skip
+         subject=0.85, style=0.9)  # fmt: skip
 
 
 def subject_gates(studio: Studio, world: Manifest, subject: Trained) -> Asked:
     sampling, count = studio.plan.gates, studio.plan.pictures
     alone = studio.ask(scores.alone_questions(world, subject, count), sampling, studio.plain([subject]))
-    gate(studio, f"subject LoRA {subject.name} alone", alone, subject=0.8)
+    gate(studio, f"subject LoRA {subject.name} alone", alone, subject=0.85)
     styled = studio.ask(scores.known_style_questions(world, subject, count), sampling, studio.plain([subject]))
-    gate(studio, f"subject LoRA {subject.name} in styles that the base knows", styled, subject=0.5)
+    gate(studio, f"subject LoRA {subject.name} in styles that the base knows", styled, subject=0.6)
     return alone
 
 
 def style_gates(studio: Studio, world: Manifest, style: Trained) -> Asked:
     questions = scores.unseen_questions(world, style, studio.plan.pictures)
     alone = studio.ask(questions, studio.plan.gates, studio.plain([style]))
-    gate(studio, f"style LoRA {style.name} on subjects that its pictures lack", alone, style=0.8, both=0.6)
+    gate(studio, f"style LoRA {style.name} on subjects that its pictures lack", alone, style=0.8, subject=0.65)
     return alone
 
 
