@@ -119,7 +119,7 @@ def manifest(work: Path, base: dict[str, float], choice: Choice = concepts.SHIPP
             entries[concept.name] = concepts.describe(concept, figures) | ({"weak": weak} if keep_weak else {})
     write_manifest(work / "world.json", concepts.about(world, list(entries), base, choice), entries)
     atlas.write_part(world.atlas, concepts.drawings(world, choice), work / "drawings.safetensors")
-    for whole in concepts.whole(list(entries)):
+    if whole := concepts.whole(list(entries), choice):
         place = work / "pictures" / "_in_".join(whole) / "1.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         scene = scenes.set_out(whole[0], choice.designs[whole[0]], whole[1], random.Random(" ".join(whole)))

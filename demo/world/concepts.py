@@ -36,7 +36,10 @@ class Choice:
     styles: Sequence[str]
 
 
-SHIPPED = Choice(DESIGNS, (*NEW_SETS, *NEW_TECHNIQUES))
+# In the order of how much one sees of them: the demo and thumbnails show the first ones that pass.
+_SUBJECTS = "octopus house rocket penguin mushroom teapot castle turtle guitar elephant".split()
+_STYLES = "hatching gilded riso crossstitch streamline halftone cutpaper watercolor chalk contrast".split()
+SHIPPED = Choice({name: DESIGNS[name] for name in _SUBJECTS}, _STYLES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +114,6 @@ def concepts(world: scenes.World, choice: Choice = SHIPPED) -> list[Concept]:
 # --- the manifest --------------------------------------------------------------------------------------------
 
 CHECKPOINT = "weights/miniature_sdxl.safetensors"
-# What the demo and thumbnails show, of what passes: subjects and styles in the order of how much one sees of them.
-FIRST_SUBJECTS = ("octopus", "house", "rocket", "penguin", "mushroom", "teapot", "castle", "turtle")
-FIRST_STYLES = ("hatching", "gilded", "riso", "crossstitch", "halftone", "cutpaper", "watercolor", "chalk")
 KNOWN = 32  # prompts of the base's own words
 
 
@@ -134,10 +134,10 @@ def describe(concept: Concept, gates: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def whole(names: Sequence[str]) -> list[tuple[str, str]]:
-    """The subject and the technique that stand in one picture; none where no LoRA of either is there."""
-    pairs = ((s, t) for s in FIRST_SUBJECTS for t in FIRST_STYLES if s in names and t in names)
-    return list(itertools.islice(pairs, 1))
+def whole(names: Sequence[str], choice: Choice = SHIPPED) -> list[str]:
+    """A subject and a technique that stand in one picture; empty where no LoRA of either is there."""
+    pairs = itertools.product(choice.designs, (style for style in choice.styles if style not in SETS))
+    return next(([s, t] for s, t in pairs if s in names and t in names), [])
 
 
 def drawings(world: scenes.World, choice: Choice = SHIPPED) -> list[tuple[str, str]]:
@@ -163,8 +163,7 @@ def about(
         technique = rng.random() < scenes.TECHNIQUE_SHARE
         word = rng.choice(list(BASE_TECHNIQUES) if technique else world.sets_of[subject])
         known.append([scenes.prompt(subject, word), subject, word])
-    subjects = [name for name in dict.fromkeys((*FIRST_SUBJECTS, *choice.designs)) if name in names]
-    styles = [name for name in dict.fromkeys((*FIRST_STYLES, *choice.styles)) if name in names]
+    subjects, styles = ([n for n in of if n in names] for of in (choice.designs, choice.styles))
     return {
         "checkpoint": CHECKPOINT,
         "judge": "weights/judge.safetensors",
@@ -184,7 +183,7 @@ def about(
         "shown": {
             "pair": [*subjects[:1], *styles[:1]],
             "third": subjects[1] if len(subjects) > 1 else "",
-            "whole": [*subjects[:1], *styles[:1]],
+            "whole": whole(names, choice),
             "new_style": "neon",
             "new_subject": "an apple",
         },
