@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from .. import judge, lora
 from ..manifest import write_manifest
-from ..miniature import Miniature, generate, load_miniature, use_comfyui
+from ..miniature import CFG, Miniature, generate, load_miniature, use_comfyui
 from ..world import atlas, concepts, scenes
 from ..world.concepts import Choice
 from . import fit_lora, gates, parallel
@@ -66,13 +66,13 @@ def fit_loras(
         print(f"{concept.name}: trained in {time.time() - started:.0f} s", flush=True)
 
 
-def gate_base(comfyui: str, work: Path, device: str, seeds: tuple[int, ...] = gates.SEEDS) -> dict[str, float]:
+def gate_base(comfyui: str, work: Path, device: str, cfg: float = CFG) -> dict[str, float]:
     """Judges the base alone, and writes sheets."""
     mini, world = _open(comfyui, work, device)
     jury = judge.load(work / "weights" / "judge.safetensors")
     figures = {}
     for name, held_out in (("base", False), ("held out", True)):
-        found, pictures = gates.base_gate(mini, jury, world, held_out=held_out, seeds=seeds)
+        found, pictures = gates.base_gate(mini, jury, world, held_out=held_out, cfg=cfg)
         said = "passes" if gates.passes(name, found) else "FAILS"
         print(f"{name}: {said} " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
         figures |= {f"{name}: {key}": value for key, value in found.items()}

@@ -26,7 +26,7 @@ class JudgeSettings:
     designs: what the head for drawings knows.
     """
 
-    steps: int = 4000
+    steps: int = 12000
     batch: int = 64
     kept: int = 8000
     fresh: int = 12

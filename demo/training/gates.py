@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..judge import Judge
-from ..miniature import Miniature, generate
+from ..miniature import CFG, Miniature, generate
 from ..world import scenes
 from ..world.concepts import OTHER_TECHNIQUES, Concept, style_subjects
 from ..world.techniques import BASE_TECHNIQUES
@@ -41,7 +41,13 @@ def _mean(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def base_gate(
-    mini: Miniature, judge: Judge, world: scenes.World, *, held_out: bool = False, seeds: Sequence[int] = SEEDS
+    mini: Miniature,
+    judge: Judge,
+    world: scenes.World,
+    *,
+    held_out: bool = False,
+    seeds: Sequence[int] = SEEDS,
+    cfg: float = CFG,
 ) -> tuple[dict[str, float], Tensor]:
     """The base's own words: sets and techniques alike; or pairs of subject and set that it never saw."""
     found, shown = [], []
@@ -56,7 +62,7 @@ def base_gate(
             technique = rng.random() < scenes.TECHNIQUE_SHARE
             wanted.append((subject, rng.choice(list(BASE_TECHNIQUES) if technique else world.sets_of[subject])))
         prompts = [scenes.prompt(subject, style) for subject, style in wanted]
-        pictures = generate(mini, prompts, seed)
+        pictures = generate(mini, prompts, seed, cfg=cfg)
         found.append(rights(judge, pictures, subject=[w[0] for w in wanted], style=[w[1] for w in wanted]))
         shown.append(pictures)
     return _mean(found), torch.cat(shown)

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
+from ..miniature import CFG
 from ..world import atlas, contact
 from ..world.sets import CACHE, DEV
 from . import figures, finish, fit_base, fit_decoder, fit_judge, fit_vae, latents, parallel
 from .assemble import assemble, write_words
 
 ALL = ("draw", "vae", "latents", "base", "judge", "decoder", "loras", "gates", "ship")
-PARTS = (*ALL, "sheets", "figures", "look")
+PARTS = (*ALL, "gate-base", "sheets", "figures", "look")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Plan:
     prompts: list[str]
     scale: float
     base: fit_base.BaseSettings
+    guidance: float
 
     def short(self, settings: object) -> object:
         """Settings with fewer steps, where `scale` says so."""
@@ -73,8 +75,10 @@ def run(part: str, plan: Plan) -> None:
             assemble(work)
     elif part == "loras":
         parallel.launch(finish.fit_loras, plan.processes, host, work, device, plan.only, plan.scale)
+    elif part == "gate-base":
+        finish.gate_base(host, work, device, plan.guidance)
     elif part == "gates":
-        base = finish.gate_base(host, work, device)
+        base = finish.gate_base(host, work, device, plan.guidance)
         parallel.launch(finish.gate_loras, plan.processes, host, work, device, plan.only)
         finish.manifest(work, base)
     elif part == "ship":
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="LoRAs by name: train these again, gate these")
     parser.add_argument("--prompt", nargs="+", default=[], help="to look at")
     parser.add_argument("--scale", type=float, default=1.0, help="shortens every training, to try the script")
+    parser.add_argument("--guidance", type=float, default=CFG, help="of the base's gates")
     for setting in ("shards", "steps", "batch"):
         parser.add_argument(f"--{setting}", type=int, default=None, help="of the base")
     parser.add_argument("--fused", action="store_true", help="the base's UNet through torch.compile")
@@ -109,7 +114,7 @@ def main() -> None:
     base = dataclasses.replace(fit_base.ON_A_GPU if on_gpu else fit_base.BaseSettings(), **changed)
     processes = given.processes or (1 if on_gpu else os.cpu_count() or 1)
     work = given.work.resolve()
-    more = (given.minutes, given.only, given.prompt, given.scale, base)
+    more = (given.minutes, given.only, given.prompt, given.scale, base, given.guidance)
     plan = Plan(given.comfyui, work, given.device, processes, *more)
     for part in given.parts:
         run(part, plan)
