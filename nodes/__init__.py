@@ -7,6 +7,7 @@ from .check import ZipCheck
 from .compare import CompareMerges
 from .custom_diffusion import MergeCustomDiffusion, TrainCustomDiffusion
 from .direct import DirectMergeLoRA
+from .ed_lora import TrainEDLoRA
 from .embedding import TrainEmbedding
 from .export import ExportMergedLoRA
 from .guider import TwoScaleGuider
@@ -49,6 +50,7 @@ NODES = [
     SplitConcept,
     TrainCustomDiffusion,
     MergeCustomDiffusion,
+    TrainEDLoRA,
     PairLoRAs,
     UnZipLoRA,
     LoadLoRAStack,
