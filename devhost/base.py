@@ -39,6 +39,7 @@ NODES = (
     "SplitConcept",
     "TrainCustomDiffusion",
     "MergeCustomDiffusion",
+    "TrainEDLoRA",
     "PairLoRAs",
     "UnZipLoRA",
     "LoadLoRAStack",

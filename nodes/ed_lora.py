@@ -50,7 +50,7 @@ class TrainEDLoRA(io.ComfyNode):
                 io.String.Input(
                     "class_word",
                     default=Task.class_word,
-                    tooltip="A common word for what it is: 'dog', 'painting'. The second vector starts from its.",
+                    tooltip="A common word for what it is: 'dog', 'painting'. The second vector starts there.",
                 ),
                 io.String.Input(
                     "rare_word",

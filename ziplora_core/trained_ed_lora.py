@@ -1,7 +1,9 @@
-"""ED-LoRA, what Mix-of-Show trains of one concept (arXiv 2305.18292, Sec. 3.2): a LoRA of the network, one of the text
-encoders, and the two vectors of its word, V_rand and V_class.
+"""ED-LoRA, what Mix-of-Show trains of one concept (arXiv 2305.18292, Sec. 3.2): LoRAs and a word.
 
-The paper has another two for each layer that reads the prompt (P+). Here all layers read the same two.
+A LoRA of the network, one of the text encoders, and the two vectors of the concept's word, V_rand and V_class. The
+paper has another two for each layer that reads the prompt (P+); here all layers read the same two, since they have one
+prompt on the host. Left out of the authors' code: masks and attention maps in the loss, the offset of the noise,
+weight decay, and a rate that sinks to zero.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ SKETCHES: tuple[Callable[[], Graph], ...] = (
     sketches.direct_merge,
     sketches.stack,
     sketches.split,
+    sketches.ed_lora,
 )
 TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.start,

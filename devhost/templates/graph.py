@@ -31,6 +31,7 @@ _TALL = {  # of nodes that show something when they have run, or a picture
     "SplitConcept": 840,
     "TrainCustomDiffusion": 840,
     "MergeCustomDiffusion": 480,
+    "TrainEDLoRA": 880,
     "UnZipLoRA": 920,
 }
 _FORM = {  # what App mode asks for: the widgets that a user fills in, by node

@@ -59,3 +59,16 @@ def split() -> Graph:
         parts.graph.add("PreviewImage", images=words[number])
     parts.report(words[5])
     return parts.graph
+
+
+def ed_lora() -> Graph:
+    """A LoRA and its word from a picture. Its text encoders' half is put on by a stock loader, from the file."""
+    parts = Parts("ed_lora", "")
+    parts.graph.column("Picture")
+    picture = parts.reference("subject")
+    parts.graph.column("Train")
+    trained = parts.train("TrainEDLoRA", images=picture)
+    parts.graph.column("What was trained")
+    parts.graph.add("PreviewAny", "In prompts", source=trained[1])
+    parts.report(trained[3])
+    return parts.graph

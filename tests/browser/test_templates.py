@@ -43,6 +43,7 @@ CLOSE_UPS = {
     "direct_merge": ("DirectMergeLoRA",),
     "stack": ("LoadLoRAStack", "ZipLoRAReference"),
     "split": ("SplitConcept",),
+    "ed_lora": ("TrainEDLoRA",),
     "Style of one picture (two scales)": ("TwoScaleGuider",),
     "K-LoRA": ("KLoRA",),
     "An embedding from pictures": ("TrainEmbedding",),

@@ -482,13 +482,18 @@ def calls(draw):
                                   "seed": odd_ints, "filename_prefix": prefixes, "class_count": odd_ints,
                                   "prior_weight": odd_floats, "sample_every": odd_ints, "save_every": odd_ints}),
         ("MergeCustomDiffusion", {"prompts": words, "captions": words}),
+        ("TrainEDLoRA", {"images": pictures(), "prompt": captions, "word": words, "class_word": words,
+                         "rare_word": words, "steps": odd_ints, "learning_rate": odd_floats,
+                         "text_encoder_rate": odd_floats, "word_rate": odd_floats, "rank": odd_ints,
+                         "batch_size": odd_ints, "resolution": odd_ints, "seed": odd_ints,
+                         "filename_prefix": prefixes, "sample_every": odd_ints, "save_every": odd_ints}),
     ]))  # fmt: skip
     node, odd = call
     chosen = draw(st.sets(st.sampled_from(sorted(odd)), min_size=1, max_size=3))
     return node, {name: draw(odd[name]) for name in sorted(chosen)}
 
 
-LISTS = ("TrainConceptLoRA", "TrainEmbedding", "SplitConcept", "TrainCustomDiffusion")  # whose inputs are lists
+LISTS = ("TrainConceptLoRA", "TrainEmbedding", "SplitConcept", "TrainCustomDiffusion", "TrainEDLoRA")  # of lists
 
 
 class Arrived(Exception):
@@ -559,6 +564,8 @@ def run(pack, fuzz, models, zipped, node: str, odd: dict, clip=None):
         "TrainEmbedding": {**a_word, "vectors": 1},
         "SplitConcept": {**a_word, "seeds": 1},
         "TrainCustomDiffusion": a_word,
+        "TrainEDLoRA": {**a_word, "rank": 4, "class_word": "star", "rare_word": "", "text_encoder_rate": 1e-5,
+                        "word_rate": 1e-3},
         "MergeCustomDiffusion": {"model": model, "clip": Encoders(), "prompts": "a dog\na cat", "captions": "a\na b c",
                                  "lora_pair": pack.nodes.PairLoRAs.execute(keys, keys, 1.0, 1.0).args[0]},
     }[node]  # fmt: skip

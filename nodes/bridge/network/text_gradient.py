@@ -1,5 +1,4 @@
-"""The host's text encoders, run for the gradient of the vectors that one word of a prompt stands for, and of a branch
-on their layers."""
+"""The host's text encoders, run for the gradient of one word's vectors, and of a branch on their layers."""
 
 from __future__ import annotations
 
