@@ -40,6 +40,7 @@ NODES = (
     "TrainCustomDiffusion",
     "MergeCustomDiffusion",
     "TrainEDLoRA",
+    "FuseTextEncoders",
     "PairLoRAs",
     "UnZipLoRA",
     "LoadLoRAStack",

@@ -22,6 +22,7 @@ from .sparse import SparsifyLoRA
 from .split import SplitConcept
 from .stack import LoadLoRAStack
 from .style import ConceptStrengths, StyleStrength
+from .text_fusion import FuseTextEncoders
 from .training import TrainConceptLoRA
 from .unzip import UnZipLoRA
 from .zip import ZipLoRAs
@@ -51,6 +52,7 @@ NODES = [
     TrainCustomDiffusion,
     MergeCustomDiffusion,
     TrainEDLoRA,
+    FuseTextEncoders,
     PairLoRAs,
     UnZipLoRA,
     LoadLoRAStack,

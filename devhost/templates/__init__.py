@@ -22,6 +22,7 @@ SKETCHES: tuple[Callable[[], Graph], ...] = (
     sketches.stack,
     sketches.split,
     sketches.ed_lora,
+    sketches.text_fusion,
 )
 TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.start,

@@ -32,6 +32,7 @@ _TALL = {  # of nodes that show something when they have run, or a picture
     "TrainCustomDiffusion": 840,
     "MergeCustomDiffusion": 480,
     "TrainEDLoRA": 880,
+    "FuseTextEncoders": 360,
     "UnZipLoRA": 920,
 }
 _FORM = {  # what App mode asks for: the widgets that a user fills in, by node

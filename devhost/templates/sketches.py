@@ -72,3 +72,21 @@ def ed_lora() -> Graph:
     parts.graph.add("PreviewAny", "In prompts", source=trained[1])
     parts.report(trained[3])
     return parts.graph
+
+
+def text_fusion() -> Graph:
+    """Text encoders' halves first; the fused ones read the prompts that the rest is fused by."""
+    parts = Parts("text_fusion", "")
+    parts.graph.column("LoRAs")
+    pair = parts.pair()
+    parts.graph.column("Text encoders", 400)
+    fused = parts.graph.add("FuseTextEncoders", clip=parts.clip, lora_pair=pair)
+    prompts = {
+        f"{which}_positive": parts.text(f"a photo of a embedding:ed_0000{number}_", None, fused[1])
+        for number, which in enumerate(("content", "style"), 1)
+    }
+    parts.graph.column("The rest", 400)
+    zipped = parts.graph.add("ZipLoRAOptimize", model=parts.model, lora_pair=fused[0], solver="fusion", **prompts)
+    parts.graph.column("Use")
+    parts.apply(zipped[0])
+    return parts.graph

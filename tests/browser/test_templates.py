@@ -44,6 +44,7 @@ CLOSE_UPS = {
     "stack": ("LoadLoRAStack", "ZipLoRAReference"),
     "split": ("SplitConcept",),
     "ed_lora": ("TrainEDLoRA",),
+    "text_fusion": ("FuseTextEncoders",),
     "Style of one picture (two scales)": ("TwoScaleGuider",),
     "K-LoRA": ("KLoRA",),
     "An embedding from pictures": ("TrainEmbedding",),

@@ -89,7 +89,7 @@ class _Files:
         self.lora = File(model, task.prefix, about)
         self.embedding = File(model, os.path.basename(task.prefix), about, folder)
         self._model, self._task = model, task
-        self._names = text_encoders.attention_names(clip.cond_stage_model)
+        self._names = text_encoders.kohya_names(clip.cond_stage_model)
 
     def write(self, trained: TrainedEDLoRA, steps: int) -> str:
         """Raises OSError, and ValueError where numbers do not fit."""

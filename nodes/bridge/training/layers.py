@@ -13,6 +13,7 @@ from ..network.bare import bare
 from ..network.injection import blocks, is_linear
 
 _ATTENTION = re.compile(r"\.(?:attn\d?|attention|self_attn|cross_attn|img_attn|txt_attn)\.")
+_TEXT_ATTENTION = re.compile(r"\.self_attn\.(?:q|k|v|o|out)_proj$")
 _READ_PROMPTS = re.compile(r"\.attn2\.to_[kv]\.weight$")
 LAYERS = ("attention", "all linear", "B-LoRA", "B-LoRA content block", "B-LoRA style block")
 
@@ -64,11 +65,11 @@ def text_layers(clip) -> dict[str, tuple[int, int]]:
     """As `trained_layers`, of the attention of a CLIP's text encoders (`clip_l.….weight`). Raises ValueError where LoRA
     files have no names for any."""
     model = clip.cond_stage_model
-    names = text_encoders.attention_names(model)
+    names = text_encoders.kohya_names(model)
     layers = {
         f"{path}.weight": (module.out_features, module.in_features)
         for path, module in model.named_modules()
-        if is_linear(module) and f"{path}.weight" in names
+        if is_linear(module) and _TEXT_ATTENTION.search(path) and f"{path}.weight" in names
     }
     if not layers:
         raise ValueError(
