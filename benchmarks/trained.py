@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import resource
 import sys
 import time
@@ -35,6 +36,10 @@ RESULTS = Path(__file__).resolve().parent / "results" / "trained.jsonl"
 PAIRS, SEEDS, PICTURES = 8, (0, 1, 2), 12
 LORA = {"steps": STEPS, "learning_rate": RATE, "rank": RANK, "batch_size": BATCH}  # as training.py's
 CUSTOM = {"steps": 250, "learning_rate": 1e-4, "batch_size": 8}  # of each picture of a step; the paper's is 1e-5
+ED = {  # the paper's rank, its three rates as far apart as there
+    "steps": STEPS, "learning_rate": RATE, "text_encoder_rate": RATE / 10, "word_rate": 10 * RATE, "rank": 4,
+    "batch_size": BATCH,
+}  # fmt: skip
 ROUND_TWO = 8  # pictures of StyleDrop's first round, of which it goes on with the best half
 SCALES = (3.0, 3.0)  # of text and style
 CLASS_PICTURES = 32
@@ -105,15 +110,7 @@ class Workshop:
         settings = self._settings(self.core.trained_weights.Settings, CUSTOM, steps)
         taught = []
         for one in concepts:
-            # The node uses every caption with every picture, so there is one, and pictures that it fits.
-            plain, words = self.studio.manifest.plain, one.words
-            if one.kind == "style":
-                words, fits = f"{one.of_class} {one.words}", [True] * len(one.prompts)
-            elif plain is None:
-                fits = [not prompt.endswith(" style") for prompt in one.prompts]
-            else:
-                fits = [prompt.endswith(f" in {plain} style") for prompt in one.prompts]
-            images = self.pictures(one)[torch.tensor(fits)]
+            images, words = self.shown(one)
             caption = words.replace(one.identifier, NEW_WORD)
             taught.append(trains.Concept([images], [caption], NEW_WORD, one.identifier, one.of_class))
         count = max(2, round(CLASS_PICTURES * min(1.0, self.job.scale * 4)))
@@ -126,6 +123,32 @@ class Workshop:
             *(self.words / f"{word.split(':')[1]}.safetensors" for word in done.embeddings),
         ]
         return done.lora_model, done.embeddings, files
+
+    def shown(self, one: Any) -> tuple[torch.Tensor, str]:
+        """For nodes that use every caption with every picture: one, with the identifier, and the pictures that it
+        fits."""
+        plain, words = self.studio.manifest.plain, one.words
+        if one.kind == "style":
+            words, fits = f"{one.of_class} {one.words}", [True] * len(one.prompts)
+        elif plain is None:
+            fits = [not prompt.endswith(" style") for prompt in one.prompts]
+        else:
+            fits = [prompt.endswith(f" in {plain} style") for prompt in one.prompts]
+        return self.pictures(one)[torch.tensor(fits)], words
+
+    def ed_lora(self, one: Any) -> tuple[dict[str, torch.Tensor], str, list[Path], torch.Tensor]:
+        """LORA_MODEL, its word as prompts name it, which stands for the class too, files, the pictures."""
+        trains = self.bridge.training.ed_lora
+        images, words = self.shown(one)
+        class_word = spoken(one)[1]
+        caption = words.replace(" ".join(spoken(one)), NEW_WORD)
+        settings = self._settings(self.core.trained_ed_lora.Settings, ED, 1)
+        size = self.studio.manifest.size
+        task = trains.Task([images], [caption], settings, NEW_WORD, class_word, prefix="loras/ed", resolution=size)
+        with torch.inference_mode():
+            done = trains.train(self.studio.model, self.studio.clip, self.studio.vae, task)
+        files = [self.output / done.file, self.words / f"{done.embedding.split(':')[1]}.safetensors"]
+        return done.lora_model, done.embedding, files, images
 
     def _settings(self, kind: Any, asked: dict[str, Any], times: int) -> Any:
         steps = max(1, round(asked["steps"] * times * self.job.scale))
@@ -181,6 +204,43 @@ def composed(shop: Workshop, words: Sequence[str]) -> str:
     return prompt.replace(shop.subject.identifier, words[0]).replace(shop.style.identifier, words[1])
 
 
+def spoken(one: Any) -> tuple[str, str]:
+    """A concept's identifier, and the word of its class that follows it in prompts."""
+    (following,) = re.findall(rf"{one.identifier} (\w+)", one.words)
+    return one.identifier, following
+
+
+def mix_of_show(shop: Workshop) -> Made:
+    """An ED-LoRA of each concept; their text encoders' halves fused, then the rest by what prompts say to these
+    (Sec. 3.3)."""
+    studio, core, bridge = shop.studio, shop.core, shop.bridge
+    concepts = {"content": shop.subject, "style": shop.style}
+    parts = {name: shop.ed_lora(one) for name, one in concepts.items()}
+    word = {name: part[1] for name, part in parts.items()}
+    own = {name: shop.shown(one)[1].replace(" ".join(spoken(one)), word[name]) for name, one in concepts.items()}
+    source = bridge.lora.loras
+    sources = source.LoRASources({name: source.LoRASource(name, part[0], 1.0) for name, part in parts.items()})
+    with torch.inference_mode():
+        fused = bridge.text_fusion.fuse(studio.clip, sources, {name: [word[name], own[name]] for name in parts})
+        fitted = bridge.lora.fitting.fit(fused.sources, studio.model.model)
+        conditioning = {name: studio.prompt(own[name], clip=fused.clip) for name in parts}
+        latents = {name: studio.vae.encode(part[3]) for name, part in parts.items()}
+        settings = core.solver.Settings(solver="fusion", seed=shop.job.seed)
+
+        def solve(predict: Any, joined: Any, references: Any) -> Any:
+            return core.zipper.solve(joined, predict, references, settings)
+
+        result = bridge.network.predictor.with_predictor(studio.model, fitted.loras, conditioning, latents, solve)
+        routed = dataclasses.replace(fitted, loras=core.routing.routed(fitted.loras, result.routing))
+        zipped = bridge.lora.zipped.ZippedLoRA(fused.sources, routed, result.coefficients, routing=result.routing)
+        model, clip = bridge.apply.apply(studio.model, studio.clip, zipped, 1.0)
+    prompt = studio.manifest.prompt(shop.subject, shop.style)
+    for name, one in concepts.items():
+        prompt = prompt.replace(" ".join(spoken(one)), word[name])
+    files = [file for part in parts.values() for file in part[2]]
+    return Made(lambda count, seed: studio.drawn_by(model, [prompt] * count, seed, clip), files)
+
+
 def style_drop(shop: Workshop) -> Made:
     """A stand-in for StyleDrop + DreamBooth: a style LoRA from one picture in two rounds, the second also on those
     pictures of the first that show their subject and are nearest to the picture; added to a subject LoRA, drawn with
@@ -220,6 +280,7 @@ TRAINED: dict[str, Callable[[Workshop], Made]] = {
     "StyleDrop + DreamBooth, stand-in": style_drop,
     "Custom Diffusion, joint": custom_joint,
     "Custom Diffusion, merged": custom_merged,
+    "Mix-of-Show": mix_of_show,
 }
 
 
