@@ -113,6 +113,26 @@ MUTANTS = [
         ("numbered where there is one", 'name.startswith("lora_te_") == several', 'name.startswith("lora_te_")'),
     ),
     *faults(
+        "nodes/bridge/text_fusion.py",
+        ("tests/inhost/test_text_fusion.py",),
+        ("what fills up a prompt counts", "of[:end].float()", "of.float()"),
+        ("what weighs words counts", "zip(several, own, strict=False)", "zip(several, own * 2, strict=False)"),
+        (
+            "seen at strength 1",
+            "own = with_text_encoder(clip, source, source.of_clip)",
+            "own = with_text_encoder(clip, source, 1.0)",
+        ),
+        ("seen without its LoRA", "own = with_text_encoder(clip, source, source.of_clip)", "own = clip"),
+        ("hooks stay", "            hook.remove()\n", "            pass\n"),
+        ("another form is thrown away", "weights.get(formats.layer_name(key)) in factors", "True"),
+        ("the file's hash stays", "version=None, sha256=None, notes", 'sha256="", notes'),
+        (
+            "an alpha is forgotten",
+            "Factors(own.up.float(), down, own.scale)",
+            "Factors(own.up.float(), 2 * down, own.scale)",
+        ),
+    ),
+    *faults(
         "nodes/bridge/training/custom_diffusion.py",
         WHOLE,
         ("the second concept has the first one's word", "words.tokens += [(index,", "words.tokens += [(0,"),
