@@ -36,10 +36,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "trained.jsonl"
 PAIRS, SEEDS, PICTURES = 8, (0, 1, 2), 12
 LORA = {"steps": STEPS, "learning_rate": RATE, "rank": RANK, "batch_size": BATCH}  # as training.py's
 CUSTOM = {"steps": 250, "learning_rate": 1e-4, "batch_size": 8}  # of each picture of a step; the paper's is 1e-5
-ED = {  # the paper's rank, its three rates as far apart as there
-    "steps": STEPS, "learning_rate": RATE, "text_encoder_rate": RATE / 10, "word_rate": 10 * RATE, "rank": 4,
-    "batch_size": BATCH,
-}  # fmt: skip
+ED = {**LORA, "text_encoder_rate": RATE / 10, "word_rate": 10 * RATE, "rank": 4}  # the paper's rank, and its ratios
 ROUND_TWO = 8  # pictures of StyleDrop's first round, of which it goes on with the best half
 SCALES = (3.0, 3.0)  # of text and style
 CLASS_PICTURES = 32
@@ -118,11 +115,11 @@ class Workshop:
         task = trains.Task(taught, settings, "loras/custom", size, class_count=count)
         with torch.inference_mode():
             done = trains.train(self.studio.model, self.studio.clip, self.studio.vae, task)
-        files = [
-            self.output / done.file,
-            *(self.words / f"{word.split(':')[1]}.safetensors" for word in done.embeddings),
-        ]
+        files = [self.output / done.file, *map(self.word_file, done.embeddings)]
         return done.lora_model, done.embeddings, files
+
+    def word_file(self, word: str) -> Path:
+        return self.words / f"{word.split(':')[1]}.safetensors"
 
     def shown(self, one: Any) -> tuple[torch.Tensor, str]:
         """For nodes that use every caption with every picture: one, with the identifier, and the pictures that it
@@ -139,16 +136,13 @@ class Workshop:
     def ed_lora(self, one: Any) -> tuple[dict[str, torch.Tensor], str, list[Path], torch.Tensor]:
         """LORA_MODEL, its word as prompts name it, which stands for the class too, files, the pictures."""
         trains = self.bridge.training.ed_lora
-        images, words = self.shown(one)
-        class_word = spoken(one)[1]
-        caption = words.replace(" ".join(spoken(one)), NEW_WORD)
+        (images, words), size = self.shown(one), self.studio.manifest.size
+        captions, class_word = [words.replace(spoken(one), NEW_WORD)], spoken(one).split()[1]
         settings = self._settings(self.core.trained_ed_lora.Settings, ED, 1)
-        size = self.studio.manifest.size
-        task = trains.Task([images], [caption], settings, NEW_WORD, class_word, prefix="loras/ed", resolution=size)
+        task = trains.Task([images], captions, settings, NEW_WORD, class_word, prefix="loras/ed", resolution=size)
         with torch.inference_mode():
             done = trains.train(self.studio.model, self.studio.clip, self.studio.vae, task)
-        files = [self.output / done.file, self.words / f"{done.embedding.split(':')[1]}.safetensors"]
-        return done.lora_model, done.embedding, files, images
+        return done.lora_model, done.embedding, [self.output / done.file, self.word_file(done.embedding)], images
 
     def _settings(self, kind: Any, asked: dict[str, Any], times: int) -> Any:
         steps = max(1, round(asked["steps"] * times * self.job.scale))
@@ -204,10 +198,10 @@ def composed(shop: Workshop, words: Sequence[str]) -> str:
     return prompt.replace(shop.subject.identifier, words[0]).replace(shop.style.identifier, words[1])
 
 
-def spoken(one: Any) -> tuple[str, str]:
-    """A concept's identifier, and the word of its class that follows it in prompts."""
-    (following,) = re.findall(rf"{one.identifier} (\w+)", one.words)
-    return one.identifier, following
+def spoken(one: Any) -> str:
+    """A concept's identifier with the word of its class that follows it in prompts."""
+    (found,) = re.findall(rf"{one.identifier} \w+", one.words)
+    return str(found)
 
 
 def mix_of_show(shop: Workshop) -> Made:
@@ -217,15 +211,15 @@ def mix_of_show(shop: Workshop) -> Made:
     concepts = {"content": shop.subject, "style": shop.style}
     parts = {name: shop.ed_lora(one) for name, one in concepts.items()}
     word = {name: part[1] for name, part in parts.items()}
-    own = {name: shop.shown(one)[1].replace(" ".join(spoken(one)), word[name]) for name, one in concepts.items()}
+    own = {name: shop.shown(one)[1].replace(spoken(one), word[name]) for name, one in concepts.items()}
     source = bridge.lora.loras
     sources = source.LoRASources({name: source.LoRASource(name, part[0], 1.0) for name, part in parts.items()})
+    settings = core.solver.Settings(solver="fusion", seed=shop.job.seed)
     with torch.inference_mode():
         fused = bridge.text_fusion.fuse(studio.clip, sources, {name: [word[name], own[name]] for name in parts})
         fitted = bridge.lora.fitting.fit(fused.sources, studio.model.model)
         conditioning = {name: studio.prompt(own[name], clip=fused.clip) for name in parts}
         latents = {name: studio.vae.encode(part[3]) for name, part in parts.items()}
-        settings = core.solver.Settings(solver="fusion", seed=shop.job.seed)
 
         def solve(predict: Any, joined: Any, references: Any) -> Any:
             return core.zipper.solve(joined, predict, references, settings)
@@ -236,7 +230,7 @@ def mix_of_show(shop: Workshop) -> Made:
         model, clip = bridge.apply.apply(studio.model, studio.clip, zipped, 1.0)
     prompt = studio.manifest.prompt(shop.subject, shop.style)
     for name, one in concepts.items():
-        prompt = prompt.replace(" ".join(spoken(one)), word[name])
+        prompt = prompt.replace(spoken(one), word[name])
     files = [file for part in parts.values() for file in part[2]]
     return Made(lambda count, seed: studio.drawn_by(model, [prompt] * count, seed, clip), files)
 

@@ -29,7 +29,7 @@ class FuseTextEncoders(io.ComfyNode):
                     multiline=True,
                     default="a photo of a embedding:ed_00001_\na photo of a embedding:ed_00002_",
                     tooltip="What stands for each concept: a line for each LoRA, in order. Several prompts of one LoRA "
-                    "are parted by |.",
+                    "are parted by //.",
                 ),
             ],
             outputs=[

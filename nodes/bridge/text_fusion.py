@@ -29,6 +29,8 @@ from .progress.bar import Steps
 from .training.lora_file import named_tensors
 from .training.pictures import check_letters
 
+_BETWEEN = "//"  # prompts of one LoRA
+
 
 @dataclass
 class Fused:
@@ -51,7 +53,7 @@ class Fused:
 
 
 def read_prompts(sources: LoRASources, text: str) -> dict[str, list[str]]:
-    """Of each concept the prompts in its line, between which | stands. Raises ValueError where lines or words lack."""
+    """Of each concept the prompts in its line, between which // stands. Raises ValueError where lines or words lack."""
     check_letters("prompts", text)
     said = lines(text)
     if len(said) != len(sources.by_concept):
@@ -59,7 +61,7 @@ def read_prompts(sources: LoRASources, text: str) -> dict[str, list[str]]:
             f"prompts has {len(said)} lines and there are {len(sources.by_concept)} LoRAs; write one for each, in order"
         )
     found = {
-        c: [one.strip() for one in line.split("|") if one.strip()]
+        c: [one.strip() for one in line.split(_BETWEEN) if one.strip()]
         for c, line in zip(sources.by_concept, said, strict=True)
     }
     for concept, own in found.items():

@@ -149,7 +149,7 @@ def test_loras_without_a_text_encoders_half_are_refused(pack, miniature):
 
 def test_the_node_fuses_what_its_lines_say(pack, miniature):
     sources = sources_of(pack, miniature)
-    text = "a red star | star\n\na circle in neon style"
+    text = "a red star // star\n\na circle in neon style"
     with torch.inference_mode():
         pair, clip, report = pack.nodes.FuseTextEncoders.execute(miniature.clip, sources, text).args
     done = fuse(pack, miniature, sources)
@@ -164,7 +164,7 @@ def test_the_node_fuses_what_its_lines_say(pack, miniature):
     ("text", "says"),
     [
         ("a star", "prompts has 1 lines and there are 2 LoRAs"),
-        ("a star\n | ", "the line of 'style' in prompts says nothing"),
+        ("a star\n // ", "the line of 'style' in prompts says nothing"),
         ("a star\na \ud800", "prompts holds half a character"),
     ],
 )
