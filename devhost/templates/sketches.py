@@ -81,12 +81,16 @@ def text_fusion() -> Graph:
     pair = parts.pair()
     parts.graph.column("Text encoders", 400)
     fused = parts.graph.add("FuseTextEncoders", clip=parts.clip, lora_pair=pair)
-    prompts = {
-        f"{which}_positive": parts.text(f"a photo of a embedding:ed_0000{number}_", None, fused[1])
-        for number, which in enumerate(("content", "style"), 1)
-    }
+    first, second = (parts.text(f"a photo of a embedding:ed_0000{n}_", None, fused[1]) for n in (1, 2))
     parts.graph.column("The rest", 400)
-    zipped = parts.graph.add("ZipLoRAOptimize", model=parts.model, lora_pair=fused[0], solver="fusion", **prompts)
+    zipped = parts.graph.add(
+        "ZipLoRAOptimize",
+        model=parts.model,
+        lora_pair=fused[0],
+        content_positive=first,
+        style_positive=second,
+        solver="fusion",
+    )
     parts.graph.column("Use")
     parts.apply(zipped[0])
     return parts.graph

@@ -78,9 +78,8 @@ def _plain_factors(source: LoRASource, model) -> tuple[dict[str, Factors], set[s
     plain, others = {}, set()
     for key, adapter in comfy.lora.load_lora(source.tensors, names, log_missing=False).items():
         weight = fitting.parameter(model, key)
-        fits = is_plain(adapter) and weight is not None and weight.ndim == 2
-        factors = matrices.low_rank(whole, key, adapter) if fits else None
-        if factors is not None and factors.shape == weight.shape:
+        factors = matrices.low_rank(whole, key, adapter) if is_plain(adapter) else None
+        if weight is not None and factors is not None and factors.shape == weight.shape:
             plain[key] = factors
         else:
             others.add(key)
