@@ -536,6 +536,8 @@ def run(pack, fuzz, models, zipped, node: str, odd: dict, clip=None):
     keys = {
         f"{list(UNET)[1]}.lora_{half}.weight": torch.ones(shape) for half, shape in (("up", (32, 1)), ("down", (1, 48)))
     }
+    layer = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora"
+    with_text = {**keys, f"{layer}_up.weight": torch.ones(32, 1), f"{layer}_down.weight": torch.ones(1, 32)}
     good = {
         "LoadLoRAPair": {"content_lora": "subject.safetensors", "style_lora": "style.safetensors",
                          "content_strength": 1.0, "style_strength": 1.0},
@@ -566,7 +568,7 @@ def run(pack, fuzz, models, zipped, node: str, odd: dict, clip=None):
         "SplitConcept": {**a_word, "seeds": 1},
         "TrainCustomDiffusion": a_word,
         "FuseTextEncoders": {"clip": clip, "prompts": "a dog\na cat",
-                             "lora_pair": pack.nodes.PairLoRAs.execute(keys, keys, 1.0, 1.0).args[0]},
+                             "lora_pair": pack.nodes.PairLoRAs.execute(with_text, with_text, 1.0, 1.0).args[0]},
         "TrainEDLoRA": {**a_word, "rank": 4, "class_word": "star", "rare_word": "", "text_encoder_rate": 1e-5,
                         "word_rate": 1e-3},
         "MergeCustomDiffusion": {"model": model, "clip": Encoders(), "prompts": "a dog\na cat", "captions": "a\na b c",
