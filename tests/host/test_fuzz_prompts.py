@@ -119,7 +119,7 @@ ENDS = {  # output node -> what it needs
     "merged": ("merge", "pair", "checkpoint"),
 }
 OURS = {"pair", "optimise", "direct", "dial", "apply", "save", "export", "sparse", "sheet", "load", "train", "unzip",
-        "switch", "guider", "word", "whole", "merge"}  # fmt: skip
+        "switch", "guider", "word", "whole", "both", "fuse", "merge"}  # fmt: skip
 
 
 @st.composite
