@@ -20,9 +20,6 @@ SKETCHES: tuple[Callable[[], Graph], ...] = (
     sketches.sparsify,
     sketches.direct_merge,
     sketches.stack,
-    sketches.split,
-    sketches.ed_lora,
-    sketches.text_fusion,
 )
 TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.start,
@@ -40,5 +37,7 @@ TEMPLATES: tuple[Callable[[], Graph], ...] = (
     rivals.k_lora,
     rivals.two_scales,
     rivals.custom_diffusion,
+    rivals.mix_of_show,
     rivals.embedding,
+    rivals.split_concept,
 )

@@ -48,6 +48,8 @@ _FORM = {  # what App mode asks for: the widgets that a user fills in, by node
     "TrainConceptLoRA": ("prompt",),
     "TrainEmbedding": ("prompt", "initial_word"),
     "TrainCustomDiffusion": ("prompt",),
+    "TrainEDLoRA": ("prompt", "class_word"),
+    "SplitConcept": ("prompt", "initial_word"),
     "TwoScaleGuider": ("text_scale", "style_scale"),
     "UnZipLoRA": ("prompt", "content_prompt", "style_prompt"),
     "StyleStrength": ("style_strength",),
