@@ -15,21 +15,23 @@ from .. import parallel
 from ..judge import _worsen
 from . import atlas, judge, scenes
 from .fit_vae import save
+from .optimizers import Optimizers
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeSettings:
     """kept: pictures drawn at a time (over all processes); each batch replaces `fresh` of them."""
 
-    steps: int = 9000
+    steps: int = 4000
     batch: int = 64
     kept: int = 8000
     fresh: int = 12
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3  # of matrices, by Muon
+    adam_rate: float = 2e-3  # of all else
     save_seconds: float = 120.0
 
 
-ON_A_GPU = JudgeSettings(steps=4000, batch=256, kept=60000, fresh=100)
+ON_A_GPU = JudgeSettings(steps=3000, batch=256, kept=60000, fresh=100)
 
 
 class Drawn:
@@ -67,36 +69,36 @@ def fit(work: Path, device: str, settings: JudgeSettings) -> None:
     torch.manual_seed(7)
     model = judge.Judge().to(device).to(memory_format=torch.channels_last)
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, settings.learning_rate, weight_decay=0.02)
+    ends = [model.stem, model.heads]
+    optimizers = Optimizers(params, ends, settings.learning_rate, settings.adam_rate, 0.02)
     state_file, output, begin = work / "weights" / "judge.state", work / "weights" / "judge.safetensors", 0
     if state_file.exists():
         state = torch.load(state_file, map_location=device)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizers.load(state["optimizers"])
         begin = state["step"]
     torch.manual_seed(70 + rank + 101 * begin)
     random.seed(50 + rank + 101 * begin)
     drawn = Drawn(world, settings.kept // count, f"judge {rank} {begin}", device)
     started, saved = time.time(), time.time()
     for step in range(begin, settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / 100) * (1 - step / settings.steps)
         drawn.renew(max(1, settings.fresh // count))
         view, right = drawn.batch(settings.batch // count)
         with parallel.half(device):
             said = model(view)
         losses = {h: F.cross_entropy(said[h].float(), right[h], ignore_index=-1) for h in said if (right[h] >= 0).any()}
         loss = torch.stack(list(losses.values())).sum()
-        optimizer.zero_grad()
+        for p in params:
+            p.grad = None
         loss.backward()
         parallel.average_gradients(params)
-        optimizer.step()
+        optimizers.step(min(1.0, (step + 1) / 100) * (1 - step / settings.steps))
         last = step + 1 == settings.steps
         if rank == 0 and (step + 1) % 100 == 0:
             parts = " ".join(f"{h} {value.item():.3f}" for h, value in losses.items())
             print(f"judge step {step + 1} {parts} {time.time() - started:.0f} s", flush=True)
         if rank == 0 and (time.time() - saved > settings.save_seconds or last):
-            save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, state_file)
+            save({"model": model.state_dict(), "optimizers": optimizers.state(), "step": step + 1}, state_file)
             judge.save(model, output)
             saved = time.time()
     if rank == 0:

@@ -68,7 +68,7 @@ def test_hidden_matrices_turn_and_the_rest_is_adams() -> None:
     mini.unet.to(memory_format=torch.channels_last)
     trained = mini.trained_parameters()
     settings = fit_base.BaseSettings()
-    optimizers = fit_base.Optimizers(mini, trained, settings)
+    optimizers = fit_base.optimizers_of(mini, settings)
     hidden = [p for p, _ in optimizers.hidden]
     assert 0.9 < sum(p.numel() for p in hidden) / sum(p.numel() for p in trained) < 1
     assert all(p.data_ptr() == matrix.data_ptr() for p, matrix in optimizers.hidden)
