@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from .. import fit_lora, gates, lora, parallel
+from ..gates import CFG
 from ..manifest import write_manifest
 from ..miniature import Miniature, use_comfyui
 from . import atlas, concepts, judge, model, scenes
@@ -62,13 +63,13 @@ def fit_loras(comfyui: str, work: Path, device: str, names: list[str], scale: fl
         print(f"{concept.name}: trained in {time.time() - started:.0f} s", flush=True)
 
 
-def gate_base(comfyui: str, work: Path, device: str, seeds: tuple[int, ...] = art_gates.SEEDS) -> dict[str, float]:
+def gate_base(comfyui: str, work: Path, device: str, cfg: float = CFG) -> dict[str, float]:
     """Judges the base alone, and writes sheets."""
     mini, world = _open(comfyui, work, device)
     jury = judge.load(work / "weights" / "judge.safetensors")
     figures = {}
     for name, held_out in (("base", False), ("held out", True)):
-        found, pictures = art_gates.base_gate(mini, jury, world, held_out=held_out, seeds=seeds)
+        found, pictures = art_gates.base_gate(mini, jury, world, held_out=held_out, cfg=cfg)
         said = "passes" if art_gates.passes(name, found) else "FAILS"
         print(f"{name}: {said} " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
         figures |= {f"{name}: {key}": value for key, value in found.items()}

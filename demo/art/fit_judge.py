@@ -22,7 +22,7 @@ from .optimizers import Optimizers
 class JudgeSettings:
     """kept: pictures drawn at a time (over all processes); each batch replaces `fresh` of them."""
 
-    steps: int = 4000
+    steps: int = 12000
     batch: int = 64
     kept: int = 8000
     fresh: int = 12

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..gates import generate
+from ..gates import CFG, generate
 from ..miniature import Miniature
 from . import scenes
 from .concepts import OTHER_TECHNIQUES, Concept, style_subjects
@@ -42,7 +42,13 @@ def _mean(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def base_gate(
-    mini: Miniature, judge: Judge, world: scenes.World, *, held_out: bool = False, seeds: Sequence[int] = SEEDS
+    mini: Miniature,
+    judge: Judge,
+    world: scenes.World,
+    *,
+    held_out: bool = False,
+    seeds: Sequence[int] = SEEDS,
+    cfg: float = CFG,
 ) -> tuple[dict[str, float], Tensor]:
     """The base's own words: sets and techniques alike; or pairs of subject and set that it never saw."""
     found, shown = [], []
@@ -57,7 +63,7 @@ def base_gate(
             technique = rng.random() < scenes.TECHNIQUE_SHARE
             wanted.append((subject, rng.choice(list(BASE_TECHNIQUES) if technique else world.sets_of[subject])))
         prompts = [scenes.prompt(subject, style) for subject, style in wanted]
-        pictures = generate(mini, prompts, seed)
+        pictures = generate(mini, prompts, seed, cfg=cfg)
         found.append(rights(judge, pictures, subject=[w[0] for w in wanted], style=[w[1] for w in wanted]))
         shown.append(pictures)
     return _mean(found), torch.cat(shown)

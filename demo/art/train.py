@@ -6,6 +6,7 @@
     python3 dev.py run -m demo.art.train keep                the autoencoder into the repository, when it is good
     python3 dev.py run -m demo.art.train judge decoder       judges; the decoder sharpened, into the checkpoint
     python3 dev.py run -m demo.art.train loras gates         LoRAs; their gates and the base's, `world.json`
+    python3 dev.py run -m demo.art.train gate-base           the base's gates alone, at `--guidance` (3)
     python3 dev.py run -m demo.art.train figures             PSNR and edges of the autoencoders, side by side
     python3 dev.py run -m demo.art.train look --prompt "an octopus in noto style"
 
@@ -24,10 +25,25 @@ from pathlib import Path
 import torch
 
 from .. import parallel
+from ..gates import CFG
 from . import atlas, contact, figures, finish, fit_base, fit_decoder, fit_judge, fit_vae, latents, model, settled
 from .sets import CACHE, DEV
 
-PARTS = ("draw", "sheets", "vae", "keep", "latents", "base", "judge", "decoder", "loras", "gates", "figures", "look")
+PARTS = (
+    "draw",
+    "sheets",
+    "vae",
+    "keep",
+    "latents",
+    "base",
+    "judge",
+    "decoder",
+    "loras",
+    "gate-base",
+    "gates",
+    "figures",
+    "look",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +59,7 @@ class Plan:
     prompts: list[str]
     scale: float
     base: fit_base.BaseSettings
+    guidance: float
 
     def short(self, settings: object) -> object:
         """Settings with fewer steps, where `scale` says so."""
@@ -80,8 +97,10 @@ def run(part: str, plan: Plan) -> None:
             model.assemble(work)
     elif part == "loras":
         parallel.launch(finish.fit_loras, plan.processes, host, work, device, plan.only, plan.scale)
+    elif part == "gate-base":
+        finish.gate_base(host, work, device, plan.guidance)
     elif part == "gates":
-        base = finish.gate_base(host, work, device)
+        base = finish.gate_base(host, work, device, plan.guidance)
         parallel.launch(finish.gate_loras, plan.processes, host, work, device, plan.only)
         finish.manifest(work, base)
     elif part == "figures":
@@ -101,6 +120,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="LoRAs by name: train these again, gate these")
     parser.add_argument("--prompt", nargs="+", default=[], help="to look at")
     parser.add_argument("--scale", type=float, default=1.0, help="shortens every training, to try the script")
+    parser.add_argument("--guidance", type=float, default=CFG, help="of the base's gates")
     for setting in ("shards", "steps", "batch"):
         parser.add_argument(f"--{setting}", type=int, default=None, help="of the base")
     parser.add_argument("--fused", action="store_true", help="the base's UNet through torch.compile")
@@ -111,7 +131,7 @@ def main() -> None:
     base = dataclasses.replace(fit_base.ON_A_GPU if on_gpu else fit_base.BaseSettings(), **changed)
     processes = given.processes or (1 if on_gpu else os.cpu_count() or 1)
     work = given.work.resolve()
-    more = (given.minutes, given.only, given.prompt, given.scale, base)
+    more = (given.minutes, given.only, given.prompt, given.scale, base, given.guidance)
     plan = Plan(given.comfyui, work, given.device, processes, *more)
     for part in given.parts:
         run(part, plan)
