@@ -61,12 +61,14 @@ class Studio:
         self._truth: dict[tuple[str, str], torch.Tensor] = {}
         self._true_pictures: dict[tuple[str, str], torch.Tensor] = {}
 
-    def prompt(self, *texts: str) -> list:
-        """One CONDITIONING whose rows are the prompts, for a batch of as many pictures."""
+    def prompt(self, *texts: str, clip: Any = None) -> list:
+        """One CONDITIONING whose rows are the prompts, for a batch of as many pictures. clip: that reads them, None for
+        the checkpoint's own."""
+        known, clip = (self._prompts, self.clip) if clip is None else ({}, clip)
         for text in texts:
-            if text not in self._prompts:
-                self._prompts[text] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0]
-        found = [self._prompts[text] for text in texts]
+            if text not in known:
+                known[text] = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
+        found = [known[text] for text in texts]
         pooled = torch.cat([options["pooled_output"] for _, options in found])
         return [[torch.cat([context for context, _ in found]), {"pooled_output": pooled}]]
 
@@ -139,9 +141,9 @@ class Studio:
         return self._seen(latent)
 
     @torch.inference_mode()
-    def drawn_by(self, model: Any, prompts: Sequence[str], seed: int) -> torch.Tensor:
-        """The same from any model of the host's that is on this one."""
-        return self._seen(self._sampled(model, prompts, seed, self._empty(len(prompts))))
+    def drawn_by(self, model: Any, prompts: Sequence[str], seed: int, clip: Any = None) -> torch.Tensor:
+        """The same from any model of the host's that is on this one. clip: as `prompt`'s."""
+        return self._seen(self._sampled(model, prompts, seed, self._empty(len(prompts)), clip=clip))
 
     @torch.inference_mode()
     def guided_by(self, guider: Any, count: int, seed: int) -> torch.Tensor:
@@ -168,7 +170,14 @@ class Studio:
             return self.vae.decode(latent["samples"]).movedim(-1, 1).float().clamp(0, 1)
 
     def _sampled(
-        self, model, prompts: Sequence[str], seed: int, latent: dict, start: int = 0, end: int = STEPS
+        self,
+        model,
+        prompts: Sequence[str],
+        seed: int,
+        latent: dict,
+        start: int = 0,
+        end: int = STEPS,
+        clip: Any = None,
     ) -> dict:
         """Steps `start` to `end` of the sampler."""
         options = model.model_options["transformer_options"]
@@ -178,8 +187,8 @@ class Studio:
             (latent,) = common_ksampler(
                 model,
                 seed,
-                positive=self.prompt(*prompts),
-                negative=self.prompt(""),
+                positive=self.prompt(*prompts, clip=clip),
+                negative=self.prompt("", clip=clip),
                 latent=latent,
                 disable_noise=start > 0,
                 start_step=start,

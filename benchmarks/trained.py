@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import resource
 import sys
 import time
@@ -35,6 +36,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "trained.jsonl"
 PAIRS, SEEDS, PICTURES = 8, (0, 1, 2), 12
 LORA = {"steps": STEPS, "learning_rate": RATE, "rank": RANK, "batch_size": BATCH}  # as training.py's
 CUSTOM = {"steps": 250, "learning_rate": 1e-4, "batch_size": 8}  # of each picture of a step; the paper's is 1e-5
+ED = {**LORA, "text_encoder_rate": RATE / 10, "word_rate": 10 * RATE, "rank": 4}  # the paper's rank, and its ratios
 ROUND_TWO = 8  # pictures of StyleDrop's first round, of which it goes on with the best half
 SCALES = (3.0, 3.0)  # of text and style
 CLASS_PICTURES = 32
@@ -105,13 +107,7 @@ class Workshop:
         settings = self._settings(self.core.trained_weights.Settings, CUSTOM, steps)
         taught = []
         for one in concepts:
-            # The node uses every caption with every picture, so there is one, and pictures that it fits.
-            words = one.words
-            if one.kind == "style":
-                words, fits = f"{one.of_class} {one.words}", [True] * len(one.prompts)
-            else:
-                fits = [not prompt.endswith(" style") for prompt in one.prompts]
-            images = self.pictures(one)[torch.tensor(fits)]
+            images, words = self.shown(one)
             caption = words.replace(one.identifier, NEW_WORD)
             taught.append(trains.Concept([images], [caption], NEW_WORD, one.identifier, one.of_class))
         count = max(2, round(CLASS_PICTURES * min(1.0, self.job.scale * 4)))
@@ -119,11 +115,31 @@ class Workshop:
         task = trains.Task(taught, settings, "loras/custom", size, class_count=count)
         with torch.inference_mode():
             done = trains.train(self.studio.model, self.studio.clip, self.studio.vae, task)
-        files = [
-            self.output / done.file,
-            *(self.words / f"{word.split(':')[1]}.safetensors" for word in done.embeddings),
-        ]
+        files = [self.output / done.file, *map(self.word_file, done.embeddings)]
         return done.lora_model, done.embeddings, files
+
+    def word_file(self, word: str) -> Path:
+        return self.words / f"{word.split(':')[1]}.safetensors"
+
+    def shown(self, one: Any) -> tuple[torch.Tensor, str]:
+        """For nodes that use every caption with every picture: one, with the identifier, and the pictures that it
+        fits."""
+        if one.kind == "style":
+            words, fits = f"{one.of_class} {one.words}", [True] * len(one.prompts)
+        else:
+            words, fits = one.words, [not prompt.endswith(" style") for prompt in one.prompts]
+        return self.pictures(one)[torch.tensor(fits)], words
+
+    def ed_lora(self, one: Any) -> tuple[dict[str, torch.Tensor], str, list[Path], torch.Tensor]:
+        """LORA_MODEL, its word as prompts name it, which stands for the class too, files, the pictures."""
+        trains = self.bridge.training.ed_lora
+        (images, words), size = self.shown(one), self.studio.manifest.size
+        captions, class_word = [words.replace(spoken(one), NEW_WORD)], spoken(one).split()[1]
+        settings = self._settings(self.core.trained_ed_lora.Settings, ED, 1)
+        task = trains.Task([images], captions, settings, NEW_WORD, class_word, prefix="loras/ed", resolution=size)
+        with torch.inference_mode():
+            done = trains.train(self.studio.model, self.studio.clip, self.studio.vae, task)
+        return done.lora_model, done.embedding, [self.output / done.file, self.word_file(done.embedding)], images
 
     def _settings(self, kind: Any, asked: dict[str, Any], times: int) -> Any:
         steps = max(1, round(asked["steps"] * times * self.job.scale))
@@ -179,6 +195,43 @@ def composed(shop: Workshop, words: Sequence[str]) -> str:
     return prompt.replace(shop.subject.identifier, words[0]).replace(shop.style.identifier, words[1])
 
 
+def spoken(one: Any) -> str:
+    """A concept's identifier with the word of its class that follows it in prompts."""
+    (found,) = re.findall(rf"{one.identifier} \w+", one.words)
+    return str(found)
+
+
+def mix_of_show(shop: Workshop) -> Made:
+    """An ED-LoRA of each concept; their text encoders' halves fused, then the rest by what prompts say to these
+    (Sec. 3.3)."""
+    studio, core, bridge = shop.studio, shop.core, shop.bridge
+    concepts = {"content": shop.subject, "style": shop.style}
+    parts = {name: shop.ed_lora(one) for name, one in concepts.items()}
+    word = {name: part[1] for name, part in parts.items()}
+    own = {name: shop.shown(one)[1].replace(spoken(one), word[name]) for name, one in concepts.items()}
+    source = bridge.lora.loras
+    sources = source.LoRASources({name: source.LoRASource(name, part[0], 1.0) for name, part in parts.items()})
+    settings = core.solver.Settings(solver="fusion", seed=shop.job.seed)
+    with torch.inference_mode():
+        fused = bridge.text_fusion.fuse(studio.clip, sources, {name: [word[name], own[name]] for name in parts})
+        fitted = bridge.lora.fitting.fit(fused.sources, studio.model.model)
+        conditioning = {name: studio.prompt(own[name], clip=fused.clip) for name in parts}
+        latents = {name: studio.vae.encode(part[3]) for name, part in parts.items()}
+
+        def solve(predict: Any, joined: Any, references: Any) -> Any:
+            return core.zipper.solve(joined, predict, references, settings)
+
+        result = bridge.network.predictor.with_predictor(studio.model, fitted.loras, conditioning, latents, solve)
+        routed = dataclasses.replace(fitted, loras=core.routing.routed(fitted.loras, result.routing))
+        zipped = bridge.lora.zipped.ZippedLoRA(fused.sources, routed, result.coefficients, routing=result.routing)
+        model, clip = bridge.apply.apply(studio.model, studio.clip, zipped, 1.0)
+    prompt = studio.manifest.prompt(shop.subject, shop.style)
+    for name, one in concepts.items():
+        prompt = prompt.replace(spoken(one), word[name])
+    files = [file for part in parts.values() for file in part[2]]
+    return Made(lambda count, seed: studio.drawn_by(model, [prompt] * count, seed, clip), files)
+
+
 def style_drop(shop: Workshop) -> Made:
     """A stand-in for StyleDrop + DreamBooth: a style LoRA from one picture in two rounds, the second also on those
     pictures of the first that show their subject and are nearest to the picture; added to a subject LoRA, drawn with
@@ -218,6 +271,7 @@ TRAINED: dict[str, Callable[[Workshop], Made]] = {
     "StyleDrop + DreamBooth, stand-in": style_drop,
     "Custom Diffusion, joint": custom_joint,
     "Custom Diffusion, merged": custom_merged,
+    "Mix-of-Show": mix_of_show,
 }
 
 

@@ -33,6 +33,8 @@ ZIPPED = ("subject", "style")
 TRAINING = {  # what the miniature learns well with, from one picture
     "TrainEmbedding": {"batch_size": 8, "steps": 300},
     "TrainCustomDiffusion": {"learning_rate": 2e-4, "batch_size": 8, "steps": 80},
+    "TrainEDLoRA": {"learning_rate": 2e-3, "text_encoder_rate": 2e-4, "word_rate": 2e-2, "batch_size": 8, "steps": 200},
+    "SplitConcept": {"batch_size": 8, "seeds": 2, "drawn_count": 2},
     "TrainConceptLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 200},
     "UnZipLoRA": {"rank": 16, "learning_rate": 1e-3, "batch_size": 8, "steps": 225},
 }
@@ -67,6 +69,9 @@ def replacements(world: Manifest) -> dict[str, str]:
     found |= dict(zip(words.WORDS_OF_EACH.split("\n"), each, strict=True))
     found |= dict(zip(words.RARE, (subject.identifier, style.identifier), strict=True))
     found[words.ON_A_BEACH] = f"{subject.words.replace(subject.identifier, '*')} in {world.other_styles[0]} style"
+    found[words.OF_A_WORD] = "a *"
+    found[words.OF_A_MANNER] = style.learned.prompt.replace(f"{style.identifier} style", "*")
+    found[words.CLASSES[0]] = subject.of_class.split()[-1]
     found[words.OF_BOTH] = " ".join(in_prompts)
     found[words.DRAWN] = world.prompt(subject, style)
     found[words.ELSEWHERE] = f"{subject.words} on the left {style.words}"
@@ -87,9 +92,8 @@ def on_the_miniature(prompt: Prompt, world: Manifest, steps: int = 20) -> Prompt
         if node["class_type"] == "BasicScheduler":
             node["inputs"]["steps"] = steps
         node["inputs"] |= TRAINING.get(node["class_type"], {})
-        if node["class_type"] == "TrainEmbedding":
-            one = world.trained()[world.shown.pair[0]]
-            node["inputs"] |= {"prompt": ours[words.OF_SUBJECT], "initial_word": one.of_class.split()[-1]}
+        if node["class_type"] in ("TrainEmbedding", "SplitConcept"):
+            node["inputs"]["prompt"] = ours[words.OF_SUBJECT]
         if node["class_type"] == "MergeCustomDiffusion":
             node["inputs"]["captions"] = "\n".join(asked.prompt for asked in world.known[:4])
         if node["class_type"] == "UnZipLoRA":  # whose blocks are not SDXL's

@@ -39,6 +39,8 @@ NODES = (
     "SplitConcept",
     "TrainCustomDiffusion",
     "MergeCustomDiffusion",
+    "TrainEDLoRA",
+    "FuseTextEncoders",
     "PairLoRAs",
     "UnZipLoRA",
     "LoadLoRAStack",

@@ -7,6 +7,7 @@ from .check import ZipCheck
 from .compare import CompareMerges
 from .custom_diffusion import MergeCustomDiffusion, TrainCustomDiffusion
 from .direct import DirectMergeLoRA
+from .ed_lora import TrainEDLoRA
 from .embedding import TrainEmbedding
 from .export import ExportMergedLoRA
 from .guider import TwoScaleGuider
@@ -21,6 +22,7 @@ from .sparse import SparsifyLoRA
 from .split import SplitConcept
 from .stack import LoadLoRAStack
 from .style import ConceptStrengths, StyleStrength
+from .text_fusion import FuseTextEncoders
 from .training import TrainConceptLoRA
 from .unzip import UnZipLoRA
 from .zip import ZipLoRAs
@@ -49,6 +51,8 @@ NODES = [
     SplitConcept,
     TrainCustomDiffusion,
     MergeCustomDiffusion,
+    TrainEDLoRA,
+    FuseTextEncoders,
     PairLoRAs,
     UnZipLoRA,
     LoadLoRAStack,

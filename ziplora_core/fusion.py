@@ -192,6 +192,21 @@ def downs_of(layer: Layer, inputs: Tensor, targets: Tensor, ridge: float = RIDGE
     return downs, max(error(downs), 0.0) / direct if direct > 1e-6 * at_zero else 1.0
 
 
+def fuse_linear(layer: Layer, seen: Mapping[str, Tensor], ridge: float = RIDGE) -> tuple[dict[str, Tensor], float]:
+    """A linear layer from its inputs themselves: concept -> its new down (r, in) float32, of those that change the
+    layer, and the error as of `downs_of`.
+
+    seen: concept -> (positions, in), what the layer sees under its reference, also of those that leave it alone.
+    Raises KeyError where one that changes the layer is not in it.
+    """
+    moments = {c: rows.T @ rows / len(rows) for c, rows in ((c, x.double()) for c, x in seen.items())}
+    inputs = torch.stack(list(moments.values())).sum(0)
+    targets = torch.cat([f.down.to(inputs) @ moments[c] for c, f in layer.items()])
+    downs, error = downs_of(layer, inputs, targets, ridge)
+    parts = torch.split(downs.float(), [f.rank for f in layer.values()])
+    return dict(zip(layer, parts, strict=True)), error
+
+
 def merge(
     joined: JoinedSet,
     predictor: Predictor,

@@ -50,9 +50,9 @@ class TrainedLoRA(Plain):
         return {name: size if math.isfinite(size) else math.inf for name, size in sizes.items()}
 
     def added(self, name: str, x: Tensor) -> Tensor:
-        """up · down · x in the dtype of x; differentiable in all three."""
-        hidden = F.linear(x, self.down[name].to(x.dtype))
-        return F.linear(hidden, self.up[name].to(x.dtype))
+        """up · down · x in the dtype and on the device of x; differentiable in all three."""
+        hidden = F.linear(x, self.down[name].to(x))
+        return F.linear(hidden, self.up[name].to(x))
 
     @torch.no_grad()
     def factors(self) -> dict[str, Factors]:

@@ -33,7 +33,7 @@ class BaseSettings:
     """
 
     shards: int = 60
-    steps: int = 7000
+    steps: int = 14000
     batch: int = 96
     fused: bool = False
     learning_rate: float = 3e-3  # of matrices, by Muon

@@ -18,7 +18,7 @@ from .atlas import SIZE
 from .scenes import Scene
 from .sets import BASE_SETS, NEW_SETS, SETS
 from .subjects import DESIGNS
-from .techniques import BASE_TECHNIQUES, KEEP_GROUND, NEW_TECHNIQUES
+from .techniques import BASE_TECHNIQUES, KEEP_GROUND
 
 PICTURE_TECHNIQUES = (None, None, None, None, "sketch", "sketch", "sepia", "sepia")
 OTHER_TECHNIQUES = tuple(name for name in BASE_TECHNIQUES if name not in PICTURE_TECHNIQUES)

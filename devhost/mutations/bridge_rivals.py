@@ -7,6 +7,7 @@ from . import faults
 SWITCHED = ("tests/inhost/test_k_lora.py",)
 WORDS = ("tests/inhost/test_embedding.py",)
 WHOLE = ("tests/inhost/test_custom_diffusion.py",)
+DECOMPOSED = ("tests/inhost/test_ed_lora.py",)
 
 MUTANTS = [
     *faults(
@@ -77,6 +78,59 @@ MUTANTS = [
         "nodes/bridge/training/denoiser.py",
         WORDS,
         ("a word stays what it was", "if key[0] not in self._said}", "if key}"),
+    ),
+    *faults(
+        "nodes/bridge/network/text_gradient.py",
+        DECOMPOSED,
+        ("random numbers of one size", "float(rows.std()) * torch.randn(", "torch.randn("),
+        ("random numbers of no seed", "manual_seed(seed % 2**63)", "manual_seed(0)"),
+        (
+            "the text encoders' branch is lost",
+            "frozen_layers(self._clip.cond_stage_model, layers, branch)",
+            "frozen_layers(self._clip.cond_stage_model)",
+        ),
+    ),
+    *faults(
+        "nodes/bridge/network/injection.py",
+        DECOMPOSED,
+        (
+            "another pack's layer has no gradient",
+            "branch.layer(name, x, Given(y)) + (y - y.detach())",
+            "branch.layer(name, x, Given(y))",
+        ),
+        ("another pack's layer is not trained", "partial(_on_another, branch, name, module.forward)", "module.forward"),
+    ),
+    *faults(
+        "nodes/bridge/training/ed_lora.py",
+        DECOMPOSED,
+        ("the two vectors swapped", "torch.cat([first[key], rows])", "torch.cat([rows, first[key]])"),
+        ("the text encoders' part is not in the file", "**named_tensors(text, self._names)}", "}"),
+        ("the trigger names no embedding", "name_in_prompts(self.embedding.name)", "task.word"),
+    ),
+    *faults(
+        "nodes/bridge/lora/text_encoders.py",
+        DECOMPOSED,
+        ("numbered where there is one", 'name.startswith("lora_te_") == several', 'name.startswith("lora_te_")'),
+    ),
+    *faults(
+        "nodes/bridge/text_fusion.py",
+        ("tests/inhost/test_text_fusion.py",),
+        ("what fills up a prompt counts", "of[:end].float()", "of.float()"),
+        ("what weighs words counts", "zip(several, own, strict=False)", "zip(several, own * 2, strict=False)"),
+        (
+            "seen at strength 1",
+            "own = with_text_encoder(clip, source, source.of_clip)",
+            "own = with_text_encoder(clip, source, 1.0)",
+        ),
+        ("seen without its LoRA", "own = with_text_encoder(clip, source, source.of_clip)", "own = clip"),
+        ("hooks stay", "            hook.remove()\n", "            pass\n"),
+        ("another form is thrown away", "weights.get(formats.layer_name(key)) in factors", "True"),
+        ("the file's hash stays", "version=None, sha256=None, notes", 'sha256="", notes'),
+        (
+            "an alpha is forgotten",
+            "Factors(own.up.float(), down, own.scale)",
+            "Factors(own.up.float(), 2 * down, own.scale)",
+        ),
     ),
     *faults(
         "nodes/bridge/training/custom_diffusion.py",

@@ -10,7 +10,16 @@ WORDS = ("tests/inhost/test_embedding.py",)
 WHOLE = ("tests/inhost/test_custom_diffusion.py",)
 STUDY = ("tests/core/test_study.py", "tests/browser/test_study.py")
 
+DECOMPOSED = ("tests/inhost/test_ed_lora.py",)
+
 MUTANTS = [
+    *faults(
+        "ziplora_core/trained_ed_lora.py",
+        DECOMPOSED,
+        ("the text encoders at the network's rate", "self._settings.text_encoder_rate", "learning_rate"),
+        ("the word at the network's rate", "self._settings.word_rate", "learning_rate"),
+        ("the text encoders' factors are forgotten", "*self.text.tensors(), *self.word", "*self.word"),
+    ),
     *faults(
         "ziplora_core/k_lora.py",
         CHOICE,

@@ -74,6 +74,8 @@ MUTANTS = [
         ("no input is shared", "if ref() is x and how == like", "if ref() is None"),
         ("error without its constant", "2 * of @ targets.T)).sum()) + at_zero", "2 * of @ targets.T)).sum())"),
         ("kernels without their dilation", "[..., ::apart]", ""),
+        ("prompts weigh by their positions", "rows.T @ rows / len(rows)", "rows.T @ rows"),
+        ("a LoRA is aimed at by all prompts", "f.down.to(inputs) @ moments[c]", "f.down.to(inputs) @ inputs"),
         ("kernels without their step", "(size - 1) * apart + 1, step)", "(size - 1) * apart + 1, 1)"),
         ("one round for all", "self.layers and size > self._room", "self.layers and False"),
         ("one round, whatever is left", "while apart or (left and found):", "for _ in (0,):"),

@@ -20,7 +20,6 @@ SKETCHES: tuple[Callable[[], Graph], ...] = (
     sketches.sparsify,
     sketches.direct_merge,
     sketches.stack,
-    sketches.split,
 )
 TEMPLATES: tuple[Callable[[], Graph], ...] = (
     zipped.start,
@@ -38,5 +37,7 @@ TEMPLATES: tuple[Callable[[], Graph], ...] = (
     rivals.k_lora,
     rivals.two_scales,
     rivals.custom_diffusion,
+    rivals.mix_of_show,
     rivals.embedding,
+    rivals.split_concept,
 )

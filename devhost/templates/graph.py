@@ -31,6 +31,8 @@ _TALL = {  # of nodes that show something when they have run, or a picture
     "SplitConcept": 840,
     "TrainCustomDiffusion": 840,
     "MergeCustomDiffusion": 480,
+    "TrainEDLoRA": 880,
+    "FuseTextEncoders": 360,
     "UnZipLoRA": 920,
 }
 _FORM = {  # what App mode asks for: the widgets that a user fills in, by node
@@ -46,6 +48,8 @@ _FORM = {  # what App mode asks for: the widgets that a user fills in, by node
     "TrainConceptLoRA": ("prompt",),
     "TrainEmbedding": ("prompt", "initial_word"),
     "TrainCustomDiffusion": ("prompt",),
+    "TrainEDLoRA": ("prompt", "class_word"),
+    "SplitConcept": ("prompt", "initial_word"),
     "TwoScaleGuider": ("text_scale", "style_scale"),
     "UnZipLoRA": ("prompt", "content_prompt", "style_prompt"),
     "StyleStrength": ("style_strength",),

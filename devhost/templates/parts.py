@@ -31,9 +31,9 @@ class Parts:
             "style_positive": self.text(STYLE_PROMPT, "Training prompt of the style LoRA"),
         }
 
-    def zip(self, pair: Link, **references: Link) -> Node:
-        """references: latents of pictures, and the prompts; without latents, each LoRA draws its own."""
-        return self.graph.add("ZipLoRAOptimize", None, model=self.model, lora_pair=pair, drawn_size=SIDE, **references)
+    def zip(self, pair: Link, **given: Link | str) -> Node:
+        """given: latents of pictures, and the prompts; without latents, each LoRA draws its own. Settings too."""
+        return self.graph.add("ZipLoRAOptimize", None, model=self.model, lora_pair=pair, drawn_size=SIDE, **given)
 
     def dial(self, zipped: Link) -> Link:
         return self.graph.add("StyleStrength", zipped_lora=zipped)[0]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from .graph import Graph, Link
 from .parts import Parts
 from .words import (
+    CLASSES,
     DRAWN,
     FIRST,
     NEW_SUBJECT,
+    OF_A_MANNER,
+    OF_A_WORD,
     OF_BOTH,
     OF_STYLE,
     OF_SUBJECT,
@@ -167,3 +170,81 @@ def custom_diffusion() -> Graph:
     prompts, empty = (parts.text(drawn, "With both words"), parts.text("", "What not to draw")), parts.canvas()
     parts.graph.column("Result")
     return parts.save(parts.picture(model[0], prompts, empty))
+
+
+def split_concept() -> Graph:
+    parts = Parts(
+        "A concept split in two",
+        "# What is in a concept, as two words\n\n**Split Concept** learns two words from one concept's pictures "
+        "([Inspiration Tree](https://arxiv.org/abs/2305.18203)): side by side in a prompt they draw the concept, and "
+        "each alone draws one side of it, such as its form or its pattern. At the right is what each word draws. Both "
+        "are embeddings of a few kilobytes, for any prompt of this model family; each can be split again.\n\n"
+        "Four seeds are tried. Connect *Load CLIP Vision* to `clip_vision`, and the seed is chosen whose words each "
+        "draw alike pictures; without it the loss decides, which says less.\n\n## What to choose\nThe checkpoint, "
+        "the picture, *initial_word*: a common word that is like it, and what to draw: `*` stands for a word.",
+    )
+    parts.graph.column("Picture")
+    picture = parts.reference("subject")
+    parts.graph.column("Split", 400)
+    split = parts.train("SplitConcept", images=picture, initial_word="dog")
+    parts.report(split[5])
+    pictures = []
+    for side, word in zip(("left", "right"), (split[0], split[1]), strict=True):
+        parts.graph.column(f"Draw: the {side} word")
+        text = _replaced(parts, f"What the {side} word draws", OF_A_WORD, {"*": word})
+        prompts = parts.text(text, f"With the {side} word"), parts.text("", "What not to draw")
+        pictures.append(parts.picture(parts.model, prompts, parts.canvas(), f"The {side} word"))
+    parts.graph.column("Left, right", 640)
+    return parts.save(parts.beside(pictures))
+
+
+def mix_of_show() -> Graph:
+    parts = Parts(
+        "Mix-of-Show",
+        "# Two concepts, merged by Mix-of-Show\n\nA subject and a style, each learned from its picture: a LoRA of the "
+        "model and of its text encoders, and a word ([paper](https://arxiv.org/abs/2305.18292)). Then both are "
+        "fused in closed form: **Fuse Text Encoders** first, so that each word is read as its own LoRA reads it, then "
+        "*ZipLoRA Optimize* with `solver` *fusion*. More pictures of each (up to five) are better: join them with "
+        "*Batch Images*.\n\n`[1]` and `[2]` stand for the two new words, which have their names when they are trained."
+        "\n\n## What to choose\nThe checkpoint, the pictures, a caption for each with `*` where the new word stands, "
+        "*class_word*: what it is, which the new word says too; and what to draw.",
+    )
+    parts.graph.column("Pictures")
+    pictures = parts.references()
+    parts.graph.column("Train", 400)
+    trained = [
+        parts.train(
+            "TrainEDLoRA",
+            f"Train the {which}",
+            images=picture,
+            prompt=caption,
+            class_word=what,
+            filename_prefix=f"loras/ed_{which}",
+        )
+        for which, picture, caption, what in zip(
+            ("subject", "style"), pictures, (OF_A_WORD, OF_A_MANNER), CLASSES, strict=True
+        )
+    ]
+    words = {FIRST: trained[0][1], SECOND: trained[1][1]}
+    parts.graph.column("Words")
+    lines = _replaced(parts, "Words of each concept", "\n".join(words), words)
+    parts.graph.column("Fuse the text encoders", 400)
+    pair = parts.graph.add("PairLoRAs", content_lora=trained[0][0], style_lora=trained[1][0])
+    fused = parts.graph.add("FuseTextEncoders", clip=parts.clip, lora_pair=pair[0], prompts=lines)
+    parts.report(fused[2])
+    parts.graph.column("Fuse the rest", 400)
+    own = [
+        parts.text(words[sign], f"Prompt of the {which}", fused[1])
+        for which, sign in zip(("subject", "style"), words, strict=True)
+    ]
+    references = {"content_positive": own[0], "style_positive": own[1]}
+    zipped = parts.zip(fused[0], solver="fusion", **references)
+    model, clip = parts.apply(zipped[0])
+    parts.graph.column("What to draw")
+    drawn = _replaced(parts, "What to draw", f"a {FIRST} in {SECOND}", words)
+    prompts, empty = (
+        (parts.text(drawn, "With both words", clip), parts.text("", "What not to draw", clip)),
+        parts.canvas(),
+    )
+    parts.graph.column("Result")
+    return parts.save(parts.picture(model, prompts, empty))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .graph import OUTSIDE, Graph
 from .parts import Parts
-from .words import CLIP, STYLE
+from .words import STYLE
 
 
 def load_zipped() -> Graph:
@@ -43,19 +43,4 @@ def stack() -> Graph:
     third = parts.graph.add("ZipLoRAReference", positive=parts.text("a zrt hat", "Training prompt of the third LoRA"))
     parts.graph.column("Zip", 400)
     parts.zip(loaded[0], **parts.training_prompts(), references=third[0])
-    return parts.graph
-
-
-def split() -> Graph:
-    """A concept's pictures, the eye that chooses, and what each word draws."""
-    parts = Parts("split", "")
-    parts.graph.column("Picture")
-    picture = parts.reference("subject")
-    eye = parts.graph.add("CLIPVisionLoader", clip_name=CLIP)
-    parts.graph.column("Split")
-    words = parts.train("SplitConcept", images=picture, clip_vision=eye[0])
-    parts.graph.column("What each word draws")
-    for number in (2, 3):
-        parts.graph.add("PreviewImage", images=words[number])
-    parts.report(words[5])
     return parts.graph

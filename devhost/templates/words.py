@@ -22,4 +22,6 @@ ON_A_BEACH = "a photo of a * on a beach"  # * for a word that is known when it h
 OF_SUBJECT, OF_STYLE = "a photo of a * dog", "a house in * style"  # captions that it is trained with
 FIRST, SECOND = "[1]", "[2]"  # for two such words
 OF_BOTH, WORDS_OF_EACH = f"a {FIRST} dog in {SECOND} style", f"{FIRST} dog\n{SECOND} style"
+OF_A_WORD, OF_A_MANNER = "a photo of a *", "a house in *"  # where a word stands for the class too
+CLASSES = "dog", "style"  # what the concepts are
 RARE = "ktn", "pll"  # words that theirs start from

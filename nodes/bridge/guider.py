@@ -9,6 +9,8 @@ from typing import Any
 import comfy.hooks
 import comfy.samplers
 
+from .network import checks
+
 _MODEL_STRENGTH = 2  # of a patch, its place: what the weight itself is multiplied with
 Patches = Mapping[str, list[tuple]]  # key -> (strength, update, strength of the weight, offset, function) each
 
@@ -113,10 +115,12 @@ def two_scales(
     model, adapted_model, positive: list, negative: list, adapted_positive: list | None, text: float, style: float
 ) -> TwoScales:
     """A GUIDER of the host. model, adapted_model: ModelPatchers, which stay as they are. adapted_positive: None for
-    `positive`. Raises ValueError as `added` does."""
+    `positive`. Raises ValueError as `added` does, and for what is no conditioning."""
+    own = positive if adapted_positive is None else adapted_positive
+    for name, given in (("positive", positive), ("negative", negative), ("adapted_positive", own)):
+        checks.check_prompts(name, given)
     hooks = as_hooks(added(model, adapted_model))
     guider = TwoScales(model.clone())
-    own = positive if adapted_positive is None else adapted_positive
     guider.set_conds(positive, negative, comfy.hooks.set_hooks_for_conditioning(own, hooks))
     guider.set_scales(text, style)
     return guider

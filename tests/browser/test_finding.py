@@ -29,6 +29,8 @@ FIRST = {  # what people type -> the node of the pack that is meant
     "dreambooth": "TrainConceptLoRA",
     "textual inversion": "TrainEmbedding",
     "inspiration tree": "SplitConcept",
+    "mix of show": "TrainEDLoRA",
+    "mix of show fusion": "FuseTextEncoders",
     "report": "ZippedLoRAReport",
     "compare": "CompareMerges",
     "side by side": "CompareMerges",

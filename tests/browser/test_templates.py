@@ -42,7 +42,8 @@ CLOSE_UPS = {
     "9 More than two LoRAs": ("ConceptStrengths",),
     "direct_merge": ("DirectMergeLoRA",),
     "stack": ("LoadLoRAStack", "ZipLoRAReference"),
-    "split": ("SplitConcept",),
+    "A concept split in two": ("SplitConcept",),
+    "Mix-of-Show": ("TrainEDLoRA", "FuseTextEncoders"),
     "Style of one picture (two scales)": ("TwoScaleGuider",),
     "K-LoRA": ("KLoRA",),
     "An embedding from pictures": ("TrainEmbedding",),
@@ -51,7 +52,7 @@ CLOSE_UPS = {
 ON_A_HELP_PAGE = 60  # quality: letters can be read at a help panel's width, and the archive stays small
 PUBLISH = bool(os.environ.get("ZIPLORA_PUBLISH"))  # with the defaults, as a help page should show them
 ALL = bool(os.environ.get("ZIPLORA_ALL"))
-TRAINS = ("TrainConceptLoRA", "UnZipLoRA", "TrainEmbedding", "TrainCustomDiffusion")
+TRAINS = ("TrainConceptLoRA", "UnZipLoRA", "TrainEmbedding", "TrainCustomDiffusion", "TrainEDLoRA", "SplitConcept")
 ZIPS = ("ZipLoRAs", "ZipLoRAOptimize")
 OPTIONAL = {
     "references",
@@ -60,6 +61,7 @@ OPTIONAL = {
     "loss_map",
     "clip",
     "class_images",
+    "clip_vision",
     "second_images",
     "adapted_positive",
     "lora_stack",

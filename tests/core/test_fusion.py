@@ -290,3 +290,26 @@ def test_downs_of_another_shape_are_refused():
     for wrong in (right[:-1], right[:, :-1], right.expand(-1, -1, 2), right[..., None]):
         with pytest.raises(ValueError, match=r"layer 'first': a matrix .* does not route"):
             routing.routed(loras, {"first": wrong})
+
+
+@pytest.mark.parametrize("positions", [5, 40])
+def test_a_linear_layer_from_its_inputs_is_the_dense_least_squares_solution(positions):
+    """Of two LoRAs, and of a reference whose LoRA leaves the layer alone; with fewer positions than inputs, too."""
+    generator = torch.Generator().manual_seed(positions)
+    of = {name: factors((12, 9), rank, seed) for seed, (name, rank) in enumerate((("one", 2), ("two", 3)))}
+    seen = {name: torch.randn(positions + i, 9, generator=generator) for i, name in enumerate(("one", "two", "none"))}
+    downs, error = fusion.fuse_linear(of, seen)
+    found = sum(of[name].scale * of[name].up.double() @ downs[name].double() for name in of)
+    wanted = {name: flat(of[name]).double() if name in of else torch.zeros(12, 9).double() for name in seen}
+    scaled = {name: x.double() / len(x) ** 0.5 for name, x in seen.items()}
+    ridge = (fusion.RIDGE * sum(x.square().sum() for x in scaled.values()) / 9).sqrt() * torch.eye(9).double()
+    left = torch.cat([*scaled.values(), ridge])
+    right = torch.cat([*(x @ wanted[name].T for name, x in scaled.items()), torch.zeros(9, 12).double()])
+    solution = torch.linalg.lstsq(left, right, driver="gelsd").solution.T
+    torch.testing.assert_close(found, solution, rtol=1e-4, atol=1e-5)
+    direct = sum(wanted.values())
+
+    def missed(delta):
+        return sum((x @ (delta - wanted[name]).T).square().sum() for name, x in scaled.items())
+
+    assert error == pytest.approx(float(missed(solution) / missed(direct)), rel=1e-3)

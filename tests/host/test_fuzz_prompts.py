@@ -89,6 +89,12 @@ def graph(content: Concept, style: Concept) -> Prompt:
                       images=["picture", 0], prompt="", word="*", initial_word="star", steps=1, learning_rate=1e-4,
                       batch_size=1, resolution=64, seed=0, filename_prefix="loras/fuzzed", sample_every=0,
                       save_every=0),
+        "fuse": node("FuseTextEncoders", clip=["checkpoint", 1], lora_pair=["pair", 0], prompts="a star\na heart"),
+        "fused": node("PreviewAny", source=["fuse", 2]),
+        "both": node("TrainEDLoRA", model=BASE, clip=["checkpoint", 1], vae=["checkpoint", 2], images=["picture", 0],
+                     prompt="", word="*", class_word="star", rare_word="", steps=1, learning_rate=1e-4,
+                     text_encoder_rate=1e-5, word_rate=1e-3, rank=1, batch_size=1, resolution=64, seed=0,
+                     filename_prefix="loras/fuzzed", sample_every=0, save_every=0),
         "merge": node("MergeCustomDiffusion", model=BASE, clip=["checkpoint", 1], lora_pair=["pair", 0],
                       prompts="a star\na heart", captions="a red circle\na blue square"),
         "merged": node("PreviewAny", source=["merge", 1]),
@@ -108,10 +114,12 @@ ENDS = {  # output node -> what it needs
     "guided": ("guider", "apply", "dial", "optimise", "pair", "words", "latents", "checkpoint"),
     "word": ("picture", "checkpoint"),
     "whole": ("picture", "checkpoint"),
+    "both": ("picture", "checkpoint"),
+    "fused": ("fuse", "pair", "checkpoint"),
     "merged": ("merge", "pair", "checkpoint"),
 }
 OURS = {"pair", "optimise", "direct", "dial", "apply", "save", "export", "sparse", "sheet", "load", "train", "unzip",
-        "switch", "guider", "word", "whole", "merge"}  # fmt: skip
+        "switch", "guider", "word", "whole", "both", "fuse", "merge"}  # fmt: skip
 
 
 @st.composite

@@ -482,13 +482,19 @@ def calls(draw):
                                   "seed": odd_ints, "filename_prefix": prefixes, "class_count": odd_ints,
                                   "prior_weight": odd_floats, "sample_every": odd_ints, "save_every": odd_ints}),
         ("MergeCustomDiffusion", {"prompts": words, "captions": words}),
+        ("FuseTextEncoders", {"prompts": words}),
+        ("TrainEDLoRA", {"images": pictures(), "prompt": captions, "word": words, "class_word": words,
+                         "rare_word": words, "steps": odd_ints, "learning_rate": odd_floats,
+                         "text_encoder_rate": odd_floats, "word_rate": odd_floats, "rank": odd_ints,
+                         "batch_size": odd_ints, "resolution": odd_ints, "seed": odd_ints,
+                         "filename_prefix": prefixes, "sample_every": odd_ints, "save_every": odd_ints}),
     ]))  # fmt: skip
     node, odd = call
     chosen = draw(st.sets(st.sampled_from(sorted(odd)), min_size=1, max_size=3))
     return node, {name: draw(odd[name]) for name in sorted(chosen)}
 
 
-LISTS = ("TrainConceptLoRA", "TrainEmbedding", "SplitConcept", "TrainCustomDiffusion")  # whose inputs are lists
+LISTS = ("TrainConceptLoRA", "TrainEmbedding", "SplitConcept", "TrainCustomDiffusion", "TrainEDLoRA")  # of lists
 
 
 class Arrived(Exception):
@@ -530,6 +536,8 @@ def run(pack, fuzz, models, zipped, node: str, odd: dict, clip=None):
     keys = {
         f"{list(UNET)[1]}.lora_{half}.weight": torch.ones(shape) for half, shape in (("up", (32, 1)), ("down", (1, 48)))
     }
+    layer = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora"
+    with_text = {**keys, f"{layer}_up.weight": torch.ones(32, 1), f"{layer}_down.weight": torch.ones(1, 32)}
     good = {
         "LoadLoRAPair": {"content_lora": "subject.safetensors", "style_lora": "style.safetensors",
                          "content_strength": 1.0, "style_strength": 1.0},
@@ -559,6 +567,10 @@ def run(pack, fuzz, models, zipped, node: str, odd: dict, clip=None):
         "TrainEmbedding": {**a_word, "vectors": 1},
         "SplitConcept": {**a_word, "seeds": 1},
         "TrainCustomDiffusion": a_word,
+        "FuseTextEncoders": {"clip": clip, "prompts": "a dog\na cat",
+                             "lora_pair": pack.nodes.PairLoRAs.execute(with_text, with_text, 1.0, 1.0).args[0]},
+        "TrainEDLoRA": {**a_word, "rank": 4, "class_word": "star", "rare_word": "", "text_encoder_rate": 1e-5,
+                        "word_rate": 1e-3},
         "MergeCustomDiffusion": {"model": model, "clip": Encoders(), "prompts": "a dog\na cat", "captions": "a\na b c",
                                  "lora_pair": pack.nodes.PairLoRAs.execute(keys, keys, 1.0, 1.0).args[0]},
     }[node]  # fmt: skip

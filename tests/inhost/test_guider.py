@@ -222,3 +222,10 @@ def test_models_that_are_not_one_are_refused(pack, patcher, lora):
         ours(pack, patcher, adapted, 6.0, -1.0)
     with pytest.raises(ValueError, match="adapted_model is not connected"):
         ours(pack, patcher, None, 6.0, 3.0)
+
+
+@pytest.mark.parametrize("name", ["positive", "negative", "adapted_positive"])
+def test_what_is_no_conditioning_is_refused(pack, patcher, lora, name):
+    prompts = {"positive": [], "negative": [], "adapted_positive": None, name: "../x"}
+    with pytest.raises(ValueError, match=f"^{name} is no conditioning"):
+        pack.nodes.TwoScaleGuider.execute(patcher, stock(patcher, lora), text_scale=1.0, style_scale=1.0, **prompts)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import comfy.lora
 
 from ....ziplora_core import formats
 from .loras import LoRASource, LoRASources
 from .zipped import ZippedLoRA, sources_of
+
+_KOHYA = re.compile(r"lora_te\d?_")
 
 
 def parts(source: LoRASource) -> int:
@@ -24,6 +28,17 @@ def names(source: LoRASource, model) -> dict[str, str]:
     known = formats.text_encoder_layers(source.tensors).items()
     more = {layer: hosts[name] for layer, name in known if layer not in hosts and name in hosts}
     return {**more, **hosts}
+
+
+def kohya_names(model) -> dict[str, str]:
+    """Weight of a text encoder -> layer name in a LoRA file, of those that the host reads there as kohya's trainers
+    write them (`lora_te_…`; `lora_te1_…` and so on where there are several). model: the host's text encoder."""
+    found: dict[str, list[str]] = {}
+    for name, key in comfy.lora.model_lora_keys_clip(model, {}).items():
+        if _KOHYA.match(name):
+            found.setdefault(key, []).append(name)
+    several = len({key.split(".")[0] for key in found}) > 1
+    return {key: min(names, key=lambda name: name.startswith("lora_te_") == several) for key, names in found.items()}
 
 
 def unread_scales(source: LoRASource) -> str | None:

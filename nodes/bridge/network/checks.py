@@ -13,6 +13,12 @@ OTHER_CLIP = "connect a text encode node with this checkpoint's own clip"  # wha
 _UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks")
 
 
+def check_prompts(name: str, given: Any) -> None:
+    """Raises ValueError for a value that the API let through in the place of a conditioning, of whatever prompts."""
+    if not isinstance(given, list) or not all(map(_is_entry, given)):
+        raise ValueError(f"{name} is no conditioning; connect a text encode node to it")
+
+
 def check_conditioning(name: str, conditioning: list) -> None:
     """Raises ValueError unless a conditioning is one plain prompt: areas, masks and ControlNets have no teacher."""
     if not isinstance(conditioning, list) or not all(map(_is_prompt, conditioning)):
@@ -37,9 +43,13 @@ def _is_usable(numbers: Tensor) -> bool:
     return known and numbers.numel() > 0 and all_finite(numbers)
 
 
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], dict)
+
+
 def _is_prompt(entry: Any) -> bool:
     """As the host keeps one: [context (1, tokens, width), options]."""
-    if not (isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], dict)):
+    if not _is_entry(entry):
         return False
     context, pooled = entry[0], entry[1].get("pooled_output")
     return isinstance(context, Tensor) and context.ndim == 3 and (pooled is None or isinstance(pooled, Tensor))

@@ -7,7 +7,7 @@ Each layer therefore runs the host's own forward without gradient, and its backw
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ....ziplora_core.branch import Branch
 from ....ziplora_core.frozen import Base, frozen
+from ....ziplora_core.training import Adapted
 from .differentiable import adds_in_place, copying
 from .experts import is_mixture, over_all
 from .foreign import Given, Rerun, run_again_in_backward
@@ -132,10 +133,32 @@ def is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or cast
 
 
-def frozen_layers(network: torch.nn.Module) -> AbstractContextManager[None]:
-    """Any network whose linear layers keep no weight for backward; where another pack has replaced one, it is left."""
-    found = (module for module in network.modules() if is_linear(module) and not is_replaced(module))
-    return replacing((module, partial(frozen, base=_Linear(module, module.forward))) for module in found)
+def frozen_layers(
+    network: torch.nn.Module, layers: Collection[str] = (), branch: Adapted | None = None
+) -> AbstractContextManager[None]:
+    """Any network whose linear layers keep no weight for backward; where another pack has replaced one, its own forward
+    runs. layers: those (`….weight`) to which the branch is added."""
+
+    def forwards() -> Iterator[tuple[torch.nn.Module, Callable[..., Tensor]]]:
+        for path, module in network.named_modules():
+            if not is_linear(module):
+                continue
+            name, base = f"{path}.weight", _Linear(module, module.forward)
+            if branch is None or name not in layers:
+                if not is_replaced(module):
+                    yield module, partial(frozen, base=base)
+            elif is_replaced(module):
+                yield module, partial(_on_another, branch, name, module.forward)
+            else:
+                yield module, partial(branch.layer, name, base=base)
+
+    return replacing(forwards())
+
+
+def _on_another(branch: Adapted, name: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A branch beside the output of another pack's forward, through which the gradient flows too."""
+    y = forward(x)
+    return branch.layer(name, x, Given(y)) + (y - y.detach())
 
 
 def blocks(model) -> list[torch.nn.Module]:

@@ -1,4 +1,4 @@
-"""The host's text encoders, run for the gradient of the vectors that one word of a prompt stands for."""
+"""The host's text encoders, run for the gradient of one word's vectors, and of a branch on their layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import copy
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ....ziplora_core.files import shown
+from ....ziplora_core.training import Adapted
 from .foreign import CopyBeforeChange, OrdinaryTensors
 from .injection import frozen_layers
 
 _NAME = "ziplora_word"
+_SAMPLED = 2048  # words of a table, to tell how its numbers are spread
 Rows = Mapping[str, Tensor]  # text encoder, as embedding files name it -> (vectors, width)
+
+
+def replace_word(text: str, word: str, by: str) -> str:
+    """A prompt with something else wherever the whole word stands."""
+    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", lambda _: by, text)
 
 
 @dataclass(frozen=True)
@@ -68,9 +75,9 @@ class WordEncoder:
         return self._clip.patcher
 
     @torch.no_grad()
-    def start(self, text: str, vectors: int) -> dict[str, Tensor]:
+    def start(self, text: str, vectors: int, called: str = "initial_word") -> dict[str, Tensor]:
         """The vectors of some words, or of an `embedding:name`: the first so many, again from the first where there are
-        fewer. Raises ValueError where the text is no word."""
+        fewer. called: the input that says them. Raises ValueError where the text is no word."""
         self._clip.load_model()
         found = {}
         for key, (name, encoder) in self._encoders.items():
@@ -79,11 +86,24 @@ class WordEncoder:
             tokens = [token for batch in batches for token, _, word in batch if word]
             if not tokens:
                 raise ValueError(
-                    f"initial_word '{shown(text)}' is no word; write one that is like the concept: dog, painting"
+                    f"{called} '{shown(text)}' is no word; write one that is like the concept: dog, painting"
                 )
             table = encoder.transformer.get_input_embeddings()
             rows = [self._row(table, token) for token in tokens]
             found[key] = torch.stack([rows[i % len(rows)] for i in range(vectors)])
+        return found
+
+    @torch.no_grad()
+    def random(self, vectors: int, seed: int) -> dict[str, Tensor]:
+        """Normal numbers around 0, spread as those of the words that each text encoder has."""
+        self._clip.load_model()
+        generator, found = torch.Generator().manual_seed(seed % 2**63), {}
+        for key, (_, encoder) in self._encoders.items():
+            table = encoder.transformer.get_input_embeddings()
+            count, device = table.weight.shape[0], table.weight.device
+            some = torch.arange(0, count, max(1, count // _SAMPLED), device=device)
+            rows = table(some[None], out_dtype=torch.float32)[0].cpu()
+            found[key] = float(rows.std()) * torch.randn(vectors, rows.shape[1], generator=generator)
         return found
 
     @staticmethod
@@ -95,8 +115,8 @@ class WordEncoder:
 
     def tokens(self, text: str, word: str, vectors: int) -> dict[str, Any]:
         """A prompt's tokens, with places for the vectors of `word`. Raises ValueError where the prompt lacks it."""
-        named, count = re.subn(rf"(?<!\w){re.escape(word)}(?!\w)", f" embedding:{_NAME} ", text)
-        if not count:
+        named = replace_word(text, word, f" embedding:{_NAME} ")
+        if named == text:
             raise ValueError(
                 f"the prompt '{shown(text)}' lacks the word '{shown(word)}'; write it where the concept stands"
             )
@@ -123,8 +143,9 @@ class WordEncoder:
         return (_Place(self.keys[int(mark[0])], int(mark[1])), *token[1:])
 
     @contextlib.contextmanager
-    def injected(self) -> Iterator[None]:
-        with frozen_layers(self._clip.cond_stage_model):
+    def injected(self, layers: Collection[str] = (), branch: Adapted | None = None) -> Iterator[None]:
+        """layers: of the text encoders (`clip_l.….weight`), to which the branch is added meanwhile."""
+        with frozen_layers(self._clip.cond_stage_model, layers, branch):
             yield
 
     def encode(self, tokens: dict[str, Any], rows: Rows, load: bool = False) -> list:

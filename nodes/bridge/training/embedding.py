@@ -66,14 +66,14 @@ def check(task: Task) -> None:
     check_word(task.word, task.initial)
 
 
-def check_word(word: str, initial: str) -> None:
-    """Raises ValueError where a word is none, or there is nothing for it to start from."""
+def check_word(word: str, initial: str, called: str = "initial_word") -> None:
+    """Raises ValueError where a word is none, or there is nothing for it to start from. called: the input of that."""
     if not word.strip() or word.split() != [word]:
         raise ValueError(f"word is '{shown(word)}'; expected one word, or a sign such as *")
     check_letters("word", word)
-    check_letters("initial_word", initial)
+    check_letters(called, initial)
     if not initial.strip():
-        raise ValueError("initial_word is empty; write a word that is like the concept: dog, painting")
+        raise ValueError(f"{called} is empty; write a word that is like the concept: dog, painting")
 
 
 def prepare(

@@ -1,4 +1,4 @@
-"""Which layers of a model are trained."""
+"""Which layers of a model, and of its text encoders, are trained."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ....ziplora_core.blocks import B_LORA_BLOCKS, Blocks, lies_in
 from ....ziplora_core.checks import one_of
+from ..lora import text_encoders
 from ..network.bare import bare
-from ..network.injection import blocks
+from ..network.injection import blocks, is_linear
 
 _ATTENTION = re.compile(r"\.(?:attn\d?|attention|self_attn|cross_attn|img_attn|txt_attn)\.")
+_TEXT_ATTENTION = re.compile(r"\.self_attn\.(?:q|k|v|o|out)_proj$")
 _READ_PROMPTS = re.compile(r"\.attn2\.to_[kv]\.weight$")
 LAYERS = ("attention", "all linear", "B-LoRA", "B-LoRA content block", "B-LoRA style block")
 
@@ -57,6 +59,24 @@ def prompt_readers(model) -> dict[str, tuple[int, int]]:
             "that has, such as SD 1.5 or SDXL"
         )
     return readers
+
+
+def text_layers(clip) -> dict[str, tuple[int, int]]:
+    """As `trained_layers`, of the attention of a CLIP's text encoders (`clip_l.….weight`). Raises ValueError where LoRA
+    files have no names for any."""
+    model = clip.cond_stage_model
+    names = text_encoders.kohya_names(model)
+    layers = {
+        f"{path}.weight": (module.out_features, module.in_features)
+        for path, module in model.named_modules()
+        if is_linear(module) and _TEXT_ATTENTION.search(path) and f"{path}.weight" in names
+    }
+    if not layers:
+        raise ValueError(
+            f"this clip ({type(model).__name__}) has no attention layers that LoRA files can name; connect the text "
+            "encoder of a model that has, such as SD 1.5 or SDXL"
+        )
+    return layers
 
 
 def _in_b_lora(path: str, which: str, b_lora: Blocks) -> bool:

@@ -18,14 +18,26 @@ from ..disk import paths
 from ..lora import keys, loras
 
 
-def lora_tensors(model, factors: dict[str, Factors], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-    """In kohya's names, with alpha = rank."""
-    names = keys.file_names(model.model)
+def named_tensors(
+    factors: Mapping[str, Factors], names: Mapping[str, str], dtype: torch.dtype = torch.float16
+) -> dict[str, Tensor]:
+    """In kohya's form, with alpha = rank. names: what the file calls each layer."""
     layers = {
-        names.kohya(name): export.rounded(name, export.ExportLayer(f.up * f.scale, f.down), dtype)
-        for name, f in factors.items()
+        names[layer]: export.rounded(layer, export.ExportLayer(f.up * f.scale, f.down), dtype)
+        for layer, f in factors.items()
     }
     return export.kohya_tensors(layers)
+
+
+def lora_tensors(model, factors: dict[str, Factors], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+    """Of a network, in kohya's names."""
+    names = keys.file_names(model.model)
+    return named_tensors(factors, {layer: names.kohya(layer) for layer in factors}, dtype)
+
+
+def about_network(rank: int) -> dict[str, str]:
+    """Metadata as trainers write it."""
+    return {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
 
 
 class File:
@@ -58,9 +70,8 @@ class File:
 
     def write(self, factors: dict[str, Factors], steps: int) -> None:
         """Unless a try before has left more steps there. Raises OSError, and ValueError where numbers do not fit."""
-        rank = str(next(iter(factors.values())).rank)
-        network = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-        self.put(lora_tensors(self.model, factors), steps, network)
+        rank = next(iter(factors.values())).rank
+        self.put(lora_tensors(self.model, factors), steps, about_network(rank))
 
     def put(self, tensors: dict[str, Tensor], steps: int, metadata: Mapping[str, str]) -> None:
         """As `write`, of tensors as the file is to hold them."""
