@@ -11,10 +11,12 @@ import math
 import random
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from ..miniature import FIRST_STAGE, Miniature, checkpoint, stratified_steps, use_comfyui, write_safetensors
 from ..world import atlas, scenes
@@ -29,13 +31,14 @@ class BaseSettings:
     """steps of `batch` latents (over all processes) out of `shards` files of them.
 
     fused: the UNet through torch.compile, which needs a C++ compiler and some minutes, and is 1.4 times as fast on a
-    processor that multiplies in bfloat16.
+    processor that multiplies in bfloat16. workers: processes that draw the captions of the next batches.
     """
 
     shards: int = 60
     steps: int = 14000
     batch: int = 96
     fused: bool = False
+    workers: int = 0
     learning_rate: float = 3e-3  # of matrices, by Muon
     adam_rate: float = 1e-3  # of all else
     warm: int = 100
@@ -48,7 +51,7 @@ class BaseSettings:
     gamma: float = 5.0  # signal-to-noise ratio above which steps count less
 
 
-ON_A_GPU = BaseSettings(shards=100, steps=7000, batch=1024)
+ON_A_GPU = BaseSettings(shards=150, steps=8000, batch=2048, workers=6, learning_rate=5e-3, adam_rate=1.5e-3)
 
 
 class Tokens:
@@ -71,10 +74,24 @@ class Tokens:
         return torch.tensor(rows)
 
 
-def pace(step: int, settings: BaseSettings) -> float:
-    """What part of the learning rates a step has."""
+class Batches(Dataset[tuple[Tensor, Tensor]]):
+    """By the number of a step: the numbers of its scenes and their captions' tokens (B x 16), always the same."""
+
+    def __init__(self, every: Sequence[scenes.Scene], tokens: Tokens, count: int, drop: float) -> None:
+        self.every, self.tokens, self.count, self.drop = every, tokens, count, drop
+        self.rank = parallel.rank()
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        rng = random.Random(f"base {self.rank} {step}")
+        chosen = [rng.randrange(len(self.every)) for _ in range(self.count)]
+        prompts = ["" if rng.random() < self.drop else scenes.caption(self.every[i], rng) for i in chosen]
+        return torch.tensor(chosen), self.tokens(prompts)
+
+
+def pace(step: int, done: float, settings: BaseSettings) -> float:
+    """What part of the learning rates a step has, where `done` (0..1) of the training is behind it."""
     warm = min(1.0, (step + 1) / settings.warm)
-    late = max(0.0, (step / settings.steps - settings.decay_from) / (1 - settings.decay_from))
+    late = min(1.0, max(0.0, (done - settings.decay_from) / (1 - settings.decay_from)))
     return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * late)))
 
 
@@ -109,12 +126,12 @@ def loss(mini: Miniature, clean: Tensor, tokens: Tensor, nothing: Tensor, settin
 
 
 def fit(comfyui: str, work: Path, device: str, settings: BaseSettings, seconds: float, save_seconds: float) -> None:
-    """One process's part; it stops after `seconds` with everything saved. The first one writes the files."""
+    """One process's part; it ends after `seconds`, by when its rate has fallen. The first one writes the files."""
     use_comfyui(comfyui)
     torch.set_float32_matmul_precision("high")
     rank, count = parallel.rank(), parallel.count()
     world = scenes.World(atlas.load(work / "atlas.safetensors"))
-    told = {name: value for name, value in dataclasses.asdict(settings).items() if name != "fused"}
+    told = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("fused", "workers")}
     data = latents.digest(world, told)
     every = [scene for number in range(settings.shards) for scene in latents.shard_scenes(world, number)]
     clean = latents.read(work, settings.shards).to(device)
@@ -134,23 +151,22 @@ def fit(comfyui: str, work: Path, device: str, settings: BaseSettings, seconds: 
         optimizers.load(state["optimizers"])
     tokens = Tokens(mini)
     nothing = tokens([""]).to(device)
-    batch = settings.batch // count
+    batches = Batches(every, tokens, settings.batch // count, settings.drop)
+    loader = DataLoader(batches, None, sampler=range(begin, settings.steps), num_workers=settings.workers)
     if rank == 0:
         size = sum(p.numel() for p in mini.unet.parameters()) / 1e6
         print(f"base: UNet {size:.2f} M, data and settings {data[:16]}, from step {begin}", flush=True)
     started, saved, total = time.time(), time.time(), torch.zeros((), device=device)
-    for step in range(begin, settings.steps):
+    for step, (chosen, captions) in enumerate(loader, begin):
         torch.manual_seed(1_000_003 * (rank + 1) + step)
-        rng = random.Random(f"base {rank} {step}")
-        chosen = [rng.randrange(len(every)) for _ in range(batch)]
-        prompts = ["" if rng.random() < settings.drop else scenes.caption(every[i], rng) for i in chosen]
-        error = loss(mini, clean[chosen].float(), tokens(prompts).to(device), nothing, settings)
+        error = loss(mini, clean[chosen.to(device)].float(), captions.to(device), nothing, settings)
         for p in trained:
             p.grad = None
         error.backward()
         parallel.average_gradients(trained)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizers.step(pace(step, settings))
+        done = max(step / settings.steps, (time.time() - started) / seconds)
+        optimizers.step(pace(step, done, settings))
         averages.follow(step)
         total += error.detach()
         last = step + 1 == settings.steps

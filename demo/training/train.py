@@ -5,7 +5,7 @@
 
 On a GPU (`--device cuda`) the base takes large batches and more scenes, drawn and encoded there; all it needs besides
 the checkout and a ComfyUI tree is the folder of `--work` with `atlas.safetensors` (32 MB) and, where it is trained
-already, `weights/vae.pt` (5 MB). `--minutes` ends the base's training early, with everything saved.
+already, `weights/vae.pt` (5 MB). `--minutes` ends the base's training earlier, by when its rate has fallen.
 """
 
 from __future__ import annotations

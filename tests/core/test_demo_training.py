@@ -36,7 +36,7 @@ def test_the_hash_says_which_data_and_settings(world: scenes.World) -> None:
 
 def test_the_rate_warms_up_and_falls() -> None:
     settings = fit_base.BaseSettings()
-    rates = [fit_base.pace(step, settings) for step in range(settings.steps)]
+    rates = [fit_base.pace(step, step / settings.steps, settings) for step in range(settings.steps)]
     assert rates[0] == pytest.approx(1 / settings.warm) and rates[settings.warm] == pytest.approx(1)
     assert rates[-1] < 0.011 and max(rates) <= 1.0001
     late = rates[round(settings.decay_from * settings.steps) + 1 :]
