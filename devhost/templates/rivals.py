@@ -204,9 +204,9 @@ def mix_of_show() -> Graph:
         "# Two concepts, merged by Mix-of-Show\n\nA subject and a style, each learned from its picture: a LoRA of the "
         "model and of its text encoders, and a word ([paper](https://arxiv.org/abs/2305.18292)). Then both are "
         "fused in closed form: **Fuse Text Encoders** first, so that each word is read as its own LoRA reads it, then "
-        "*ZipLoRA Optimize* with `solver` *fusion*. More pictures of each (up to five) are better: join them with *Batch "
-        "Images*.\n\n`[1]` and `[2]` stand for the two new words, which have their names when they are trained.\n\n"
-        "## What to choose\nThe checkpoint, the pictures, a caption for each with `*` where the new word stands, "
+        "*ZipLoRA Optimize* with `solver` *fusion*. More pictures of each (up to five) are better: join them with "
+        "*Batch Images*.\n\n`[1]` and `[2]` stand for the two new words, which have their names when they are trained."
+        "\n\n## What to choose\nThe checkpoint, the pictures, a caption for each with `*` where the new word stands, "
         "*class_word*: what it is, which the new word says too; and what to draw.",
     )
     parts.graph.column("Pictures")
