@@ -12,7 +12,6 @@ from . import inputs
 from .bridge.disk import provenance
 from .bridge.training import ed_lora
 from .bridge.training.ed_lora import Task
-from .embedding import PROMPTS
 from .schema import Schema
 from .sockets import LoRAModelSocket, LossMapSocket
 
@@ -33,20 +32,7 @@ class TrainEDLoRA(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base model. LoRAs may be on it already."),
                 io.Clip.Input("clip", tooltip="The base model's text encoder, of SD 1.5, SDXL or alike."),
                 io.Vae.Input("vae", tooltip="The base model's VAE."),
-                io.Image.Input(
-                    "images",
-                    tooltip="One to five pictures of the subject or in the style, of any sizes: a batch, or a list.",
-                ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    default=PROMPTS,
-                    tooltip="Captions, with the word in it; each line is used with each picture. "
-                    "For a style: 'a painting in the style of *'.",
-                ),
-                io.String.Input(
-                    "word", default=Task.word, tooltip="What stands for the concept in these prompts, and only there."
-                ),
+                *inputs.concept(Task.word),
                 io.String.Input(
                     "class_word",
                     default=Task.class_word,

@@ -15,11 +15,6 @@ from .bridge.training.embedding import Task
 from .schema import Schema
 from .sockets import LossMapSocket
 
-PROMPTS = "\n".join(
-    f"a {kind} of a *"
-    for kind in ("photo", "close-up photo", "bright photo", "dark photo", "cropped photo", "rendering", "good picture")
-)
-
 
 class TrainEmbedding(io.ComfyNode):
     @classmethod
@@ -37,20 +32,7 @@ class TrainEmbedding(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base model. LoRAs may be on it already."),
                 io.Clip.Input("clip", tooltip="The base model's text encoder, by which the word is read."),
                 io.Vae.Input("vae", tooltip="The base model's VAE."),
-                io.Image.Input(
-                    "images",
-                    tooltip="One to five pictures of the subject or in the style, of any sizes: a batch, or a list.",
-                ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    default=PROMPTS,
-                    tooltip="Captions, with the word in it; each line is used with each picture. "
-                    "For a style: 'a painting in the style of *'.",
-                ),
-                io.String.Input(
-                    "word", default=Task.word, tooltip="What stands for the concept in these prompts, and only there."
-                ),
+                *inputs.concept(Task.word),
                 io.String.Input(
                     "initial_word",
                     default=Task.initial,

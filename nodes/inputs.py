@@ -20,6 +20,10 @@ SAMPLE_EVERY, SAVE_EVERY = 100, 250  # steps
 
 Settings = type[solver.Settings] | type[training.Settings]
 _Input = TypeVar("_Input", bound=io.Input)
+PROMPTS = "\n".join(
+    f"a {kind} of a *"
+    for kind in ("photo", "close-up photo", "bright photo", "dark photo", "cropped photo", "rendering", "good picture")
+)
 
 
 def connected(**sockets: Any) -> None:
@@ -86,6 +90,24 @@ def resolution(default: int) -> io.Int.Input:
         step=8,
         tooltip="Side of a square bucket in pixels: what the model draws best, 1024 for SDXL.",
     )
+
+
+def concept(word: str) -> list[io.Input]:
+    """Pictures, captions, and the word that is to be learned from them."""
+    return [
+        io.Image.Input(
+            "images",
+            tooltip="One to five pictures of the subject or in the style, of any sizes: a batch, or a list.",
+        ),
+        io.String.Input(
+            "prompt",
+            multiline=True,
+            default=PROMPTS,
+            tooltip="Captions, with the word in it; each line is used with each picture. "
+            "For a style: 'a painting in the style of *'.",
+        ),
+        io.String.Input("word", default=word, tooltip="What stands for the concept in these prompts, and only there."),
+    ]
 
 
 def sample_every(

@@ -12,7 +12,6 @@ from . import inputs
 from .bridge.disk import provenance
 from .bridge.training import split
 from .bridge.training.split import DRAWN, Task
-from .embedding import PROMPTS
 from .schema import Schema
 from .sockets import LossMapSocket
 
@@ -40,7 +39,7 @@ class SplitConcept(io.ComfyNode):
                 io.String.Input(
                     "prompt",
                     multiline=True,
-                    default=PROMPTS,
+                    default=inputs.PROMPTS,
                     tooltip="Captions, with the word where both new words are to stand, side by side; each line is "
                     "used with each picture.",
                 ),

@@ -50,7 +50,7 @@ class Parts:
         applied = self.graph.add("ApplyZippedLoRA", model=self.model, zipped_lora=zipped, clip=self.clip)
         return applied[0], applied[1]
 
-    def prompts(self, clip: Link, words: str, title: str = "What to draw") -> tuple[Link, Link]:
+    def prompts(self, clip: Link, words: str | Link, title: str = "What to draw") -> tuple[Link, Link]:
         """(what to draw, what not to draw)"""
         return self.text(words, title, clip), self.text("", "What not to draw", clip)
 

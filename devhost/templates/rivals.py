@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .graph import Graph, Link
+from .graph import Graph, Link, Node
 from .parts import Parts
 from .words import (
     CLASSES,
@@ -121,9 +121,22 @@ def embedding() -> Graph:
     parts.report(word[2])
     parts.graph.column("Draw")
     text = _replaced(parts, "What to draw", ON_A_BEACH, {"*": word[0]})
-    prompts, empty = (parts.text(text, "With the word"), parts.text("", "What not to draw")), parts.canvas()
+    prompts, empty = parts.prompts(parts.clip, text, "With the word"), parts.canvas()
     parts.graph.column("Result")
     return parts.save(parts.picture(parts.model, prompts, empty))
+
+
+def _trained(parts: Parts, kind: str, name: str, **words: tuple[str, str]) -> list[Node]:
+    """A subject and a style, each learned from its picture. words: an input -> what it is for each of the two."""
+    parts.graph.column("Pictures")
+    pictures = parts.references()
+    parts.graph.column("Train", 400)
+    found = []
+    for number, which in enumerate(("subject", "style")):
+        own = {key: both[number] for key, both in words.items()}
+        prefix = f"loras/{name}_{which}"
+        found.append(parts.train(kind, f"Train the {which}", images=pictures[number], **own, filename_prefix=prefix))
+    return found
 
 
 def custom_diffusion() -> Graph:
@@ -138,22 +151,7 @@ def custom_diffusion() -> Graph:
         "stands; what the words of each concept are, a line for each, as you use them; and what to draw.\n\nEach "
         "training takes about 7 GB beside the model, on SDXL.",
     )
-    parts.graph.column("Pictures")
-    pictures = parts.references()
-    parts.graph.column("Train", 400)
-    trained = [
-        parts.train(
-            "TrainCustomDiffusion",
-            f"Train the {which}",
-            images=picture,
-            prompt=caption,
-            initial_word=rare,
-            filename_prefix=f"loras/custom_{which}",
-        )
-        for which, picture, caption, rare in zip(
-            ("subject", "style"), pictures, (OF_SUBJECT, OF_STYLE), RARE, strict=True
-        )
-    ]
+    trained = _trained(parts, "TrainCustomDiffusion", "custom", prompt=(OF_SUBJECT, OF_STYLE), initial_word=RARE)
     words = {FIRST: trained[0][1], SECOND: trained[1][1]}
     parts.graph.column("Words")
     lines = _replaced(parts, "Words of each concept", WORDS_OF_EACH, words)
@@ -167,7 +165,7 @@ def custom_diffusion() -> Graph:
     parts.report(merged[1])
     parts.graph.column("Draw")
     model = parts.graph.add("LoraModelLoader", "Both on the model", model=parts.model, lora=merged[0], strength_model=1)
-    prompts, empty = (parts.text(drawn, "With both words"), parts.text("", "What not to draw")), parts.canvas()
+    prompts, empty = parts.prompts(parts.clip, drawn, "With both words"), parts.canvas()
     parts.graph.column("Result")
     return parts.save(parts.picture(model[0], prompts, empty))
 
@@ -192,7 +190,7 @@ def split_concept() -> Graph:
     for side, word in zip(("left", "right"), (split[0], split[1]), strict=True):
         parts.graph.column(f"Draw: the {side} word")
         text = _replaced(parts, f"What the {side} word draws", OF_A_WORD, {"*": word})
-        prompts = parts.text(text, f"With the {side} word"), parts.text("", "What not to draw")
+        prompts = parts.prompts(parts.clip, text, f"With the {side} word")
         pictures.append(parts.picture(parts.model, prompts, parts.canvas(), f"The {side} word"))
     parts.graph.column("Left, right", 640)
     return parts.save(parts.beside(pictures))
@@ -209,22 +207,7 @@ def mix_of_show() -> Graph:
         "\n\n## What to choose\nThe checkpoint, the pictures, a caption for each with `*` where the new word stands, "
         "*class_word*: what it is, which the new word says too; and what to draw.",
     )
-    parts.graph.column("Pictures")
-    pictures = parts.references()
-    parts.graph.column("Train", 400)
-    trained = [
-        parts.train(
-            "TrainEDLoRA",
-            f"Train the {which}",
-            images=picture,
-            prompt=caption,
-            class_word=what,
-            filename_prefix=f"loras/ed_{which}",
-        )
-        for which, picture, caption, what in zip(
-            ("subject", "style"), pictures, (OF_A_WORD, OF_A_MANNER), CLASSES, strict=True
-        )
-    ]
+    trained = _trained(parts, "TrainEDLoRA", "ed", prompt=(OF_A_WORD, OF_A_MANNER), class_word=CLASSES)
     words = {FIRST: trained[0][1], SECOND: trained[1][1]}
     parts.graph.column("Words")
     lines = _replaced(parts, "Words of each concept", "\n".join(words), words)
@@ -242,9 +225,6 @@ def mix_of_show() -> Graph:
     model, clip = parts.apply(zipped[0])
     parts.graph.column("What to draw")
     drawn = _replaced(parts, "What to draw", f"a {FIRST} in {SECOND}", words)
-    prompts, empty = (
-        (parts.text(drawn, "With both words", clip), parts.text("", "What not to draw", clip)),
-        parts.canvas(),
-    )
+    prompts, empty = parts.prompts(clip, drawn, "With both words"), parts.canvas()
     parts.graph.column("Result")
     return parts.save(parts.picture(model, prompts, empty))

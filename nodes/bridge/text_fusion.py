@@ -125,9 +125,9 @@ def _inputs(clip, weights: Collection[str], prompts: Sequence[str]) -> dict[str,
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 
-def _with_downs(source: LoRASource, model, factors: Mapping[str, Factors]) -> LoRASource:
-    """A file with other factors of these weights of text encoders, at the same strength."""
-    weights, names = text_encoders.names(source, model), text_encoders.kohya_names(model)
+def _with_downs(source: LoRASource, model, factors: Mapping[str, Factors], names: Mapping[str, str]) -> LoRASource:
+    """A file with other factors of these weights of text encoders, at the same strength. names: theirs in a file."""
+    weights = text_encoders.names(source, model)
     kept = {
         key: tensor
         for key, tensor in source.tensors.items()
@@ -176,7 +176,7 @@ def fuse(clip, sources: LoRASources, prompts: Mapping[str, Sequence[str]]) -> Fu
                 raise ValueError(f"'{every[concept].title}': layer '{shown(name)}' is not finite once it is fused")
             own = plain[concept][name]
             downs[concept][name] = Factors(own.up.float(), down, own.scale)
-    fused = replace(sources, by_concept={c: _with_downs(of, model, downs[c]) for c, of in every.items()})
+    fused = replace(sources, by_concept={c: _with_downs(of, model, downs[c], names) for c, of in every.items()})
     together = clip
     for source in fused.by_concept.values():
         together = with_text_encoder(together, source, source.of_clip)
