@@ -26,6 +26,7 @@ from PIL import Image
 from demo import picture, scores
 from demo.graphs import Drawing, Graphs, Prompt, Sampling
 from demo.manifest import Manifest, Trained, read_manifest
+from demo.miniature import CFG, STEPS
 from demo.scores import Question, Score
 from demo.truth import Truth
 from devhost.answers import Result
@@ -56,7 +57,7 @@ class Plan:
     merged: int = 16
     dial_pictures: int = 2
     columns: int = 2
-    gates: Sampling = Sampling(steps=20, cfg=3.0)
+    gates: Sampling = Sampling(steps=STEPS, cfg=CFG)
     merges: Sampling = Sampling()
 
 

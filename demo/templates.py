@@ -18,10 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from demo.gates import CFG
-
 from demo import encoders, picture
 from demo.manifest import Manifest, read_manifest
+from demo.miniature import CFG
 from devhost.answers import Prompt
 from devhost.base import make_base
 from devhost.server import ComfyServer

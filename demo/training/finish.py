@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from .. import judge, lora
 from ..manifest import write_manifest
-from ..miniature import CFG, Miniature, generate, load_miniature, use_comfyui
+from ..miniature import CFG, STEPS, Miniature, generate, load_miniature, use_comfyui
 from ..world import atlas, concepts, scenes
 from ..world.concepts import Choice
 from . import fit_lora, gates, parallel
@@ -117,7 +117,9 @@ def manifest(work: Path, base: dict[str, float], choice: Choice = concepts.SHIPP
         weak = not gates.passes(concept.kind, figures)
         if keep_weak or not weak:
             entries[concept.name] = concepts.describe(concept, figures) | ({"weak": weak} if keep_weak else {})
-    write_manifest(work / "world.json", concepts.about(world, list(entries), base, choice), entries)
+    sampling = {"steps": STEPS, "cfg": CFG, "sampler": "euler", "scheduler": "normal"}
+    about = concepts.about(world, list(entries), base, choice) | {"sampling": sampling}
+    write_manifest(work / "world.json", about, entries)
     atlas.write_part(world.atlas, concepts.drawings(world, choice), work / "drawings.safetensors")
     if whole := concepts.whole(list(entries), choice):
         place = work / "pictures" / "_in_".join(whole) / "1.png"

@@ -51,7 +51,7 @@ class BaseSettings:
     gamma: float = 5.0  # signal-to-noise ratio above which steps count less
 
 
-ON_A_GPU = BaseSettings(shards=150, steps=8000, batch=2048, workers=6, learning_rate=5e-3, adam_rate=1.5e-3)
+ON_A_GPU = BaseSettings(shards=150, steps=6000, batch=2048, workers=6, learning_rate=5e-3, adam_rate=1.5e-3)
 
 
 class Tokens:

@@ -168,7 +168,6 @@ def about(
         "checkpoint": CHECKPOINT,
         "judge": "weights/judge.safetensors",
         "size": SIZE,
-        "sampling": {"steps": 20, "cfg": 3.0, "sampler": "euler", "scheduler": "normal"},
         "atlas": world.atlas.digest,
         "designs": dict(choice.designs),
         "held_out": sorted(map(list, world.held_out)),
