@@ -318,7 +318,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one pair, one seed, a few steps, two pictures")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    parser.add_argument("--pairs", nargs="+", help="such as octopus+hatching; default: disjoint ones")
+    parser.add_argument("--pairs", nargs="+", help="such as octopus+chalk; default: disjoint ones")
     parser.add_argument("--methods", nargs="+", default=list(TRAINED))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)

@@ -48,7 +48,7 @@ class Plan:
 
     gated: subjects and styles whose own figures are printed, of `pictures` each. gates: how these are sampled: as the
     miniature was judged when it was trained. pairs: merges, of `merged` pictures each. merges: as the shipped graph
-    samples. dial_pictures: for style strengths other than 1, which are only shown.
+    samples, at the miniature's own guidance. dial_pictures: for style strengths other than 1, which are only shown.
     """
 
     gated: int = 3
@@ -58,7 +58,7 @@ class Plan:
     dial_pictures: int = 2
     columns: int = 2
     gates: Sampling = Sampling(steps=STEPS, cfg=CFG)
-    merges: Sampling = Sampling()
+    merges: Sampling = Sampling(cfg=CFG)
 
 
 FEW = Sampling(steps=3)

@@ -24,7 +24,7 @@ SHIPPED = Path(__file__).resolve().parent.parent
 RANK = 8
 SETTINGS = {
     "content": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=500, learning_rate=3e-3),
-    "style": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=700, learning_rate=3e-3),
+    "style": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=1400, learning_rate=3e-3),
 }
 
 
@@ -59,7 +59,7 @@ def fit_loras(
         branches = fit_lora.fit(mini, pictures, concept.prompts, settings)
         lora.save(branches, str(path), {"identifier": concept.identifier})
         lora.detach(mini.unet, branches)
-        for number, picture in enumerate(pictures):
+        for number, picture in enumerate(pictures[: concepts.SHOWN]):
             place = work / concept.picture(number)
             place.parent.mkdir(parents=True, exist_ok=True)
             atlas.image(picture).save(place)

@@ -96,7 +96,7 @@ def test_loras_are_asked_for_what_their_pictures_lack(world: scenes.World) -> No
     everything = concepts.concepts(world)
     assert len({c.identifier for c in everything}) == len(everything) == len({c.name for c in everything})
     shown, unseen = concepts.style_subjects(world)
-    assert len(shown) == concepts.STYLE_PICTURES and len(unseen) == concepts.UNSEEN_SUBJECTS
+    assert len(shown) == concepts.SHOWN and len(unseen) == concepts.UNSEEN_SUBJECTS
     assert not set(shown) & set(unseen) and not {*shown, *unseen} & set(subjects.DESIGNS)
     for concept in everything:
         assert len(concept.scenes) == len(concept.prompts)
@@ -105,7 +105,9 @@ def test_loras_are_asked_for_what_their_pictures_lack(world: scenes.World) -> No
             assert {(s.subject, s.set) for s in concept.scenes} == {(concept.name, subjects.DESIGNS[concept.name])}
             assert not {s.technique for s in concept.scenes} & set(concepts.OTHER_TECHNIQUES)
         else:
-            assert {s.subject for s in concept.scenes} == set(shown)
+            taught = [s.subject for s in concept.scenes]
+            assert taught[: len(shown)] == shown and len(set(taught)) == len(taught) <= concepts.STYLE_PICTURES
+            assert not set(taught) & {*unseen, *subjects.DESIGNS}
             assert {s.style for s in concept.scenes} == {concept.name}
     assert set(concepts.OTHER_TECHNIQUES) < set(techniques.BASE_TECHNIQUES)
 

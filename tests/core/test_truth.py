@@ -71,8 +71,8 @@ def test_the_object_is_where_it_is_asked_for(world: Manifest, truth: Truth) -> N
 
 def test_a_design_is_known_from_another_drawing(world: Manifest, truth: Truth) -> None:
     name = world.subjects[0].name
-    assert truth.same(name, Asked("", name, "hatching"))
-    assert not truth.same(f"{judge.ANOTHER}{name}", Asked("", name, "hatching"))
+    assert truth.same(name, Asked("", name, "chalk"))
+    assert not truth.same(f"{judge.ANOTHER}{name}", Asked("", name, "chalk"))
     assert truth.same(f"{judge.ANOTHER}{name}", Asked("", name, "streamline")), "the set's own drawing is another one"
 
 

@@ -9,15 +9,15 @@ import torch
 from test_apply import largest_difference, weights
 from test_zip import DRAWN, WORDS, file, folder  # noqa: F401
 
-OTHER = "an octopus on the left in hatching style"
+OTHER = "an octopus on the left in chalk style"
 HOW = {"seed": 11, "steps": 3, "cfg": 3.0, "sampler_name": "euler_ancestral", "scheduler": "karras"}
-STRENGTHS = {"te_octopus": 0.9, "te_hatching": 1.1, "gilded": 0.7}
+STRENGTHS = {"te_octopus": 0.9, "te_chalk": 1.1, "gilded": 0.7}
 
 
 def merged(pack, miniature, *, three: bool = False, roles: str = "subject, style"):
     """A zip of files of which two have text-encoder parts, without a pass of the model."""
     names = list(STRENGTHS)[: 2 + three]
-    halved = {"te_hatching": 2}
+    halved = {"te_chalk": 2}
     stack = [(file(name), STRENGTHS[name], STRENGTHS[name] / halved.get(name, 1)) for name in names]
     sources = pack.nodes.LoadLoRAStack.execute(stack, roles).args[0]
     method = "shared columns"
@@ -89,12 +89,12 @@ def test_columns_say_what_they_are(pack, miniature, folder):  # noqa: F811
         alone = pack.nodes.DirectMergeLoRA.execute(miniature.model, one, "shared columns").args[0]
     assert headings(pack, pair, 0.5, 1) == [
         "te_octopus",
-        "te_hatching",
+        "te_chalk",
         "stacked",
         "zipped, style 0.5",
         "zipped, style 1",
     ]
-    assert headings(pack, three, 1)[:4] == ["te_octopus", "te_hatching", "gilded", "stacked"]
+    assert headings(pack, three, 1)[:4] == ["te_octopus", "te_chalk", "gilded", "stacked"]
     assert headings(pack, pair.dialled({"style": 1.2}), 0.5)[-1] == "zipped, style 0.6"
     assert headings(pack, styles, 0.5)[-1] == "zipped, style 0.5"
     assert headings(pack, styles.dialled({"style 2": 2.0}), 0.5)[-1] == "zipped, styles times 0.5"

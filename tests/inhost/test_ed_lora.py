@@ -155,7 +155,7 @@ def test_the_files_draw_by_the_stock_loaders_what_the_sample_showed(pack, miniat
     tensors, about = comfy.utils.load_torch_file(str(output / done.file), safe_load=True, return_metadata=True)
     assert about["ss_steps"] == "4" and about["ziplora_prompt"] == "a embedding:ed_00001_ in flat style"
     rows = load_file(folder / "ed_00001_.safetensors")
-    assert {key: tuple(t.shape) for key, t in rows.items()} == {"clip_l": (2, 32), "clip_g": (2, 64)}
+    assert {key: tuple(t.shape) for key, t in rows.items()} == {"clip_l": (2, 48), "clip_g": (2, 80)}
     loras = {key.split(".")[0] for key in tensors}
     known = {**comfy.lora.model_lora_keys_unet(miniature.model.model, {})}
     known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, known)
@@ -297,7 +297,7 @@ def test_the_node_trains_with_what_it_is_given(pack, miniature, clip, folder, ou
     own = bridge.train
     monkeypatch.setattr(bridge, "train", lambda *a: tasks.append(a[3]) or own(*a))
     given = {
-        "prompt": "a * star\n\nin a * style", "word": "*", "class_word": "circle", "rare_word": "ring", "steps": 2,
+        "prompt": "a * apple\n\nin a * style", "word": "*", "class_word": "house", "rare_word": "ring", "steps": 2,
         "learning_rate": 1e-3, "text_encoder_rate": 2e-3, "word_rate": 3e-3, "rank": 3, "batch_size": 1,
         "resolution": 128, "seed": 5, "filename_prefix": "loras/mine", "sample_every": 0, "save_every": 1,
     }  # fmt: skip
@@ -307,10 +307,10 @@ def test_the_node_trains_with_what_it_is_given(pack, miniature, clip, folder, ou
         done = pack.nodes.TrainEDLoRA.execute(**lists, **parts)
     lora, embedding, loss_map, report, file = done.args
     assert embedding == "embedding:mine_00001_" and len(loss_map["loss"]) == 2 and (output / file).is_file()
-    assert "3 pictures, 2 prompts" in report and "rank 3" in report and "from 'ring' and 'circle'" in report
+    assert "3 pictures, 2 prompts" in report and "rank 3" in report and "from 'ring' and 'house'" in report
     assert {t.shape[0] for key, t in lora.items() if key.endswith("lora_down.weight")} == {3}
     (asked,) = tasks
     settings = asked.settings
     assert (settings.learning_rate, settings.text_encoder_rate, settings.word_rate) == (1e-3, 2e-3, 3e-3)
-    assert asked.prompts == ["a * star", "in a * style"] and (asked.class_word, asked.rare_word) == ("circle", "ring")
+    assert asked.prompts == ["a * apple", "in a * style"] and (asked.class_word, asked.rare_word) == ("house", "ring")
     assert (settings.steps, settings.seed, asked.sample_every, asked.save_every) == (2, 5, 0, 1)

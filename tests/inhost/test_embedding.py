@@ -164,7 +164,7 @@ def test_the_file_says_in_the_hosts_prompts_what_was_trained(pack, miniature, cl
         done = train(pack, miniature, task(pack, steps=4, sample_every=4, prompts=PROMPTS[:1]))
     assert done.embedding == "embedding:concept_00001_"
     tensors, about = comfy.utils.load_torch_file(str(folder / done.file), safe_load=True, return_metadata=True)
-    assert {key: tuple(rows.shape) for key, rows in tensors.items()} == {"clip_l": (2, 32), "clip_g": (2, 64)}
+    assert {key: tuple(rows.shape) for key, rows in tensors.items()} == {"clip_l": (2, 48), "clip_g": (2, 80)}
     assert about["ss_steps"] == "4"
     last, context = seen[-1]  # of the sample, drawn with what was learned
     assert all(torch.equal(last[key], tensors[key]) for key in tensors)
@@ -376,7 +376,7 @@ def test_the_node_trains_with_what_it_is_given(pack, miniature, clip, folder, mo
     own = bridge.train_embedding
     monkeypatch.setattr(bridge, "train_embedding", lambda *a: tasks.append(a[3]) or own(*a))
     given = {
-        "prompt": "a * star\n\nin a * style", "word": "*", "initial_word": "circle", "vectors": 2, "steps": 2,
+        "prompt": "a * apple\n\nin a * style", "word": "*", "initial_word": "house", "vectors": 2, "steps": 2,
         "learning_rate": 1e-3, "batch_size": 1, "resolution": 128, "seed": 5, "filename_prefix": "mine",
         "sample_every": 0, "save_every": 1,
     }  # fmt: skip
@@ -386,9 +386,9 @@ def test_the_node_trains_with_what_it_is_given(pack, miniature, clip, folder, mo
         done = pack.nodes.TrainEmbedding.execute(**lists, **parts)
     embedding, loss_map, report = done.args
     assert embedding == "embedding:mine_00001_" and len(loss_map["loss"]) == 2
-    assert "3 pictures, 2 prompts" in report and "2 vectors (clip_l 32, clip_g 64)" in report
+    assert "3 pictures, 2 prompts" in report and "2 vectors (clip_l 48, clip_g 80)" in report
     (asked,) = tasks
-    assert asked.prompts == ["a * star", "in a * style"] and asked.initial == "circle"
+    assert asked.prompts == ["a * apple", "in a * style"] and asked.initial == "house"
     settings = asked.settings
     assert (settings.vectors, settings.steps, settings.learning_rate, settings.seed) == (2, 2, 1e-3, 5)
     assert (asked.sample_every, asked.save_every) == (0, 1)

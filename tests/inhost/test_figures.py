@@ -128,7 +128,7 @@ def test_interference_of_the_miniatures_loras_is_the_dense_one(pack, miniature, 
     from safetensors.torch import load_file
 
     loras, analysis = pack.nodes.bridge.lora.loras, pack.ziplora_core.analysis
-    files = {concept: load_file(lora_files[name]) for concept, name in (("content", "octopus"), ("style", "hatching"))}
+    files = {concept: load_file(lora_files[name]) for concept, name in (("content", "octopus"), ("style", "chalk"))}
     sources = loras.LoRASources(tiny.of_two(*(loras.LoRASource(c, file, 1.0) for c, file in files.items())))
     pair = pack.nodes.bridge.lora.fitting.fit(sources, miniature.model.model).loras
     ones = pack.ziplora_core.coefficients.Coefficients.ones(pair)

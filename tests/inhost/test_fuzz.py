@@ -588,7 +588,7 @@ def test_settings(pack, fuzz, models, zipped, clip, call):
     node, odd = call
     before = set(fuzz.outside.rglob("*"))
     with torch.inference_mode():
-        named = (*odd, "class_prompt", "second_prompt", "is missing", "no layer of the pair")
+        named = (*odd, "class_prompt", "second_prompt", "is missing", "no layer of the pair", "nothing to fuse")
         result = fuzz(f"settings of {node}", lambda: run(pack, fuzz, models, zipped, node, odd, clip), named, 2**28)
     if node == "StyleStrength" and result is not None:
         assert all(m.isfinite().all() for m in result.args[0].coefficients["style"].values())

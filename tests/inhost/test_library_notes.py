@@ -188,11 +188,13 @@ def test_names_of_the_models_own_family_are_not_another_models(pack, folder):
     assert "'net.single_blocks.0.no_such.lora_A.weight'" in said
 
 
-def test_levels_with_unequal_blocks_have_their_own_names(pack, folder, miniature):
-    """The miniature: what the host's table takes for one layer is another, or none."""
-    table = pack.nodes.bridge.lora.diffusers_names.of_unet(miniature.model.model.model_config.unet_config)
-    assert len(set(miniature.model.model.model_config.unet_config["num_res_blocks"])) > 1
-    state = miniature.model.model.diffusion_model.state_dict()
+def test_levels_with_unequal_blocks_have_their_own_names(pack, folder):
+    """What the host's table takes for one layer is another, or none."""
+    unequal = {"num_res_blocks": [1, 2], "transformer_depth": [1, 1, 1], "transformer_depth_output": [1, 1, 1, 1, 1]}
+    family = families.FAMILIES["SD 1.5"]
+    model = replace(family, unet={**family.unet, **unequal}).patcher().model
+    table = pack.nodes.bridge.lora.diffusers_names.of_unet(model.model_config.unet_config)
+    state = model.diffusion_model.state_dict()
     attention = {name: key for name, key in table.items() if ".attn" in name and name.endswith(".weight")}
     assert {key for key in state if ".attn" in key and key.endswith(".weight")} == set(attention.values())
     file = {}
@@ -203,7 +205,7 @@ def test_levels_with_unequal_blocks_have_their_own_names(pack, folder, miniature
         file[f"unet.{name.removesuffix('weight')}lora_A.weight"] = torch.ones(1, state[key].shape[1])
     save_file(file, folder / "subject.safetensors")
     fitting = pack.nodes.bridge.lora.fitting.fit_one(
-        pack.nodes.bridge.lora.loras.load("one/subject.safetensors", 1.0), miniature.model.model
+        pack.nodes.bridge.lora.loras.load("one/subject.safetensors", 1.0), model
     )
     assert {k.removeprefix("diffusion_model."): f.up[0, 0].item() for k, f in fitting.factors.items()} == {
         key: number + 1 for number, key in enumerate(attention.values())

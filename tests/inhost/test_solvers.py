@@ -30,7 +30,7 @@ def test_keeps_both_better_than_the_direct_merge(
         tiny.of_two(
             *(
                 loras.LoRASource(f"{name}.safetensors", core.files.read_lora_file(lora_files[name]), 1.0)
-                for name in ("rocket", "hatching")
+                for name in ("rocket", "chalk")
             )
         )
     )
@@ -40,7 +40,7 @@ def test_keeps_both_better_than_the_direct_merge(
     }
     latents = {
         concept: {"samples": miniature.vae.encode(pixels(lora_files[name].parents[1] / "pictures" / name / "1.png"))}
-        for concept, name in (("content", "rocket"), ("style", "hatching"))
+        for concept, name in (("content", "rocket"), ("style", "chalk"))
     }
     settings = core.solver.Settings(steps=30, objective=core.objective.OBJECTIVES[objective], solver=solver)
     with torch.inference_mode():

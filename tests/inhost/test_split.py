@@ -82,7 +82,7 @@ def test_both_files_say_in_the_hosts_prompts_what_was_trained(pack, miniature, c
     start = seen[0][0]
     for number, name in enumerate(done.files):
         tensors, about = read(folder, name)
-        assert {key: tuple(rows.shape) for key, rows in tensors.items()} == {"clip_l": (1, 32), "clip_g": (1, 64)}
+        assert {key: tuple(rows.shape) for key, rows in tensors.items()} == {"clip_l": (1, 48), "clip_g": (1, 80)}
         assert all(torch.equal(tensors[key], both[key][number : number + 1]) for key in tensors)
         assert not any(torch.equal(tensors[key], start[key][number : number + 1]) for key in tensors)
         assert about["ss_steps"] == "2"
@@ -286,7 +286,7 @@ def test_the_node_splits_with_what_it_is_given(pack, miniature, clip, folder, un
     own = bridge.split_concept
     monkeypatch.setattr(bridge, "split_concept", lambda *a: tasks.append(a[3]) or own(*a))
     given = {
-        "prompt": "a * star\n\nin a * style", "word": "*", "initial_word": "circle", "seeds": 2, "steps": 1,
+        "prompt": "a * apple\n\nin a * style", "word": "*", "initial_word": "house", "seeds": 2, "steps": 1,
         "learning_rate": 2e-3, "batch_size": 1, "resolution": 128, "seed": 5, "filename_prefix": "mine",
         "sample_every": 0, "drawn_count": 2,
     }  # fmt: skip
@@ -300,7 +300,7 @@ def test_the_node_splits_with_what_it_is_given(pack, miniature, clip, folder, un
     assert float(left_pictures.max()) == 0 and float(right_pictures.min()) == 1
     assert len(loss_map["loss"]) == 1 and "3 pictures, 2 prompts, both words from 'circle'" in report
     (asked,) = tasks
-    assert asked.prompts == ["a * star", "in a * style"] and asked.clip_vision is eye
+    assert asked.prompts == ["a * apple", "in a * style"] and asked.clip_vision is eye
     settings = asked.settings
     assert (settings.seeds, settings.steps, settings.learning_rate, settings.batch_size) == (2, 1, 2e-3, 1)
     assert (asked.sample_every, asked.drawn, settings.seed) == (0, 2, 5)

@@ -110,7 +110,7 @@ def test_a_lora_alone_reads_its_prompts_as_before(pack, miniature):
 
     own, bare, ours = (said(one) for one in (loaded(clip, sources["content"]), clip, done.clip))
     assert (ours - own).norm() < 0.02 * (own - bare).norm()
-    other = [said(one, "neon circle") for one in (loaded(clip, sources["content"]), done.clip)]
+    other = [said(one, "neon house") for one in (loaded(clip, sources["content"]), done.clip)]
     assert (other[0] - other[1]).norm() > 0.1 * other[0].norm()
 
 

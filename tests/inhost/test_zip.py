@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from test_apply import largest_difference, weights
 from test_text_encoder import with_text_encoder
 
-NAMES = ("octopus", "hatching", "gilded")
-WORDS = {"octopus": "an octopus", "hatching": "a picture in hatching style", "gilded": "a picture in gilded style"}
-DRAWN = "an octopus in hatching style"
+NAMES = ("octopus", "chalk", "gilded")
+WORDS = {"octopus": "an octopus", "chalk": "a picture in chalk style", "gilded": "a picture in gilded style"}
+DRAWN = "an octopus in chalk style"
 NO_FILE = "[None]"
 
 
@@ -173,7 +173,7 @@ def test_three_are_the_expert_route(pack, miniature, folder, own):
     files = [file(f"te_{name}") for name in NAMES]
     strengths = [(0.9, 0.9), (0.8, 0.8), (0.7, 0.4)]
     stack = [(f, *s) for f, s in zip(files, strengths, strict=True)]
-    in_stack = [*stack[own:], (file("hatching"), 0.0, 0.0)]
+    in_stack = [*stack[own:], (file("chalk"), 0.0, 0.0)]
     lines = "\n".join([*(WORDS[name] for name in NAMES[own:]), "", "\n"])
     roles = "subject, style, other" if own != 1 else "subject, other, other"
     chosen = [*files[:own], *[NO_FILE] * (2 - own)]
@@ -196,10 +196,10 @@ def test_three_are_the_expert_route(pack, miniature, folder, own):
 def test_fast_looks_at_the_files_alone(pack, miniature, folder, monkeypatch):
     monkeypatch.setattr(pack.nodes.bridge.zip, "prompts", lambda _: pytest.fail("a prompt is asked for"))
     monkeypatch.setattr(pack.nodes.bridge.zip, "_encoded", lambda *_: pytest.fail("a prompt is encoded"))
-    inputs = given(file("te_octopus"), file("hatching"), quality="fast", seed=0)
+    inputs = given(file("te_octopus"), file("chalk"), quality="fast", seed=0)
     with torch.inference_mode():
         ours = zipped_by(pack, miniature, **inputs)
-        pair = pack.nodes.LoadLoRAPair.execute(file("te_octopus"), file("hatching"), 1.0, 1.0).args[0]
+        pair = pack.nodes.LoadLoRAPair.execute(file("te_octopus"), file("chalk"), 1.0, 1.0).args[0]
         zipped = pack.nodes.DirectMergeLoRA.execute(miniature.model, pair, "shared columns").args[0]
         theirs = (*pack.nodes.ApplyZippedLoRA.execute(miniature.model, zipped, 1.0, miniature.clip).args, zipped)
     assert_same(ours, theirs, miniature)
@@ -222,7 +222,7 @@ def test_qualities_are_settings_of_the_expert_node(pack, miniature, folder, monk
         monkeypatch.setattr(bridge.zipping, "optimize", optimize)
         words = {"subject_prompt": "a", "style_prompt": "b", "quality": quality, "seed": 7}
         with pytest.raises(InterruptedError), torch.inference_mode():
-            zipped_by(pack, miniature, **{**given(file("octopus"), file("hatching")), **words})
+            zipped_by(pack, miniature, **{**given(file("octopus"), file("chalk")), **words})
         assert seen[4] == node.read_settings(**expected)[0]
         assert seen[5].side == 128 and seen[5].count == schema["drawn_references"]
 
@@ -234,23 +234,23 @@ def known(pack, prompt: str = "", source: str = ""):
 def test_empty_prompts_are_what_the_files_say(pack, folder, monkeypatch):
     """Before a checkpoint is loaded: nothing else is asked for, and the host asks for model and clip only then."""
     bridge, node = pack.nodes.bridge.zip, pack.nodes.ZipLoRAs
-    says = {file("octopus"): known(pack, "an octopus", "civitai.info"), file("hatching"): known(pack)}
+    says = {file("octopus"): known(pack, "an octopus", "civitai.info"), file("chalk"): known(pack)}
     monkeypatch.setattr(bridge.triggers, "of_file", says.__getitem__)
-    inputs = {**given(file("octopus"), file("hatching")), "model": None, "clip": None}
+    inputs = {**given(file("octopus"), file("chalk")), "model": None, "clip": None}
     with pytest.raises(
-        ValueError, match=r"^style_prompt for 'hatching.safetensors' is empty, and no trigger words.*write"
+        ValueError, match=r"^style_prompt for 'chalk.safetensors' is empty, and no trigger words.*write"
     ):
         node.check_lazy_status(**inputs)
-    inputs["style_prompt"] = " in hatching style"
+    inputs["style_prompt"] = " in chalk style"
     assert node.check_lazy_status(**inputs) == ["model", "clip"]
     listed = pack.nodes.zip.listed_loras(None, **inputs)
     found = bridge.prompts(listed)
-    assert (found["content"].text, found["style"].text) == ("an octopus", " in hatching style")
+    assert (found["content"].text, found["style"].text) == ("an octopus", " in chalk style")
     assert "trigger words from civitai.info" in found["content"].line("content")
     before = node.fingerprint_inputs(**inputs)
     says[file("octopus")] = known(pack, "an octopod", "civitai.info")
     assert node.fingerprint_inputs(**inputs) != before
-    says[file("hatching")] = known(pack, "other words", "civitai.info")
+    says[file("chalk")] = known(pack, "other words", "civitai.info")
     assert node.fingerprint_inputs(**{**inputs, "subject_prompt": "x"}) == node.fingerprint_inputs(
         **{**inputs, "subject_prompt": "y"}
     ), "what is known counts only where nothing is written"
@@ -262,7 +262,7 @@ def test_empty_prompts_are_what_the_files_say(pack, folder, monkeypatch):
 def test_what_can_be_refused_is_refused_before_work(pack, miniature, folder, monkeypatch):
     bridge = pack.nodes.bridge.zip
     monkeypatch.setattr(bridge, "_encoded", lambda *_: pytest.fail("work has begun"))
-    a, b = file("octopus"), file("hatching")
+    a, b = file("octopus"), file("chalk")
     words = {"subject_prompt": "x", "style_prompt": "y"}
     for changed, says in (
         ({"style_lora": NO_FILE}, "style_lora is \\[None\\]; choose a file, or connect more LoRAs to lora_stack"),
@@ -313,7 +313,7 @@ def test_out_of_memory_says_what_users_of_this_node_can_change(pack, miniature, 
     import comfy.model_management as management
 
     zipping = pack.nodes.bridge.optimize.zipping
-    inputs = given(file("octopus"), file("hatching"), subject_prompt="x", style_prompt="y", quality=quality)
+    inputs = given(file("octopus"), file("chalk"), subject_prompt="x", style_prompt="y", quality=quality)
     theirs = r"learning_rate|drawn_references|batch_size|solver|latents|\bcontent\b"
 
     def fails(*given):
@@ -376,7 +376,7 @@ def test_words_of_a_stacks_files_are_a_part_of_the_fingerprint(pack, miniature, 
 
 
 def test_files_are_checked_while_the_prompt_is_queued(pack, folder):
-    node, a, b = pack.nodes.ZipLoRAs, file("octopus"), file("hatching")
+    node, a, b = pack.nodes.ZipLoRAs, file("octopus"), file("chalk")
     assert node.validate_inputs(a, b) is node.validate_inputs(NO_FILE, NO_FILE) is node.validate_inputs(None, b) is True
     assert "choose the subject's file in subject_lora" in node.validate_inputs(a, a)
     assert node.validate_inputs(a, "gone.safetensors").startswith("style_lora: 'gone.safetensors' is missing")
@@ -390,7 +390,7 @@ def test_an_interrupt_passes_through_and_leaves_model_and_clip(pack, miniature, 
     before = weights(miniature.model), miniature.clip.encode_from_tokens(miniature.clip.tokenize(DRAWN))
     management.interrupt_current_processing()
     with pytest.raises(management.InterruptProcessingException), torch.inference_mode():
-        inputs = given(file("te_octopus"), file("te_hatching"))
+        inputs = given(file("te_octopus"), file("te_chalk"))
         zipped_by(pack, miniature, **{**inputs, "subject_prompt": "x", "style_prompt": "y"})
     assert largest_difference(weights(miniature.model), before[0]) == 0
     assert torch.equal(miniature.clip.encode_from_tokens(miniature.clip.tokenize(DRAWN)), before[1])
