@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from .miniature import write_safetensors
 
 TARGETS = (".to_q", ".to_k", ".to_v", ".to_out.0")
+WIDE = (*TARGETS, ".ff.net.0.proj", ".ff.net.2", ".proj_in", ".proj_out")  # as kohya's scripts train by default
 
 
 class LoRALinear(nn.Module):
@@ -28,17 +30,15 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
 
-def _targets(unet: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, layer) for name, layer in unet.named_modules() if name.endswith(TARGETS)]
-
-
-def attach(unet: nn.Module, rank: int, alpha: float) -> dict[str, LoRALinear]:
-    """Wraps every attention projection of the UNet. Returns the branches by layer name."""
+def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARGETS) -> dict[str, LoRALinear]:
+    """Wraps the linear layers of the UNet's transformers whose names end so. Returns the branches by layer name."""
     branches = {}
-    for name, layer in _targets(unet):
+    for name, layer in [*unet.named_modules()]:
+        if not name.endswith(tuple(targets)) or not isinstance(layer, nn.Linear):
+            continue
         parent_name, child = name.rsplit(".", 1)
         parent = unet.get_submodule(parent_name)
-        branch = LoRALinear(layer, rank, alpha)  # type: ignore[arg-type]
+        branch = LoRALinear(layer, rank, alpha)
         setattr(parent, child, branch)
         branches[name] = branch
     return branches

@@ -22,7 +22,7 @@ from .openclip import openclip
 from .world.atlas import SIZE
 
 LATENT = SIZE // 8
-STEPS, CFG = 20, 2.0  # it is judged by pictures that are drawn so
+STEPS, CFG = 20, 1.5  # it is judged by pictures that are drawn so
 UNET_PREFIX = "model.diffusion_model."
 CONTEXT, POOLED = 48 + 80, 80
 UNET: dict[str, Any] = {

@@ -281,7 +281,7 @@ def main() -> int:
         return 1
     plan = replace(plan, pairs=given.pairs or plan.pairs, merged=given.merged or plan.merged)
     plan = replace(plan, gated=max(plan.gated, plan.pairs))
-    pairs = list(zip(world.subjects, world.styles, strict=False))[: plan.pairs]
+    pairs = [(world.trained()[subject], world.trained()[style]) for subject, style in world.quick[: plan.pairs]]
 
     def studio(base: Path, servers: ExitStack) -> Studio:
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}

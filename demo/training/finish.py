@@ -26,6 +26,13 @@ SETTINGS = {
     "content": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=500, learning_rate=3e-3),
     "style": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=1400, learning_rate=3e-3),
 }
+# Styles that attention alone learns too little of, so that they failed their gates.
+WIDER = ("riso", "cutpaper")
+
+
+def settings_of(concept: concepts.Concept) -> fit_lora.LoRASettings:
+    settings = SETTINGS[concept.kind]
+    return dataclasses.replace(settings, targets=lora.WIDE) if concept.name in WIDER else settings
 
 
 def _open(comfyui: str, work: Path, device: str) -> tuple[Miniature, scenes.World]:
@@ -53,7 +60,7 @@ def fit_loras(
         if path.exists() and concept.name not in names:
             continue
         started = time.time()
-        settings = SETTINGS[concept.kind]
+        settings = settings_of(concept)
         settings = dataclasses.replace(settings, steps=max(2, round(settings.steps * scale)))
         pictures = scenes.render(world.atlas, concept.scenes)
         branches = fit_lora.fit(mini, pictures, concept.prompts, settings)
@@ -84,13 +91,13 @@ def gate_loras(comfyui: str, work: Path, device: str, names: list[str], choice: 
     """One process's share of the LoRAs' gates, into a note and a sheet each."""
     mini, world = _open(comfyui, work, device)
     jury = judge.load(work / "weights" / "judge.safetensors")
-    branches = lora.attach(mini.unet, RANK, RANK)
-    for branch in branches.values():
-        branch.to(device)
     for concept in _chosen(world, choice, names):
         path = work / concept.file
         if not path.exists():
             continue
+        branches = lora.attach(mini.unet, RANK, RANK, settings_of(concept).targets)
+        for branch in branches.values():
+            branch.to(device)
         lora.load_into(branches, load_file(str(path)))
         if concept.kind == "content":
             found, pictures = gates.subject_gate(mini, jury, concept)
@@ -98,6 +105,7 @@ def gate_loras(comfyui: str, work: Path, device: str, names: list[str], choice: 
             found, pictures = gates.style_gate(mini, jury, concept, world)
         said = "passes" if gates.passes(concept.kind, found) else "FAILS"
         print(f"{concept.name}: {said} " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
+        lora.detach(mini.unet, branches)
         path.with_suffix(".json").write_text(json.dumps(found), encoding="utf-8")
         atlas.sheet(pictures, 24).save(path.with_suffix(".png"))
 

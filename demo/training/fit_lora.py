@@ -20,6 +20,7 @@ class LoRASettings:
     steps: int = 300
     learning_rate: float = 2e-3
     references: int = 8  # per step
+    targets: tuple[str, ...] = lora.TARGETS
 
 
 def fit(
@@ -32,7 +33,7 @@ def fit(
     with torch.no_grad():
         references = model.vae.encode(pictures.to(device)).float()
     contexts, vectors = model.conditions(prompts)
-    branches = lora.attach(model.unet, settings.rank, settings.alpha)
+    branches = lora.attach(model.unet, settings.rank, settings.alpha, settings.targets)
     for branch in branches.values():
         branch.to(device)
     trained = [p for b in branches.values() for p in (b.down, b.up)]

@@ -21,7 +21,7 @@ def learned(name: str) -> str:
     return next(t.learned.prompt for t in (*manifest.subjects, *manifest.styles) if t.name == name)
 
 
-def given(subject: str = "octopus", style: str = "chalk", **changed) -> dict:
+def given(subject: str = "octopus", style: str = "gilded", **changed) -> dict:
     words = [learned(name) if name in WORDS else "" for name in (subject, style)]
     made = {"subject_lora": file(subject), "style_lora": file(style), "subject_prompt": words[0]}
     return {**made, "style_prompt": words[1], "seed": 3, **changed}
@@ -73,11 +73,11 @@ def test_pictures_are_those_of_the_stock_nodes(pack, miniature, folder):  # noqa
     import nodes
 
     found, _ = looked(
-        pack, miniature, **given("te_octopus", "te_chalk", subject_prompt="a figure", style_prompt="a star")
+        pack, miniature, **given("te_octopus", "te_gilded", subject_prompt="a figure", style_prompt="a star")
     )
     with torch.inference_mode():
         for place, (concept, name, words) in enumerate(
-            (("content", "te_octopus", "a figure"), ("style", "te_chalk", "a star"))
+            (("content", "te_octopus", "a figure"), ("style", "te_gilded", "a star"))
         ):
             for with_lora in (0, 1):
                 model, clip = nodes.LoraLoader().load_lora(
@@ -105,8 +105,8 @@ def changed(folder):  # noqa: F811
 
 
 def test_a_lora_of_zeros_does_nothing(pack, miniature, changed):
-    changed("chalk", "zeros", lambda key, t: t if key.endswith("alpha") else torch.zeros_like(t))
-    found, report = looked(pack, miniature, **given(style="zeros", style_prompt=learned("chalk")))
+    changed("gilded", "zeros", lambda key, t: t if key.endswith("alpha") else torch.zeros_like(t))
+    found, report = looked(pack, miniature, **given(style="zeros", style_prompt=learned("gilded")))
     assert found.effects["style"].change["own"] == 0 and found.effects["style"].words is None
     assert found.effects["content"].spoiled == 0, "stacked with nothing, it is itself"
     assert torch.equal(*found.drawn["style"]) and not torch.equal(*found.drawn["content"])
@@ -127,9 +127,9 @@ def test_a_strength_of_zero_is_told_and_so_is_what_else_is_wrong(pack, miniature
 
 def test_twice_as_strong_is_twice_the_numbers(pack, miniature, changed):
     """A file whose updates are half another's is that one at strength 0.5; what its words say to it stays."""
-    changed("chalk", "halved", lambda key, t: t / 2 if re.search(r"lora_up|lora_B|\.up\.", key) else t)
+    changed("gilded", "halved", lambda key, t: t / 2 if re.search(r"lora_up|lora_B|\.up\.", key) else t)
     once, _ = looked(pack, miniature, **given(style_strength=0.25))  # at full strength this style is all there is
-    doubled, _ = looked(pack, miniature, **given(style="halved", style_prompt=learned("chalk")))
+    doubled, _ = looked(pack, miniature, **given(style="halved", style_prompt=learned("gilded")))
     twice, _ = looked(pack, miniature, **given(style_strength=0.5))
     for mine, theirs in zip(doubled.drawn["style"], twice.drawn["style"], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
@@ -146,12 +146,12 @@ def test_words_are_answered_as_the_dense_update_does(pack, miniature, folder):  
 
     found, _ = looked(pack, miniature, **given())
     names = comfy.lora.model_lora_keys_unet(miniature.model.model, {})
-    loaded = comfy.lora.load_lora(load_file(folder / file("chalk")), names)
+    loaded = comfy.lora.load_lora(load_file(folder / file("gilded")), names)
 
     def encoded(words: str) -> torch.Tensor:
         return miniature.clip.encode_from_tokens_scheduled(miniature.clip.tokenize(words))[0][0][0].double()
 
-    said, ratios = encoded(learned("chalk")) - encoded(""), []
+    said, ratios = encoded(learned("gilded")) - encoded(""), []
     for key, patch in loaded.items():
         if re.search(r"attn2\.to_[kv]\.weight", key):
             dense = patch.weights[0].double() @ patch.weights[1].double()
@@ -161,7 +161,7 @@ def test_words_are_answered_as_the_dense_update_does(pack, miniature, folder):  
 
 @pytest.mark.parametrize("case", ["cat", "swapped"])
 def test_wrong_prompts_are_told(pack, miniature, folder, case):  # noqa: F811
-    words = [learned("octopus"), learned("chalk")]
+    words = [learned("octopus"), learned("gilded")]
     words = words[::-1] if case == "swapped" else ["a photo of a cat", words[1]]
     report = check(pack, miniature, **given(subject_prompt=words[0], style_prompt=words[1])).args[1].split("  \n")
     if case == "swapped":
@@ -196,15 +196,15 @@ def test_another_models_lora_is_a_verdict(pack, miniature, folder):  # noqa: F81
 
 def test_loras_that_share_no_layer_are_not_worth_zipping(pack, miniature, folder):  # noqa: F811
     """Each keeps one half of its layers: nothing is common, and the zip would say so too."""
-    for place, name in enumerate(("octopus", "chalk")):
+    for place, name in enumerate(("octopus", "gilded")):
         tensors = load_file(folder / file(name))
         layers = sorted({re.split(r"\.(?:lora|alpha)", key)[0] for key in tensors})
         half = {layer for number, layer in enumerate(layers) if number % 2 == place}
         kept = {key: t for key, t in tensors.items() if re.split(r"\.(?:lora|alpha)", key)[0] in half}
         assert 0 < len(kept) < len(tensors)
         save_file(kept, folder / file(f"half_{name}"))
-    words = {"subject_prompt": learned("octopus"), "style_prompt": learned("chalk")}
-    report = check(pack, miniature, **given("half_octopus", "half_chalk", **words)).args[1].split("  \n")
+    words = {"subject_prompt": learned("octopus"), "style_prompt": learned("gilded")}
+    report = check(pack, miniature, **given("half_octopus", "half_gilded", **words)).args[1].split("  \n")
     assert report[0] == pack.nodes.bridge.optimize.verdict.APART
 
 
@@ -215,9 +215,9 @@ def test_layers_that_hear_nothing_are_as_none(pack, miniature, changed, monkeypa
     text = pack.nodes.bridge.network.text
     if how == "zeros":
         zeroed = lambda key: reads.search(key) and "alpha" not in key  # noqa: E731
-        changed("chalk", "deaf", lambda key, t: torch.zeros_like(t) if zeroed(key) else t)
+        changed("gilded", "deaf", lambda key, t: torch.zeros_like(t) if zeroed(key) else t)
     else:
-        changed("chalk", "deaf", lambda key, t: t)
+        changed("gilded", "deaf", lambda key, t: t)
         real, heard = text.readers, {}
 
         def readers(loras, concept):
@@ -227,7 +227,7 @@ def test_layers_that_hear_nothing_are_as_none(pack, miniature, changed, monkeypa
             return wider if concept == "style" else factors
 
         monkeypatch.setattr(text, "readers", readers)
-    found, report = looked(pack, miniature, **given(style="deaf", style_prompt=learned("chalk")))
+    found, report = looked(pack, miniature, **given(style="deaf", style_prompt=learned("gilded")))
     assert found.effects["style"].words is None and found.effects["content"].words is not None
     assert "other" in found.effects["style"].change, "the other prompt is what tells swapped ones"
     assert "style: no layer of it hears the prompt by itself; its words were not looked at" in report
@@ -289,7 +289,7 @@ def test_a_text_encoder_is_moved_once_for_each_lora_with_a_part(pack, miniature,
     monkeypatch.setattr(
         bridge.drawing.sampling, "draw_plain", lambda *args, **kw: used.append("drawn") or draw(*args, **kw)
     )
-    check(pack, miniature, **given("te_octopus", "chalk", subject_prompt="a figure"))
+    check(pack, miniature, **given("te_octopus", "gilded", subject_prompt="a figure"))
     before, after = used[: used.index("drawn")], used[used.index("drawn") :]
     assert set(after) == {"drawn"}
     moves = [one for place, one in enumerate(before) if place == 0 or before[place - 1] != one]
@@ -305,10 +305,10 @@ def test_words_of_files_beside_are_a_part_of_the_fingerprint(pack, miniature, fo
     from comfy_execution.utils import CurrentNodeContext
 
     monkeypatch.setattr(pack.nodes.bridge.check, "look", lambda *_: (_ for _ in ()).throw(KeyError("enough")))
-    for name in ("octopus", "chalk"):
+    for name in ("octopus", "gilded"):
         (folder / f"{name}.txt").write_text(WORDS[name], encoding="utf-8")
     inputs = given(subject_lora=NO_FILE, style_lora=NO_FILE, subject_prompt="", style_prompt="")
-    stack = [(file(name), 1.0, 1.0) for name in ("octopus", "chalk")]
+    stack = [(file(name), 1.0, 1.0) for name in ("octopus", "gilded")]
 
     def fingerprint() -> list:
         with CurrentNodeContext("prompt", "a check"):
@@ -318,7 +318,7 @@ def test_words_of_files_beside_are_a_part_of_the_fingerprint(pack, miniature, fo
     with CurrentNodeContext("prompt", "a check"), pytest.raises(KeyError, match="enough"):
         check(pack, miniature, **inputs, lora_stack=stack)
     assert fingerprint() == before
-    (folder / "chalk.txt").write_text("other words", encoding="utf-8")
+    (folder / "gilded.txt").write_text("other words", encoding="utf-8")
     assert fingerprint() != before
 
 
@@ -328,14 +328,14 @@ def test_notes_on_the_base_model_are_said_once_and_loaders_are_named(pack, minia
     bridge = pack.nodes.bridge
     monkeypatch.setattr(bridge.lora.base_models, "notes", lambda sources, _: ["'x' says that it was made for others"])
     model, clip = miniature.model, miniature.clip
-    for name in ("te_octopus", "chalk"):
+    for name in ("te_octopus", "gilded"):
         model, clip = nodes.LoraLoader().load_lora(model, clip, file(name), 0.9, 0.9)
-    words = {"subject_prompt": "a thing", "style_prompt": learned("chalk")}
+    words = {"subject_prompt": "a thing", "style_prompt": learned("gilded")}
     inputs = given(subject_lora=NO_FILE, style_lora=NO_FILE, **words)
     report = check(pack, miniature._replace(model=model, clip=clip), **inputs).args[1].split("  \n")
     assert report.count("note: 'x' says that it was made for others") == 1
     assert report.index("note: 'x' says that it was made for others") < report.index("details")
-    for name in ("te_octopus", "chalk"):
+    for name in ("te_octopus", "gilded"):
         assert any(line.startswith(f"taken off the model: '{file(name)}' at 0.9") for line in report), name
 
 
@@ -379,7 +379,7 @@ def test_what_cannot_be_looked_at_is_refused_before_work(pack, miniature, folder
     node = pack.nodes.ZipCheck
     sockets = {"model": None, "clip": None}
     for changed, says in (
-        ({"style_prompt": ""}, "style_prompt for 'chalk.safetensors' is empty, and no trigger words"),
+        ({"style_prompt": ""}, "style_prompt for 'gilded.safetensors' is empty, and no trigger words"),
         ({"subject_prompt": "half \ud800"}, "subject_prompt holds half a character"),
         ({"style_lora": NO_FILE}, "style_lora is \\[None\\]"),
     ):
@@ -393,7 +393,7 @@ def test_what_cannot_be_looked_at_is_refused_before_work(pack, miniature, folder
         check(pack, miniature, **given(drawn_size=-8))
     with pytest.raises(ValueError, match="subject_strength is"):
         check(pack, miniature, **given(subject_strength=1e9))
-    assert "'gone.safetensors' is missing" in node.validate_inputs("gone.safetensors", file("chalk"))
+    assert "'gone.safetensors' is missing" in node.validate_inputs("gone.safetensors", file("gilded"))
 
 
 def test_an_interrupt_passes_through(pack, miniature, folder):  # noqa: F811
@@ -432,10 +432,10 @@ def test_an_interrupt_ends_the_look_at_words(pack, miniature, folder, monkeypatc
 
 
 def test_three_and_one_are_looked_at_too(pack, miniature, folder):  # noqa: F811
-    stack = [(file("gilded"), 1.0, 1.0)]
-    found, report = looked(pack, miniature, **given(lora_stack=stack, stack_prompts=learned("gilded")))
+    stack = [(file("penguin"), 1.0, 1.0)]
+    found, report = looked(pack, miniature, **given(lora_stack=stack, stack_prompts=learned("penguin")))
     assert len(found.effects) == 3 and found.drawn.keys() == found.effects.keys()
-    inputs = given(lora_stack=stack, stack_prompts=learned("gilded"), subject_lora=NO_FILE, style_lora=NO_FILE)
+    inputs = given(lora_stack=stack, stack_prompts=learned("penguin"), subject_lora=NO_FILE, style_lora=NO_FILE)
     found, report = looked(pack, miniature, **inputs)
     assert [effect.spoiled for effect in found.effects.values()] == [0.0]
     assert report[0].startswith("One LoRA alone")
@@ -447,7 +447,7 @@ def test_figures_that_are_no_numbers_are_no_verdict(pack, miniature, folder):  #
     bridge, core = pack.nodes.bridge, pack.ziplora_core
     heard = core.words.WordEffect(2.0, {}, (1.0,))
     with torch.inference_mode():
-        sources = bridge.lora.loras.load_sources({"content": (file("octopus"), 1.0), "style": (file("chalk"), 1.0)})
+        sources = bridge.lora.loras.load_sources({"content": (file("octopus"), 1.0), "style": (file("gilded"), 1.0)})
         fitted = bridge.lora.fitting.fit(sources, miniature.model.model)
 
     def said(content: float, style: float) -> str:

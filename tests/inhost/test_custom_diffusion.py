@@ -194,7 +194,7 @@ def test_the_nodes_train_and_merge_with_what_they_are_given(pack, miniature, cli
     given = {
         "prompt": "a * apple", "word": "*", "initial_word": "house", "steps": 2, "learning_rate": 1e-3,
         "batch_size": 2, "resolution": 128, "seed": 5, "filename_prefix": "loras/mine", "sample_every": 0,
-        "save_every": 0, "class_prompt": "a apple\na ring", "class_count": 1, "prior_weight": 0.5,
+        "save_every": 0, "class_prompt": "a apple\na key", "class_count": 1, "prior_weight": 0.5,
         "second_prompt": "a * key", "second_initial_word": "book",
     }  # fmt: skip
     lists = {name: [value] for name, value in given.items()}

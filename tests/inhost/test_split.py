@@ -298,7 +298,7 @@ def test_the_node_splits_with_what_it_is_given(pack, miniature, clip, folder, un
     left, right, left_pictures, right_pictures, loss_map, report = done.args
     assert (left, right) == ("embedding:mine_left_00001_", "embedding:mine_right_00001_")
     assert float(left_pictures.max()) == 0 and float(right_pictures.min()) == 1
-    assert len(loss_map["loss"]) == 1 and "3 pictures, 2 prompts, both words from 'circle'" in report
+    assert len(loss_map["loss"]) == 1 and "3 pictures, 2 prompts, both words from 'house'" in report
     (asked,) = tasks
     assert asked.prompts == ["a * apple", "in a * style"] and asked.clip_vision is eye
     settings = asked.settings

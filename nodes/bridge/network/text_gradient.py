@@ -126,7 +126,7 @@ class WordEncoder:
             marked = {}
             for number, (key, (name, _)) in enumerate(self._encoders.items()):
                 tokenizer = copy.copy(getattr(self._clip.tokenizer, name))
-                marks = torch.zeros(vectors, tokenizer.embedding_size)
+                marks = torch.zeros(int(vectors), tokenizer.embedding_size)
                 marks[:, 0], marks[:, 1] = number, torch.arange(vectors)
                 known = tokenizer.embedding_directory
                 tokenizer.embedding_directory = [folder, *([known] if isinstance(known, str) else known)]
