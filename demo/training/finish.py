@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from ..manifest import write_manifest
 from ..miniature import CFG, STEPS, Miniature, generate, load_miniature, use_comfyui
 from ..world import atlas, concepts, scenes
 from ..world.concepts import Choice
+from ..world.sets import BASE_SETS
 from . import fit_lora, gates, parallel
 from .assemble import assemble
 
 SHIPPED = Path(__file__).resolve().parent.parent
+HANDS = SHIPPED.parent / "docs" / "hands.jpg"
 RANK = 8
 SETTINGS = {
     "content": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=500, learning_rate=3e-3),
@@ -152,6 +155,20 @@ def ship(work: Path, folder: Path = SHIPPED) -> None:
         shutil.copy2(work / name, folder / name)
     size = sum((folder / name).stat().st_size for name in files)
     print(f"{len(files)} files, {size / 1e6:.1f} MB, in {folder}", flush=True)
+
+
+def hands(comfyui: str, work: Path, device: str, subjects: Sequence[str], path: Path = HANDS) -> None:
+    """Each subject in every set of the base: a row of the artists' drawings, and below it the base's, one try each.
+
+    KeyError where a set has no drawing of a subject.
+    """
+    mini, world = _open(comfyui, work, device)
+    rows, words = [], BASE_SETS
+    for subject in subjects:
+        true = [scenes.Scene(subject, word, None, "white") for word in words]
+        drawn = generate(mini, [scenes.prompt(subject, word, place="middle", ground="white") for word in words], 1)
+        rows += [scenes.render(world.atlas, true), drawn]
+    atlas.sheet(torch.cat(rows), len(rows[0])).save(path, quality=85)
 
 
 def look(comfyui: str, work: Path, device: str, prompts: list[str]) -> None:

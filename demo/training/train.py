@@ -24,7 +24,7 @@ from . import figures, finish, fit_base, fit_decoder, fit_judge, fit_vae, latent
 from .assemble import assemble, write_words
 
 ALL = ("draw", "vae", "latents", "base", "judge", "decoder", "loras", "gates", "ship")
-PARTS = (*ALL, "gate-base", "sheets", "figures", "look")
+PARTS = (*ALL, "gate-base", "sheets", "figures", "look", "hands")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,8 @@ def run(part: str, plan: Plan) -> None:
         finish.ship(work)
     elif part == "figures":
         figures.report(work)
+    elif part == "hands":
+        finish.hands(host, work, device, plan.prompts or ("octopus", "elephant"))
     elif part == "look":
         finish.look(host, work, device, plan.prompts)
 
@@ -98,7 +100,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=CACHE, help="atlas, latents, training states, weights")
     parser.add_argument("--minutes", type=float, default=1e6, help="of the base's training, at most")
     parser.add_argument("--only", nargs="+", default=[], help="LoRAs by name: train these again, gate these")
-    parser.add_argument("--prompt", nargs="+", default=[], help="to look at")
+    parser.add_argument("--prompt", nargs="+", default=[], help="to look at; of hands, the subjects")
     parser.add_argument("--scale", type=float, default=1.0, help="shortens every training, to try the script")
     parser.add_argument("--guidance", type=float, default=CFG, help="of the base's gates")
     for setting in ("shards", "steps", "batch"):
