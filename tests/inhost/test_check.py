@@ -328,15 +328,15 @@ def test_notes_on_the_base_model_are_said_once_and_loaders_are_named(pack, minia
     bridge = pack.nodes.bridge
     monkeypatch.setattr(bridge.lora.base_models, "notes", lambda sources, _: ["'x' says that it was made for others"])
     model, clip = miniature.model, miniature.clip
-    for name in ("te_octopus", "gilded"):
+    for name in ("te_octopus", "chalk"):
         model, clip = nodes.LoraLoader().load_lora(model, clip, file(name), 0.9, 0.9)
-    words = {"subject_prompt": "a thing", "style_prompt": learned("gilded")}
+    words = {"subject_prompt": "a thing", "style_prompt": learned("chalk")}
     inputs = given(subject_lora=NO_FILE, style_lora=NO_FILE, **words)
     report = check(pack, miniature._replace(model=model, clip=clip), **inputs).args[1].split("  \n")
     assert report.count("note: 'x' says that it was made for others") == 1
     assert report.index("note: 'x' says that it was made for others") < report.index("details")
-    for name in ("te_octopus", "gilded"):
-        assert any(line.startswith(f"taken off the model: '{file(name)}' at 0.9") for line in report), name
+    for name in ("te_octopus", "chalk"):
+        assert any(line.startswith(f"taken off the model: '{file(name)}' at 0.9") for line in report), report
 
 
 def test_it_costs_a_part_of_a_zip(pack, miniature, folder, monkeypatch):  # noqa: F811
@@ -432,10 +432,10 @@ def test_an_interrupt_ends_the_look_at_words(pack, miniature, folder, monkeypatc
 
 
 def test_three_and_one_are_looked_at_too(pack, miniature, folder):  # noqa: F811
-    stack = [(file("penguin"), 1.0, 1.0)]
-    found, report = looked(pack, miniature, **given(lora_stack=stack, stack_prompts=learned("penguin")))
+    stack = [(file("chalk"), 1.0, 1.0)]
+    found, report = looked(pack, miniature, **given(lora_stack=stack, stack_prompts=learned("chalk")))
     assert len(found.effects) == 3 and found.drawn.keys() == found.effects.keys()
-    inputs = given(lora_stack=stack, stack_prompts=learned("penguin"), subject_lora=NO_FILE, style_lora=NO_FILE)
+    inputs = given(lora_stack=stack, stack_prompts=learned("chalk"), subject_lora=NO_FILE, style_lora=NO_FILE)
     found, report = looked(pack, miniature, **inputs)
     assert [effect.spoiled for effect in found.effects.values()] == [0.0]
     assert report[0].startswith("One LoRA alone")
