@@ -82,7 +82,7 @@ def test_one_picture_taken_apart(server: ComfyServer) -> None:
     [
         ("7 LoRAs from pictures", "TrainConceptLoRA", {"prompt": " "}, "prompt is empty"),
         ("7 LoRAs from pictures", "TrainConceptLoRA", {"prompt": "a\nb\nc"}, "images holds 1 pictures and prompt 3"),
-        ("8 One picture taken apart", "UnZipLoRA", {"prompt": "a figure in vorp style"}, "prompt lacks 'zub'"),
+        ("8 One picture taken apart", "UnZipLoRA", {"prompt": "a figure in vorp style"}, "prompt lacks 'fim'"),
         ("8 One picture taken apart", "UnZipLoRA", {"style_prompt": ""}, "style_prompt is empty"),
     ],
 )
