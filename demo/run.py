@@ -162,9 +162,14 @@ def style_gates(studio: Studio, world: Manifest, style: Trained) -> Asked:
 def gate_all(studio: Studio, world: Manifest) -> dict[str, Asked]:
     """Print the miniature's own figures. Returns what each LoRA draws alone, by name."""
     base_gate(studio, world)
-    gated = studio.plan.gated
-    alone = {subject.name: subject_gates(studio, world, subject) for subject in world.subjects[:gated]}
-    return alone | {style.name: style_gates(studio, world, style) for style in world.styles[:gated]}
+    of_name = world.trained()
+    merged = [[of_name[pair[kind]] for pair in world.quick[: studio.plan.pairs]] for kind in (0, 1)]
+    subjects, styles = (
+        list({one.name: one for one in (*mine, *every)}.values())[: max(studio.plan.gated, len(mine))]
+        for mine, every in zip(merged, (world.subjects, world.styles), strict=True)
+    )
+    alone = {subject.name: subject_gates(studio, world, subject) for subject in subjects}
+    return alone | {style.name: style_gates(studio, world, style) for style in styles}
 
 
 def merge_pair(studio: Studio, world: Manifest, subject: Trained, style: Trained) -> tuple[dict[str, Asked], str]:
