@@ -130,7 +130,7 @@ class Bench:
         """A LoRA file on the judged model."""
         tensors = load_file(str(file))
         rank = next(t.shape[0] for k, t in tensors.items() if k.endswith("lora_down.weight"))
-        branches = lora.attach(self.judged.unet, rank, float(rank))
+        branches = lora.attach(self.judged.unet, rank, float(rank), lora.targets_of(tensors))
         try:
             lora.load_into(branches, tensors)
             yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,17 @@ def save(branches: dict[str, LoRALinear], path: str, metadata: dict[str, str] | 
     write_safetensors(state(branches), path, metadata)
 
 
+def targets_of(tensors: Iterable[str]) -> tuple[str, ...]:
+    """`WIDE` where a file's keys name more than attention projections, else `TARGETS`."""
+    ends = tuple(end.replace(".", "_") for end in TARGETS)
+    return TARGETS if all(key.partition(".")[0].endswith(ends) for key in tensors) else WIDE
+
+
 @torch.no_grad()
 def load_into(branches: dict[str, LoRALinear], tensors: dict[str, Tensor]) -> None:
-    """Copies a file's tensors into attached branches. Raises KeyError where a layer is missing."""
+    """Copies a file's tensors into attached branches. Raises KeyError where a layer is missing, or one too many."""
+    if left := {key.partition(".")[0] for key in tensors} - {file_name(name) for name in branches}:
+        raise KeyError(f"the file has a layer that is not attached: {min(left)}")
     for name, branch in branches.items():
         key = file_name(name)
         branch.down.copy_(tensors[f"{key}.lora_down.weight"])

@@ -159,14 +159,12 @@ def style_gates(studio: Studio, world: Manifest, style: Trained) -> Asked:
     return alone
 
 
-def gate_all(studio: Studio, world: Manifest) -> dict[str, Asked]:
-    """Print the miniature's own figures. Returns what each LoRA draws alone, by name."""
+def gate_all(studio: Studio, world: Manifest, pairs: Sequence[tuple[Trained, Trained]]) -> dict[str, Asked]:
+    """Print the miniature's own figures. Returns what LoRAs draw alone, by name: those of the pairs, and more."""
     base_gate(studio, world)
-    of_name = world.trained()
-    merged = [[of_name[pair[kind]] for pair in world.quick[: studio.plan.pairs]] for kind in (0, 1)]
     subjects, styles = (
-        list({one.name: one for one in (*mine, *every)}.values())[: max(studio.plan.gated, len(mine))]
-        for mine, every in zip(merged, (world.subjects, world.styles), strict=True)
+        list({one.name: one for one in (*merged, *every)}.values())[: studio.plan.gated]
+        for merged, every in zip(zip(*pairs, strict=True), (world.subjects, world.styles), strict=True)
     )
     alone = {subject.name: subject_gates(studio, world, subject) for subject in subjects}
     return alone | {style.name: style_gates(studio, world, style) for style in styles}
@@ -299,7 +297,7 @@ def main() -> int:
         ThreadPoolExecutor(1) as helper,
         ExitStack() as servers,  # stopped first: whoever waits for an answer then gives up
     ):
-        alone = helper.submit(gate_all, studio(Path(folder, "alone"), servers), world)
+        alone = helper.submit(gate_all, studio(Path(folder, "alone"), servers), world, pairs)
         merging = studio(Path(folder, "merged"), servers)
         merging.say("ComfyUI is up")
         merges = [merge_pair(merging, world, *pair) for pair in pairs]

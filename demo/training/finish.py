@@ -98,10 +98,11 @@ def gate_loras(comfyui: str, work: Path, device: str, names: list[str], choice: 
         path = work / concept.file
         if not path.exists():
             continue
-        branches = lora.attach(mini.unet, RANK, RANK, settings_of(concept).targets)
+        tensors = load_file(str(path))
+        branches = lora.attach(mini.unet, RANK, RANK, lora.targets_of(tensors))
         for branch in branches.values():
             branch.to(device)
-        lora.load_into(branches, load_file(str(path)))
+        lora.load_into(branches, tensors)
         if concept.kind == "content":
             found, pictures = gates.subject_gate(mini, jury, concept)
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from . import scenes
@@ -163,8 +163,12 @@ def describe(concept: Concept, gates: dict[str, float]) -> dict[str, Any]:
 def whole(names: Sequence[str], choice: Choice = SHIPPED) -> list[str]:
     """A subject and a technique that stand in one picture; empty where no LoRA of either is there."""
     every = itertools.product(choice.designs, (style for style in choice.styles if style not in SETS))
-    pairs = itertools.chain([SHOWN_PAIR], every)
-    return next(([s, t] for s, t in pairs if s in names and t in names), [])
+    return next(_there([SHOWN_PAIR, *every], names), [])
+
+
+def _there(pairs: Iterable[tuple[str, str]], names: Sequence[str]) -> Iterator[list[str]]:
+    """The pairs of which both LoRAs are there."""
+    return ([subject, style] for subject, style in pairs if subject in names and style in names)
 
 
 def drawings(world: scenes.World, choice: Choice = SHIPPED) -> list[tuple[str, str]]:
@@ -191,7 +195,7 @@ def about(
         word = rng.choice(list(BASE_TECHNIQUES) if technique else world.sets_of[subject])
         known.append([scenes.prompt(subject, word), subject, word])
     subjects, styles = ([n for n in of if n in names] for of in (choice.designs, choice.styles))
-    quick = [list(pair) for pair in (*QUICK, *zip(subjects, styles, strict=False)) if {*pair} <= {*names}]
+    pairs = [*QUICK, *zip(subjects, styles, strict=False)]
     return {
         "checkpoint": CHECKPOINT,
         "judge": "weights/judge.safetensors",
@@ -205,10 +209,10 @@ def about(
         "untold": [
             [s, w] for s in choice.designs for w in choice.styles if w in SETS and (s, w) not in world.atlas.number
         ],
-        "quick": quick[:2],
+        "quick": [*_there(pairs, names)][:2],
         "blocks": BLOCKS,
         "shown": {
-            "pair": next((list(p) for p in (SHOWN_PAIR, *quick) if {*p} <= {*names}), []),
+            "pair": next(_there([SHOWN_PAIR, *pairs], names), []),
             "third": subjects[1] if len(subjects) > 1 else "",
             "whole": whole(names, choice),
             "new_style": "neon",
