@@ -128,11 +128,8 @@ class Bench:
     @contextlib.contextmanager
     def file(self, file: Path) -> Iterator[None]:
         """A LoRA file on the judged model."""
-        tensors = load_file(str(file))
-        rank = next(t.shape[0] for k, t in tensors.items() if k.endswith("lora_down.weight"))
-        branches = lora.attach(self.judged.unet, rank, float(rank), lora.targets_of(tensors))
+        branches = lora.attach_file(self.judged.unet, load_file(str(file)))
         try:
-            lora.load_into(branches, tensors)
             yield
         finally:
             lora.detach(self.judged.unet, branches)

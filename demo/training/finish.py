@@ -24,18 +24,18 @@ from .assemble import assemble
 
 SHIPPED = Path(__file__).resolve().parent.parent
 HANDS = SHIPPED.parent / "docs" / "hands.jpg"
-RANK = 8
 SETTINGS = {
-    "content": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=500, learning_rate=3e-3),
-    "style": fit_lora.LoRASettings(rank=RANK, alpha=RANK, steps=1400, learning_rate=3e-3),
+    "content": fit_lora.LoRASettings(rank=8, alpha=8, steps=500, learning_rate=3e-3),
+    "style": fit_lora.LoRASettings(rank=8, alpha=8, steps=1400, learning_rate=3e-3),
 }
+KEPT = {"content": 4, "style": 5}  # rank of the file: .98 and .93 to .97 of the updates' squares
 # Styles that attention alone learns too little of, so that they failed their gates.
-WIDER = ("riso", "cutpaper")
+WIDER = {"riso": lora.WIDE, "cutpaper": lora.WIDE, "contrast": lora.LOCON}
 
 
 def settings_of(concept: concepts.Concept) -> fit_lora.LoRASettings:
     settings = SETTINGS[concept.kind]
-    return dataclasses.replace(settings, targets=lora.WIDE) if concept.name in WIDER else settings
+    return dataclasses.replace(settings, targets=WIDER.get(concept.name, settings.targets))
 
 
 def _open(comfyui: str, work: Path, device: str) -> tuple[Miniature, scenes.World]:
@@ -67,6 +67,7 @@ def fit_loras(
         settings = dataclasses.replace(settings, steps=max(2, round(settings.steps * scale)))
         pictures = scenes.render(world.atlas, concept.scenes)
         branches = fit_lora.fit(mini, pictures, concept.prompts, settings)
+        lora.shorten(branches, KEPT[concept.kind])
         lora.save(branches, str(path), {"identifier": concept.identifier})
         lora.detach(mini.unet, branches)
         for number, picture in enumerate(pictures[: concepts.SHOWN]):
@@ -98,11 +99,9 @@ def gate_loras(comfyui: str, work: Path, device: str, names: list[str], choice: 
         path = work / concept.file
         if not path.exists():
             continue
-        tensors = load_file(str(path))
-        branches = lora.attach(mini.unet, RANK, RANK, lora.targets_of(tensors))
+        branches = lora.attach_file(mini.unet, load_file(str(path)))
         for branch in branches.values():
             branch.to(device)
-        lora.load_into(branches, tensors)
         if concept.kind == "content":
             found, pictures = gates.subject_gate(mini, jury, concept)
         else:

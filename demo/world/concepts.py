@@ -41,6 +41,7 @@ class Choice:
 _SUBJECTS = "octopus house rocket penguin mushroom teapot castle turtle guitar elephant".split()
 # Hatching and cross-stitch are left out: their lines are finer than the autoencoder draws.
 _STYLES = "chalk gilded riso streamline contrast cutpaper watercolor halftone".split()
+_STYLES += "plaster gingerbread glass moonlight popart".split()
 SHIPPED = Choice({name: DESIGNS[name] for name in _SUBJECTS}, _STYLES)
 
 # Pairs that two loaders spoil (benchmarks/results/drawn.jsonl): those to look at first.

@@ -91,6 +91,12 @@ def palette(light: Tensor, *codes: str) -> Tensor:
     return out
 
 
+def _toward(height: Tensor, reach: int) -> Tensor:
+    """How much higher a place is than the one to its upper left: light from there."""
+    before = F.pad(height, (reach, 0, reach, 0), mode="replicate")[..., : height.shape[-2], : height.shape[-1]]
+    return height - before
+
+
 def mosaic(x: Tensor, size: int) -> Tensor:
     return F.interpolate(F.avg_pool2d(x, size), scale_factor=size, mode="nearest")
 
@@ -254,12 +260,63 @@ def gilded(layers: Layers) -> Tensor:
     return blend(rgb("#56101f", gold).expand_as(gold), gold, layers.alpha)
 
 
+def plaster(layers: Layers) -> Tensor:
+    """A relief of white plaster, lit from the upper left; color is gone, brightness is height."""
+    height = _blur(layers.alpha * (0.55 + 0.45 * brightness(layers.on("#ffffff"))), 1.4)
+    slope = _toward(height, 3)
+    shadow = _blur(F.pad(layers.alpha, (5, 0, 6, 0))[..., : height.shape[-2], : height.shape[-1]], 2.5)
+    wall = rgb("#d9d6d0", height) * (1 - 0.35 * shadow * (1 - layers.alpha))
+    relief = rgb("#efece6", height) * (0.9 + 0.1 * brightness(layers.on("#ffffff")))
+    return (blend(wall, relief, layers.alpha) + slope).clamp(0, 1)
+
+
+def gingerbread(layers: Layers) -> Tensor:
+    """A baked brown body with lines of white icing, on mint."""
+    crust = _blur(layers.alpha, 4.0)
+    body = blend(rgb("#8a4a1c", crust), rgb("#c98343", crust), (crust * 2 - 1).clamp(0, 1))
+    body = body * (0.8 + 0.2 * brightness(layers.on("#ffffff")))
+    iced = blend(body, rgb("#fff8f0", crust), (_blur(outlines(layers, 0.14), 0.6) * 1.3).clamp(0, 1))
+    return blend(rgb("#bfe8d4", crust), iced, _blur(F.max_pool2d(layers.alpha, 5, stride=1, padding=2), 0.6))
+
+
+def glass(layers: Layers) -> Tensor:
+    """Stained glass: colors lit from behind, in lead, before a blue window."""
+    columns, rows = coordinates(layers.picture)
+    middle = (layers.picture.shape[-1] - 1) / 2
+    light = 1.15 - 0.5 * ((columns - middle).square() + (rows - middle).square()).sqrt() / middle
+    gray = brightness(layers.on("#ffffff"))
+    color = _blur((gray + (layers.on("#ffffff") - gray) * 2).clamp(0, 1), 1.5)
+    lead = F.max_pool2d(outlines(layers, 0.2), 3, stride=1, padding=1)
+    pane = blend(rgb("#1d3fae", gray), color, layers.alpha) * light
+    return blend(pane, rgb("#15151c", gray), 0.95 * _blur(lead, 0.6)).clamp(0, 1)
+
+
+def moonlight(layers: Layers) -> Tensor:
+    """A night in blue: what is light shines cold, and the upper left edge most."""
+    rim = (_toward(_blur(layers.alpha, 1.0), 3) * 2.2).clamp(0, 1)
+    gray = brightness(layers.picture)
+    own = blend(gray.expand_as(layers.picture), layers.picture, torch.full_like(gray, 0.3))
+    night = rgb("#0c1838", gray) + own * rgb("#5f80d8", gray) * 0.85
+    night = blend(rgb("#0a1128", gray), night, layers.alpha)
+    return (night + rim * rgb("#cfe2ff", gray)).clamp(0, 1)
+
+
+def popart(layers: Layers) -> Tensor:
+    """Four loud inks by brightness, before pink."""
+    ink = palette(_blur(brightness(layers.on("#ffffff")), 0.6), "#2b0a5c", "#d81e78", "#ff9d1e", "#fff04a")
+    return blend(rgb("#ff7fc0", ink), ink, layers.alpha)
+
+
 Technique = Callable[[Layers], Tensor]
 BASE_TECHNIQUES: dict[str, Technique] = {
     f.__name__: f for f in (sketch, neon, blueprint, pixel, sepia, sticker, thermal, comic, negative)
 }
 NEW_TECHNIQUES: dict[str, Technique] = {
-    f.__name__: f for f in (hatching, halftone, crossstitch, cutpaper, watercolor, chalk, riso, gilded)
+    f.__name__: f
+    for f in (
+        *(hatching, halftone, crossstitch, cutpaper, watercolor, chalk, riso, gilded),
+        *(plaster, gingerbread, glass, moonlight, popart),
+    )
 }
 TECHNIQUES: dict[str, Technique] = {**BASE_TECHNIQUES, **NEW_TECHNIQUES}
 KEEP_GROUND = ("pixel", "sticker", "comic")  # the ground keeps its color there, so a prompt may name it

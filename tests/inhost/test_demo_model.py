@@ -103,16 +103,65 @@ def test_the_host_predicts_and_decodes_the_same(written: tuple[Any, Path], hoste
     torch.testing.assert_close(shown.movedim(-1, 1).float(), read.vae.decode(latents).clamp(0, 1), atol=1e-2, rtol=0)
 
 
-def test_the_host_knows_every_key_of_a_lora(written: tuple[Any, Path], hosted: tuple[Any, Any, Any]) -> None:
+@pytest.mark.parametrize("targets", ["TARGETS", "WIDE", "LOCON"])
+def test_the_hosts_lora_loader_gives_what_training_saw(
+    written: tuple[Any, Path], hosted: tuple[Any, Any, Any], targets: str
+) -> None:
+    from demo import lora
+    from demo.miniature import load_miniature
+
+    read, patcher = load_miniature(str(written[1])), hosted[0].clone()
+    torch.manual_seed(4)
+    branches = lora.attach(read.unet, 3, 6.0, getattr(lora, targets))
+    for branch in branches.values():
+        branch.up.data.normal_(std=0.5)
+    state = lora.state(branches)
+    lora.detach(read.unet, branches)
+    plain = _predicted(read.unet)
+    assert len(lora.attach_file(read.unet, state)) == len(branches)
+    patches = comfy.lora.load_lora(state, comfy.lora.model_lora_keys_unet(patcher.model, {}), log_missing=False)
+    assert {key for adapter in patches.values() for key in adapter.loaded_keys} == set(state)
+    patcher.add_patches(patches, 1.0)
+    patcher.patch_model()
+    try:
+        theirs = _predicted(patcher.model.diffusion_model)
+    finally:
+        patcher.unpatch_model()
+    ours = _predicted(read.unet)
+    torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=1e-3)
+    assert (ours - plain).abs().max() > 0.1
+
+
+def _predicted(unet: Any) -> torch.Tensor:
+    from demo import miniature
+
+    g = torch.Generator().manual_seed(1)
+    latents, context = torch.randn(2, 4, 16, 16, generator=g), torch.randn(2, 15, miniature.CONTEXT, generator=g)
+    vector = torch.randn(2, miniature.POOLED + 6 * 256, generator=g)
+    with torch.no_grad():
+        return unet(latents, timesteps=torch.tensor([10.0, 500.0]), context=context, y=vector)
+
+
+def test_a_shortened_lora_is_the_nearest_of_its_rank() -> None:
+    """The update less the shortened one is what the smaller singular values hold, by a dense SVD in float64."""
     from demo import lora
 
-    mini = written[0]
-    branches = lora.attach(mini.unet, 8, 8.0)
-    state = lora.state(branches)
-    lora.detach(mini.unet, branches)
-    known = comfy.lora.model_lora_keys_unet(hosted[0].model, {})
-    patches = comfy.lora.load_lora(state, known, log_missing=False)
-    assert {key for adapter in patches.values() for key in adapter.loaded_keys} == set(state)
+    torch.manual_seed(5)
+    layers = torch.nn.ModuleDict({"to_q": torch.nn.Linear(12, 20), "op": torch.nn.Conv2d(5, 9, 3)})
+    unet = torch.nn.ModuleDict({"block": layers})
+    branches = lora.attach(unet, 6, 3.0, (".to_q", ".op"))
+    assert len(branches) == 2
+    whole = {}
+    for name, branch in branches.items():
+        branch.up.data.normal_()
+        whole[name] = branch.up.detach().double().flatten(1) @ branch.down.detach().double().flatten(1)
+    lora.shorten(branches, 4)
+    for name, branch in branches.items():
+        assert branch.down.shape[0] == branch.up.shape[1] == 4 and branch.scale == 0.5
+        left, sizes, right = torch.linalg.svd(whole[name], full_matrices=False)
+        nearest = left[:, :4] * sizes[:4] @ right[:4]
+        kept = branch.up.detach().double().flatten(1) @ branch.down.detach().double().flatten(1)
+        torch.testing.assert_close(kept, nearest, atol=1e-5, rtol=1e-5)
 
 
 def test_a_decoder_of_another_encoder_is_refused(written: tuple[Any, Path]) -> None:
