@@ -203,7 +203,9 @@ class MergeCustomDiffusion(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the LoRAs. Nothing is computed on it."),
                 io.Clip.Input("clip", tooltip="The base model's text encoder, which reads the prompts."),
-                LoRAsToZipSocket.Input("lora_pair", tooltip="The LoRAs, from Load LoRA Pair or Load LoRA Stack."),
+                LoRAsToZipSocket.Input(
+                    "lora_pair", tooltip="The LoRAs, from Load LoRA Pair, Load LoRA Stack or Pair LoRAs."
+                ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
