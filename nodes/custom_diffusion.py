@@ -79,7 +79,8 @@ class TrainCustomDiffusion(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default=Task.prefix,
-                    tooltip="Name of the file in the output folder, numbered; the embeddings are called likewise.",
+                    tooltip="Name of the LoRA file in the output folder, numbered; embeddings, in models/embeddings, "
+                    "have the last part of it.",
                 ),
                 inputs.sample_every(),
                 inputs.save_every(
