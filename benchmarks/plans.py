@@ -2,14 +2,18 @@
 
     python3 dev.py run benchmarks/plans.py [--size 1024] [--rank 64] [--batch-size 1] [--reserve 1.0]
 
-The student's pass is rehearsed on a network without memory, so this needs neither a card nor the model.
+The student's pass is rehearsed on a network without memory, so this needs neither a card nor the model. First zipping,
+by default and by gradient, then the nodes that train, at their own defaults, and two of them one picture at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
@@ -22,6 +26,37 @@ import torch  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 
 CARDS = (8, 10, 12, 16, 24, 32, 48, 80)
+TRAINED_ON = (8, 12, 16, 24, 32, 48)
+TEXT_ENCODERS = 1_640_000_000  # bytes of SDXL's two in half precision, 818 M numbers
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a node asks of `make_for_training`. beside: bytes that a step runs beside the model."""
+
+    title: str
+    shapes: dict[str, tuple[int, int]]
+    rank: int
+    rows: int
+    is_whole: bool = False
+    beside: int = 0
+
+
+def trainings(base: Any) -> Iterator[Training]:
+    """base: the host's BaseModel."""
+    core, layers = PACK.ziplora_core, PACK.nodes.bridge.training.layers
+    attention, readers = layers.trained_layers(base, "attention"), layers.prompt_readers(base)
+    plain, apart, ed = core.training.Settings(), core.unzip.Settings(), core.trained_ed_lora.Settings()
+    custom, word, split = core.trained_weights.Settings(), core.trained_embedding.Settings(), core.split.Settings()
+    yield Training("Train Concept LoRA", attention, plain.rank, plain.batch_size)
+    yield Training("UnZip LoRA", attention, 2 * apart.rank, apart.batch_size)
+    yield Training("Train Embedding", {}, word.rank, word.batch_size, beside=TEXT_ENCODERS)
+    yield Training("Split Concept", {}, split.rank, split.batch_size, beside=TEXT_ENCODERS)
+    for rows, said in ((ed.batch_size, ""), (1, ", batch_size 1")):
+        yield Training(f"Train ED-LoRA{said}", attention, ed.rank, rows, beside=TEXT_ENCODERS)
+    batches = ((custom.batch_size, ""), (2 * custom.batch_size, ", with class_prompt"), (1, ", batch_size 1"))
+    for rows, said in batches:
+        yield Training(f"Train Custom Diffusion{said}", readers, custom.rank, rows, is_whole=True, beside=TEXT_ENCODERS)
 
 
 def main() -> int:
@@ -40,9 +75,12 @@ def main() -> int:
     pair = bridge.lora.fitting.fit(sources, model.model).loras
     prompts = {c: full_size.random_prompt(0) for c in ("content", "style")}
     latents = {c: full_size.random_latents(given.size // 8, 0)["samples"] for c in prompts}
-    settings = PACK.ziplora_core.solver.Settings(batch_size=given.batch_size)
+    core, latent = PACK.ziplora_core.solver, latents["content"]
     weights = model.model_size()
-    print(f"weights {weights / 1e9:.1f} GB, {given.size} x {given.size}, rank {given.rank}, batch {given.batch_size}\n")
+    print(f"weights {weights / 1e9:.1f} GB, {given.size} x {given.size}, rank {given.rank}, batch {given.batch_size}")
+    default = bridge.memory.plan.make(model, pair, prompts, latents, core.Settings(batch_size=given.batch_size), 0)
+    print(f"\nZipping by default: {default.need / 1e9:.1f} GB beside the weights\n\nZipping by gradient\n")
+    settings = core.Settings(batch_size=given.batch_size, solver="gradient")
     print("| card, GB | beside the weights, GB | needed, GB | references | blocks run again |")
     print("| --- | --- | --- | --- | --- |")
     for card in CARDS:
@@ -50,21 +88,28 @@ def main() -> int:
         plan = bridge.memory.plan.make(model, pair, prompts, latents, settings, room)
         together = "in one pass" if plan.together else "one at a time"
         print(
-            f"| {card} | {room / 1e9:.1f} | {plan.need / 1e9:.1f} | {together} | {plan.recomputed} of {plan.blocks} |"
+            f"| {card} | {room / 1e9:.1f} | {plan.need / 1e9:.1f} | {together} | {plan.recomputed} of {plan.blocks} |",
+            flush=True,
         )
-    print("\nTrain Concept LoRA\n")
-    print("| card, GB | beside the weights, GB | needed, GB | in all, GB | blocks run again |")
-    print("| --- | --- | --- | --- | --- |")
-    shapes = bridge.training.layers.trained_layers(model.model, "attention")
-    for card in CARDS:
-        room = max(0, int((card - given.reserve) * 1e9 - weights))
-        plan = bridge.memory.plan.make_for_training(
-            model, shapes, prompts["content"], latents["content"], given.rank, given.batch_size, room
-        )
-        print(
-            f"| {card} | {room / 1e9:.1f} | {plan.need / 1e9:.1f} | {(plan.need + weights) / 1e9:.1f} | "
-            f"{plan.recomputed} of {plan.blocks} |"
-        )
+    print("\nTraining: GB in all, with the weights, and blocks run again\n")
+    print(f"| node | {' | '.join(f'{card} GB' for card in TRAINED_ON)} |")
+    print(f"| --- |{' --- |' * len(TRAINED_ON)}")
+    for training in trainings(model.model):
+        there = weights + training.beside
+        cells = []
+        for card in TRAINED_ON:
+            plan = bridge.memory.plan.make_for_training(
+                model,
+                training.shapes,
+                prompts["content"],
+                latent,
+                training.rank,
+                training.rows,
+                max(0, int((card - given.reserve) * 1e9 - there)),
+                training.is_whole,
+            )
+            cells.append(f"{(plan.need + there) / 1e9:.1f}, {plan.recomputed} of {plan.blocks}")
+        print(f"| {training.title} | {' | '.join(cells)} |", flush=True)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Whether the report tells right prompts from wrong ones, on the miniature's LoRAs.
 
-    python3 dev.py run benchmarks/prompts.py            eight pairs in which every LoRA takes part: half an hour
+    python3 dev.py run benchmarks/prompts.py            pairs in which every LoRA takes part: half an hour
     python3 dev.py run benchmarks/prompts.py --all      every pair: hours
     python3 dev.py run benchmarks/prompts.py --table    only what the results file holds
 

@@ -1,6 +1,6 @@
 """How well each way to merge keeps a subject and a style: the paper's Table 2, on the miniature SDXL.
 
-    python3 dev.py run benchmarks/quality.py                    four subjects, eight styles, three seeds: hours
+    python3 dev.py run benchmarks/quality.py                    four subjects, every style, three seeds: hours
     python3 dev.py run benchmarks/quality.py --quick            two pairs, one seed: minutes
     python3 dev.py run benchmarks/quality.py --ablation --half choose --seeds 0 --results ablation.jsonl
     python3 dev.py run benchmarks/quality.py --table            only print what the results file holds
@@ -27,7 +27,7 @@ from benchmarks.quality_table import CEILING, kept_folder, read_records, report,
 from benchmarks.workers import share_out
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
-SUBJECTS = 4  # of the first world's six, with every style; `--subjects`, `--pairs` may ask for others
+SUBJECTS = 4  # the first ones, with every style; `--subjects`, `--pairs` may ask for others
 SEEDS = (0, 1, 2)
 PICTURES = 12  # of the pair, per method and seed: 36 over the seeds; fewer of the other prompts
 QUICK_METHODS = ("content LoRA", "style LoRA", "direct 1/1", "default")
@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two pairs, one seed, the methods that matter most")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    parser.add_argument("--pairs", nargs="+", help="such as mushroom+ember; default: four subjects, every style")
+    parser.add_argument("--pairs", nargs="+", help="such as octopus+gilded; default: four subjects, every style")
     parser.add_argument("--subjects", type=int, default=SUBJECTS, help="how many of the subjects, with every style")
     parser.add_argument("--block", choices=new_concepts.BLOCKS, help="every pair of a block of new concepts")
     parser.add_argument(

@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["concept", "prior", "joint", "blocks", "unzip"])
     parser.add_argument("--only", default="", help="names, by commas, of concepts")
-    parser.add_argument("--pairs", default="", help="of unzip, by commas; default: four")
+    parser.add_argument("--pairs", default="", help="of unzip, by commas; default: four, or all that there are")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rate", type=float)

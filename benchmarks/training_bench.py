@@ -72,7 +72,7 @@ class Bench:
 
     @property
     def cases(self) -> list[tuple[str, str]]:
-        """Four pairs of a subject and a style."""
+        """Four pairs of a subject and a style that share none, or as many as there are."""
         pairs = zip(self.manifest.subjects, self.manifest.styles, strict=False)
         return [(subject.name, style.name) for subject, style in pairs][:4]
 

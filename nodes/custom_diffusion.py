@@ -79,7 +79,8 @@ class TrainCustomDiffusion(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default=Task.prefix,
-                    tooltip="Name of the file in the output folder, numbered; the embeddings are called likewise.",
+                    tooltip="Name of the LoRA file in the output folder, numbered; embeddings, in models/embeddings, "
+                    "have the last part of it.",
                 ),
                 inputs.sample_every(),
                 inputs.save_every(
@@ -203,7 +204,9 @@ class MergeCustomDiffusion(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the LoRAs. Nothing is computed on it."),
                 io.Clip.Input("clip", tooltip="The base model's text encoder, which reads the prompts."),
-                LoRAsToZipSocket.Input("lora_pair", tooltip="The LoRAs, from Load LoRA Pair or Load LoRA Stack."),
+                LoRAsToZipSocket.Input(
+                    "lora_pair", tooltip="The LoRAs, from Load LoRA Pair, Load LoRA Stack or Pair LoRAs."
+                ),
                 io.String.Input(
                     "prompts",
                     multiline=True,

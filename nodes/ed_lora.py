@@ -55,13 +55,14 @@ class TrainEDLoRA(io.ComfyNode):
                 ),
                 inputs.resolution(Task.resolution),
                 inputs.seed(
-                    "Seed of the first factors, the noise and the timesteps. LoRAs that are to be merged take "
-                    "two seeds."
+                    "Seed of the first factors, the noise and the timesteps. Give LoRAs that are to be merged "
+                    "different seeds."
                 ),
                 io.String.Input(
                     "filename_prefix",
                     default=Task.prefix,
-                    tooltip="Name of the file in the output folder, numbered; the embedding is called likewise.",
+                    tooltip="Name of the LoRA file in the output folder, numbered; the embedding, in "
+                    "models/embeddings, has the last part of it.",
                 ),
                 inputs.sample_every(),
                 inputs.save_every(

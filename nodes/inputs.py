@@ -88,7 +88,8 @@ def resolution(default: int) -> io.Int.Input:
         default=default,
         **span(RESOLUTION),
         step=8,
-        tooltip="Side of a square bucket in pixels: what the model draws best, 1024 for SDXL.",
+        tooltip="Side of a square picture in pixels; others are scaled to about as many pixels in all. What the model "
+        "draws best: 1024 for SDXL.",
     )
 
 

@@ -16,8 +16,8 @@ class ZipLoRAReference(io.ComfyNode):
             node_id="ZipLoRAReference",
             display_name="ZipLoRA Reference",
             category="ZipLoRA",
-            description="The prompt, and pictures if there are any, of one LoRA more than two: one of these for each, "
-            "one after another, in the order of the stack.",
+            description="The prompt, and pictures if there are any, of a LoRA after the second of a stack: one of "
+            "these nodes for each, one after another, in the order of the stack.",
             inputs=[
                 io.Conditioning.Input(
                     "positive", tooltip="The prompt that this LoRA was trained with, e.g. 'a man wearing a zrt hat'."
@@ -31,7 +31,7 @@ class ZipLoRAReference(io.ComfyNode):
                 ReferencesSocket.Input(
                     "references",
                     optional=True,
-                    tooltip="The ZipLoRA Reference of the LoRA before this one, from the third on.",
+                    tooltip="The ZipLoRA Reference of the LoRA before this one; nothing for the third LoRA.",
                 ),
             ],
             outputs=[

@@ -20,10 +20,10 @@ class SaveZippedLoRA(io.ComfyNode):
             display_name="Save Zipped LoRA",
             category="ZipLoRA/files",
             search_aliases=["keep zip"],
-            description="Saves what was learned of the LoRAs, not the LoRAs: a few megabytes of two, of three and more "
-            "that are routed a matrix for each layer (83 MB of three of rank 64 on SDXL, more with rank and number), "
-            "of solver fusion about half of the LoRAs (402 MB of two). Bound to the LoRA files by hash; Load Zipped "
-            "LoRA makes the set again. For other programs use Export Merged LoRA.",
+            description="Saves what was learned of the LoRAs, not the LoRAs: a few megabytes for two; for three and "
+            "more that are routed a matrix for each layer (83 MB for three of rank 64 on SDXL, more with rank and "
+            "number); for solver fusion about half of the LoRAs (402 MB for two). Bound to the LoRA files by hash; "
+            "Load Zipped LoRA makes the set again. For other programs use Export Merged LoRA.",
             is_output_node=True,
             inputs=[
                 ZippedLoRASocket.Input("zipped_lora", tooltip="A zipped pair, with its dials as they are."),

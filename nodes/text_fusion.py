@@ -23,7 +23,9 @@ class FuseTextEncoders(io.ComfyNode):
             "read as its own LoRA reads it. Without this node these parts are added up.",
             inputs=[
                 io.Clip.Input("clip", tooltip="The base model's text encoder, without the LoRAs."),
-                LoRAsToZipSocket.Input("lora_pair", tooltip="The LoRAs, from Load LoRA Pair or Load LoRA Stack."),
+                LoRAsToZipSocket.Input(
+                    "lora_pair", tooltip="The LoRAs, from Load LoRA Pair, Load LoRA Stack or Pair LoRAs."
+                ),
                 io.String.Input(
                     "prompts",
                     multiline=True,

@@ -38,7 +38,7 @@ class TrainConceptLoRA(io.ComfyNode):
                 io.Image.Input(
                     "images",
                     tooltip="One to five pictures of the subject or in the style, of any sizes: a batch, or a list. "
-                    "Each is scaled to a bucket of its own shape.",
+                    "Each is scaled in its own shape, and cut a little.",
                 ),
                 io.String.Input(
                     "prompt",
@@ -48,7 +48,9 @@ class TrainConceptLoRA(io.ComfyNode):
                     "style'. One line for all pictures, or a line for each.",
                 ),
                 inputs.whole(
-                    Settings, "steps", "Updates, the paper's 1000. Too many, and the LoRA draws its pictures always."
+                    Settings,
+                    "steps",
+                    "Updates, the paper's 1000. Too many, and the LoRA draws its pictures whatever it is asked.",
                 ),
                 inputs.fraction(Settings, "learning_rate", 1e-5, "Adam's rate, the paper's 5e-5."),
                 inputs.whole(Settings, "rank", "Of the LoRA, the paper's 64; alpha is the rank."),
@@ -64,8 +66,8 @@ class TrainConceptLoRA(io.ComfyNode):
                     "layers too. B-LoRA: SDXL's content block and style block alone, to be used apart.",
                 ),
                 inputs.seed(
-                    "Seed of the first factors, the noise and the timesteps. LoRAs that are to be merged take "
-                    "two seeds."
+                    "Seed of the first factors, the noise and the timesteps. Give LoRAs that are to be merged "
+                    "different seeds."
                 ),
                 io.String.Input(
                     "filename_prefix",

@@ -148,8 +148,8 @@ def custom_diffusion() -> Graph:
         "seconds: each concept's words mean what they meant, and ordinary prompts change as little as can be. Two "
         "subjects go as well.\n\n`[1]` and `[2]` stand for the two new words, which have their names when they are "
         "trained.\n\n## What to choose\nThe checkpoint, the pictures, a caption for each with `*` where the new word "
-        "stands; what the words of each concept are, a line for each, as you use them; and what to draw.\n\nEach "
-        "training takes about 7 GB beside the model, on SDXL.",
+        "stands; what the words of each concept are, a line for each, as you use them; and what to draw.\n\nOn "
+        "SDXL each training takes about 27 GB with the model, 15 GB with *batch_size* 1 (and more *steps*).",
     )
     trained = _trained(parts, "TrainCustomDiffusion", "custom", prompt=(OF_SUBJECT, OF_STYLE), initial_word=RARE)
     words = {FIRST: trained[0][1], SECOND: trained[1][1]}

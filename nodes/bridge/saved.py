@@ -83,7 +83,9 @@ def zipped_path(name: str) -> str:
     """Raises LoRAFileError where there is no such file."""
     path = folder_paths.get_full_path(FOLDER, name) if isinstance(name, str) else None  # the API may say anything
     if path is None:
-        raise LoRAFileError(f"'{shown(str(name))}' is missing; put it into the {FOLDER} folder or choose another file")
+        raise LoRAFileError(
+            f"'{shown(str(name))}' is missing; put it into models/{FOLDER} or output/{FOLDER}, or choose another file"
+        )
     return path
 
 

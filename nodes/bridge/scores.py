@@ -21,7 +21,10 @@ def picture_features(encoder, pictures: Tensor, bar: Steps) -> Tensor:
 
 
 def prompt_features(clip, prompt: str) -> Tensor:
-    """(1, d): a prompt in CLIP's space. Raises ValueError for a text encoder without CLIP's projection into it."""
+    """(1, d): a prompt in CLIP's space. Raises ValueError for an empty one, and for a text encoder without CLIP's
+    projection into it."""
+    if not prompt.strip():
+        raise ValueError("prompt is empty; write what the pictures were to show, or leave clip unconnected")
     pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)[1]
     if pooled is None or not _is_projected(clip.cond_stage_model, pooled.shape[-1]):
         raise ValueError(
@@ -48,7 +51,7 @@ def score(
     """Scores of each picture by name: style (CLIP), subject (DINO) and, where they are given, text (CLIP) and csd.
 
     images, subject, style: IMAGE (N, H, W, 3). csd: from `csd.load`. Raises ValueError where text and picture features
-    do not match.
+    do not match, or there is nothing to compare pictures with.
     """
     text = None if clip is None else prompt_features(clip, prompt)
     by_style = 1 if csd is None else 2  # networks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,6 +182,11 @@ def test_a_number_that_does_not_fit_is_refused(pack, miniature):
 def test_refused(pack, miniature, clip, monkeypatch):
     with pytest.raises(ValueError, match="class_prompt is empty"):
         train(pack, miniature, task(pack, class_pictures=[pictures(1)]))
+    for initial, said in ((" ", "second_initial_word is empty"), ("()", r"second_initial_word '\(\)' is no word")):
+        asked = task(pack, concepts=2)
+        asked.concepts[1] = replace(asked.concepts[1], initial=initial)
+        with pytest.raises(ValueError, match=f"^{said}"):
+            train(pack, miniature, asked)
     monkeypatch.setattr(pack.nodes.bridge.training.layers, "UNetModel", torch.nn.Linear)
     with pytest.raises(ValueError, match="has no layers that read the prompt alone"):
         train(pack, miniature, task(pack))

@@ -319,6 +319,16 @@ def test_refused(pack, miniature, clip, changes, says):
         train(pack, miniature, task(pack, **changes))
 
 
+def test_where_memory_runs_out_it_names_what_this_node_has(pack, miniature, clip, folder, monkeypatch):
+    def full(*given):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pack.nodes.bridge.training.loading.session, "with_network", full)
+    with pytest.raises(RuntimeError, match="^not enough memory to train: .*; lower resolution or batch_size$"):
+        train(pack, miniature, task(pack))
+    assert not list(folder.iterdir())
+
+
 def test_runs_of_several_processes_under_one_name_have_a_file_each(pack, miniature, clip, folder, monkeypatch):
     """One is training, and says so; another, which says nothing, is done before this one."""
     bridge = pack.nodes.bridge.training.embedding

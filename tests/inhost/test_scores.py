@@ -109,6 +109,11 @@ def test_alignments_are_mean_cosines_of_the_encoders_features(pack, encoders, si
     torch.testing.assert_close(found["style"], cosines(features[0], features[2]), rtol=1e-3, atol=1e-3)
 
 
+def test_an_empty_prompt_is_compared_with_no_picture(pack, miniature, encoders):
+    with pytest.raises(ValueError, match="^prompt is empty"):
+        pack.nodes.bridge.scores.score(*[pictures(1, 40, 0)] * 3, *encoders, miniature.clip, " ")
+
+
 def test_a_picture_is_like_itself_and_json_holds_each(pack, encoders):
     execute = next(node for node in pack.nodes.NODES if node.__name__ == "ZipLoRAScores").execute
     images = pictures(2, 40, 0)

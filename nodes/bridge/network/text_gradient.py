@@ -86,7 +86,7 @@ class WordEncoder:
             tokens = [token for batch in batches for token, _, word in batch if word]
             if not tokens:
                 raise ValueError(
-                    f"{called} '{shown(text)}' is no word; write one that is like the concept: dog, painting"
+                    f"{called} '{shown(text)}' is no word: the text encoder finds nothing in it; write another"
                 )
             table = encoder.transformer.get_input_embeddings()
             rows = [self._row(table, token) for token in tokens]

@@ -76,7 +76,7 @@ def check(task: Task) -> None:
     for start, concept in zip(("", "second_"), task.concepts, strict=False):
         check_pictures(f"{start}images", concept.pictures)
         check_prompt(f"{start}prompt", "".join(concept.prompts))
-        check_word(concept.word, concept.initial)
+        check_word(concept.word, concept.initial, f"{start}initial_word")
         check_letters("class_prompt", concept.class_prompt)
     if task.class_pictures:
         check_pictures("class_images", task.class_pictures)
@@ -92,7 +92,9 @@ class _Words:
 
 
 def _prepare(model, clip, vae, encoder: WordEncoder, task: Task) -> tuple[Prepared, _Words]:
-    words = _Words([encoder.start(concept.initial, 1) for concept in task.concepts], [])
+    called = ["initial_word", *["second_initial_word"] * len(task.concepts[1:])]
+    starts = [encoder.start(of.initial, 1, name) for of, name in zip(task.concepts, called, strict=True)]
+    words = _Words(starts, [])
     for index, concept in enumerate(task.concepts):
         words.tokens += [(index, encoder.tokens(text, concept.word, 1)) for text in concept.prompts]
     data = Prepared()

@@ -73,7 +73,7 @@ def check_word(word: str, initial: str, called: str = "initial_word") -> None:
     check_letters("word", word)
     check_letters(called, initial)
     if not initial.strip():
-        raise ValueError(f"{called} is empty; write a word that is like the concept: dog, painting")
+        raise ValueError(f"{called} is empty; write a word for training to start from")
 
 
 def prepare(

@@ -57,5 +57,5 @@ def with_denoiser(
 
         return session.with_network(model, injection, prompts, data.largest.shape[1:], planned.need, prepared, beside)
 
-    less = "lower resolution, batch_size or rank, or train fewer layers"
+    less = "lower resolution, batch_size or rank" if shapes and not is_whole else "lower resolution or batch_size"
     return retry.carry_out(planned, attempt, "train", less)

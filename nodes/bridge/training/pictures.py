@@ -55,7 +55,7 @@ class Prepared:
 
 def check_prompt(name: str, text: str) -> None:
     if not text.strip():
-        raise ValueError(f"{name} is empty; write what the pictures show, with a rare word for what is new in them")
+        raise ValueError(f"{name} is empty; write what the pictures show, with the word for what is new in them")
     check_letters(name, text)
 
 
