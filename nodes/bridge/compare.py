@@ -116,7 +116,7 @@ def _loaders(sources: Sequence[LoRASource]) -> Callable[[Any, Any], tuple[Any, A
 
     def put(model, clip) -> tuple[Any, Any]:
         bare(model.model)
-        for source in sources:
+        for source in (one.unfused or one for one in sources):
             if source.strength or source.of_clip:
                 tensors = dict(source.tensors)
                 model, clip = comfy.sd.load_lora_for_models(model, clip, tensors, source.strength, source.of_clip)

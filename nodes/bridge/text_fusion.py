@@ -135,7 +135,8 @@ def _with_downs(source: LoRASource, model, factors: Mapping[str, Factors], names
     }
     tensors = {**kept, **named_tensors(factors, names, torch.float32)}
     note = f"the text-encoder part of '{source.title}' is fused: it goes with those of the others"
-    return replace(source, tensors=tensors, version=None, sha256=None, notes=(*source.notes, note))
+    notes, unfused = (*source.notes, note), source.unfused or source
+    return replace(source, tensors=tensors, version=None, sha256=None, notes=notes, unfused=unfused)
 
 
 @torch.no_grad()

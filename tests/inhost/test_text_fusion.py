@@ -114,6 +114,25 @@ def test_a_lora_alone_reads_its_prompts_as_before(pack, miniature):
     assert (other[0] - other[1]).norm() > 0.1 * other[0].norm()
 
 
+def test_compared_alone_and_stacked_each_file_has_its_own_half(pack, miniature):
+    """Also once the strengths are turned, and fused twice; the zip has the fused ones."""
+    bridge, sources, clip = pack.nodes.bridge, sources_of(pack, miniature), miniature.clip
+    own = [*sources.by_concept.values()]
+    done = fuse(pack, miniature, fuse(pack, miniature, sources).sources)
+    turned = {c: of.times(2.0) for c, of in done.sources.by_concept.items()}
+    for given, files in ((done.sources.by_concept, own), (turned, [of.times(2.0) for of in own])):
+        with torch.inference_mode():
+            zipped = bridge.direct.merge(miniature.model, pack.nodes.bridge.lora.loras.LoRASources(given), "sum")
+            found = [column.put(miniature.model, clip)[1] for column in bridge.compare.columns(zipped, [1.0])]
+        stacked, fused = loaded(clip, *files), loaded(clip, *given.values())
+        expected = [*(loaded(clip, one) for one in files), stacked, fused]
+        for ours, theirs in zip(found, expected, strict=True):
+            wanted = weights(theirs)
+            assert all(torch.equal(weight, wanted[name]) for name, weight in weights(ours).items())
+        name = next(iter(done.errors))
+        assert not torch.equal(weights(stacked)[name], weights(fused)[name])
+
+
 def test_nothing_that_came_in_is_changed(pack, miniature):
     sources, model = sources_of(pack, miniature), miniature.clip.cond_stage_model
     tensors = {c: {k: v.clone() for k, v in of.tensors.items()} for c, of in sources.by_concept.items()}

@@ -44,7 +44,8 @@ class LoRASource:
 
     version, sha256: of the file as it was read; None where the tensors come from elsewhere. clip_strength: of its
     text-encoder part; None where it is the same. notes: on what was read of it. config: a short digest of the scales
-    that its header or a file beside it gives its layers; "" where none does.
+    that its header or a file beside it gives its layers; "" where none does. unfused: the file as it is by itself, where
+    `tensors` go with those of other LoRAs alone.
     """
 
     name: str
@@ -55,6 +56,7 @@ class LoRASource:
     clip_strength: float | None = None
     notes: tuple[str, ...] = ()
     config: str = ""
+    unfused: LoRASource | None = field(default=None, repr=False)
 
     @property
     def of_clip(self) -> float:
@@ -63,8 +65,9 @@ class LoRASource:
 
     def times(self, dial: float) -> LoRASource:
         """The same file at another multiple of its strengths."""
-        apart = self.clip_strength
-        return replace(self, strength=dial * self.strength, clip_strength=None if apart is None else dial * apart)
+        apart, unfused = self.clip_strength, self.unfused and self.unfused.times(dial)
+        clip_strength = None if apart is None else dial * apart
+        return replace(self, strength=dial * self.strength, clip_strength=clip_strength, unfused=unfused)
 
     @property
     def title(self) -> str:
