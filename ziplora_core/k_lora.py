@@ -103,5 +103,5 @@ def progress(sigma: float, sigmas: Tensor) -> float:
     the first is the first step. Nothing is counted: the same level gives the same answer.
     """
     steps = max(len(sigmas) - 1, 1)
-    begun = int((sigmas.double() >= sigma * (1 - _SAME)).sum())
+    begun = int((sigmas.float() >= sigma * (1 - _SAME)).sum())
     return min(max(begun - 1, 0), steps - 1) / steps

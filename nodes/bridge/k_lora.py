@@ -87,7 +87,7 @@ class Switch:
 
     def chosen(self, model, t: Tensor, options: Mapping[str, Any]) -> dict[str, str]:
         """Layer -> concept, at noise levels t (rows,), which are equal."""
-        levels = t.flatten().double()
+        levels = t.flatten().float()  # Apple's GPUs have no float64
         low, high = float(levels.min()), float(levels.max())
         if low != high:
             raise ValueError(

@@ -223,6 +223,28 @@ def test_files_of_any_precision(pack, patcher, files, dtype):
     assert (found - exact).abs().max() > 1e-3 or dtype == torch.float16
 
 
+def test_a_step_is_told_without_float64(pack, patcher, files, monkeypatch):
+    """Which Apple's GPUs have not, where the sampler's noise levels lie."""
+    switch = pack.nodes.bridge.k_lora.Switch
+    own = switch.chosen
+
+    class NoFloat64(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+                raise TypeError("Cannot convert a MPS Tensor to float64")
+            return made
+
+    def chosen(*given):
+        with NoFloat64():
+            return own(*given)
+
+    monkeypatch.setattr(switch, "chosen", chosen)
+    sigmas = sampler_sigmas(patcher)
+    ours, *_ = k_lora(pack, patcher, files)
+    assert_near(looks(ours, [sigmas[3]]), looks(files.stock(patcher, 3 / STEPS), [sigmas[3]]))
+
+
 def test_without_a_samplers_levels_the_models_own_say_the_time(pack, patcher, files):
     ours, *_ = k_lora(pack, patcher, files)
     table = patcher.get_model_object("model_sampling").sigmas
