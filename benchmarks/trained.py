@@ -29,9 +29,10 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
 from benchmarks.meters import Peak
-from benchmarks.quality_table import Record, kept_folder, read_records, report
+from benchmarks.quality_table import Record, kept_folder, read_records, refuse_another_world, report
 from benchmarks.training_bench import BATCH, RANK, RATE, STEPS, own_folders, pictures_of
 from benchmarks.workers import share_out
+from demo.manifest import read_manifest
 
 RESULTS = Path(__file__).resolve().parent / "results" / "trained.jsonl"
 PAIRS, SEEDS, PICTURES = 8, (0, 1, 2), 12
@@ -304,8 +305,6 @@ def run_job(job: Job) -> list[Record]:
 
 def disjoint_pairs() -> list[tuple[str, str]]:
     """Each subject with a style of its own, where there is a truth of both."""
-    from demo.manifest import read_manifest
-
     world = read_manifest()
     left, found = [style.name for style in world.styles], []
     for subject in world.subjects:
@@ -331,6 +330,7 @@ def main() -> int:
         done: set[tuple] = set()
         if given.results.exists():
             done = {(r["pair"], r["seed"], r["method"]) for r in read_records(given.results)}
+            refuse_another_world(given.results, (pair for pair, *_ in done), read_manifest().trained())
         scale, pictures = (0.01, 2) if given.quick else (1.0, PICTURES)
         jobs = []
         for seed in given.seeds[:1] if given.quick else given.seeds:
