@@ -181,6 +181,8 @@ def test_a_number_that_does_not_fit_is_refused(pack, miniature):
 def test_refused(pack, miniature, clip, monkeypatch):
     with pytest.raises(ValueError, match="class_prompt is empty"):
         train(pack, miniature, task(pack, class_pictures=[pictures(1)]))
+    with pytest.raises(ValueError, match="at which an embedding's name ends in prompts"):
+        train(pack, miniature, task(pack, prefix="loras/dog (new)"))
     monkeypatch.setattr(pack.nodes.bridge.training.layers, "UNetModel", torch.nn.Linear)
     with pytest.raises(ValueError, match="has no layers that read the prompt alone"):
         train(pack, miniature, task(pack))

@@ -255,6 +255,7 @@ def test_where_memory_runs_out_seeds_that_are_done_are_kept(pack, miniature, cli
         ({"seeds": 0}, "seeds is 0"),
         ({"clip_vision": SimpleNamespace(encode_image=lambda pictures: {})}, "image_embeds"),
         ({"prefix": "../above"}, "leads out of the folder"),
+        ({"prefix": "my split"}, "at which an embedding's name ends in prompts"),
     ],
 )
 def test_refused_before_the_work(pack, miniature, clip, folder, monkeypatch, changes, says):

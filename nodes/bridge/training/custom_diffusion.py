@@ -23,7 +23,7 @@ from ..network.text_gradient import WordEncoder
 from . import loading
 from .concept import CLASS_COUNT, class_latents
 from .denoiser import Denoiser, WordDenoiser, picture
-from .embedding import check_word, name_in_prompts
+from .embedding import check_name, check_word, name_in_prompts
 from .layers import prompt_readers
 from .lora_file import File
 from .pictures import Prepared, check_letters, check_pictures, check_prompt, encode, frames
@@ -78,6 +78,7 @@ def check(task: Task) -> None:
         check_prompt(f"{start}prompt", "".join(concept.prompts))
         check_word(concept.word, concept.initial)
         check_letters("class_prompt", concept.class_prompt)
+    check_name(os.path.basename(task.prefix))
     if task.class_pictures:
         check_pictures("class_images", task.class_pictures)
         check_prompt("class_prompt", task.concepts[0].class_prompt)

@@ -23,7 +23,7 @@ from ..network import checks
 from ..network.text_gradient import WordEncoder, replace_word
 from . import loading
 from .denoiser import Denoiser, WordDenoiser, picture
-from .embedding import check_word, name_in_prompts, prepare
+from .embedding import check_name, check_word, name_in_prompts, prepare
 from .layers import text_layers, trained_layers
 from .lora_file import File, about_network, lora_tensors, named_tensors
 from .pictures import check_letters, check_pictures, check_prompt
@@ -69,6 +69,7 @@ def check(task: Task) -> None:
     check_pictures("images", task.pictures)
     check_prompt("prompt", "".join(task.prompts))
     check_word(task.word, task.class_word, "class_word")
+    check_name(os.path.basename(task.prefix))
     check_letters("rare_word", task.rare_word)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from .denoiser import Denoiser, WordDenoiser, picture
 from .lora_file import File
 from .pictures import Prepared, check_letters, check_pictures, check_prompt, encode, frames
 from .run import Run, check_pace, loss_line
+
+_ENDS_A_NAME = re.compile(r"[\s()\[\]<>]")  # newer hosts take square and angle brackets for weights too
 
 
 @dataclass
@@ -64,6 +67,18 @@ def check(task: Task) -> None:
     check_pictures("images", task.pictures)
     check_prompt("prompt", "".join(task.prompts))
     check_word(task.word, task.initial)
+    check_name(task.prefix)
+
+
+def check_name(prefix: str) -> None:
+    """Raises ValueError for a prefix of embedding files that no prompt could name: the host's tokenizers would read a
+    part of the name."""
+    found = _ENDS_A_NAME.search(prefix)
+    if found:
+        raise ValueError(
+            f"filename_prefix '{shown(prefix)}' holds '{shown(found[0])}', at which an embedding's name ends in "
+            "prompts; write letters, digits, - and _"
+        )
 
 
 def check_word(word: str, initial: str, called: str = "initial_word") -> None:

@@ -26,7 +26,7 @@ from ..progress.bar import Steps
 from ..scores import picture_features
 from . import loading
 from .denoiser import Denoiser, WordDenoiser, picture
-from .embedding import check_word, name_in_prompts, prepare
+from .embedding import check_name, check_word, name_in_prompts, prepare
 from .lora_file import File
 from .pictures import check_pictures, check_prompt, frames
 from .run import Run, check_pace, loss_line, try_to_write
@@ -96,6 +96,7 @@ def check(task: Task) -> None:
     check_pictures("images", task.pictures)
     check_prompt("prompt", "".join(task.prompts))
     check_word(task.word, task.initial)
+    check_name(task.prefix)
 
 
 class _Files:
