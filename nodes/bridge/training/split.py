@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -201,7 +202,8 @@ def _try_seeds(
 
 
 def _least(tried: Sequence[Tried]) -> Tried:
-    return min(tried, key=lambda one: one.loss)
+    """A loss that is no number, as where fp16 overflows on the noise that it is measured on, is larger than any."""
+    return min(tried, key=lambda one: math.inf if math.isnan(one.loss) else one.loss)
 
 
 def _drawn(model, vae, encoder: WordEncoder, task: Task, rows: dict[str, Tensor]) -> list[Tensor]:
