@@ -111,6 +111,11 @@ def test_the_file_is_a_patch_for_the_stock_loader(pack, miniature, clip, folder,
         done = train(pack, miniature, task(pack, 2))
     assert done.file.replace("\\", "/") == "loras/custom_00001_.safetensors"
     assert done.embeddings == ["embedding:custom_00001_", "embedding:custom_00002_"]
+    read = pack.ziplora_core.files.read_metadata
+    prompts = [read(str(folder / f"custom_0000{i}_.safetensors"))["ziplora_prompt"] for i in (1, 2)]
+    assert prompts == [PROMPT, SECOND]
+    offered = "a embedding:custom_00001_ apple in flat style"  # where the LoRA is chosen: what wakes it
+    assert read(str(output / done.file))["ziplora_prompt"] == offered
     tensors = comfy.utils.load_torch_file(str(output / done.file), safe_load=True)
     assert {k: t.shape for k, t in tensors.items()} == {k: t.shape for k, t in done.lora_model.items()}
     names = comfy.lora.model_lora_keys_unet(miniature.model.model, {})

@@ -19,7 +19,7 @@ from ....ziplora_core.files import shown
 from ....ziplora_core.trained_embedding import Settings, TrainedEmbedding
 from ..disk import paths
 from ..network import checks
-from ..network.text_gradient import WordEncoder
+from ..network.text_gradient import WordEncoder, replace_word
 from . import loading
 from .denoiser import Denoiser, WordDenoiser, picture
 from .lora_file import File
@@ -113,6 +113,11 @@ def prepare(
 def name_in_prompts(file: str) -> str:
     """As the host reads it there. file: below the folder of embeddings."""
     return f"embedding:{os.path.splitext(file)[0]}".replace(os.sep, "/")
+
+
+def in_prompts(prompt: str, word: str, file: str) -> str:
+    """A caption with the embedding in the place of the word that stood for it. file: as of `name_in_prompts`."""
+    return " ".join(replace_word(prompt, word, f" {name_in_prompts(file)} ").split())
 
 
 @paths.names_given_back()
