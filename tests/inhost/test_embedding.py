@@ -322,6 +322,20 @@ def test_refused(pack, miniature, clip, changes, says):
         train(pack, miniature, task(pack, **changes))
 
 
+def test_an_embedding_of_another_model_is_no_start(pack, miniature, clip, folder):
+    """Of one text encoder alone, as SD 1.5's: the host takes its numbers for the other's too, which have another
+    width."""
+    from safetensors.torch import save_file
+
+    width = clip.tokenizer.clip_l.embedding_size
+    save_file({"clip_l": torch.randn(1, width)}, folder / "old.safetensors")
+    with pytest.raises(ValueError, match=f"initial_word 'embedding:old' has vectors of {width} numbers where.*clip_g"):
+        train(pack, miniature, task(pack, initial="embedding:old"))
+    with pytest.raises(ValueError, match="has vectors of"):
+        train(pack, miniature, task(pack, initial="star embedding:old"))
+    assert [file.name for file in folder.iterdir()] == ["old.safetensors"]
+
+
 def test_the_hosts_prompts_name_what_any_other_prefix_writes(pack, miniature, clip, folder):
     for prefix in ("mine/dög,2.1-b", "a'b:c", "{x}^$*+?~"):
         name = train(pack, miniature, task(pack, steps=1, vectors=1, prefix=prefix)).embedding
