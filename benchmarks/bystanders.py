@@ -30,7 +30,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
 from benchmarks import new_concepts
-from benchmarks.quality_table import Record
+from benchmarks.quality_table import Record, refuse_another_world
 from benchmarks.workers import share_out
 from demo.manifest import Asked
 from demo.truth import rights, shares
@@ -242,6 +242,8 @@ def main() -> int:
     records = read(given.results)
     done = {(r["set"], r["count"], r["method"]) for r in records}
     for block in () if given.table else given.blocks:  # a process knows one block's judge
+        held = (name.split()[1] for name, *_ in done if name.split()[0] == block)
+        refuse_another_world(given.results, held, sum(new_concepts.strong(block), []))
         jobs = []
         for asked in sets(block)[: given.sets]:
             for count in given.counts:

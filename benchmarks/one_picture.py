@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.quality_table import refuse_another_world
 from benchmarks.training_bench import BATCH, COUNT, RANK, Bench, Halves, Layers, attached, line, of_file
 from demo.manifest import Asked
 from demo.miniature import generate
@@ -160,6 +161,7 @@ def of_pair(names: dict[str, str], done: Any) -> Halves:
 
 def run(bench: Bench, asked: argparse.Namespace) -> None:
     """Every method that is asked for and not in the results file yet, seed by seed."""
+    refuse_another_world(asked.results, (r["pair"] for r in records(asked.results)), bench.concepts)
     for seed in range(asked.seeds):
         for pair in asked.pairs.split(","):
             done = {r["method"] for r in records(asked.results) if (r["pair"], r["seed"]) == (pair, seed)}

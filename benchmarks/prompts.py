@@ -24,6 +24,9 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
+from benchmarks.quality_table import refuse_another_world
+from demo.manifest import read_manifest
+
 RESULTS = Path(__file__).resolve().parent / "results" / "prompts.jsonl"
 RIGHT, WRONG, BETWEEN = ("right",), ("empty", "a photo of a cat", "swapped"), ("without trigger",)
 SEED = 0
@@ -137,20 +140,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="only print what the results file holds")
     parser.add_argument("--all", action="store_true", help="every pair")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     if not given.table:
-        done = {(r["references"], r["pair"]) for r in kept()}
+        done = {(r["references"], r["pair"]) for r in kept(given.results)}
+        refuse_another_world(given.results, (pair for _, pair in done), read_manifest().trained())
         for records in measure(given.all, done):
-            with RESULTS.open("a", encoding="utf-8") as file:
+            with given.results.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
             print(records[0]["references"], records[0]["pair"], flush=True)
-    print(table(kept()))
+    print(table(kept(given.results)))
     return 0
 
 
-def kept() -> list[Record]:
+def kept(path: Path) -> list[Record]:
     """What the results file holds."""
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 

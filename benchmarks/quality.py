@@ -18,13 +18,17 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
 from benchmarks import new_concepts
 from benchmarks.quality_job import Job, run_job, studio_of
-from benchmarks.quality_table import CEILING, kept_folder, read_records, report, sheet
+from benchmarks.quality_table import CEILING, kept_folder, read_records, refuse_another_world, report, sheet
 from benchmarks.workers import share_out
+
+if TYPE_CHECKING:
+    from demo.manifest import Manifest
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
 SUBJECTS = 4  # the first ones, with every style; `--subjects`, `--pairs` may ask for others
@@ -36,6 +40,10 @@ QUICK_METHODS = ("content LoRA", "style LoRA", "direct 1/1", "default")
 def chosen_jobs(given: argparse.Namespace) -> list[Job]:
     """What is asked for and not in the results file yet."""
     pairs = chosen_pairs(given)
+    done: set[tuple] = set()
+    if given.results.exists():
+        done = {(r["pair"], r["seed"], r["method"]) for r in read_records(given.results)}
+        refuse_another_world(given.results, (pair for pair, *_ in done), manifest_of(given).trained())
     if given.block:
         studio_of(given.block)  # before anything of the demo is imported
     from benchmarks.candidates import CANDIDATES
@@ -49,9 +57,6 @@ def chosen_jobs(given: argparse.Namespace) -> list[Job]:
         every = [*(CANDIDATES if given.candidates else ()), *(RIVALS if given.rivals else ()), CEILING]
     methods = given.methods or (QUICK_METHODS if given.quick else every)
     seeds = given.seeds or (SEEDS[:1] if given.quick else SEEDS)
-    done: set[tuple] = set()
-    if given.results.exists():
-        done = {(r["pair"], r["seed"], r["method"]) for r in read_records(given.results)}
     kept = kept_folder(given.results)
     lean = given.candidates or given.rivals
     details = not (given.quick or given.ablation or lean)
@@ -67,10 +72,14 @@ def chosen_jobs(given: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def chosen_pairs(given: argparse.Namespace) -> list[tuple[str, str]]:
+def manifest_of(given: argparse.Namespace) -> Manifest:
     from demo.manifest import read_manifest
 
-    trained = read_manifest(new_concepts.FOLDER / given.block if given.block else None)
+    return read_manifest(new_concepts.FOLDER / given.block if given.block else None)
+
+
+def chosen_pairs(given: argparse.Namespace) -> list[tuple[str, str]]:
+    trained = manifest_of(given)
     subjects = trained.subjects if given.block else trained.subjects[: given.subjects]
     pairs = [(c.name, s.name) for c, s in trained.pairs() if c in subjects]
     if given.each:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,19 @@ def read_records(path: Path) -> list[Record]:
                 if bare and bare[kind][concept]:
                     record[f"{prefix}{concept}_loss"] = loss / bare[kind][concept]
     return list(records.values())
+
+
+def refuse_another_world(path: Path, pairs: Iterable[str], known: Collection[str]) -> None:
+    """Ends the program where a results file that is to be added to holds LoRAs that this world has not, of `known`.
+
+    Worlds have pairs of one name: these would count as measured, and tables would be over both worlds.
+    """
+    others = sorted({name for pair in pairs for name in pair.split("+")} - set(known))
+    if others:
+        raise SystemExit(
+            f"error: {path} holds figures of another world, of {', '.join(others[:3])} …: name a new file (--results), "
+            "or measure on the world that they are of"
+        )
 
 
 def report(path: Path, pairs: Collection[str] | None = None) -> str:

@@ -63,8 +63,11 @@ class Studio:
 
     def prompt(self, *texts: str, clip: Any = None) -> list:
         """One CONDITIONING whose rows are the prompts, for a batch of as many pictures. clip: that reads them, None for
-        the checkpoint's own."""
+        the checkpoint's own. What they name of embedding files is read anew: other trainings give files the same names.
+        """
         known, clip = (self._prompts, self.clip) if clip is None else ({}, clip)
+        if any("embedding:" in text for text in texts):
+            known = {}
         for text in texts:
             if text not in known:
                 known[text] = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]

@@ -4,11 +4,11 @@
     python3 dev.py run benchmarks/trained.py --quick          a few steps of everything, only to see that it runs
     python3 dev.py run benchmarks/trained.py --table          only print what the results file holds
 
-Every system learns from the pictures that the shipped LoRAs were taught with, by the pack's own nodes' code, and draws
-through the host. A pair shares no LoRA with another one, so pairs are independent cases; each seed trains anew. Merges
-of LoRAs on the same pairs and seeds: `quality.py --pairs ...`, into the same results file. `seconds` are those of the
-training of both concepts and the merge, `peak` the most memory (GB) of the process that did it beyond what the loaded
-model takes, `stored` the bytes of what has to be kept.
+Every system learns from the pictures that ship with the LoRAs (of a style the first 16 of the 96 that its LoRA was
+taught with), by the pack's own nodes' code, and draws through the host. A pair shares no LoRA with another one, so
+pairs are independent cases; each seed trains anew. Merges of LoRAs on the same pairs and seeds: `quality.py --pairs
+...`, into the same results file. `seconds` are those of the training of both concepts and the merge, `peak` the most
+memory (GB) of the process meanwhile beyond what it had before, `stored` the bytes of what has to be kept.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ import argparse
 import dataclasses
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
-from benchmarks.quality_table import Record, kept_folder, read_records, report
+from benchmarks.meters import Peak
+from benchmarks.quality_table import Record, kept_folder, read_records, refuse_another_world, report
 from benchmarks.training_bench import BATCH, RANK, RATE, STEPS, own_folders, pictures_of
 from benchmarks.workers import share_out
+from demo.manifest import read_manifest
 
 RESULTS = Path(__file__).resolve().parent / "results" / "trained.jsonl"
 PAIRS, SEEDS, PICTURES = 8, (0, 1, 2), 12
@@ -87,6 +89,7 @@ class Workshop:
         self.bridge, self.core = PACK.nodes.bridge, PACK.ziplora_core
         self.output, self.words = own_folders()
         studio.embeddings[:] = [str(self.words)]
+        self._trainings = 0
 
     def pictures(self, concept: Any, count: int | None = None) -> torch.Tensor:
         return pictures_of(self.studio.manifest, concept, count)
@@ -142,8 +145,11 @@ class Workshop:
         return done.lora_model, done.embedding, [self.output / done.file, self.word_file(done.embedding)], images
 
     def _settings(self, kind: Any, asked: dict[str, Any], times: int) -> Any:
+        """Each training has a seed of its own: with one seed, two LoRAs that are merged start from the same factors."""
         steps = max(1, round(asked["steps"] * times * self.job.scale))
-        return kind(**{**asked, "steps": steps, "seed": self.job.seed})
+        seed = self.job.seed + 1000 * self._trainings
+        self._trainings += 1
+        return kind(**{**asked, "steps": steps, "seed": seed})
 
     def on_the_model(self, lora: dict[str, torch.Tensor]) -> Any:
         """The host's model with a LORA_MODEL on it, by the host's own loader."""
@@ -282,10 +288,12 @@ def run_job(job: Job) -> list[Record]:
     studio = quality_job.studio_of()
     records = []
     for name in job.methods:
-        before, began = _resident(), time.monotonic()
-        made = TRAINED[name](Workshop(studio, job))
-        found: Record = {"pair": job.pair, "seed": job.seed, "method": name}
-        found |= {"seconds": round(time.monotonic() - began, 2), "peak": round(_resident() - before, 3)}
+        with Peak(cuda=False) as peak:
+            before, began = psutil.Process().memory_info().rss, time.monotonic()
+            made = TRAINED[name](Workshop(studio, job))
+            seconds = time.monotonic() - began
+        found: Record = {"pair": job.pair, "seed": job.seed, "method": name, "seconds": round(seconds, 2)}
+        found["peak"] = round(max(0, peak.bytes - before) / 1e9, 3)
         found["stored"] = made.stored
         pictures = made.draw(job.pictures, 1000 + job.seed)
         quality_job.keep(job, name, pictures)
@@ -295,15 +303,8 @@ def run_job(job: Job) -> list[Record]:
     return records
 
 
-def _resident() -> float:
-    """The most memory that this process has had, GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 def disjoint_pairs() -> list[tuple[str, str]]:
     """Each subject with a style of its own, where there is a truth of both."""
-    from demo.manifest import read_manifest
-
     world = read_manifest()
     left, found = [style.name for style in world.styles], []
     for subject in world.subjects:
@@ -329,6 +330,7 @@ def main() -> int:
         done: set[tuple] = set()
         if given.results.exists():
             done = {(r["pair"], r["seed"], r["method"]) for r in read_records(given.results)}
+            refuse_another_world(given.results, (pair for pair, *_ in done), read_manifest().trained())
         scale, pictures = (0.01, 2) if given.quick else (1.0, PICTURES)
         jobs = []
         for seed in given.seeds[:1] if given.quick else given.seeds:

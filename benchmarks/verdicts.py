@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` th
 
 from benchmarks import new_concepts
 from benchmarks.intervals import of_pairs
-from benchmarks.quality_table import Record, read_records
+from benchmarks.quality_table import Record, read_records, refuse_another_world
 from benchmarks.workers import share_out
 
 if TYPE_CHECKING:
@@ -301,6 +301,9 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
     failed = False
+    for block in () if given.table else given.blocks:
+        held = (r["pair"] for r in kept(given.results) if r["block"] == block)
+        refuse_another_world(given.results, held, sum(new_concepts.strong(block), []))
     if given.words:
         done = {(r["block"], r["pair"], r["case"]) for r in kept(given.results) if r.get("words alone")}
         missing = [found for block in given.blocks if (found := word_jobs(block, done))]  # a process loads each once

@@ -35,11 +35,15 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A prompt, and the judge's words for what would be right (None: any)."""
+    """A prompt, and the judge's words for what would be right (None: any).
+
+    design: whether a subject that a LoRA teaches must be that drawing of it, and not another one.
+    """
 
     prompt: str
     subject: str | None
     style: str | None
+    design: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +131,7 @@ def read_manifest(folder: Path | None = None) -> Manifest:
         size=raw["size"],
         designs=raw["designs"],
         other_styles=raw["other_styles"],
-        known=[Asked(*asked) for asked in raw["known"]],
+        known=[Asked(*asked, design=False) for asked in raw["known"]],
         unseen=[(words, subject) for words, subject in raw["unseen"]],
         untold={(subject, style) for subject, style in raw["untold"]},
         quick=[(subject, style) for subject, style in raw["quick"]],

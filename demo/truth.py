@@ -79,9 +79,11 @@ class Truth:
     def same(self, said: str, asked: Asked) -> bool:
         """Whether the judge's word for a subject is right of what was asked for.
 
-        In the style of a set, that set's own drawing is right: another one than the design.
+        In the style of a set, that set's own drawing is right: another one than the design. So is any where the design
+        is not asked for: the base knows the subject from others alone.
         """
-        return said == asked.subject or (asked.style in SETS and said == f"{judge.ANOTHER}{asked.subject}")
+        another = asked.style in SETS or not asked.design
+        return said == asked.subject or (another and said == f"{judge.ANOTHER}{asked.subject}")
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:

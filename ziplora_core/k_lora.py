@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .lora_set import CONCEPTS, Factors, Layer, LoRASet, is_pair
+from .lora_set import CONCEPTS, Factors, Layer, LoRASet, is_pair, wide
 
 ALPHA, BETA = 1.5, 0.5  # the paper's
 CONTENT, STYLE = CONCEPTS
@@ -82,9 +82,7 @@ def _sums(layer: Layer, device: torch.device | str) -> dict[str, tuple[float, fl
 
 def _update(factors: Factors, device: torch.device | str) -> Tensor:
     """ΔW (out, in · kernel)."""
-    up, down = (
-        m.to(device, torch.promote_types(m.dtype, torch.float32)) for m in (factors.up, factors.down.flatten(1))
-    )
+    up, down = (wide(m.to(device)) for m in (factors.up, factors.down.flatten(1)))
     return (up @ down).mul_(factors.scale)
 
 
@@ -105,5 +103,5 @@ def progress(sigma: float, sigmas: Tensor) -> float:
     the first is the first step. Nothing is counted: the same level gives the same answer.
     """
     steps = max(len(sigmas) - 1, 1)
-    begun = int((sigmas.double() >= sigma * (1 - _SAME)).sum())
+    begun = int((sigmas.float() >= sigma * (1 - _SAME)).sum())
     return min(max(begun - 1, 0), steps - 1) / steps

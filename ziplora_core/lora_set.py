@@ -136,6 +136,11 @@ class LoRASet:
                 yield one, other, both
 
 
+def wide(factor: Tensor) -> Tensor:
+    """A factor in a dtype to calculate in: float64, or float32. float8 has no arithmetic of its own."""
+    return factor if factor.dtype == torch.float64 else factor.float()
+
+
 def column_view(coefficients: Tensor, down: Tensor) -> Tensor:
     """Coefficients (in,) shaped to multiply the columns of `down` (rank, in, *kernel)."""
     return coefficients.reshape(1, -1, *([1] * (down.ndim - 2)))

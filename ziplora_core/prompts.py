@@ -109,7 +109,7 @@ def _add(
         rows = joined.rows(batch.concept_index)
         for concept, own in zip(rows, torch.split(norms, list(rows.values()), dim=1), strict=True):
             if own.shape[1]:
-                totals = own.sum(1).double().cpu()
+                totals = own.sum(1).cpu().double()  # Apple's GPUs have no float64
                 sums[concept, prompt] = sums.get((concept, prompt), torch.zeros(4, dtype=torch.float64)) + totals
 
 

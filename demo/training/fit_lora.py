@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -24,10 +25,14 @@ class LoRASettings:
 
 
 def fit(
-    model: Miniature, pictures: Tensor, prompts: Sequence[str], settings: LoRASettings, seed: int = 0
+    model: Miniature, pictures: Tensor, prompts: Sequence[str], settings: LoRASettings, seed: int | None = None
 ) -> dict[str, lora.LoRALinear]:
-    """Trains and returns attached branches, which the caller detaches. pictures: B3HW in 0..1, one prompt each."""
-    torch.manual_seed(seed)
+    """Trains and returns attached branches, which the caller detaches. pictures: B3HW in 0..1, one prompt each.
+
+    seed: None for one that the prompts decide, so that LoRAs that are to be merged start from factors of their own, as
+    people's do.
+    """
+    torch.manual_seed(zlib.crc32("\n".join(prompts).encode()) if seed is None else seed)
     device = model.device
     model.requires_grad_(False)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from ...ziplora_core.files import all_finite, shown
 from ...ziplora_core.lora_set import Factors
 from .lora import fitting, loras
 from .network import checks
+from .network.text import check_embeddings
 from .progress.bar import Steps
 from .training.layers import prompt_readers
 from .training.lora_file import lora_tensors
@@ -20,6 +21,7 @@ from .training.pictures import check_letters
 def _features(clip, text: str, own: bool) -> Tensor:
     """A caption's features (n, in), float32: of its words alone, or of all its places."""
     tokens = clip.tokenize(text, return_word_ids=True)
+    check_embeddings("prompts" if own else "captions", text, tokens)
     plain = {kind: [[token[:2] for token in batch] for batch in batches] for kind, batches in tokens.items()}
     context = clip.encode_from_tokens_scheduled(plain)[0][0][0].float().cpu()
     if not own:

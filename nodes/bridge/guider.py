@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any
 
 import comfy.hooks
@@ -33,7 +34,8 @@ def added(model, adapted) -> dict[str, list[tuple]]:
         if len(patches) > len(before):
             found[key] = patches[len(before) :]
     merged = any(patch[_MODEL_STRENGTH] != 1 for patches in found.values() for patch in patches)
-    if _beside(model) != _beside(adapted) or merged or model.patches.keys() - adapted.patches.keys():
+    others = (_beside(model), _options(model.model_options)) != (_beside(adapted), _options(adapted.model_options))
+    if others or merged or model.patches.keys() - adapted.patches.keys():
         raise _more_than_patches()
     if not found:
         raise ValueError("adapted_model has the weights of model: put the LoRA on it that was trained on the style")
@@ -45,6 +47,15 @@ def _beside(patcher) -> set[tuple[str, str]]:
     kinds = ("object_patches", "injections", "additional_models")
     plain = {(kind, name) for kind in kinds for name in getattr(patcher, kind, {})}
     return plain | {(kind, name) for kind, of in getattr(patcher, "wrappers", {}).items() for name in of}
+
+
+def _options(of: Any) -> Any:
+    """A model's options as far as a clone has them too: of most objects in them it has copies, which equal nothing."""
+    if isinstance(of, Mapping):
+        return {name: _options(value) for name, value in of.items()}
+    if isinstance(of, list | tuple):
+        return [_options(value) for value in of]
+    return of if isinstance(of, FunctionType | str | float | int | None) else type(of)
 
 
 def _more_than_patches() -> ValueError:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...ziplora_core import k_lora
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.frozen import project
-from ...ziplora_core.lora_set import Factors, Layer, LoRASet
+from ...ziplora_core.lora_set import Factors, Layer, LoRASet, wide
 from .apply import ZippedAdapter, apply_once
 from .lora import described, fitting
 from .lora.loras import LoRASources
@@ -47,8 +47,8 @@ class Update(torch.nn.Module):
         super().__init__()
         up, down = factors.up, factors.down
         whole = up.shape[0] == up.shape[1] and bool(torch.equal(up, torch.eye(len(up)).to(up)))
-        self.up = None if whole else _frozen(up * factors.scale, dtype)
-        self.down = _frozen(down * factors.scale if whole else down, dtype)
+        self.up = None if whole else _frozen(wide(up) * factors.scale, dtype)
+        self.down = _frozen(wide(down) * factors.scale if whole else down, dtype)
 
     def forward(self, x: Tensor, convolution: Mapping[str, Any]) -> Tensor:
         """x: a layer's input. convolution: its stride, padding and dilation where it is one."""
@@ -87,7 +87,7 @@ class Switch:
 
     def chosen(self, model, t: Tensor, options: Mapping[str, Any]) -> dict[str, str]:
         """Layer -> concept, at noise levels t (rows,), which are equal."""
-        levels = t.flatten().double()
+        levels = t.flatten().float()  # Apple's GPUs have no float64
         low, high = float(levels.min()), float(levels.max())
         if low != high:
             raise ValueError(

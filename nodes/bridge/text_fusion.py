@@ -25,6 +25,7 @@ from .apply import with_text_encoder
 from .lora import fitting, matrices, text_encoders
 from .lora.adapters import is_plain
 from .lora.loras import LoRASource, LoRASources
+from .network.text import check_embeddings
 from .progress.bar import Steps
 from .training.lora_file import named_tensors
 from .training.pictures import check_letters
@@ -108,6 +109,7 @@ def _inputs(clip, weights: Collection[str], prompts: Sequence[str]) -> dict[str,
     for text in prompts:
         throw_exception_if_processing_interrupted()
         tokens = clip.tokenize(text, return_word_ids=True)
+        check_embeddings("prompts", text, tokens)
         ends = {
             kind: [2 + max((i for i, (*_, word) in enumerate(batch) if word), default=0) for batch in batches]
             for kind, batches in tokens.items()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from toys import Dense, of_two
 
 from ziplora_core import prompts
@@ -102,6 +103,36 @@ def test_the_other_prompt_is_tried_where_it_is_asked_for(pair, references, said,
     found = prompts.measure(joined, predictor, references, seed=5, other=asked)
     assert predictor.calls == passes * prompts.DRAWS
     assert all((OTHER in effect.change) == asked for effect in found.values())
+
+
+def test_only_numbers_on_the_cpu_are_made_wider(pair, references) -> None:
+    """Apple's GPUs, where the predictions lie, have no float64."""
+    on_cpu = set()
+
+    class NoFloat64(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.double and id(args[0]) not in on_cpu:
+                raise TypeError("Cannot convert a MPS Tensor to float64")
+            made = func(*args, **(kwargs or {}))
+            if func is torch.Tensor.cpu:
+                kept.append(made)
+                on_cpu.add(id(made))
+            return made
+
+    class OnAGPU(Words):
+        def __call__(self, *given):
+            with torch._C.DisableTorchFunction():
+                return super().__call__(*given)
+
+        def target(self, batch):
+            with torch._C.DisableTorchFunction():
+                return super().target(batch)
+
+    kept: list[torch.Tensor] = []
+    joined = JoinedSet(pair, dtype=torch.float64)
+    with NoFloat64():
+        found = prompts.measure(joined, OnAGPU(pair, RIGHT), references, seed=5)
+    assert kept and found == prompts.measure(joined, Words(pair, RIGHT), references, seed=5)
 
 
 def test_swapped_prompts_are_seen(pair, references) -> None:

@@ -16,6 +16,7 @@ from demo.manifest import Asked, Manifest, read_manifest, write_manifest
 from demo.scores import Question, Score, base_questions, score
 from demo.truth import Truth, rights, shares
 from demo.world import atlas, concepts, scenes, subjects
+from demo.world.sets import SETS
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,16 @@ def test_a_design_is_known_from_another_drawing(world: Manifest, truth: Truth) -
     assert truth.same(name, Asked("", name, "chalk"))
     assert not truth.same(f"{judge.ANOTHER}{name}", Asked("", name, "chalk"))
     assert truth.same(f"{judge.ANOTHER}{name}", Asked("", name, "streamline")), "the set's own drawing is another one"
+
+
+def test_the_bases_own_words_ask_for_no_design(world: Manifest, truth: Truth) -> None:
+    """Of a subject that a LoRA teaches one drawing of, the base was shown the others alone."""
+    technique = world.other_styles[0]
+    asked = [one for one in read_manifest().known if one.subject in world.designs and one.style not in SETS]
+    assert asked and all(truth.same(f"{judge.ANOTHER}{one.subject}", one) for one in asked)
+    assert not any(truth.same("cat", one) for one in asked)
+    taught = world.restyled(world.subjects[0], technique)
+    assert not truth.same(f"{judge.ANOTHER}{taught.subject}", taught)
 
 
 def test_a_design_comes_before_its_kind(world: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

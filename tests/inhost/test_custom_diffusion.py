@@ -112,6 +112,11 @@ def test_the_file_is_a_patch_for_the_stock_loader(pack, miniature, clip, folder,
         done = train(pack, miniature, task(pack, 2))
     assert done.file.replace("\\", "/") == "loras/custom_00001_.safetensors"
     assert done.embeddings == ["embedding:custom_00001_", "embedding:custom_00002_"]
+    read = pack.ziplora_core.files.read_metadata
+    prompts = [read(str(folder / f"custom_0000{i}_.safetensors"))["ziplora_prompt"] for i in (1, 2)]
+    assert prompts == [PROMPT, SECOND]
+    offered = "a embedding:custom_00001_ apple in flat style"  # where the LoRA is chosen: what wakes it
+    assert read(str(output / done.file))["ziplora_prompt"] == offered
     tensors = comfy.utils.load_torch_file(str(output / done.file), safe_load=True)
     assert {k: t.shape for k, t in tensors.items()} == {k: t.shape for k, t in done.lora_model.items()}
     names = comfy.lora.model_lora_keys_unet(miniature.model.model, {})
@@ -187,6 +192,8 @@ def test_refused(pack, miniature, clip, monkeypatch):
         asked.concepts[1] = replace(asked.concepts[1], initial=initial)
         with pytest.raises(ValueError, match=f"^{said}"):
             train(pack, miniature, asked)
+    with pytest.raises(ValueError, match="at which an embedding's name ends in prompts"):
+        train(pack, miniature, task(pack, prefix="loras/dog (new)"))
     monkeypatch.setattr(pack.nodes.bridge.training.layers, "UNetModel", torch.nn.Linear)
     with pytest.raises(ValueError, match="has no layers that read the prompt alone"):
         train(pack, miniature, task(pack))
@@ -277,6 +284,9 @@ def test_a_merge_answers_each_prompt_as_its_own_patch_does(pack, miniature):
         ("blue apple", "a blue key", "prompts has 1 lines and there are 2 LoRAs"),
         ("blue apple\nhouse", " ", "captions is empty"),
         ("blue apple\n()", "a blue key", "has no words"),
+        ("embedding:gone apple\nhouse", "a key", r"prompts: not every embedding.*apple' names was found \(0 of 1\)"),
+        ("blue apple\na (embedding:gone:1.2)", "a blue key", "not every embedding"),
+        ("blue apple\nhouse", "a embedding:gone key", "captions: not every embedding"),
         ("blue apple\n\ud800", "a blue key", "prompts holds half a character"),
         ("blue apple\nhouse", "a \ud800", "captions holds half a character"),
     ],

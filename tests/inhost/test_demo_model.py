@@ -164,6 +164,22 @@ def test_a_shortened_lora_is_the_nearest_of_its_rank() -> None:
         torch.testing.assert_close(kept, nearest, atol=1e-5, rtol=1e-5)
 
 
+def test_loras_start_from_factors_of_their_own(written: tuple[Any, Path]) -> None:
+    """And one LoRA always from the same. In a first step `down` has no gradient, since `up` is zero."""
+    from demo import lora
+    from demo.training import fit_lora
+
+    mini, pictures = written[0], torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    downs = []
+    for prompt in ("a bax octopus", "a goat in ozk style", "a bax octopus"):
+        branches = fit_lora.fit(mini, pictures, [prompt], fit_lora.LoRASettings(rank=4, steps=1, references=1))
+        lora.detach(mini.unet, branches)
+        downs.append(torch.cat([branch.down.detach().flatten() for branch in branches.values()]))
+    subject, style, again = downs
+    assert torch.equal(subject, again)
+    assert abs(float(torch.cosine_similarity(subject, style, dim=0))) < 0.1
+
+
 def test_a_decoder_of_another_encoder_is_refused(written: tuple[Any, Path]) -> None:
     from demo import autoencoder
     from demo.training import assemble, fit_vae

@@ -278,6 +278,7 @@ def test_names_of_a_single_text_encoder(pack, folder):
         ({"rare_word": "()"}, r"rare_word '\(\)' is no word"),
         ({"rare_word": "a \ud800"}, "rare_word holds half a character"),
         ({"text_encoder_rate": 2.0}, "text_encoder_rate"),
+        ({"prefix": "loras/my dog"}, "at which an embedding's name ends in prompts"),
     ],
 )
 def test_refused(pack, miniature, clip, changes, says):

@@ -309,6 +309,9 @@ def test_the_text_encoders_gradient_is_the_difference_of_their_outputs(pack, min
         ({"initial": " "}, "initial_word is empty"),
         ({"initial": "()"}, "is no word"),
         ({"prefix": "../above"}, "leads out of the folder"),
+        ({"prefix": "mine/my dog"}, "filename_prefix 'mine/my dog' holds ' ', at which an embedding's name ends"),
+        ({"prefix": "dog\N{NO-BREAK SPACE}2"}, "at which an embedding's name ends"),
+        *(({"prefix": f"dog{sign}1"}, "at which an embedding's name ends in prompts") for sign in "()[]<>"),
         ({"prompts": ["a\0star" * 999]}, "the prompt 'a\N{REPLACEMENT CHARACTER}stara.{100,180}…' lacks the word"),
         ({"word": "*\ud800"}, "word holds half a character"),
         ({"initial": "a \ud800"}, "initial_word holds half a character"),
@@ -327,6 +330,29 @@ def test_where_memory_runs_out_it_names_what_this_node_has(pack, miniature, clip
     with pytest.raises(RuntimeError, match="^not enough memory to train: .*; lower resolution or batch_size$"):
         train(pack, miniature, task(pack))
     assert not list(folder.iterdir())
+
+
+def test_an_embedding_of_another_model_is_no_start(pack, miniature, clip, folder):
+    """Of one text encoder alone, as SD 1.5's: the host takes its numbers for the other's too, which have another
+    width."""
+    from safetensors.torch import save_file
+
+    width = clip.tokenizer.clip_l.embedding_size
+    save_file({"clip_l": torch.randn(1, width)}, folder / "old.safetensors")
+    with pytest.raises(ValueError, match=f"initial_word 'embedding:old' has vectors of {width} numbers where.*clip_g"):
+        train(pack, miniature, task(pack, initial="embedding:old"))
+    with pytest.raises(ValueError, match="has vectors of"):
+        train(pack, miniature, task(pack, initial="star embedding:old"))
+    assert [file.name for file in folder.iterdir()] == ["old.safetensors"]
+
+
+def test_the_hosts_prompts_name_what_any_other_prefix_writes(pack, miniature, clip, folder):
+    for prefix in ("mine/dög,2.1-b", "a'b:c", "{x}^$*+?~"):
+        name = train(pack, miniature, task(pack, steps=1, vectors=1, prefix=prefix)).embedding
+        for prompt in (f"a red {name} star", f"({name}:1.2), star"):
+            tokens = [token for batches in clip.tokenize(prompt).values() for batch in batches for token, _ in batch]
+            vectors = [token for token in tokens if isinstance(token, torch.Tensor)]
+            assert len(vectors) == 2, f"{prompt} does not name the embedding in both text encoders"
 
 
 def test_runs_of_several_processes_under_one_name_have_a_file_each(pack, miniature, clip, folder, monkeypatch):

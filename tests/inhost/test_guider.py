@@ -180,6 +180,20 @@ def test_it_guides_a_model_that_k_lora_is_on(pack, patcher, lora):
         torch.testing.assert_close(mine, n + 5.0 * (b - n) + 2.0 * (a - b), rtol=1e-3, atol=1e-3)
 
 
+def test_what_other_packs_have_put_on_both_models_is_no_difference(pack, patcher, lora):
+    """Also objects, of which the host gives every clone a copy."""
+
+    class Patch:
+        def __call__(self, *given):
+            return given[:2]
+
+    base = patcher.clone()
+    base.set_model_output_block_patch(Patch())
+    base.set_model_patch_replace(Patch(), "attn2", "middle", 0)
+    base.model_options["transformer_options"]["another pack's"] = torch.ones(2)
+    assert ours(pack, base, stock(base, lora), 4.0, 2.0) is not None
+
+
 def test_both_models_stay_as_they_are(pack, patcher, lora):
     adapted = stock(patcher, lora)
     before = [(model.patches_uuid, weights(model)) for model in (patcher, adapted)]
@@ -205,6 +219,10 @@ def test_models_that_are_not_one_are_refused(pack, patcher, lora):
     switched = pack.nodes.bridge.k_lora.put_on(patcher, None, tiny.sources(pack, patcher.model), 1.5, 0.5)[0]
     wrapped = stock(patcher, lora)
     wrapped.add_wrapper_with_key("apply_model", "another pack's", lambda executor, *given, **more: None)
+    freed, rescaled, again = stock(patcher, lora), stock(patcher, lora), stock(patcher, lora)
+    freed.set_model_output_block_patch(lambda h, skip, options: (h, skip))
+    rescaled.set_model_sampler_cfg_function(lambda given: given["cond"])
+    again.set_model_sampler_post_cfg_function(lambda given: given["denoised"])
     not_a_lora = "adapted_model is not model with a LoRA on it"
     for base, second, says in (
         (patcher, tiny.tiny_patcher(), "adapted_model is of another checkpoint loader"),
@@ -215,6 +233,9 @@ def test_models_that_are_not_one_are_refused(pack, patcher, lora):
         (patcher, merged, not_a_lora),
         (patcher, switched, not_a_lora),
         (patcher, wrapped, not_a_lora),
+        (patcher, freed, not_a_lora),
+        (patcher, rescaled, not_a_lora),
+        (rescaled, stock(again, lora), not_a_lora),
     ):
         with pytest.raises(ValueError, match=re.escape(says)):
             ours(pack, base, second, 6.0, 3.0)

@@ -51,9 +51,10 @@ class Files:
 
     alpha, beta = 1.5, 0.5
 
-    def __init__(self, pack, model, strengths=(0.8, 1.2)):
+    def __init__(self, pack, model, strengths=(0.8, 1.2), dtype=torch.float32):
         self.tensors = {
-            c: kohya_file(model, r, i, bool(i)) for i, (c, r) in enumerate({"content": 3, "style": 5}.items())
+            c: {k: t.to(dtype) for k, t in kohya_file(model, r, i, bool(i)).items()}
+            for i, (c, r) in enumerate({"content": 3, "style": 5}.items())
         }
         self.strengths = dict(zip(self.tensors, strengths, strict=True))
         loras = pack.nodes.bridge.lora.loras
@@ -208,6 +209,40 @@ def test_rows_and_prompts_in_one_pass_or_each_in_its_own(pack, patcher, files):
     assert set(sizes) == {4}, "two rows of two prompts"
     for sigma, expected in whole.items():
         torch.testing.assert_close(parts[sigma], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16])
+def test_files_of_any_precision(pack, patcher, files, dtype):
+    rounded = Files(pack, patcher.model, dtype=dtype)
+    sigmas = sampler_sigmas(patcher)
+    ours, *_ = k_lora(pack, patcher, rounded)
+    (found,) = looks(ours, [sigmas[3]]).values()
+    (expected,) = looks(rounded.stock(patcher, 3 / STEPS), [sigmas[3]]).values()
+    (exact,) = looks(files.stock(patcher, 3 / STEPS), [sigmas[3]]).values()
+    assert_near(found, expected)
+    assert (found - exact).abs().max() > 1e-3 or dtype == torch.float16
+
+
+def test_a_step_is_told_without_float64(pack, patcher, files, monkeypatch):
+    """Which Apple's GPUs have not, where the sampler's noise levels lie."""
+    switch = pack.nodes.bridge.k_lora.Switch
+    own = switch.chosen
+
+    class NoFloat64(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+                raise TypeError("Cannot convert a MPS Tensor to float64")
+            return made
+
+    def chosen(*given):
+        with NoFloat64():
+            return own(*given)
+
+    monkeypatch.setattr(switch, "chosen", chosen)
+    sigmas = sampler_sigmas(patcher)
+    ours, *_ = k_lora(pack, patcher, files)
+    assert_near(looks(ours, [sigmas[3]]), looks(files.stock(patcher, 3 / STEPS), [sigmas[3]]))
 
 
 def test_without_a_samplers_levels_the_models_own_say_the_time(pack, patcher, files):

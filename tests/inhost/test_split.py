@@ -245,6 +245,13 @@ def test_where_memory_runs_out_seeds_that_are_done_are_kept(pack, miniature, cli
     assert trained == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 1)]
 
 
+def test_a_seed_whose_loss_is_no_number_is_not_the_least(pack, miniature, clip, folder, undrawn, monkeypatch):
+    losses = iter([float("nan"), 0.5, 0.7])
+    monkeypatch.setattr(pack.ziplora_core.training, "mean_loss", lambda *given: next(losses))
+    done = run(pack, miniature, task(pack, seeds=3, steps=1))
+    assert "chosen: seed 1, the least loss" in done.report and seeds_of(folder) == ["1", "1"]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -255,6 +262,7 @@ def test_where_memory_runs_out_seeds_that_are_done_are_kept(pack, miniature, cli
         ({"seeds": 0}, "seeds is 0"),
         ({"clip_vision": SimpleNamespace(encode_image=lambda pictures: {})}, "image_embeds"),
         ({"prefix": "../above"}, "leads out of the folder"),
+        ({"prefix": "my split"}, "at which an embedding's name ends in prompts"),
     ],
 )
 def test_refused_before_the_work(pack, miniature, clip, folder, monkeypatch, changes, says):

@@ -185,6 +185,7 @@ def test_the_node_fuses_what_its_lines_say(pack, miniature):
         ("a star", "prompts has 1 lines and there are 2 LoRAs"),
         ("a star\n // ", "the line of 'style' in prompts says nothing"),
         ("a star\na \ud800", "prompts holds half a character"),
+        ("a star\na embedding:gone house", r"prompts: not every embedding.*was found \(0 of 1\)"),
     ],
 )
 def test_lines_are_refused(pack, miniature, text, says):

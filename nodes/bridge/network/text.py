@@ -1,4 +1,4 @@
-"""The layers of a model that read the prompt itself, and what LoRAs answer there to the words of prompts."""
+"""Words of prompts: embeddings that they name, and what LoRAs answer to them where a model reads the prompt itself."""
 
 from __future__ import annotations
 
@@ -9,10 +9,30 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
 from ....ziplora_core import words
+from ....ziplora_core.files import shown
 from ....ziplora_core.lora_set import Factors, LoRASet
 
 _READ_PROMPTS = re.compile(r"\.attn2\.to_[kv]\.weight$")  # in UNets; other networks mix the prompt with the picture
+_NAMED = re.compile(r"(?:^|\s|(?<!\\)\()embedding:\S")  # an embedding file, as the host's tokenizers look for it
 Encode = Callable[[str], list]
+
+
+def check_embeddings(name: str, text: str, tokens: Mapping[str, list]) -> None:
+    """Raises ValueError where a prompt names embedding files that were not found: the host leaves such words out, with
+    a line in its log.
+
+    name: of the input. tokens: of the prompt, with the numbers of words.
+    """
+    named = len(_NAMED.findall(text))
+    found = (
+        {word for batch in batches for token, _, word in batch if isinstance(token, Tensor)}
+        for batches in tokens.values()
+    )
+    if named > (there := max(map(len, found), default=0)):
+        raise ValueError(
+            f"{name}: not every embedding that '{shown(text)}' names was found ({there} of {named}); write their names "
+            "as the node that trained them gives them"
+        )
 
 
 def readers(loras: LoRASet, concept: str) -> list[Factors]:

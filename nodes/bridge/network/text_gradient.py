@@ -77,7 +77,8 @@ class WordEncoder:
     @torch.no_grad()
     def start(self, text: str, vectors: int, called: str = "initial_word") -> dict[str, Tensor]:
         """The vectors of some words, or of an `embedding:name`: the first so many, again from the first where there are
-        fewer. called: the input that says them. Raises ValueError where the text is no word."""
+        fewer. called: the input that says them. Raises ValueError where the text is no word, and for an embedding of
+        another model, which the host's encoders would leave out of a prompt."""
         self._clip.load_model()
         found = {}
         for key, (name, encoder) in self._encoders.items():
@@ -90,6 +91,12 @@ class WordEncoder:
                 )
             table = encoder.transformer.get_input_embeddings()
             rows = [self._row(table, token) for token in tokens]
+            odd = next((row for row in rows if len(row) != table.weight.shape[1]), None)
+            if odd is not None:
+                raise ValueError(
+                    f"{called} '{shown(text)}' has vectors of {len(odd)} numbers where this model's {key} takes "
+                    f"{table.weight.shape[1]}: it is an embedding of another model; name one of this model, or a word"
+                )
             found[key] = torch.stack([rows[i % len(rows)] for i in range(vectors)])
         return found
 

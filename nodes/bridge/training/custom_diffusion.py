@@ -23,7 +23,7 @@ from ..network.text_gradient import WordEncoder
 from . import loading
 from .concept import CLASS_COUNT, class_latents
 from .denoiser import Denoiser, WordDenoiser, picture
-from .embedding import check_word, name_in_prompts
+from .embedding import check_name, check_word, in_prompts, name_in_prompts
 from .layers import prompt_readers
 from .lora_file import File
 from .pictures import Prepared, check_letters, check_pictures, check_prompt, encode, frames
@@ -78,6 +78,7 @@ def check(task: Task) -> None:
         check_prompt(f"{start}prompt", "".join(concept.prompts))
         check_word(concept.word, concept.initial, f"{start}initial_word")
         check_letters("class_prompt", concept.class_prompt)
+    check_name(os.path.basename(task.prefix))
     if task.class_pictures:
         check_pictures("class_images", task.class_pictures)
         check_prompt("class_prompt", task.concepts[0].class_prompt)
@@ -137,7 +138,7 @@ def train(model, clip, vae, task: Task) -> Trained:
     check(task)
     checks.check_model(model)
     shapes, encoder, settings = prompt_readers(model.model), WordEncoder(clip), task.settings
-    about = {**task.metadata, "ziplora_settings": repr(settings), "ziplora_prompt": task.concepts[0].prompts[0]}
+    about = {**task.metadata, "ziplora_settings": repr(settings)}
     patch = File(model, task.prefix, about)
     embeddings = [
         File(model, os.path.basename(task.prefix), about, folder_paths.get_folder_paths("embeddings")[0])
@@ -154,9 +155,11 @@ def train(model, clip, vae, task: Task) -> Trained:
             said[str(number)] = partial(encoder.encode, tokens, own[index].rows)
 
         def write(steps: int) -> str:
-            for file, word in zip(embeddings, own, strict=True):
-                file.put(word.learned(), steps, {})
-            patch.put(patch_tensors(model, trained.learned()), steps, {})
+            for file, word, concept in zip(embeddings, own, task.concepts, strict=True):
+                file.put(word.learned(), steps, {"ziplora_prompt": concept.prompts[0]})
+            first = task.concepts[0]
+            said_so = in_prompts(first.prompts[0], first.word, embeddings[0].name)
+            patch.put(patch_tensors(model, trained.learned()), steps, {"ziplora_prompt": said_so})
             return patch.said()
 
         def sample() -> Image.Image | None:

@@ -20,10 +20,10 @@ from ....ziplora_core.trained_lora import TrainedLoRA
 from ..disk import paths
 from ..lora import text_encoders
 from ..network import checks
-from ..network.text_gradient import WordEncoder, replace_word
+from ..network.text_gradient import WordEncoder
 from . import loading
 from .denoiser import Denoiser, WordDenoiser, picture
-from .embedding import check_word, name_in_prompts, prepare
+from .embedding import check_name, check_word, in_prompts, name_in_prompts, prepare
 from .layers import text_layers, trained_layers
 from .lora_file import File, about_network, lora_tensors, named_tensors
 from .pictures import check_letters, check_pictures, check_prompt
@@ -69,6 +69,7 @@ def check(task: Task) -> None:
     check_pictures("images", task.pictures)
     check_prompt("prompt", "".join(task.prompts))
     check_word(task.word, task.class_word, "class_word")
+    check_name(os.path.basename(task.prefix))
     check_letters("rare_word", task.rare_word)
 
 
@@ -96,8 +97,7 @@ class _Files:
         task, text = self._task, trained.text.factors()
         tensors = {**lora_tensors(self._model, trained.unet.factors()), **named_tensors(text, self._names)}
         self.embedding.put(trained.word.learned(), steps, {"ziplora_prompt": task.prompts[0]})
-        prompt = replace_word(task.prompts[0], task.word, f" {name_in_prompts(self.embedding.name)} ")
-        said = {"ziplora_prompt": " ".join(prompt.split())}
+        said = {"ziplora_prompt": in_prompts(task.prompts[0], task.word, self.embedding.name)}
         self.lora.put(tensors, steps, {**about_network(task.settings.rank), **said})
         return self.lora.said()
 

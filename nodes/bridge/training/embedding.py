@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,14 @@ from ....ziplora_core.files import shown
 from ....ziplora_core.trained_embedding import Settings, TrainedEmbedding
 from ..disk import paths
 from ..network import checks
-from ..network.text_gradient import WordEncoder
+from ..network.text_gradient import WordEncoder, replace_word
 from . import loading
 from .denoiser import Denoiser, WordDenoiser, picture
 from .lora_file import File
 from .pictures import Prepared, check_letters, check_pictures, check_prompt, encode, frames
 from .run import Run, check_pace, loss_line
+
+_ENDS_A_NAME = re.compile(r"[\s()\[\]<>]")  # newer hosts take square and angle brackets for weights too
 
 
 @dataclass
@@ -64,6 +67,18 @@ def check(task: Task) -> None:
     check_pictures("images", task.pictures)
     check_prompt("prompt", "".join(task.prompts))
     check_word(task.word, task.initial)
+    check_name(task.prefix)
+
+
+def check_name(prefix: str) -> None:
+    """Raises ValueError for a prefix of embedding files that no prompt could name: the host's tokenizers would read a
+    part of the name."""
+    found = _ENDS_A_NAME.search(prefix)
+    if found:
+        raise ValueError(
+            f"filename_prefix '{shown(prefix)}' holds '{shown(found[0])}', at which an embedding's name ends in "
+            "prompts; write letters, digits, - and _"
+        )
 
 
 def check_word(word: str, initial: str, called: str = "initial_word") -> None:
@@ -98,6 +113,11 @@ def prepare(
 def name_in_prompts(file: str) -> str:
     """As the host reads it there. file: below the folder of embeddings."""
     return f"embedding:{os.path.splitext(file)[0]}".replace(os.sep, "/")
+
+
+def in_prompts(prompt: str, word: str, file: str) -> str:
+    """A caption with the embedding in the place of the word that stood for it. file: as of `name_in_prompts`."""
+    return " ".join(replace_word(prompt, word, f" {name_in_prompts(file)} ").split())
 
 
 @paths.names_given_back()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from ..progress.bar import Steps
 from ..scores import picture_features
 from . import loading
 from .denoiser import Denoiser, WordDenoiser, picture
-from .embedding import check_word, name_in_prompts, prepare
+from .embedding import check_name, check_word, name_in_prompts, prepare
 from .lora_file import File
 from .pictures import check_pictures, check_prompt, frames
 from .run import Run, check_pace, loss_line, try_to_write
@@ -96,6 +97,7 @@ def check(task: Task) -> None:
     check_pictures("images", task.pictures)
     check_prompt("prompt", "".join(task.prompts))
     check_word(task.word, task.initial)
+    check_name(task.prefix)
 
 
 class _Files:
@@ -200,7 +202,8 @@ def _try_seeds(
 
 
 def _least(tried: Sequence[Tried]) -> Tried:
-    return min(tried, key=lambda one: one.loss)
+    """A loss that is no number, as where fp16 overflows on the noise that it is measured on, is larger than any."""
+    return min(tried, key=lambda one: math.inf if math.isnan(one.loss) else one.loss)
 
 
 def _drawn(model, vae, encoder: WordEncoder, task: Task, rows: dict[str, Tensor]) -> list[Tensor]:
