@@ -1,4 +1,4 @@
-"""LoRAs on the miniature: on attention, as ZipLoRA trains them, or on more; kohya names in files."""
+"""LoRAs on the miniature's attention, as ZipLoRA trains them, or on more linear layers; kohya names in files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from .miniature import write_safetensors
 
 TARGETS = (".to_q", ".to_k", ".to_v", ".to_out.0")
 WIDE = (*TARGETS, ".ff.net.0.proj", ".ff.net.2", ".proj_in", ".proj_out")  # as kohya's scripts train by default
-LOCON = (*WIDE, ".in_layers.2", ".out_layers.3", ".skip_connection", ".op", ".conv")  # and the convolutions
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer and its low-rank branch: y = W x + scale * up (down x)."""
-
-    base: nn.Linear | nn.Conv2d
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
@@ -33,34 +30,15 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
 
-class LoRAConvolution(LoRALinear):
-    """The same of a convolution, as LoCon has it: `down` sees the whole kernel, `up` one pixel."""
-
-    base: nn.Conv2d
-
-    def __init__(self, base: nn.Conv2d, rank: int, alpha: float):
-        nn.Module.__init__(self)
-        self.base = base
-        self.scale = alpha / rank
-        self.down = nn.Parameter(torch.empty(rank, base.in_channels, *base.kernel_size))
-        self.up = nn.Parameter(torch.zeros(base.out_channels, rank, 1, 1))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        seen = F.conv2d(x, self.down.to(x.dtype), None, self.base.stride, self.base.padding)
-        return self.base(x) + self.scale * F.conv2d(seen, self.up.to(x.dtype))
-
-
 def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARGETS) -> dict[str, LoRALinear]:
-    """Wraps the UNet's linear layers and convolutions whose names end so. Returns the branches by layer name."""
+    """Wraps the linear layers of the UNet's transformers whose names end so. Returns the branches by layer name."""
     branches = {}
     for name, layer in [*unet.named_modules()]:
-        if not name.endswith(tuple(targets)) or not isinstance(layer, nn.Linear | nn.Conv2d):
+        if not name.endswith(tuple(targets)) or not isinstance(layer, nn.Linear):
             continue
         parent_name, child = name.rsplit(".", 1)
         parent = unet.get_submodule(parent_name)
-        kind = LoRAConvolution if isinstance(layer, nn.Conv2d) else LoRALinear
-        branch = kind(layer, rank, alpha)
+        branch = LoRALinear(layer, rank, alpha)
         setattr(parent, child, branch)
         branches[name] = branch
     return branches
@@ -77,12 +55,11 @@ def detach(unet: nn.Module, branches: dict[str, LoRALinear]) -> None:
 def shorten(branches: dict[str, LoRALinear], rank: int) -> None:
     """Keeps of every update its largest singular parts, so many: a smaller file."""
     for branch in branches.values():
-        up, down = branch.up.flatten(1), branch.down.flatten(1)
-        q, r = torch.linalg.qr(up)
-        left, sizes, right = torch.linalg.svd(r @ down, full_matrices=False)
+        q, r = torch.linalg.qr(branch.up)
+        left, sizes, right = torch.linalg.svd(r @ branch.down, full_matrices=False)
         roots = sizes[:rank].sqrt()
-        branch.up = nn.Parameter((q @ left[:, :rank] * roots).view(-1, rank, *branch.up.shape[2:]))
-        branch.down = nn.Parameter((roots[:, None] * right[:rank]).view(rank, *branch.down.shape[1:]))
+        branch.up = nn.Parameter(q @ left[:, :rank] * roots)
+        branch.down = nn.Parameter(roots[:, None] * right[:rank])
 
 
 def file_name(layer: str) -> str:
@@ -107,13 +84,9 @@ def save(branches: dict[str, LoRALinear], path: str, metadata: dict[str, str] | 
 
 
 def targets_of(tensors: Iterable[str]) -> tuple[str, ...]:
-    """The narrowest of `TARGETS`, `WIDE` and `LOCON` that has every layer of a file's keys."""
-    layers = [key.partition(".")[0] for key in tensors]
-    for targets in (TARGETS, WIDE):
-        ends = tuple(end.replace(".", "_") for end in targets)
-        if all(layer.endswith(ends) for layer in layers):
-            return targets
-    return LOCON
+    """`WIDE` where a file's keys name more than attention projections, else `TARGETS`."""
+    ends = tuple(end.replace(".", "_") for end in TARGETS)
+    return TARGETS if all(key.partition(".")[0].endswith(ends) for key in tensors) else WIDE
 
 
 def attach_file(unet: nn.Module, tensors: dict[str, Tensor]) -> dict[str, LoRALinear]:

@@ -30,7 +30,7 @@ SETTINGS = {
 }
 KEPT = {"content": 4, "style": 5}  # rank of the file: .98 and .93 to .97 of the updates' squares
 # Styles that attention alone learns too little of, so that they failed their gates.
-WIDER = {"riso": lora.WIDE, "cutpaper": lora.WIDE, "contrast": lora.LOCON}
+WIDER = {name: lora.WIDE for name in ("riso", "cutpaper", "plaster", "gingerbread")}
 
 
 def settings_of(concept: concepts.Concept) -> fit_lora.LoRASettings:

@@ -103,7 +103,7 @@ def test_the_host_predicts_and_decodes_the_same(written: tuple[Any, Path], hoste
     torch.testing.assert_close(shown.movedim(-1, 1).float(), read.vae.decode(latents).clamp(0, 1), atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize("targets", ["TARGETS", "WIDE", "LOCON"])
+@pytest.mark.parametrize("targets", ["TARGETS", "WIDE"])
 def test_the_hosts_lora_loader_gives_what_training_saw(
     written: tuple[Any, Path], hosted: tuple[Any, Any, Any], targets: str
 ) -> None:
@@ -147,20 +147,19 @@ def test_a_shortened_lora_is_the_nearest_of_its_rank() -> None:
     from demo import lora
 
     torch.manual_seed(5)
-    layers = torch.nn.ModuleDict({"to_q": torch.nn.Linear(12, 20), "op": torch.nn.Conv2d(5, 9, 3)})
-    unet = torch.nn.ModuleDict({"block": layers})
-    branches = lora.attach(unet, 6, 3.0, (".to_q", ".op"))
+    layers = {"to_q": torch.nn.Linear(12, 20), "to_k": torch.nn.Linear(30, 9)}
+    branches = lora.attach(torch.nn.ModuleDict({"block": torch.nn.ModuleDict(layers)}), 6, 3.0)
     assert len(branches) == 2
     whole = {}
     for name, branch in branches.items():
         branch.up.data.normal_()
-        whole[name] = branch.up.detach().double().flatten(1) @ branch.down.detach().double().flatten(1)
+        whole[name] = branch.up.detach().double() @ branch.down.detach().double()
     lora.shorten(branches, 4)
     for name, branch in branches.items():
         assert branch.down.shape[0] == branch.up.shape[1] == 4 and branch.scale == 0.5
         left, sizes, right = torch.linalg.svd(whole[name], full_matrices=False)
         nearest = left[:, :4] * sizes[:4] @ right[:4]
-        kept = branch.up.detach().double().flatten(1) @ branch.down.detach().double().flatten(1)
+        kept = branch.up.detach().double() @ branch.down.detach().double()
         torch.testing.assert_close(kept, nearest, atol=1e-5, rtol=1e-5)
 
 
