@@ -10,6 +10,7 @@ Pairs that share a LoRA are not independent: what is drawn again is the subjects
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import statistics
@@ -22,6 +23,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: `nodes` there would hide ComfyUI's module
 
+from benchmarks import new_concepts
 from benchmarks.quality_table import Record, pair_means, read_records
 
 Pair = tuple[str, str]  # subject, style
@@ -122,7 +124,7 @@ def power(parts: Mapping[str, float], effect: float, subjects: int, styles: int,
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = {"subject": 1, "style": 1, "both": 1, "distance": -1, "colors": -1, "structure": -1}  # -1: less is better
 COMPARED = ("both", "distance", "colors")
-WEAK = {  # LoRAs that fail the demo's gates, as `new_concepts.py` writes into a block's world.json
+WEAK = {  # LoRAs of the first world, whose figures RESULTS keeps, that fail the demo's gates
     "choose": {"kelp", "agate", "garnet", "indigo"},
     "confirm": {"iris", "coral", "dolerite", "flint", "indigo", "kyanite", "lapis"},
     "final": {"hazel", "agate", "coral", "dolerite", "flint", "garnet", "halite", "indigo", "jasper", "kyanite"},
@@ -180,6 +182,15 @@ def without(records: Sequence[Record], names: Collection[str]) -> list[Record]:
     return [r for r in records if not set(r["pair"].split("+")) & set(names)]
 
 
+def weak(results: Path) -> set[str]:
+    """LoRAs of a results file's block that fail the demo's gates. Raises FileNotFoundError where the block is not
+    trained here, KeyError where nothing is known of it."""
+    if results.resolve().parent == RESULTS:
+        return WEAK[results.stem]
+    text = (new_concepts.FOLDER / results.stem / "world.json").read_text(encoding="utf-8")
+    return {name for name, entry in json.loads(text)["loras"].items() if entry["weak"]}
+
+
 def in_all(blocks: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
     """The same of those methods alone that every block has."""
     everywhere = set.intersection(*({r["method"] for r in records} for records in blocks.values()))
@@ -208,7 +219,7 @@ def main() -> int:
         path = Path(block) if block.endswith(".jsonl") else RESULTS / f"{block}.jsonl"
         blocks[path.stem] = read_records(path)
         if given.strong:
-            blocks[path.stem] = without(blocks[path.stem], WEAK[path.stem])
+            blocks[path.stem] = without(blocks[path.stem], weak(path))
     if given.together:
         blocks = {" and ".join(blocks): pooled(in_all(blocks))}
     for name, records in blocks.items():

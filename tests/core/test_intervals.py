@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from statistics import NormalDist
 
 import pytest
 import torch
 
+from benchmarks import intervals, new_concepts
 from benchmarks.intervals import bootstrap, components, difference, power, sign_test, table, without
 
 
@@ -70,3 +72,24 @@ def test_a_table_has_a_row_for_each_method_and_leaves_out_weak_loras() -> None:
     assert first.startswith("| other | 4 |") and "+0.50 [+0.50, +0.50]" in first and "4/0/0" in first
     assert second.startswith("| direct 1/1 | 4 |") and head.count("|") == first.count("|")
     assert table(without(records, {"x"}), "direct 1/1")[2].startswith("| other | 2 |")
+
+
+def test_weak_loras_are_those_of_the_files_own_world(monkeypatch, tmp_path, capsys) -> None:
+    """Blocks of every world are called alike, and so are styles of them."""
+    assert "coral" in intervals.weak(intervals.RESULTS / "confirm.jsonl")
+    loras = {"moai": False, "pear": True, "coral": False, "agate": True}
+    (tmp_path / "confirm").mkdir()
+    told = json.dumps({"loras": {name: {"weak": weak} for name, weak in loras.items()}})
+    (tmp_path / "confirm" / "world.json").write_text(told, encoding="utf-8")
+    monkeypatch.setattr(new_concepts, "FOLDER", tmp_path)
+    figures = {"subject": 1.0, "style": 1.0, "distance": 1.0, "colors": 1.0, "structure": 1.0, "seed": 0}
+    lines = [
+        json.dumps({"pair": pair, "method": method, "both": both, **figures})
+        for pair, both in (("moai+coral", 0.25), ("moai+agate", 1.0), ("pear+coral", 1.0))
+        for method in ("direct 1/1", "default")
+    ]
+    results = tmp_path / "confirm.jsonl"
+    results.write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["intervals.py", str(results), "--strong"])
+    assert intervals.main() == 0
+    assert "| direct 1/1 | 1 | 1.00 | 1.00 | 0.25 |" in capsys.readouterr().out
