@@ -28,7 +28,7 @@ SETTINGS = {
     "content": fit_lora.LoRASettings(rank=8, alpha=8, steps=500, learning_rate=3e-3),
     "style": fit_lora.LoRASettings(rank=8, alpha=8, steps=1400, learning_rate=3e-3),
 }
-KEPT = {"content": 4, "style": 5}  # rank of the file: .98 and .93 to .97 of the updates' squares
+KEPT = {"content": 4, "style": 5}  # rank of the file: .98 and .96 of the updates' squares at least
 # Styles that attention alone learns too little of, so that they failed their gates.
 WIDER = {name: lora.WIDE for name in ("riso", "cutpaper", "plaster", "gingerbread")}
 
