@@ -170,12 +170,12 @@ def read_task(
     **_: Any,
 ) -> Task:
     """Raises ValueError for a value that the API let through."""
-    classes = [*lines(class_prompt), "", ""]
+    if second_images is None and second_prompt.strip():
+        raise ValueError("second_prompt has no pictures; connect second_images, or empty it")
+    classes = _classes(class_prompt, 1 if second_images is None else 2)
     concepts = [Concept(images, lines(prompt), word.strip(), initial_word, classes[0])]
     if second_images is not None:
         concepts.append(Concept(second_images, lines(second_prompt), word.strip(), second_initial_word, classes[1]))
-    elif second_prompt.strip():
-        raise ValueError("second_prompt has no pictures; connect second_images, or empty it")
     settings = Settings(
         steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed, prior_weight=prior_weight
     )
@@ -189,6 +189,20 @@ def read_task(
         sample_every,
         save_every,
     )
+
+
+def _classes(text: str, concepts: int) -> list[str]:
+    """Of each concept its class prompt, "" for none: a single line below an empty one is the second's. Raises
+    ValueError for more lines than concepts."""
+    found = lines(text)
+    if len(found) > concepts:
+        raise ValueError(
+            f"class_prompt has {len(found)} lines, and {concepts} {'is' if concepts == 1 else 'are'} expected: one for "
+            "each concept"
+        )
+    if len(found) == 1 < concepts and not text.splitlines()[0].strip():
+        return ["", *found]
+    return [*found, *[""] * (concepts - len(found))]
 
 
 class MergeCustomDiffusion(io.ComfyNode):

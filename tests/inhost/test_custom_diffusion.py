@@ -233,6 +233,29 @@ def test_the_nodes_train_and_merge_with_what_they_are_given(pack, miniature, cli
         pack.nodes.TrainCustomDiffusion.execute(**lists, images=images["images"], **parts)
 
 
+@pytest.mark.parametrize(
+    ("text", "second", "classes"),
+    [
+        ("a dog", False, ["a dog"]),
+        ("\na dog\n", False, ["a dog"]),
+        ("", True, ["", ""]),
+        ("a dog\n", True, ["a dog", ""]),
+        ("\na cat", True, ["", "a cat"]),
+        ("a dog\n\n a cat", True, ["a dog", "a cat"]),
+    ],
+)
+def test_each_concept_has_the_class_of_its_line(pack, text, second, classes):
+    given = {"prompt": "a * apple", "word": "*", "initial_word": "house", "steps": 2, "learning_rate": 1e-3}
+    given |= {"batch_size": 2, "resolution": 128, "seed": 5, "filename_prefix": "mine", "class_prompt": text}
+    read_task = pack.nodes.custom_diffusion.read_task
+    images = [pictures(1)]
+    asked = read_task(images, images if second else None, None, **given, second_prompt="a * key" if second else "")
+    assert [concept.class_prompt for concept in asked.concepts] == classes
+    more = {**given, "class_prompt": "a dog\na cat" + "\na house" * second}
+    with pytest.raises(ValueError, match=f"class_prompt has {2 + second} lines, and {1 + second}"):
+        read_task(images, images if second else None, None, **more)
+
+
 def merge(pack, miniature, prompts: str, captions: str = "a blue key\na green book in sketch style", **strengths):
     """Of two random patches, as a pair; with what was merged, by layer."""
     lora = pack.nodes.bridge.lora
