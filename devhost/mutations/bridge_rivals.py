@@ -18,8 +18,8 @@ MUTANTS = [
             "return y + update(x, convolution).to(y)",
             "return y + 2 * update(x, convolution).to(y)",
         ),
-        ("an update's scale is lost", "_frozen(up * factors.scale, dtype)", "_frozen(up, dtype)"),
-        ("a whole update's scale is lost", "down * factors.scale if whole else down", "down"),
+        ("an update's scale is lost", "_frozen(wide(up) * factors.scale, dtype)", "_frozen(up, dtype)"),
+        ("a whole update's scale is lost", "wide(down) * factors.scale if whole else down", "down"),
         ("strides are lost", "convolution_options(module) if is_convolution(module) else {}", "{}"),
         ("the model's levels, not the sampler's", 'options.get("sample_sigmas")', "None"),
         ("the model's levels upside down", "model.model_sampling.sigmas.flip(0)", "model.model_sampling.sigmas"),
@@ -105,7 +105,11 @@ MUTANTS = [
         DECOMPOSED,
         ("the two vectors swapped", "torch.cat([first[key], rows])", "torch.cat([rows, first[key]])"),
         ("the text encoders' part is not in the file", "**named_tensors(text, self._names)}", "}"),
-        ("the trigger names no embedding", "name_in_prompts(self.embedding.name)", "task.word"),
+        (
+            "the trigger names no embedding",
+            "in_prompts(task.prompts[0], task.word, self.embedding.name)",
+            "task.prompts[0]",
+        ),
     ),
     *faults(
         "nodes/bridge/lora/text_encoders.py",
@@ -143,7 +147,12 @@ MUTANTS = [
         ),
         ("the rate is of a step", "settings.batch_size, device)", "1.0, device)"),
         ("a number that does not fit is written", "if not bool(torch.isfinite(rounded).all()):", "if False:"),
-        ("the words are not written", "file.put(word.learned(), steps, {})", "word.learned()"),
+        ("the words are not written", "file.put(word.learned(), steps, {", "(word.learned(), steps, {"),
+        (
+            "the trigger names no embedding",
+            "in_prompts(first.prompts[0], first.word, embeddings[0].name)",
+            "first.prompts[0]",
+        ),
     ),
     *faults(
         "nodes/bridge/custom_diffusion.py",

@@ -30,7 +30,7 @@ MUTANTS = [
         ("time runs backward", "alpha * progress + beta", "alpha * (1 - progress) + beta"),
         ("signs cancel", "_update(layer[concept], device).abs_()", "_update(layer[concept], device)"),
         ("the scale is forgotten", "return (up @ down).mul_(factors.scale)", "return up @ down"),
-        ("half precision overflows", "torch.promote_types(m.dtype, torch.float32)", "m.dtype"),
+        ("half precision overflows", "wide(m.to(device))", "m.to(device)"),
         ("a step begins early", "(1 - _SAME)", "(1 - 0.5)"),
         ("a level is no other by a rounding error", "(1 - _SAME)", "1"),
         ("time starts at one", "max(begun - 1, 0)", "max(begun, 0)"),
