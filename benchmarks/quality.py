@@ -1,6 +1,6 @@
 """How well each way to merge keeps a subject and a style: the paper's Table 2, on the miniature SDXL.
 
-    python3 dev.py run benchmarks/quality.py                    four subjects, every style, three seeds: hours
+    python3 dev.py run benchmarks/quality.py                    every subject and style, three seeds: hours
     python3 dev.py run benchmarks/quality.py --quick            two pairs, one seed: minutes
     python3 dev.py run benchmarks/quality.py --ablation --half choose --seeds 0 --results ablation.jsonl
     python3 dev.py run benchmarks/quality.py --table            only print what the results file holds
@@ -30,8 +30,7 @@ from benchmarks.workers import share_out
 if TYPE_CHECKING:
     from demo.manifest import Manifest
 
-RESULTS = Path(__file__).resolve().parent / "results" / "quality.jsonl"
-SUBJECTS = 4  # the first ones, with every style; `--subjects`, `--pairs` may ask for others
+RESULTS = Path(__file__).resolve().parent / "results" / "drawn.jsonl"
 SEEDS = (0, 1, 2)
 PICTURES = 12  # of the pair, per method and seed: 36 over the seeds; fewer of the other prompts
 QUICK_METHODS = ("content LoRA", "style LoRA", "direct 1/1", "default")
@@ -103,7 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two pairs, one seed, the methods that matter most")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
     parser.add_argument("--pairs", nargs="+", help="such as octopus+gilded; default: four subjects, every style")
-    parser.add_argument("--subjects", type=int, default=SUBJECTS, help="how many of the subjects, with every style")
+    parser.add_argument("--subjects", type=int, help="how many of the subjects, with every style; default: all")
     parser.add_argument("--block", choices=new_concepts.BLOCKS, help="every pair of a block of new concepts")
     parser.add_argument(
         "--strengths", nargs=2, type=float, default=(1.0, 1.0), help="of both files; needs a results file of its own"
