@@ -30,7 +30,7 @@ SETTINGS = {
 }
 KEPT = {"content": 4, "style": 5}  # rank of the file: .98 and .96 of the updates' squares at least
 # Styles that attention alone learns too little of, so that they failed their gates.
-WIDER = {name: lora.WIDE for name in ("riso", "cutpaper")}
+WIDER = dict.fromkeys(("riso", "cutpaper"), lora.WIDE)
 # Those that failed with the seed that their prompts decide, and were trained again.
 SEEDS = {"octopus": 1, "elephant": 1, "cutpaper": 0}
 

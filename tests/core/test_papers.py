@@ -114,7 +114,7 @@ def test_results_in_the_papers_are_what_the_command_prints() -> None:
         return [row[1:] for row in cells if len(row) == width]
 
     kept = {b: intervals.without(read_records(intervals.RESULTS / f"{b}.jsonl"), intervals.WEAK[b]) for b in BLOCKS}
-    others = [read_records(intervals.RESULTS / f"{name}.jsonl") for name in ("over_strong", "drawn")]
+    others = [read_records(intervals.RESULTS / f"{name}.jsonl") for name in ("over_strong", "drawn", "drawn_strong")]
     tables = [*kept.values(), intervals.pooled(intervals.in_all(kept)), *others]
     printed = [row for records in tables for row in rows("\n".join(intervals.table(records, "direct 1/1")), 12)]
     columns = [row[1:5] + row[7:] for row in printed]  # without the number of pairs, colors and structure

@@ -44,8 +44,8 @@ class LoRASource:
 
     version, sha256: of the file as it was read; None where the tensors come from elsewhere. clip_strength: of its
     text-encoder part; None where it is the same. notes: on what was read of it. config: a short digest of the scales
-    that its header or a file beside it gives its layers; "" where none does. unfused: the file as it is by itself, where
-    `tensors` go with those of other LoRAs alone.
+    that its header or a file beside it gives its layers; "" where none does. unfused: the file as it is by itself,
+    where `tensors` go with those of other LoRAs alone.
     """
 
     name: str
