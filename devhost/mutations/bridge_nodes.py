@@ -139,9 +139,10 @@ MUTANTS = [
         ),
         (
             "stacked is the last LoRA alone",
-            "for source in sources:\n            if",
-            "for source in sources[-1:]:\n            if",
+            "one.unfused or one for one in sources)",
+            "one.unfused or one for one in sources[-1:])",
         ),
+        ("text encoders of LoRAs alone stay fused", "one.unfused or one for one", "one for one"),
         ("the dial is not turned", "zipped.dialled(dict.fromkeys(styles, dial))", "zipped.dialled({})"),
     ),
 ]
