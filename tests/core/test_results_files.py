@@ -54,4 +54,4 @@ def test_a_file_of_this_world_is_gone_on_with() -> None:
 
     pairs = [record["pair"] for record in read_records(KEPT / "drawn.jsonl")]
     refuse_another_world(KEPT / "drawn.jsonl", pairs, read_manifest().trained())
-    assert len(set(pairs)) == 21
+    assert set(pairs) == {f"{subject.name}+{style.name}" for subject, style in read_manifest().pairs()}
