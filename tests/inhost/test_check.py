@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import folder_paths
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -160,10 +161,13 @@ def test_words_are_answered_as_the_dense_update_does(pack, miniature, folder):  
 
 
 @pytest.mark.parametrize("case", ["cat", "swapped"])
-def test_wrong_prompts_are_told(pack, miniature, folder, case):  # noqa: F811
-    words = [learned("octopus"), learned("gilded")]
+def test_wrong_prompts_are_told(pack, miniature, folder, lora_files, case):  # noqa: F811
+    save_file(load_file(lora_files["moonlight"]), folder / file("moonlight"))
+    folder_paths.filename_list_cache.clear()
+    words = [learned("octopus"), learned("moonlight")]
     words = words[::-1] if case == "swapped" else ["a photo of a cat", words[1]]
-    report = check(pack, miniature, **given(subject_prompt=words[0], style_prompt=words[1])).args[1].split("  \n")
+    inputs = given(style="moonlight", subject_prompt=words[0], style_prompt=words[1])
+    report = check(pack, miniature, **inputs).args[1].split("  \n")
     if case == "swapped":
         assert report[0] == "The two prompts look swapped: each LoRA answers to the other's words."
         assert "Try the two prompts the other way round." in report
