@@ -614,7 +614,7 @@ def test_killed(bench: Bench, moment: str) -> None:
     assert len(left) == (2 if moment == "saving" else 0), "the unfinished file, and the one that reserves its name"
     offered = server.object_info()
     for kind, name in (("LoadZippedLoRA", "zipped"), ("LoadLoRAPair", "content_lora"), ("LoraLoader", "lora_name")):
-        assert not any("part" in file for file in offered[kind]["input"]["required"][name][0])
+        assert not any(".part" in file for file in offered[kind]["input"]["required"][name][0])
     after = bench.look()
     assert all(map(np.array_equal, after.pictures, bench.before.pictures))
     assert after.left == bench.before.left
