@@ -101,7 +101,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two pairs, one seed, the methods that matter most")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    parser.add_argument("--pairs", nargs="+", help="such as octopus+gilded; default: four subjects, every style")
+    parser.add_argument("--pairs", nargs="+", help="such as octopus+gilded; default: every subject with every style")
     parser.add_argument("--subjects", type=int, help="how many of the subjects, with every style; default: all")
     parser.add_argument("--block", choices=new_concepts.BLOCKS, help="every pair of a block of new concepts")
     parser.add_argument(

@@ -30,14 +30,14 @@ SETTINGS = {
 }
 KEPT = {"content": 4, "style": 5}  # rank of the file: .98 and .96 of the updates' squares at least
 # Styles that attention alone learns too little of, so that they failed their gates.
-WIDER = dict.fromkeys(("riso", "cutpaper"), lora.WIDE)
+WIDER = ("riso", "cutpaper")
 # Those that failed with the seed that their prompts decide, and were trained again.
 SEEDS = {"octopus": 1, "elephant": 1, "cutpaper": 0}
 
 
 def settings_of(concept: concepts.Concept) -> fit_lora.LoRASettings:
     settings = SETTINGS[concept.kind]
-    return dataclasses.replace(settings, targets=WIDER.get(concept.name, settings.targets))
+    return dataclasses.replace(settings, targets=lora.WIDE) if concept.name in WIDER else settings
 
 
 def _open(comfyui: str, work: Path, device: str) -> tuple[Miniature, scenes.World]:
