@@ -25,25 +25,31 @@ class ZippedAdapter(LoRAAdapter):
     """One layer of a merge as the host's LoRA of the sum of its ranks, computed whenever the host reads it.
 
     weights: a function that computes them, or the weights, as the host copies an adapter that it moves to a device.
-    layer: whose merge it is; None for such a copy.
+    layer, sources: whose merge it is; None for such a copy.
     """
 
-    def __init__(self, loaded_keys: set[str], weights: Callable[[], tuple] | tuple, layer: Layer | None = None):
+    def __init__(
+        self,
+        loaded_keys: set[str],
+        weights: Callable[[], tuple] | tuple,
+        layer: Layer | None = None,
+        sources: LoRASources | None = None,
+    ):
         self.loaded_keys = loaded_keys
         self._weights = weights
-        self.layer = layer
+        self.layer, self.sources = layer, sources
 
     @property
     def weights(self) -> tuple:
         return self._weights() if callable(self._weights) else self._weights
 
 
-def _adapter(layer: Layer, coefficients: dict[str, Tensor]) -> ZippedAdapter:
+def _adapter(layer: Layer, coefficients: dict[str, Tensor], sources: LoRASources) -> ZippedAdapter:
     @torch.no_grad()
     def merged() -> tuple:
         return (*one_lora(layer, coefficients), None, None, None, None)
 
-    return ZippedAdapter(set(), merged, layer)
+    return ZippedAdapter(set(), merged, layer, sources)
 
 
 def is_on(model, zipped: ZippedLoRA) -> bool:
@@ -149,7 +155,8 @@ def apply(model, clip, zipped: ZippedLoRA | LoRASources, strength: float):
     bare(model.model)  # the host takes a patch for what it finds under its name
     model = model.clone()
     patches = {
-        name: _adapter(layer, zipped.coefficients.of_layer(name)) for name, layer in zipped.fitted.loras.layers.items()
+        name: _adapter(layer, zipped.coefficients.of_layer(name), zipped.sources)
+        for name, layer in zipped.fitted.loras.layers.items()
     }
     _patch(model, patches, strength, names)
     for concept in zipped.sources.by_concept:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +23,9 @@ from torch import Tensor
 from ...ziplora_core import k_lora
 from ...ziplora_core.coefficients import Coefficients
 from ...ziplora_core.frozen import project
-from ...ziplora_core.lora_set import Factors, Layer, LoRASet, wide
+from ...ziplora_core.lora_set import Factors, LoRASet, wide
 from .apply import ZippedAdapter, apply_once
-from .lora import described, fitting
+from .lora import described, fitting, loras
 from .lora.loras import LoRASources
 from .lora.zipped import ZippedLoRA
 from .network.injection import convolution_options, is_convolution, is_linear
@@ -117,19 +117,19 @@ def _with(module: torch.nn.Module, update: Update) -> Callable[..., Tensor]:
     return run
 
 
-def _refuse_zipped(model, shared: Mapping[str, Layer]) -> None:
-    """Raises ValueError where a merge is on the model that has one of these LoRAs.
+def _refuse_zipped(model, sources: LoRASources, shared: Collection[str]) -> None:
+    """Raises ValueError where a merge, of whatever kind, is on the model that has one of these LoRAs.
 
     shared: layers that both change; in others K-LoRA itself puts on one as a merge of one.
     """
-    for name, layer in shared.items():
-        zips = [entry[1].layer for entry in model.patches.get(name, ()) if isinstance(entry[1], ZippedAdapter)]
-        both = ((zipped[c], of) for zipped in zips if zipped is not None for c, of in layer.items() if c in zipped)
-        if any(torch.equal(before.down, now.down) for before, now in both):
-            raise ValueError(
-                "a merge of these LoRAs is on the model already, by Apply Zipped LoRA or Zip LoRAs; connect the model "
-                "from before that node"
-            )
+    adapters = (entry[1] for name in shared for entry in model.patches.get(name, ()))
+    merges = {id(a.sources): a.sources for a in adapters if isinstance(a, ZippedAdapter) and a.sources is not None}
+    before = [of for merge in merges.values() for of in merge.by_concept.values()]
+    if any(loras.one_lora(one, other) for one in before for other in sources.by_concept.values()):
+        raise ValueError(
+            "a merge of these LoRAs is on the model already, by Apply Zipped LoRA or Zip LoRAs; connect the model "
+            "from before that node"
+        )
 
 
 def put_on(model, clip, sources: LoRASources, alpha: float, beta: float) -> tuple[Any, Any, str]:
@@ -144,7 +144,7 @@ def put_on(model, clip, sources: LoRASources, alpha: float, beta: float) -> tupl
     fitted = fitting.fit(sources, model.model)
     layers = fitted.loras.layers.items()
     shared = {name: layer for name, layer in layers if len(layer) > 1 and not name.startswith(_BEFORE)}
-    _refuse_zipped(model, shared)
+    _refuse_zipped(model, sources, shared)
     others = LoRASet(fitted.loras.concepts, {name: layer for name, layer in layers if name not in shared})
     odd = [n for n in shared if not (is_linear(_module(model.model, n)) or is_convolution(_module(model.model, n)))]
     if odd:

@@ -359,10 +359,11 @@ def test_three_loras_and_loaders_of_the_same_files_are_refused(pack, patcher, fi
         k_lora(pack, loaded, files)
 
 
-def test_a_merge_of_the_same_files_is_refused_and_of_others_is_not(pack, patcher, files):
+@pytest.mark.parametrize("method", ["sum", "TIES", "KnOTS", "NP-LoRA"])
+def test_a_merge_of_the_same_files_is_refused_and_of_others_is_not(pack, patcher, files, method):
     direct, apply = pack.nodes.DirectMergeLoRA, pack.nodes.ApplyZippedLoRA
     with torch.inference_mode():
-        (zipped,) = direct.execute(patcher, files.sources, "sum").args
+        (zipped,) = direct.execute(patcher, files.sources, method).args
         others = direct.execute(patcher, tiny.sources(pack, patcher.model), "sum").args[0]
         on_it, beside = (apply.execute(patcher, merge, 1.0).args[0] for merge in (zipped, others))
     with pytest.raises(ValueError, match="a merge of these LoRAs is on the model already.*before that node"):

@@ -200,9 +200,15 @@ def _same_file(one: str, other: str, of_inputs: bool = True) -> SameLoRAError:
 def _hold_the_same(sources: LoRASources) -> tuple[str, str] | None:
     """The first two concepts whose LoRAs are one."""
     for (one, a), (other, b) in combinations(sources.by_concept.items(), 2):
-        if a.tensors.keys() == b.tensors.keys() and all(same_bits(t, b.tensors[key]) for key, t in a.tensors.items()):
+        if one_lora(a, b):
             return one, other
     return None
+
+
+def one_lora(one: LoRASource, other: LoRASource) -> bool:
+    """Whether two hold the same tensors, at whatever strengths, before a fusion where there was one."""
+    mine, theirs = ((of.unfused or of).tensors for of in (one, other))
+    return mine.keys() == theirs.keys() and all(same_bits(t, theirs[key]) for key, t in mine.items())
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
