@@ -2,6 +2,7 @@
 
     python3 dev.py run benchmarks/quality.py --results mine.jsonl       measure; the first pictures are kept
     python3 dev.py run benchmarks/gallery.py mine.jsonl                 mine.gallery/index.html, blind.html
+    python3 dev.py run benchmarks/gallery.py drawn.jsonl --methods "direct 1/1" default --seed 0 --screenshot new.jpg
 
 `index.html` has a row for each pair and seed and a column for each method, with what the judge said of all pictures of
 the cell; rows can be put first where two methods differ most. `blind.html` asks the same pictures without names, one
@@ -17,6 +18,7 @@ import json
 import random
 import shutil
 import sys
+import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +134,19 @@ def write_blind(rows: Rows, world: Manifest, folder: Path, methods: Sequence[str
     return page
 
 
+def screenshot(page: Path, to: Path) -> None:
+    """The page as it opens, as a picture of 1400 × 1500 pixels, reduced to three quarters."""
+    from devhost.frontend import open_browser
+
+    with open_browser() as browser, tempfile.TemporaryDirectory() as scratch:
+        opened = browser.new_page(viewport={"width": 1400, "height": 1500})
+        opened.goto(page.resolve().as_uri(), wait_until="networkidle")
+        opened.wait_for_function("[...document.images].slice(0, 20).every(image => image.complete)")
+        opened.screenshot(path=f"{scratch}/page.png")
+        with Image.open(f"{scratch}/page.png") as shown:
+            picture.write(shown.convert("RGB").resize((1050, 1125), Image.Resampling.LANCZOS), to, 60)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="of quality.py, whose kept pictures lie beside it")
@@ -139,12 +154,19 @@ def main() -> int:
     parser.add_argument(
         "--blind", nargs="+", default=["direct 1/1", "direct .8/.8", "default"], help="methods to vote on"
     )
+    parser.add_argument("--seed", type=int, help="rows of this one alone")
+    parser.add_argument("--screenshot", type=Path, metavar="FILE", help="of the page, for a document")
     parser.add_argument("--to", type=Path, help="the folder; default: beside the results")
     given = parser.parse_args()
     world, folder = read_manifest(), given.to or given.results.with_suffix(".gallery")
     try:
         rows = read(given.results, given.methods)
-        print(write(rows, world, folder))
+        if given.seed is not None:
+            rows = {(pair, seed): cells for (pair, seed), cells in rows.items() if seed == given.seed}
+        made = write(rows, world, folder)
+        print(made)
+        if given.screenshot:
+            screenshot(made, given.screenshot)
         known = {method for cells in rows.values() for method in cells}
         blind = [method for method in given.blind if method in known]
         if 2 <= len(blind) <= study.KEYS:

@@ -23,7 +23,7 @@ from demo.truth import Truth, rights, shares
 from devhost.base import find_miniature
 from devhost.inprocess import load_miniature_extension, load_pack
 
-STEPS, RATE, RANK, BATCH = 450, 2e-3, 16, 8
+STEPS, RATE, RANK, BATCH = 300, 1e-3, 16, 8
 COUNT = 32
 _SETTINGS = ("steps", "learning_rate", "rank", "batch_size", "prior_weight")
 Layers = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> (up, down)

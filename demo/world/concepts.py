@@ -25,8 +25,8 @@ OTHER_TECHNIQUES = tuple(name for name in BASE_TECHNIQUES if name not in PICTURE
 STYLE_PICTURES = 96
 SHOWN = 16  # of a style's pictures, at most: those that ship
 UNSEEN_SUBJECTS = 24
-# Starts of layer names by what the layers draw (`benchmarks/training.py blocks`); not measured on this base yet.
-BLOCKS = {"content": ["output_blocks.1.1"], "style": ["output_blocks.2.1"]}
+# Starts of layer names by what the layers draw, as `benchmarks/training.py blocks` finds.
+BLOCKS = {"content": ["output_blocks.2.1"], "style": ["output_blocks.3.1"]}
 
 
 @dataclasses.dataclass(frozen=True)

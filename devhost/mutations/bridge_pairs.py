@@ -32,8 +32,8 @@ MUTANTS = [
         ),
         (
             "coefficients of the two concepts swapped",
-            "_adapter(layer, zipped.coefficients.of_layer(name))",
-            "_adapter(layer, dict(zip(layer, [*zipped.coefficients.of_layer(name).values()][::-1])))",
+            "_adapter(layer, zipped.coefficients.of_layer(name), zipped",
+            "_adapter(layer, dict(zip(layer, [*zipped.coefficients.of_layer(name).values()][::-1])), zipped",
         ),
         (
             "layers that the model lacks go unnoticed",

@@ -39,8 +39,8 @@ MUTANTS = [
         ("alpha and beta swapped", "k_lora.factor(done, alpha, beta)", "k_lora.factor(done, beta, alpha)"),
         (
             "a merge of the same files is overlooked",
-            "if any(torch.equal(before.down",
-            "if False and any(torch.equal(before.down",
+            "if any(loras.one_lora(one, other)",
+            "if False and any(loras.one_lora(one, other)",
         ),
         ("text of the prompt switches too", "not name.startswith(_BEFORE)", "name"),
     ),
