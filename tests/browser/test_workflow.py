@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import PUBLISH
 
 from demo.manifest import Manifest, read_manifest
+from demo.miniature import CFG
 from devhost.base import PACK
 from devhost.workflows import FOLDER
 
@@ -67,7 +69,7 @@ def test_graph_runs_to_the_end(
     put_in(opened, "ImageScale", width=world.size, height=world.size)
     put_in(opened, "EmptyLatentImage", width=world.size, height=world.size)
     put_in(opened, "ZipLoRAOptimize", steps=3, solver="layerwise, then gradient")
-    put_in(opened, "KSampler", steps=3)
+    put_in(opened, "KSampler", steps=20 if PUBLISH else 3, cfg=CFG)
 
     history = server.wait(opened.queue())
     assert history["status"]["status_str"] == "success", history["status"]
