@@ -3,6 +3,7 @@
     python3 dev.py run benchmarks/intervals.py choose confirm                  what results/ holds of new concepts
     python3 dev.py run benchmarks/intervals.py confirm --against "direct .8/.8" --strong
     python3 dev.py run benchmarks/intervals.py confirm final --strong --together
+    python3 dev.py run benchmarks/intervals.py drawn_strong --beside drawn --against "direct 1/1 (drawn)"
 
 Pairs that share a LoRA are not independent: what is drawn again is the subjects and the styles, not the pairs.
 """
@@ -206,18 +207,24 @@ def pooled(blocks: Mapping[str, Sequence[Record]]) -> list[Record]:
     ]
 
 
+def _file(name: str) -> Path:
+    return Path(name) if name.endswith(".jsonl") else RESULTS / f"{name}.jsonl"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("blocks", nargs="+", help="of new concepts, or results files")
     parser.add_argument("--against", default="direct 1/1")
     parser.add_argument("--methods", nargs="+", default=[])
+    parser.add_argument("--beside", metavar="FILE", help="another one, whose methods are named 'METHOD (FILE)'")
     parser.add_argument("--strong", action="store_true", help="only pairs whose LoRAs both pass the demo's gates")
     parser.add_argument("--together", action="store_true", help="one table over all blocks, of methods that all have")
     given = parser.parse_args()
     blocks = {}
-    for block in given.blocks:
-        path = Path(block) if block.endswith(".jsonl") else RESULTS / f"{block}.jsonl"
-        blocks[path.stem] = read_records(path)
+    beside = read_records(_file(given.beside)) if given.beside else []
+    named = [{**record, "method": f"{record['method']} ({given.beside})"} for record in beside]
+    for path in map(_file, given.blocks):
+        blocks[path.stem] = read_records(path) + named
         if given.strong:
             blocks[path.stem] = without(blocks[path.stem], weak(path))
     if given.together:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import math
 from statistics import NormalDist
 
@@ -93,3 +94,7 @@ def test_weak_loras_are_those_of_the_files_own_world(monkeypatch, tmp_path, caps
     monkeypatch.setattr("sys.argv", ["intervals.py", str(results), "--strong"])
     assert intervals.main() == 0
     assert "| direct 1/1 | 1 | 1.00 | 1.00 | 0.25 |" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--beside", str(results), "--against", f"direct 1/1 ({results})"])
+    assert intervals.main() == 0
+    printed = capsys.readouterr().out
+    assert f"| default ({results}) | 1 |" in printed and "| default | 1 |" in printed and "less direct 1/1 (" in printed
