@@ -185,7 +185,7 @@ def custom_merged(shop: Workshop) -> Made:
     sources = source.LoRASources({name: source.LoRASource(name, found, 1.0) for name, found in tensors.items()})
     own = [
         shop.subject.words.replace(shop.subject.identifier, words[0]),
-        shop.style.words.replace(shop.style.identifier, words[1]),
+        f"{shop.subject.of_class} {shop.style.words.replace(shop.style.identifier, words[1])}",
     ]
     captions = "\n".join(asked.prompt for asked in shop.studio.manifest.known)
     with torch.inference_mode():

@@ -64,7 +64,7 @@ def replacements(world: Manifest) -> dict[str, str]:
         subject.words.replace(subject.identifier, words.FIRST),
         style.words.replace(style.identifier, words.SECOND),
     )
-    each = (part.partition(" ")[2] for part in in_prompts)  # without "a", "in"
+    each = (in_prompts[0].partition(" ")[2], f"{subject.of_class} {in_prompts[1]}")  # the first without "a"
     found |= dict(zip(words.WORDS_OF_EACH.split("\n"), each, strict=True))
     found |= dict(zip(words.RARE, (subject.identifier, style.identifier), strict=True))
     found[words.ON_A_BEACH] = f"{subject.words.replace(subject.identifier, '*')} in {world.other_styles[0]} style"
