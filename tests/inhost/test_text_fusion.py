@@ -128,7 +128,8 @@ def test_compared_alone_and_stacked_each_file_has_its_own_half(pack, miniature):
         expected = [*(loaded(clip, one) for one in files), stacked, fused]
         for ours, theirs in zip(found, expected, strict=True):
             wanted = weights(theirs)
-            assert all(torch.equal(weight, wanted[name]) for name, weight in weights(ours).items())
+            for name, weight in weights(ours).items():  # the host leaves CLIP-L's projection as memory was: maybe NaN
+                torch.testing.assert_close(weight, wanted[name], rtol=0, atol=0, equal_nan=True, msg=name)
         name = next(iter(done.errors))
         assert not torch.equal(weights(stacked)[name], weights(fused)[name])
 
