@@ -105,7 +105,7 @@ def test_killed(): os.kill(os.getpid(), 9)
     )
     outcomes = tmp_path / "outcomes"
     command = [sys.executable, "-P", kit_tests.__file__, str(outcomes), str(script), "-p", "no:cacheprovider"]
-    assert subprocess.run(command, capture_output=True).returncode == -9
+    assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == -9
     assert kit_run.tests_of(outcomes) == {
         "passed": 1,
         "failed": 2,
