@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import random
 import statistics
@@ -16,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.quality_table import refuse_another_world
-from benchmarks.training_bench import BATCH, COUNT, RANK, Bench, Halves, Layers, attached, line, of_file
-from demo.manifest import Asked
+from benchmarks.training_bench import BATCH, COUNT, RANK, Bench, Halves, Layers, attached, cases, line, of_file
+from benchmarks.workers import share_out
+from demo.manifest import Asked, read_manifest
 from demo.miniature import generate
 from demo.truth import rights, shares
 
@@ -62,7 +65,7 @@ class OnePicture:
         self.prompts = {
             "full": bench.manifest.prompt(self.subject, self.style),
             "content": self.subject.words,
-            "style": f"{self.style.of_class} {self.style.words}",
+            "style": self.style.words,
         }
 
     def dreambooth(self, seed: int, layers: str = "attention", empty: bool = False) -> dict[str, torch.Tensor]:
@@ -151,7 +154,7 @@ class JudgeVision:
         self.truth = bench.truth
 
     def encode_image(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"image_embeds": self.truth.features(pictures.movedim(-1, 1))}
+        return {"image_embeds": self.truth.features(pictures.movedim(-1, 1).cpu())}
 
 
 def of_pair(names: dict[str, str], done: Any) -> Halves:
@@ -159,25 +162,43 @@ def of_pair(names: dict[str, str], done: Any) -> Halves:
     return {which: of_file(names, source.tensors) for which, source in done.pair.by_concept.items()}
 
 
-def run(bench: Bench, asked: argparse.Namespace) -> None:
-    """Every method that is asked for and not in the results file yet, seed by seed."""
-    refuse_another_world(asked.results, (r["pair"] for r in records(asked.results)), bench.concepts)
-    for seed in range(asked.seeds):
-        for pair in asked.pairs.split(","):
-            done = {r["method"] for r in records(asked.results) if (r["pair"], r["seed"]) == (pair, seed)}
-            one = OnePicture(bench, pair, seed, asked.rate or ONE_RATE, asked.steps or ONE_STEPS)
-            for method in asked.methods.split(";"):
-                if method in done:
-                    continue
-                began = time.monotonic()
-                taught = learned(one, seed, method)
-                seconds = time.monotonic() - began
-                figures = {k: round(v, 4) for k, v in one.ask(taught).items()}
-                record = {"pair": pair, "seed": seed, "method": method, **figures}
-                with open(asked.results, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-                print(line(f"{pair} {seed}: {method}, {seconds:.0f} s", figures), flush=True)
-    print(table(asked.results))
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One picture, and one way to learn from it."""
+
+    pair: str
+    seed: int
+    method: str
+    rate: float
+    steps: int
+
+
+def run(asked: argparse.Namespace) -> bool:
+    """Every method that is asked for and not in the results file yet, seed by seed; whether none failed."""
+    world = read_manifest()
+    pairs = asked.pairs.split(",") if asked.pairs else ["+".join(pair) for pair in cases(world)]
+    done = {(r["pair"], r["seed"], r["method"]) for r in records(asked.results)}
+    refuse_another_world(asked.results, (pair for pair, *_ in done), world.trained())
+    given = (asked.rate or ONE_RATE, asked.steps or ONE_STEPS)
+    runs = itertools.product(pairs, range(asked.seeds), asked.methods.split(";"))
+    jobs = [Job(*one, *given) for one in sorted(runs, key=lambda one: one[1]) if one not in done]
+    return share_out(run_job, jobs, asked.results, asked.processes)
+
+
+@functools.cache
+def bench() -> Bench:
+    """The one of this process."""
+    return Bench()
+
+
+def run_job(job: Job) -> list[dict[str, Any]]:
+    one = OnePicture(bench(), job.pair, job.seed, job.rate, job.steps)
+    began = time.monotonic()
+    taught = learned(one, job.seed, job.method)
+    seconds = time.monotonic() - began
+    figures = {k: round(v, 4) for k, v in one.ask(taught).items()}
+    print(line(f"{job.pair} {job.seed}: {job.method}, {seconds:.0f} s", figures), flush=True)
+    return [{"pair": job.pair, "seed": job.seed, "method": job.method, **figures}]
 
 
 def learned(one: OnePicture, seed: int, method: str) -> Taught:

@@ -9,13 +9,15 @@ python3 dev.py run benchmarks/training.py unzip       UnZip LoRA and its ablatio
                                                       to its results file, so it can be stopped and continued;
                                                       --table only prints what is there
 
-Figures are shares of 32 pictures that the judges call right; each line says which seed.
+Figures are shares of 32 pictures that the judges call right; each line says which seed. With ZIPLORA_TEST_DEVICE=auto
+all of it is on the GPU that ComfyUI finds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -169,7 +171,7 @@ def told(bench: Bench, group: list[str], prompts: list[str]) -> Iterator[None]:
             hook.remove()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["concept", "prior", "joint", "blocks", "unzip"])
     parser.add_argument("--only", default="", help="names, by commas, of concepts")
@@ -181,10 +183,12 @@ def main() -> None:
     parser.add_argument("--methods", default=every, help="of unzip, by semicolons")
     parser.add_argument("--results", type=Path, default=one_picture.RESULTS, help="of unzip")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table of unzip")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of unzip")
     asked = parser.parse_args()
-    if asked.table:
+    if asked.part == "unzip":
+        whole = asked.table or one_picture.run(asked)
         print(one_picture.table(asked.results))
-        return
+        return not whole
     bench = Bench()
     if asked.part == "concept":
         names = asked.only.split(",") if asked.only else [n for pair in bench.cases[:2] for n in pair]
@@ -193,12 +197,10 @@ def main() -> None:
         joint(bench, asked.seeds)
     elif asked.part == "prior":
         prior(bench, asked.only.split(",") if asked.only else [pair[0] for pair in bench.cases[:2]], asked.seeds)
-    elif asked.part == "blocks":
-        blocks(bench)
     else:
-        asked.pairs = asked.pairs or ",".join(map("+".join, bench.cases))
-        one_picture.run(bench, asked)
+        blocks(bench)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

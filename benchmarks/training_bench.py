@@ -49,6 +49,12 @@ def pictures_of(world: Manifest, concept: Trained, count: int | None = None) -> 
     return torch.from_numpy(np.stack(frames)).float() / 255
 
 
+def cases(world: Manifest) -> list[tuple[str, str]]:
+    """Four pairs of a subject and a style that share none, or as many as there are."""
+    pairs = zip(world.subjects, world.styles, strict=False)
+    return [(subject.name, style.name) for subject, style in pairs][:4]
+
+
 class Bench:
     """The miniature twice: as ComfyUI loads it, to train on, and as the demo loads it, to be judged."""
 
@@ -66,15 +72,13 @@ class Bench:
             )
         self.manifest = read_manifest()
         self.truth = Truth(self.manifest)
-        self.judged = miniature.load_miniature(str(found.checkpoint))
+        self.judged = miniature.load_miniature(str(found.checkpoint)).to(self.model.load_device)
         self.names = {lora.file_name(name): name for name, _ in self.judged.unet.named_modules()}
         self.concepts = self.manifest.trained()
 
     @property
     def cases(self) -> list[tuple[str, str]]:
-        """Four pairs of a subject and a style that share none, or as many as there are."""
-        pairs = zip(self.manifest.subjects, self.manifest.styles, strict=False)
-        return [(subject.name, style.name) for subject, style in pairs][:4]
+        return cases(self.manifest)
 
     def shown(self, concept: Trained) -> Any:
         images = pictures_of(self.manifest, concept)
@@ -154,7 +158,7 @@ class Bench:
 
 
 def line(name: str, figures: dict[str, float]) -> str:
-    return f"{name:40}" + "  ".join(f"{k} {v:.2f}" for k, v in figures.items())
+    return f"{name:38}  " + "  ".join(f"{k} {v:.2f}" for k, v in figures.items())
 
 
 def spread(several: list[dict[str, float]]) -> str:

@@ -38,7 +38,7 @@ def attach(unet: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TA
             continue
         parent_name, child = name.rsplit(".", 1)
         parent = unet.get_submodule(parent_name)
-        branch = LoRALinear(layer, rank, alpha)
+        branch = LoRALinear(layer, rank, alpha).to(layer.weight.device)
         setattr(parent, child, branch)
         branches[name] = branch
     return branches

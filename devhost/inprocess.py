@@ -23,21 +23,22 @@ def comfyui_path() -> Path:
     return path
 
 
-def load_pack(cpu: bool = True) -> ModuleType:
+def load_pack(cpu: bool | None = None) -> ModuleType:
     """Import ComfyUI and then the pack, as the package `ziplora_pack`; twice gives the same module."""
     import_comfyui(cpu)
     return load_package(ROOT, NAME)
 
 
-def load_miniature_extension(cpu: bool = True) -> ModuleType:
+def load_miniature_extension() -> ModuleType:
     """Import the extension that teaches ComfyUI's loader the miniature model."""
-    import_comfyui(cpu)
+    import_comfyui()
     return load_package(find_miniature().extension, MINIATURE)
 
 
-def import_comfyui(cpu: bool = True) -> None:
+def import_comfyui(cpu: bool | None = None) -> None:
     """Put ComfyUI's tree first on sys.path and choose its device, which it does once, when it is imported.
 
+    cpu: None for what ZIPLORA_TEST_DEVICE says, "auto" for the GPU that ComfyUI finds; the CPU where it is not set.
     The pack's root must come after the tree, or its folder `nodes` would hide ComfyUI's module of that name.
     """
     os.environ.setdefault("ZIPLORA_REMEMBER_MB", "0")  # who zips twice here wants it computed twice
@@ -45,7 +46,7 @@ def import_comfyui(cpu: bool = True) -> None:
     sys.path[:] = [tree, *(path for path in sys.path if path != tree)]
     from comfy.cli_args import args
 
-    args.cpu = cpu
+    args.cpu = os.environ.get("ZIPLORA_TEST_DEVICE", "cpu") == "cpu" if cpu is None else cpu
     import nodes
 
     if Path(nodes.__file__ or "").parent != Path(tree):

@@ -39,8 +39,6 @@ def fit(
         references = model.vae.encode(pictures.to(device)).float()
     contexts, vectors = model.conditions(prompts)
     branches = lora.attach(model.unet, settings.rank, settings.alpha, settings.targets)
-    for branch in branches.values():
-        branch.to(device)
     trained = [p for b in branches.values() for p in (b.down, b.up)]
     optimiser = torch.optim.AdamW(trained, settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(settings.steps):

@@ -42,11 +42,11 @@ def test_what_another_world_has_measured_is_not_taken_for_this_ones(script, word
     assert results.read_bytes() == before
 
 
-def test_one_picture_of_another_world_is_not_added_to() -> None:
-    bench = SimpleNamespace(concepts=read_manifest().trained())
-    asked = SimpleNamespace(results=KEPT / "unzip.jsonl", seeds=0)
+def test_one_picture_of_another_world_is_not_added_to(monkeypatch) -> None:
+    monkeypatch.setattr(one_picture, "share_out", lambda *_: True)
+    asked = SimpleNamespace(results=KEPT / "unzip.jsonl", pairs="")
     with pytest.raises(SystemExit, match="figures of another world"):
-        one_picture.run(bench, asked)
+        one_picture.run(asked)
 
 
 def test_a_file_of_this_world_is_gone_on_with() -> None:

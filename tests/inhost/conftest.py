@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DEVICE = os.environ.get("ZIPLORA_TEST_DEVICE", "cpu")  # "auto" takes the GPU that ComfyUI finds
 
 
 class Loaded(NamedTuple):
@@ -35,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.path.append(str(ROOT))  # last: in front, the pack's folder `nodes` would hide ComfyUI's module
     from devhost.inprocess import load_pack
 
-    load_pack(cpu=DEVICE == "cpu")
+    load_pack()
     import torch
 
     # The tensors are tiny: more threads only wait for each other, long under other load.
@@ -53,7 +52,7 @@ def miniature_extension() -> ModuleType:
     """The host extension that teaches ComfyUI's loader the miniature model."""
     from devhost.inprocess import load_miniature_extension
 
-    return load_miniature_extension(cpu=DEVICE == "cpu")
+    return load_miniature_extension()
 
 
 @pytest.fixture(scope="session")

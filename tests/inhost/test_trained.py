@@ -24,7 +24,7 @@ def shop(studio, tmp_path, monkeypatch):
     monkeypatch.setattr(trained, "own_folders", lambda: (tmp_path, tmp_path))
     kept = list(studio.embeddings)
     subject, style = studio.manifest.quick[0]
-    yield trained.Workshop(studio, trained.Job(subject, style, 3, (), 2, 0.01, tmp_path))
+    yield trained.Workshop(studio, trained.Job(subject, style, 3, "", 2, 0.01, tmp_path))
     studio.embeddings[:] = kept
 
 
@@ -65,6 +65,6 @@ def test_memory_of_a_system_does_not_hide_behind_an_earlier_ones(shop, monkeypat
     for name in ("keep", "of_pair", "beside_truth"):
         monkeypatch.setattr(quality_job, name, lambda *_: {})
     monkeypatch.setattr(quality_job, "line", lambda _: "")
-    job = trained.dataclasses.replace(shop.job, methods=("large", "small"))
-    found = {record["method"]: record["peak"] for record in trained.run_job(job)}
+    jobs = [trained.dataclasses.replace(shop.job, method=method) for method in ("large", "small")]
+    found = {record["method"]: record["peak"] for job in jobs for record in trained.run_job(job)}
     assert found == {"large": pytest.approx(0.4, abs=0.08), "small": pytest.approx(0.2, abs=0.08)}
