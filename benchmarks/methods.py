@@ -175,7 +175,7 @@ def late_overlap(case: Case):
 
 FAR = node(ridge=0.1, steps=25, learning_rate=0.03)  # the lowest retention losses
 
-BY_LAYER = ("TIES", "DARE", "KnOTS")  # rows of these names are `rivals.py`'s, layer by layer, of matrices alone
+BY_LAYER = ("TIES", "DARE", "KnOTS", "TSV-Merge")  # rows of these names are `rivals.py`'s, of matrices alone
 
 # In the table's order. "default" is the node as shipped.
 METHODS: dict[str, Method] = {

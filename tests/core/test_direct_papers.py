@@ -1,9 +1,10 @@
-"""TIES, DARE, KnOTS and the cut sum against their formulas, written out densely in float64, and against peft."""
+"""TIES, DARE, KnOTS, TSV-Merge and the cut sum against their formulas, densely in float64, and against peft."""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from toys import factors, toy_pair, toy_set
 
-from ziplora_core.direct import METHODS, dare, election, knots, prepared, svd, ties, whole
+from ziplora_core.direct import METHODS, dare, election, knots, prepared, svd, ties, tsv, whole
 from ziplora_core.lora_set import Factors, LoRASet, joined_rank
 from ziplora_core.merge import one_lora
 
@@ -183,6 +184,57 @@ def test_knots_of_one_lora_twice_is_that_lora():
 
 
 @pytest.mark.parametrize("loras", SETS)
+def test_tsv_merge_is_its_formula_on_dense_matrices(loras):
+    """The nearest orthonormal matrix is written otherwise here: X (XᵀX)^-½, by eigenvectors."""
+
+    def nearest(x: torch.Tensor) -> torch.Tensor:
+        sizes, vectors = torch.linalg.eigh(x.T @ x)
+        return x @ (vectors * sizes.rsqrt()) @ vectors.T
+
+    result = tsv.merge(loras)
+    for name, found in merged(result).items():
+        layer, lefts, sizes, rights = loras.layers[name], [], [], []
+        if len(layer) < 2:
+            assert result.layers[name] is layer
+            continue
+        for f in layer.values():
+            left, values, right = torch.linalg.svd(dense(f), full_matrices=False)
+            half = math.ceil(f.rank / len(layer))
+            lefts.append(left[:, :half]), sizes.append(values[:half]), rights.append(right[:half].T)
+        expected = nearest(torch.cat(lefts, 1)) @ torch.cat(sizes).diag() @ nearest(torch.cat(rights, 1)).T
+        torch.testing.assert_close(found, expected, **NEAR)
+        assert joined_rank(result.layers[name]) == sum(math.ceil(f.rank / len(layer)) for f in layer.values())
+
+
+def test_tsv_merge_leaves_alone_what_is_orthogonal():
+    left, right = (torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(s))).Q for s in (1, 2))
+    layer = {c: Factors(left[:, i : i + 2] * torch.tensor([5.0, 2.0]), right[i : i + 2]) for c, i in (("a", 0), ("b", 2))}
+    found = merged(tsv.merge(LoRASet(("a", "b"), {"only": layer})))["only"]
+    largest = sum(torch.outer(f.up[:, 0], f.down[0]) for f in layer.values())
+    torch.testing.assert_close(found, largest.double(), **NEAR)
+
+
+def test_tsv_merge_of_one_lora_twice_is_its_upper_half():
+    f = factors((7, 10), 4, 1)
+    twice = {"content": f, "style": Factors(f.up.clone(), f.down.clone(), f.scale)}
+    found = merged(tsv.merge(LoRASet(tuple(twice), {"only": twice})))["only"]
+    left, values, right = torch.linalg.svd(dense(f), full_matrices=False)
+    torch.testing.assert_close(found, (left[:, :2] * values[:2]) @ right[:2], **NEAR)
+
+
+@pytest.mark.parametrize("zeros", [("style",), ("content", "style")])
+def test_tsv_merge_of_updates_that_are_zero(zeros):
+    pair = toy_pair()
+    layer = {c: replace(f, up=torch.zeros_like(f.up)) if c in zeros else f for c, f in pair.layers["first"].items()}
+    found = tsv.merge(LoRASet(pair.concepts, {**pair.layers, "first": layer}))
+    left, values, right = torch.linalg.svd(dense(layer["content"]), full_matrices=False)
+    half = math.ceil(layer["content"].rank / 2)
+    expected = (left[:, :half] * values[:half]) @ right[:half]
+    torch.testing.assert_close(merged(found)["first"], expected, **NEAR)
+    assert not dense(found.layers["first"]["style"]).any()
+
+
+@pytest.mark.parametrize("loras", SETS)
 def test_the_cut_sum_is_a_dense_svds(loras):
     result = svd.merge(loras)
     lost = total = 0.0
@@ -227,7 +279,7 @@ def test_whole_updates_of_mixed_files_and_too_large_ones_are_float32():
         assert joined_rank(found) == 7
 
 
-@pytest.mark.parametrize("method", ["TIES", "DARE", "KnOTS", "SVD"])
+@pytest.mark.parametrize("method", ["TIES", "DARE", "KnOTS", "TSV-Merge", "SVD"])
 def test_a_merge_is_made_again_from_what_its_file_says(method):
     loras = toy_set(3)
     merge = METHODS[method]

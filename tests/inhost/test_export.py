@@ -63,7 +63,7 @@ def test_exact_export_in_the_stock_loader_is_the_zipped_pair(pack, zipped, outpu
     assert "exact: nothing is cut" in report
 
 
-@pytest.mark.parametrize("method", ["TIES", "DARE", "KnOTS", "SVD"])
+@pytest.mark.parametrize("method", ["TIES", "DARE", "KnOTS", "TSV-Merge", "SVD"])
 def test_a_papers_merge_in_the_stock_loader_is_what_is_applied(pack, zipped, method):
     """With a dial turned, which each LoRA's own part obeys, and no larger than its form needs."""
     patcher, pair = zipped
@@ -76,7 +76,7 @@ def test_a_papers_merge_in_the_stock_loader_is_what_is_applied(pack, zipped, met
     loras = pack.nodes.bridge.lora.fitting.fit(pair.sources, patcher.model).loras
     for key, layer in loras.layers.items():
         ranks = [f.rank for f in layer.values()]
-        most = {"KnOTS": sum(ranks), "SVD": max(ranks)}.get(method, next(iter(layer.values())).shape[0])
+        most = {"KnOTS": sum(ranks), "TSV-Merge": sum(-(-r // 2) for r in ranks), "SVD": max(ranks)}.get(method, next(iter(layer.values())).shape[0])
         name = "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
         assert exported.tensors[f"{name}.lora_down.weight"].shape[0] <= most, key
 
@@ -91,9 +91,8 @@ def test_a_merge_that_memory_cannot_hold_is_refused_before_it_is_made(pack, zipp
             assert f"updates are kept whole, {need / 1e6:,.0f} MB" in bridge.merge(patcher, pair.sources, "TIES").report
             continue
         for method in ("TIES", "DARE"):
-            says = (
-                f"{method} would hold .* GB of memory are free; choose sum or shared columns or KnOTS or SVD, or close"
-            )
+            others = "sum or shared columns or KnOTS or TSV-Merge or SVD"
+            says = f"{method} would hold .* GB of memory are free; choose {others}, or close"
             with pytest.raises(MemoryError, match=says):
                 bridge.merge(patcher, pair.sources, method)
         assert "the cut keeps" in bridge.merge(patcher, pair.sources, "SVD").report
@@ -218,6 +217,7 @@ def test_a_model_that_diffusers_has_no_names_for_is_refused(pack, zipped, output
         ("TIES", "TIES merge (share 0.2, scale 1) of 'content' (subject)"),
         ("DARE", "DARE merge (drop 0.5, seed 0) of 'content' (subject)"),
         ("KnOTS", "KnOTS merge (share 0.2, scale 1) of 'content' (subject)"),
+        ("TSV-Merge", "TSV-Merge of 'content' (subject)"),
         ("SVD", "Direct merge (sum cut by SVD) of 'content' (subject)"),
         ("UnZipLoRA blocks", "Merge by UnZipLoRA blocks of 'content' (subject)"),
     ],

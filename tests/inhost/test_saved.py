@@ -80,7 +80,7 @@ def test_loaded_is_applied_bit_for_bit_as_before(pack, folders, pair, renamed):
 
 
 @pytest.mark.parametrize(
-    "method", ["sum", "shared columns", "NP-LoRA", "TIES", "DARE", "KnOTS", "SVD", "UnZipLoRA blocks"]
+    "method", ["sum", "shared columns", "NP-LoRA", "TIES", "DARE", "KnOTS", "TSV-Merge", "SVD", "UnZipLoRA blocks"]
 )
 def test_direct_merges_are_saved_too(pack, folders, pair, method):
     patcher, zipped = pair

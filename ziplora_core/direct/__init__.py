@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..lora_set import LoRASet
-from . import blocks, dare, knots, np_lora, plain_sum, shared_columns, svd, ties
+from . import blocks, dare, knots, np_lora, plain_sum, shared_columns, svd, ties, tsv
 from .method import Method
 
 METHODS: dict[str, Method] = {
@@ -18,6 +18,7 @@ METHODS: dict[str, Method] = {
         ties.METHOD,
         dare.METHOD,
         knots.METHOD,
+        tsv.METHOD,
         svd.METHOD,
         blocks.B_LORA,
         blocks.UNZIPLORA,
