@@ -208,7 +208,8 @@ def test_tsv_merge_is_its_formula_on_dense_matrices(loras):
 
 def test_tsv_merge_leaves_alone_what_is_orthogonal():
     left, right = (torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(s))).Q for s in (1, 2))
-    layer = {c: Factors(left[:, i : i + 2] * torch.tensor([5.0, 2.0]), right[i : i + 2]) for c, i in (("a", 0), ("b", 2))}
+    sizes = torch.tensor([5.0, 2.0])
+    layer = {c: Factors(left[:, i : i + 2] * sizes, right[i : i + 2]) for c, i in (("a", 0), ("b", 2))}
     found = merged(tsv.merge(LoRASet(("a", "b"), {"only": layer})))["only"]
     largest = sum(torch.outer(f.up[:, 0], f.down[0]) for f in layer.values())
     torch.testing.assert_close(found, largest.double(), **NEAR)

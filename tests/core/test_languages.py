@@ -29,7 +29,8 @@ EXAMPLE = re.compile(r"(?<![\w])'([^']+)'(?!\w)")  # in tooltips: what a prompt 
 QUOTED = re.compile(r"['‘“「\"][^'’”」\"]*['’”」\"]")
 ENGLISH_WORDS = re.compile(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z][A-Za-z'-]*){3,}")  # four in a row
 KIND = re.compile(r"(#+ |\s*- |\d+\. |!\[)?")  # of a line of a help page
-SAME_EVERYWHERE = {"fp16", "bf16", "fp32", "kohya", "diffusers", "NP-LoRA", "TIES", "DARE", "KnOTS", "TSV-Merge", "SVD"}  # names
+NAMES = {"NP-LoRA", "TIES", "DARE", "KnOTS", "TSV-Merge", "SVD"}
+SAME_EVERYWHERE = {"fp16", "bf16", "fp32", "kohya", "diffusers", *NAMES}
 
 
 def texts_of(entry: Mapping[str, Any]) -> dict[str, str]:
