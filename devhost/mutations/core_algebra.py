@@ -198,7 +198,7 @@ MUTANTS = [
         ("all of each is kept", "-(-rank // share)", "rank"),
         ("half is rounded down", "-(-rank // share)", "max(1, rank // share)"),
         ("not turned apart", "left[:, :count] @ right[:count]", "vectors"),
-        ("directions that none has", "values.max() * SMALLEST).sum())\n    return left", "-1).sum())\n    return left"),
+        ("directions that none has", "values.max() * SMALLEST).sum())\n    found", "-1).sum())\n    found"),
         ("one LoRA alone is cut", "if len(layer) > 1 else layer", "if layer else layer"),
     ),
     *faults(

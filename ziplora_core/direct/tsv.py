@@ -34,7 +34,8 @@ def nearest(vectors: Tensor) -> Tensor:
     """
     left, values, right = torch.linalg.svd(vectors, full_matrices=False)
     count = int((values > values.max() * SMALLEST).sum())
-    return left[:, :count] @ right[:count]
+    found: Tensor = left[:, :count] @ right[:count]
+    return found
 
 
 def merged(layer: Layer) -> Layer:
@@ -47,7 +48,8 @@ def merged(layer: Layer) -> Layer:
     if not any(len(values) for _, values, _ in found):
         return layer
     counts = [len(values) for _, values, _ in found]
-    lefts, rights = (nearest(torch.cat([part[side] for part in found], dim=1)).split(counts, dim=1) for side in (0, 2))
+    joined = (nearest(torch.cat([part[side] for part in found], dim=1)) for side in (0, 2))
+    lefts, rights = (torch.split(vectors, counts, dim=1) for vectors in joined)
     result = {}
     for (concept, f), (_, values, _), left, right in zip(layer.items(), found, lefts, rights, strict=True):
         if not len(values):
