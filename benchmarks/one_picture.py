@@ -24,7 +24,7 @@ from demo.manifest import Asked, read_manifest
 from demo.miniature import generate
 from demo.truth import rights, shares
 
-RESULTS = Path(__file__).resolve().parent / "results" / "unzip.jsonl"
+RESULTS = Path(__file__).resolve().parent / "results" / "unzip_drawn.jsonl"
 ONE_STEPS, ONE_RATE = 225, 1e-3
 TREE = "Inspiration Tree"  # one split; which word is the subject's is chosen by the judge, which no user has
 SPLIT_STEPS, SPLIT_RATE = 200, 1e-2  # ten times the paper's rate, for words of 48 and 80 numbers

@@ -141,7 +141,7 @@ class TrainCustomDiffusion(io.ComfyNode):
         task = read_task(images, second_images, class_images, **given)
         task.metadata = provenance.workflow(cls.hidden)
         done = custom_diffusion.train(given["model"], given["clip"], given["vae"], task)
-        files = (provenance.written(done.file),)
+        files = (provenance.written(done.file),) if done.file else ()
         return io.NodeOutput(
             done.lora_model, "\n".join(done.embeddings), done.loss_map, done.report, done.file, ui={"files": files}
         )

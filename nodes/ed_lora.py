@@ -92,7 +92,7 @@ class TrainEDLoRA(io.ComfyNode):
         task = read_task(images, **given)
         task.metadata = provenance.workflow(cls.hidden)
         done = ed_lora.train(given["model"], given["clip"], given["vae"], task)
-        files = (provenance.written(done.file),)
+        files = (provenance.written(done.file),) if done.file else ()
         return io.NodeOutput(
             done.lora_model, done.embedding, done.loss_map, done.report, done.file, ui={"files": files}
         )

@@ -110,6 +110,10 @@ class Denoiser(Protocol):
     def kind(self, prompt: int) -> Hashable: ...
 
 
+class GradientNotFinite(FloatingPointError):
+    """At the loss scale as it is: a smaller one may help."""
+
+
 class Trainable(Protocol):
     """What `train` trains."""
 
@@ -129,7 +133,8 @@ class Trainable(Protocol):
         """The layer whose update is largest (‖up‖·‖down‖, not finite before all others); None where all are zero."""
 
     def before(self, step: int, probe: Callable[[], None]) -> None:
-        """Called before a step (from 0). probe: adds the gradient of one batch's loss, without the penalty."""
+        """Called before a step (from 0), again where it raises GradientNotFinite. probe: adds the gradient of one
+        batch's loss, without the penalty."""
 
 
 class Plain:
@@ -238,16 +243,20 @@ def train(
                     )
                 return losses
 
-            trained.before(step, lambda: gradient(penalized=False) and None)
-            adam.zero_grad()
-            loss, penalty = gradient(penalized=True)
-            if not _descend(adam, parameters, scale):
+            try:
+                trained.before(step, lambda: gradient(penalized=False) and None)
+                adam.zero_grad()
+                loss, penalty = gradient(penalized=True)
+                if not _descend(adam, parameters, scale):
+                    raise GradientNotFinite(
+                        f"step {step + 1}: the gradient is not finite although the loss ({loss:g}) is"
+                    )
+            except GradientNotFinite as error:
                 skipped, scale = skipped + 1, scale / 4
                 if skipped > MAX_SKIPPED:
                     raise FloatingPointError(
-                        f"step {step + 1}: the gradient is not finite although the loss ({loss:g}) is, after "
-                        f"{skipped} tries at smaller loss scales; load the model in bf16 or fp32"
-                    )
+                        f"{error}, after {skipped} tries at smaller loss scales; load the model in bf16 or fp32"
+                    ) from None
                 continue
             skipped, step = 0, step + 1
             history.append(Step(step, settings.steps, loss, penalty))

@@ -209,18 +209,21 @@ class UnZip:
 
     @torch.no_grad()
     def _give_out(self, period: int) -> None:
-        """So many that each LoRA has its share for this period, the first being 1."""
+        """So many that each LoRA has its share for this period, the first being 1. Raises GradientNotFinite, before
+        any is given."""
+        found: dict[tuple[str, str], Tensor] = {}
         for name in self.common_layers:
             weight = self._weight(name)
             for concept in CONCEPTS:
-                taken = self.masks["content"][name] | self.masks["style"][name]
-                scores = self.score(concept, name, weight)
-                if not all_finite(scores):
-                    raise FloatingPointError(
-                        f"layer {name}: the gradient by which its columns are given out is not finite; load the model "
-                        "in bf16 or fp32"
+                found[concept, name] = self.score(concept, name, weight)
+                if not all_finite(found[concept, name]):
+                    raise training.GradientNotFinite(
+                        f"layer {name}: the gradient by which its columns are given out is not finite"
                     )
-                scores = scores.masked_fill(taken, -1.0)
+        for name in self.common_layers:
+            for concept in CONCEPTS:
+                taken = self.masks["content"][name] | self.masks["style"][name]
+                scores = found[concept, name].masked_fill(taken, -1.0)
                 mask = self.masks[concept][name]
                 count = period * round(self._settings.share * len(scores)) - int(mask.sum())
                 mask[scores.topk(max(0, min(count, int((~taken).sum())))).indices] = True

@@ -28,6 +28,7 @@ MUTANTS = [
         ("other settings are a LoRA", "if others or merged", "if merged"),
         ("a model's options are a LoRA", "_options(adapted.model_options))", "_options(model.model_options))"),
         ("wrappers are a LoRA", "return plain | {(kind, name)", "return plain or {(kind, name)"),
+        ("coded weights are hooked", "if any(is_coded(", "if False and any(is_coded("),
         ("all three are always run", "if one_scale:\n                conds", "if False:\n                conds"),
     ),
     *faults(

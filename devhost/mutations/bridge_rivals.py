@@ -43,6 +43,7 @@ MUTANTS = [
             "if False and any(loras.one_lora(one, other)",
         ),
         ("text of the prompt switches too", "not name.startswith(_BEFORE)", "name"),
+        ("padded with zeros alone", 'if mode == "zeros":', "if True:"),
     ),
     *faults(
         "nodes/bridge/network/text_gradient.py",
@@ -119,6 +120,7 @@ MUTANTS = [
     *faults(
         "nodes/bridge/text_fusion.py",
         ("tests/inhost/test_text_fusion.py",),
+        ("a clip that has them counts twice", "captured.refuse_twice_on_clip(clip, sources)", "pass"),
         ("what fills up a prompt counts", "of[:end].float()", "of.float()"),
         ("what weighs words counts", "zip(several, own, strict=False)", "zip(several, own * 2, strict=False)"),
         (
@@ -147,7 +149,7 @@ MUTANTS = [
         ),
         ("the rate is of a step", "settings.batch_size, device)", "1.0, device)"),
         ("a number that does not fit is written", "if not bool(torch.isfinite(rounded).all()):", "if False:"),
-        ("the words are not written", "file.put(word.learned(), steps, {", "(word.learned(), steps, {"),
+        ("the words are not written", "partial(file.put, word.learned()", "partial(print, word.learned()"),
         (
             "the trigger names no embedding",
             "in_prompts(first.prompts[0], first.word, embeddings[0].name)",
@@ -157,6 +159,8 @@ MUTANTS = [
     *faults(
         "nodes/bridge/custom_diffusion.py",
         WHOLE,
+        ("shared beginnings are targets", "rows if same is None else rows[~same.any(1)]", "rows"),
+        ("text encoders go unsaid", "if text_encoders.parts(source):", "if not source:"),
         ("targets are whole captions", "_features(clip, text, True) for", "_features(clip, text, False) for"),
         (
             "ordinary captions are their words",

@@ -72,6 +72,12 @@ MUTANTS = [
         ("another trainer's steps count", 'if "ziplora_settings" in metadata else 0', ""),
     ),
     *faults(
+        "nodes/bridge/training/lora_file.py",
+        ("tests/inhost/test_custom_diffusion.py", "tests/inhost/test_ed_lora.py"),
+        ("one that fails takes the others along", "            failure = error\n", "            raise\n"),
+        ("a word that is behind is unsaid", "steps >= steps:\n            return []", "steps:\n            return []"),
+    ),
+    *faults(
         "nodes/bridge/training/run.py",
         TRAINING,
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ...ziplora_core import custom_diffusion
 from ...ziplora_core.checks import lines
 from ...ziplora_core.files import all_finite, shown
 from ...ziplora_core.lora_set import Factors
-from .lora import fitting, loras
+from .lora import fitting, loras, text_encoders
 from .network import checks
 from .network.text import check_embeddings
 from .progress.bar import Steps
@@ -29,6 +31,20 @@ def _features(clip, text: str, own: bool) -> Tensor:
     batches = next(iter(tokens.values()))
     words = torch.tensor([bool(word) for batch in batches for _, _, word in batch])[: len(context)]
     return context[: len(words)][words]
+
+
+_ALIKE = 1e-4  # of a word's features: as far as two encodings of one text may differ
+
+
+def _own_words(targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The features that no other concept's words have. Words with which two texts begin alike are read alike: what
+    each concept's LoRA answers to them cannot be kept for both."""
+    found = {}
+    for concept, rows in targets.items():
+        others = [other for name, other in targets.items() if name != concept]
+        same = torch.cdist(rows, torch.cat(others)) <= _ALIKE * rows.norm(dim=1)[:, None] if others else None
+        found[concept] = rows if same is None else rows[~same.any(1)]
+    return found
 
 
 @torch.no_grad()
@@ -58,6 +74,15 @@ def merge(model, clip, sources: loras.LoRASources, prompts: str, captions: str) 
     for text, rows in zip(own, targets.values(), strict=True):
         if not len(rows):
             raise ValueError(f"the prompt '{shown(text)}' has no words; write what stands for the concept")
+    said_alike = sum(map(len, targets.values()))
+    targets = _own_words(targets)
+    said_alike -= sum(map(len, targets.values()))
+    for concept, rows in targets.items():
+        if not len(rows):
+            raise ValueError(
+                f"the line of '{sources[concept].title}' in prompts is the beginning of another's, or the same; write "
+                "what stands for this concept alone, early in its line"
+            )
     others = torch.cat([_features(clip, text, False) for text in ordinary])
     width = next(iter(readers.values()))[1]
     if others.shape[1] != width:
@@ -77,11 +102,15 @@ def merge(model, clip, sources: loras.LoRASources, prompts: str, captions: str) 
     said = [
         f"{len(layers)} layers (cross-attention keys and values), rank {down.shape[0]}: "
         + ", ".join(f"'{text}' {len(rows)}" for text, rows in zip(own, targets.values(), strict=True))
-        + " words, kept",
+        + " words, kept"
+        + (f"; {said_alike} with which lines begin alike stay as ordinary ones" if said_alike else ""),
         f"{len(ordinary)} ordinary captions move by {(drift / summed) ** 0.5 if summed else 0.0:.2f} of what they move "
         "by where the LoRAs are stacked",
     ]
     left = len(fitted.loras.layers) - len(layers)
     if left:
         said.append(f"{left} other layers that the LoRAs change are left out: they do not read the prompt alone")
+    for source in sources.by_concept.values():
+        if text_encoders.parts(source):
+            said.append(f"the text-encoder part of '{source.title}' is left out: put it on the clip with Load LoRA")
     return lora_tensors(model, merged), "  \n".join([*said, *fitted.notes])

@@ -9,8 +9,10 @@ from typing import Any
 
 import comfy.hooks
 import comfy.samplers
+import comfy.utils
 
 from .network import checks
+from .network.weights import is_coded
 
 _MODEL_STRENGTH = 2  # of a patch, its place: what the weight itself is multiplied with
 Patches = Mapping[str, list[tuple]]  # key -> (strength, update, strength of the weight, offset, function) each
@@ -19,7 +21,8 @@ Patches = Mapping[str, list[tuple]]  # key -> (strength, update, strength of the
 def added(model, adapted) -> dict[str, list[tuple]]:
     """The patches that an adapted ModelPatcher has beyond those of another that it is a copy of.
 
-    Raises ValueError where it is none, or differs from it in more than patches on weights, or in none.
+    Raises ValueError where it is none, or differs from it in more than patches on weights, or in none, and where these
+    weights are coded: the host's hooks change numbers as they lie in memory.
     """
     if getattr(adapted, "model", None) is not model.model:
         raise ValueError(
@@ -37,6 +40,12 @@ def added(model, adapted) -> dict[str, list[tuple]]:
     others = (_beside(model), _options(model.model_options)) != (_beside(adapted), _options(adapted.model_options))
     if others or merged or model.patches.keys() - adapted.patches.keys():
         raise _more_than_patches()
+    if any(is_coded(comfy.utils.get_attr(model.model, key)) for key in found):
+        raise ValueError(
+            "this model's weights are quantized (GGUF, or ComfyUI's own fp8 and fp4 files): nothing but LoRA loaders "
+            "can change them, not the guider, which draws with and without the LoRA at once; load the checkpoint in "
+            "fp16, bf16 or plain fp8"
+        )
     if not found:
         raise ValueError("adapted_model has the weights of model: put the LoRA on it that was trained on the style")
     return found

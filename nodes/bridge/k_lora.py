@@ -109,10 +109,15 @@ def _with(module: torch.nn.Module, update: Update) -> Callable[..., Tensor]:
     """The module's forward, whosever it is, and the update beside it; its output may be another's, and stays."""
     forward = module.forward
     convolution = convolution_options(module) if is_convolution(module) else {}
+    mode: str = getattr(module, "padding_mode", "zeros")  # another is padded before, as for seamless pictures
+    sides: Any = getattr(module, "_reversed_padding_repeated_twice", ())
 
     def run(x: Tensor, *args, **kwargs) -> Tensor:
         y: Tensor = forward(x, *args, **kwargs)
-        return y + update(x, convolution).to(y)
+        if mode == "zeros":
+            return y + update(x, convolution).to(y)
+        padded = F.pad(x, sides, mode=mode)
+        return y + update(padded, {**convolution, "padding": 0}).to(y)
 
     return run
 

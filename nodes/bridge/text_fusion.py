@@ -22,7 +22,7 @@ from ...ziplora_core.checks import lines
 from ...ziplora_core.files import all_finite, shown
 from ...ziplora_core.lora_set import Factors
 from .apply import with_text_encoder
-from .lora import fitting, matrices, text_encoders
+from .lora import captured, fitting, matrices, text_encoders
 from .lora.adapters import is_plain
 from .lora.loras import LoRASource, LoRASources
 from .network.text import check_embeddings
@@ -147,8 +147,10 @@ def fuse(clip, sources: LoRASources, prompts: Mapping[str, Sequence[str]]) -> Fu
 
     clip: the base model's, unchanged. prompts: of each concept, with what stands for it in them. Layers that a LoRA
     changes by anything but two matrices, or that no prompt reaches, stay as they are. Raises ValueError where no LoRA
-    has a text encoders' half, or numbers are not finite; interrupts pass through.
+    has a text encoders' half, where loaders have put all of them on the clip already, or numbers are not finite;
+    interrupts pass through.
     """
+    captured.refuse_twice_on_clip(clip, sources)
     model, every = clip.cond_stage_model, sources.by_concept
     plain, others = {}, set()
     for concept, source in every.items():

@@ -240,6 +240,27 @@ def test_training_gives_out_columns_and_lowers_the_loss():
     assert sum(s.loss for s in history[-20:]) < 0.8 * sum(s.loss for s in history[:20])
 
 
+def test_columns_are_given_out_at_a_smaller_loss_scale_where_the_gradient_overflows():
+    """As of a model in fp16: what comes back is infinite above its range."""
+
+    class Half(Toy):
+        loss_scale = 1024.0
+
+        def __call__(self, rows, branch):
+            y, wanted = super().__call__(rows, branch)
+            y.register_hook(lambda gradient: (gradient * 1e4).half().float() / 1e4)
+            return y, wanted
+
+    settings = {"steps": 6, "batch_size": 8, "rank": 8}
+    both = made(unzip.Separations(), **settings)
+    picture = training.Pictures([[training.Example(torch.zeros(1, 4, 3, 2), 0)]])
+    history = training.train(both, Half(), picture, unzip.Settings(**settings))
+    assert len(history) == 6 and [int(m["a"].sum()) for m in both.masks.values()] == [6, 6]
+    with pytest.raises(FloatingPointError, match="columns are given out is not finite, after .* tries at smaller"):
+        Half.loss_scale = 1e30
+        training.train(made(unzip.Separations(), **settings), Half(), picture, unzip.Settings(**settings))
+
+
 def test_the_overlap_falls_where_columns_are_shared():
     both = made(unzip.Separations(columns=False), steps=60, learning_rate=1e-2, batch_size=8, rank=8)
     picture = training.Pictures([[training.Example(torch.zeros(1, 4, 3, 2), 0)]])

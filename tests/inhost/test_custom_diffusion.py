@@ -323,3 +323,73 @@ def test_a_merge_of_other_layers_is_refused(pack, miniature, monkeypatch):
     monkeypatch.setattr(pack.nodes.bridge.custom_diffusion, "prompt_readers", lambda model: {"other": (1, 2)})
     with pytest.raises(ValueError, match="change no keys or values of cross-attention"):
         merge(pack, miniature, "blue apple\nhouse")
+
+
+def test_words_with_which_lines_begin_alike_belong_to_neither(pack, miniature):
+    """They are read alike, so what both LoRAs answer to them cannot be kept; the others' answers are."""
+    import comfy.lora
+    import comfy.sd
+
+    prompts = ["a star in flat style", "a star in neon style"]
+    (tensors, report), updates = merge(pack, miniature, "\n".join(prompts))
+    assert "rank 4" in report and "'a star in flat style' 2, 'a star in neon style' 2 words, kept" in report
+    assert "; 6 with which lines begin alike stay as ordinary ones" in report
+    with torch.inference_mode():
+        patched, _ = comfy.sd.load_lora_for_models(miniature.model, None, tensors, 1.0, 0.0)
+        for text, own, strength in zip(prompts, updates, (1.0, 0.5), strict=True):
+            words = encoded(miniature.clip, text)[0][0][0][1:6].float()[3:]
+            for key, update in own.items():
+                weight = miniature.model.model.get_parameter(key).float()
+                merged = comfy.lora.calculate_weight(patched.patches[key], weight.clone(), key) - weight
+                expected = words @ (strength * update).T
+                torch.testing.assert_close(
+                    words @ merged.T, expected, rtol=2e-2, atol=5e-3 * float(expected.abs().max())
+                )
+
+
+@pytest.mark.parametrize("prompts", ["blue apple\nblue apple", "blue apple\nblue"])
+def test_a_line_without_words_of_its_own_is_refused(pack, miniature, prompts):
+    with pytest.raises(ValueError, match="in prompts is the beginning of another's, or the same"):
+        merge(pack, miniature, prompts)
+
+
+def test_a_merge_says_that_text_encoders_are_left_out(pack, miniature):
+    from test_text_fusion import sources_of
+
+    sources = sources_of(pack, miniature)
+    with torch.inference_mode():
+        made, report = pack.nodes.bridge.custom_diffusion.merge(
+            miniature.model, miniature.clip, sources, "blue apple\nhouse", "a blue key"
+        )
+    assert not any("lora_te" in key for key in made)
+    for name in ("content", "style"):
+        assert f"the text-encoder part of '{name}' is left out: put it on the clip with Load LoRA" in report
+
+
+def full(pack, monkeypatch, refuses):
+    """A disk that takes no file of which `refuses(path, steps)`."""
+    lora_file = pack.nodes.bridge.training.lora_file
+    real = lora_file.write_tensors
+
+    def write(path, tensors, about):
+        if refuses(str(path), int(about["ss_steps"])):
+            raise OSError("no space left")
+        return real(path, tensors, about)
+
+    monkeypatch.setattr(lora_file, "write_tensors", write)
+
+
+def test_a_full_disk_loses_no_patch_where_its_word_is_written(pack, miniature, clip, folder, output, monkeypatch):
+    full(pack, monkeypatch, lambda path, steps: "embeddings" not in path)
+    done = train(pack, miniature, task(pack))
+    assert done.file == "" and "could not be written: no space left; save what was learned" in done.report
+    monkeypatch.undo()
+    expected = train(pack, miniature, task(pack)).lora_model
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in done.lora_model.items()) and done.lora_model
+
+
+def test_a_word_that_is_behind_its_patch_is_said(pack, miniature, clip, folder, output, monkeypatch):
+    full(pack, monkeypatch, lambda path, steps: "embeddings" in path and steps == 3)
+    done = train(pack, miniature, task(pack, save_every=1))
+    assert "custom_00001_.safetensors could not be written: no space left; it has 2 of 3 steps" in done.report
+    assert "written: " in done.report

@@ -315,3 +315,18 @@ def test_the_node_trains_with_what_it_is_given(pack, miniature, clip, folder, ou
     assert (settings.learning_rate, settings.text_encoder_rate, settings.word_rate) == (1e-3, 2e-3, 3e-3)
     assert asked.prompts == ["a * apple", "in a * style"] and (asked.class_word, asked.rare_word) == ("house", "ring")
     assert (settings.steps, settings.seed, asked.sample_every, asked.save_every) == (2, 5, 0, 1)
+
+
+@pytest.mark.parametrize("of", ["the word", "the LoRA"])
+def test_on_a_full_disk_the_lora_that_is_returned_is_the_one_that_was_learned(
+    pack, miniature, clip, folder, output, monkeypatch, of
+):
+    from test_custom_diffusion import full
+
+    full(pack, monkeypatch, lambda path, steps: steps == 4 and ("embeddings" in path) == (of == "the word"))
+    done = train(pack, miniature, task(pack, steps=4, save_every=1, sample_every=0))
+    assert "could not be written: no space left" in done.report
+    monkeypatch.undo()
+    expected = train(pack, miniature, task(pack, steps=4, sample_every=0)).lora_model
+    assert done.lora_model.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in done.lora_model.items())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+import gguf_like
 import pytest
 import tiny
 import torch
 from test_apply import largest_difference, stock, weights, zip_pair
+from test_hosts import coded_forms, coded_model
 
 SIGMAS = (9.0, 1.5, 0.2)
 
@@ -250,3 +252,21 @@ def test_what_is_no_conditioning_is_refused(pack, patcher, lora, name):
     prompts = {"positive": [], "negative": [], "adapted_positive": None, name: "../x"}
     with pytest.raises(ValueError, match=f"^{name} is no conditioning"):
         pack.nodes.TwoScaleGuider.execute(patcher, stock(patcher, lora), text_scale=1.0, style_scale=1.0, **prompts)
+
+
+@pytest.mark.parametrize("form", [*coded_forms(), "GGUF"])
+def test_a_model_of_coded_weights_draws_as_with_the_stock_loader_or_is_refused(pack, lora, form):
+    """The host's hooks add a LoRA to the numbers as they lie in memory, and of a misfit it only writes to its log."""
+    with torch.inference_mode():
+        base = gguf_like.patcher_like(tiny.tiny_patcher()) if form == "GGUF" else coded_model(form)[0]
+    adapted = stock(base, lora, 0.8)
+    if form != "scaled fp8":
+        with pytest.raises(ValueError, match="weights are quantized.*load the checkpoint in fp16"):
+            ours(pack, base, adapted, 1.0, 1.0)
+        return
+    prompts = tiny.prompts()["content"]
+    bare, expected = predictions(host(base, prompts)), predictions(host(adapted, prompts))
+    found = predictions(ours(pack, base, adapted, 1.0, 1.0))
+    for one, wanted, without in zip(found, expected, bare, strict=True):
+        assert (wanted - without).norm() > 0.01 * without.norm()
+        torch.testing.assert_close(one, wanted)

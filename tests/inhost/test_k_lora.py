@@ -270,6 +270,17 @@ def test_settings_are_the_papers_two_numbers(pack, patcher, files):
         k_lora(pack, patcher, files, alpha=-1.0)
 
 
+def test_convolutions_that_another_pack_makes_seamless(pack, patcher, files):
+    """By padding with the picture's other side."""
+    convolutions = [m for m in patcher.model.diffusion_model.modules() if isinstance(m, torch.nn.Conv2d)]
+    before = looks(patcher, sampler_sigmas(patcher)[:1])
+    for module in convolutions:
+        module.padding_mode = "circular"
+    at = sampler_sigmas(patcher)[:1]
+    assert_near(looks(k_lora(pack, patcher, files)[0], at), looks(files.stock(patcher, 0.0), at))
+    assert not torch.equal(*(next(iter(found.values())) for found in (before, looks(patcher, at))))
+
+
 def test_other_loras_and_a_second_one_live_beside_it(pack, patcher, files):
     import comfy.sd
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -192,3 +194,12 @@ def test_the_node_fuses_what_its_lines_say(pack, miniature):
 def test_lines_are_refused(pack, miniature, text, says):
     with pytest.raises(ValueError, match=says):
         pack.nodes.FuseTextEncoders.execute(miniature.clip, sources_of(pack, miniature), text)
+
+
+def test_a_clip_that_has_the_loras_already_is_refused(pack, miniature):
+    """As behind LoRA loaders: their text-encoder parts would count twice. One of the two may be meant."""
+    sources = sources_of(pack, miniature)
+    both = SimpleNamespace(clip=loaded(miniature.clip, *sources.by_concept.values()))
+    with pytest.raises(ValueError, match="has 'content' and 'style' on it already, by LoRA loaders"):
+        fuse(pack, both, sources)
+    fuse(pack, SimpleNamespace(clip=loaded(miniature.clip, sources["style"])), sources)

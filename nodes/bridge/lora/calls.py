@@ -59,12 +59,12 @@ def calls_on(patches: Mapping[str, list[tuple]]) -> list[Call]:
 
 
 class Loader:
-    """The host's LoRA loader on one model and text encoder. model: the host's BaseModel; clip: None for the model
-    alone."""
+    """The host's LoRA loader on one model and text encoder. model: the host's BaseModel, or None for the text encoder
+    alone; clip: None for the model alone."""
 
     def __init__(self, model, clip=None) -> None:
-        self.names = comfy.lora.model_lora_keys_unet(bare(model), {})
-        self.keys = [set(model.state_dict()), set[str]()]
+        self.names: dict[str, Any] = {} if model is None else comfy.lora.model_lora_keys_unet(bare(model), {})
+        self.keys = [set[str]() if model is None else set(model.state_dict()), set[str]()]
         if clip is not None:
             self.names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, self.names)
             self.keys[1] = set(clip.cond_stage_model.state_dict())

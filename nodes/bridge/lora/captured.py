@@ -287,10 +287,18 @@ class _FirstMatrix:
 def refuse_twice(model, clip, sources: loras.LoRASources) -> None:
     """Raises ValueError where loaders have put all LoRAs of a zip on a model or its text encoder already: each would
     count twice. One of several may be meant: a little more of a subject. model: ModelPatcher; clip may be None."""
-    calls = calls_on(model.patches), [] if clip is None else calls_on(clip.patcher.patches)
+    on_clip = [] if clip is None else calls_on(clip.patcher.patches)
+    _refuse_twice((calls_on(model.patches), on_clip), Loader(model.model, clip), sources)
+
+
+def refuse_twice_on_clip(clip, sources: loras.LoRASources) -> None:
+    """The same where a node is given the text encoders alone."""
+    _refuse_twice(([], calls_on(clip.patcher.patches)), Loader(None, clip), sources)
+
+
+def _refuse_twice(calls: tuple[list[Call], list[Call]], loader: Loader, sources: loras.LoRASources) -> None:
     if not any(calls):
         return
-    loader = Loader(model.model, clip)
     for source in sources.by_concept.values():
         names = convert_lora(dict(source.tensors)).keys()
         put = [[call for call in of if call.names <= names] for of in calls]

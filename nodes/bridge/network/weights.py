@@ -20,6 +20,7 @@ def compute_dtype(model) -> torch.dtype:
     return model.manual_cast_dtype or model.get_dtype()
 
 
+_PLAIN = (None, 0, 1)  # no tensor of ComfyUI-GGUF's; ggml's numbers of float32 and float16
 _QUANTIZED = getattr(comfy.ops, "QuantizedTensor", ())  # absent from older hosts
 
 
@@ -53,6 +54,11 @@ def _whole(module: torch.nn.Module, weight: Tensor) -> Tensor:
 def is_quantized(weight: Tensor) -> bool:
     """Whether it is the host's own kind of tensor, which stands for other numbers than it holds."""
     return isinstance(weight, _QUANTIZED)
+
+
+def is_coded(weight: Tensor) -> bool:
+    """Whether a tensor stands for other numbers than it holds: the host's own kind, or ComfyUI-GGUF's."""
+    return is_quantized(weight) or getattr(weight, "tensor_type", None) not in _PLAIN
 
 
 def dequantized(weight: Tensor, module: Any = None) -> Tensor:

@@ -25,7 +25,7 @@ from .concept import CLASS_COUNT, class_latents
 from .denoiser import Denoiser, WordDenoiser, picture
 from .embedding import check_name, check_word, in_prompts, name_in_prompts
 from .layers import prompt_readers
-from .lora_file import File
+from .lora_file import File, put_each
 from .pictures import Prepared, check_letters, check_pictures, check_prompt, encode, frames
 from .run import Run, check_pace, loss_line
 
@@ -133,7 +133,8 @@ def train(model, clip, vae, task: Task) -> Trained:
 
     model: ModelPatcher, and clip: both unchanged. Every check comes before anything is loaded. What is trained so far
     is in the files whenever the run ends, also by an interrupt or an error. Raises ValueError or FloatingPointError,
-    OSError where the disk takes no file, and the host's own exception where memory runs out twice.
+    OSError where the disk takes no file of a word, and the host's own exception where memory runs out twice; a patch
+    that the disk takes not is returned all the same.
     """
     check(task)
     checks.check_model(model)
@@ -155,11 +156,17 @@ def train(model, clip, vae, task: Task) -> Trained:
             said[str(number)] = partial(encoder.encode, tokens, own[index].rows)
 
         def write(steps: int) -> str:
-            for file, word, concept in zip(embeddings, own, task.concepts, strict=True):
-                file.put(word.learned(), steps, {"ziplora_prompt": concept.prompts[0]})
-            first = task.concepts[0]
-            said_so = in_prompts(first.prompts[0], first.word, embeddings[0].name)
-            patch.put(patch_tensors(model, trained.learned()), steps, {"ziplora_prompt": said_so})
+            first, tensors = task.concepts[0], patch_tensors(model, trained.learned())
+
+            def put_patch() -> None:
+                said_so = in_prompts(first.prompts[0], first.word, embeddings[0].name)
+                patch.put(tensors, steps, {"ziplora_prompt": said_so})
+
+            put_words = [
+                partial(file.put, word.learned(), steps, {"ziplora_prompt": concept.prompts[0]})
+                for file, word, concept in zip(embeddings, own, task.concepts, strict=True)
+            ]
+            put_each([*put_words, put_patch])  # words first, which may get other names
             return patch.said()
 
         def sample() -> Image.Image | None:
@@ -172,12 +179,12 @@ def train(model, clip, vae, task: Task) -> Trained:
     planned, _ = loading.with_denoiser(
         model, data, shapes, settings, work, make=make, beside=[encoder.patcher], is_whole=True
     )
-    if not patch.steps:
-        raise OSError(f"{patch.name} could not be written: {training_run.unwritten}; make room for it")
+    word_lines = [line for file in embeddings for line in file.beside(settings.steps, training_run.unwritten)]
     names = [name_in_prompts(file.name) for file in embeddings]
     history = training_run.history
     report = [
         patch.line(settings.steps, training_run.unwritten),
+        *word_lines,
         f"in prompts: {', '.join(names)}",
         f"{len(shapes)} layers (cross-attention keys and values), "
         f"{sum(out * columns for out, columns in shapes.values()):,} numbers",
@@ -188,4 +195,4 @@ def train(model, clip, vae, task: Task) -> Trained:
         f"time: {time.monotonic() - began:.1f} s",
         planned.line(),
     ]
-    return Trained(patch.tensors, names, training_run.loss_map(), "  \n".join(report), patch.name)
+    return Trained(patch.tensors, names, training_run.loss_map(), "  \n".join(report), patch.written)

@@ -25,7 +25,7 @@ from . import loading
 from .denoiser import Denoiser, WordDenoiser, picture
 from .embedding import check_name, check_word, in_prompts, name_in_prompts, prepare
 from .layers import text_layers, trained_layers
-from .lora_file import File, about_network, lora_tensors, named_tensors
+from .lora_file import File, about_network, lora_tensors, named_tensors, put_each
 from .pictures import check_letters, check_pictures, check_prompt
 from .run import Run, check_pace, loss_line
 
@@ -96,9 +96,13 @@ class _Files:
         """Raises OSError, and ValueError where numbers do not fit."""
         task, text = self._task, trained.text.factors()
         tensors = {**lora_tensors(self._model, trained.unet.factors()), **named_tensors(text, self._names)}
-        self.embedding.put(trained.word.learned(), steps, {"ziplora_prompt": task.prompts[0]})
-        said = {"ziplora_prompt": in_prompts(task.prompts[0], task.word, self.embedding.name)}
-        self.lora.put(tensors, steps, {**about_network(task.settings.rank), **said})
+
+        def put_lora() -> None:
+            said = {"ziplora_prompt": in_prompts(task.prompts[0], task.word, self.embedding.name)}
+            self.lora.put(tensors, steps, {**about_network(task.settings.rank), **said})
+
+        word = partial(self.embedding.put, trained.word.learned(), steps, {"ziplora_prompt": task.prompts[0]})
+        put_each([word, put_lora])  # the word first, which may get another name
         return self.lora.said()
 
 
@@ -108,7 +112,8 @@ def train(model, clip, vae, task: Task) -> Trained:
 
     model: ModelPatcher, and clip: both unchanged. Every check comes before anything is loaded. What is trained so far
     is in the files whenever the run ends, also by an interrupt or an error. Raises ValueError or FloatingPointError,
-    OSError where the disk takes no file, and the host's own exception where memory runs out twice.
+    OSError where the disk takes no file of the word, and the host's own exception where memory runs out twice; a LoRA
+    that the disk takes not is returned all the same.
     """
     check(task)
     checks.check_model(model)
@@ -137,8 +142,7 @@ def train(model, clip, vae, task: Task) -> Trained:
 
     make = partial(WordDenoiser, said=said)
     planned, _ = loading.with_denoiser(model, data, shapes, settings, work, make=make, beside=[encoder.patcher])
-    if not files.lora.steps:
-        raise OSError(f"{files.lora.name} could not be written: {training_run.unwritten}; make room for it")
+    word_line = files.embedding.beside(settings.steps, training_run.unwritten)
     embedding = name_in_prompts(files.embedding.name)
     numbers = settings.rank * sum(out + columns for every in (shapes, texts) for out, columns in every.values())
     widths = ", ".join(f"{key} {rows.shape[1]}" for key, rows in start.items())
@@ -146,6 +150,7 @@ def train(model, clip, vae, task: Task) -> Trained:
     history = training_run.history
     report = [
         files.lora.line(settings.steps, training_run.unwritten),
+        *word_line,
         f"in prompts: {embedding}",
         f"{len(data.pictures.sets[0]) // len(tokens)} pictures, {len(tokens)} prompts",
         f"{len(shapes)} layers of the model and {len(texts)} of its text encoders (attention), rank {settings.rank}, "
@@ -158,4 +163,4 @@ def train(model, clip, vae, task: Task) -> Trained:
         f"time: {time.monotonic() - began:.1f} s",
         planned.line(),
     ]
-    return Trained(files.lora.tensors, embedding, training_run.loss_map(), "  \n".join(report), files.lora.name)
+    return Trained(files.lora.tensors, embedding, training_run.loss_map(), "  \n".join(report), files.lora.written)

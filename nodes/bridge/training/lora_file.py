@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 
 import folder_paths
@@ -58,6 +58,11 @@ class File:
     def name(self) -> str:
         return os.path.relpath(self.path, self.folder)
 
+    @property
+    def written(self) -> str:
+        """Its name; empty where the disk has taken nothing."""
+        return self.name if self.steps else ""
+
     def lora_name(self) -> str | None:
         """As the host lists it among its LoRAs; None where the file lies in no loras folder."""
         own = os.path.realpath(self.path)
@@ -91,6 +96,27 @@ class File:
             return f"written: {self.name}"
         line = f"{self.name} could not be written: {unwritten}; save what was learned from this node's output"
         return f"{line} (the file has {self.steps} steps)" if self.steps else line
+
+    def beside(self, steps: int, unwritten: str | None) -> list[str]:
+        """Of a file that goes with a LoRA and that no output holds: nothing where it is written. Raises OSError where
+        the disk has taken none at all."""
+        if not self.steps:
+            raise OSError(f"{self.name} could not be written: {unwritten}; make room for it")
+        if self.steps >= steps:
+            return []
+        return [f"{self.name} could not be written: {unwritten}; it has {self.steps} of {steps} steps"]
+
+
+def put_each(puts: Iterable[Callable[[], None]]) -> None:
+    """Writes several files of one run, whatever becomes of one. Raises the last OSError once all were tried."""
+    failure: OSError | None = None
+    for put in puts:
+        try:
+            put()
+        except OSError as error:
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def steps_done(name: str) -> int:
