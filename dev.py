@@ -20,7 +20,7 @@
 
 COMFYUI_PATH, COMFYUI_PYTHON, COMFYUI_FRONTEND and CHROMIUM_PATH name a ComfyUI, a Python, a frontend and a Chromium of
 your own;
-ZIPLORA_TEST_DEVICE=auto lets the tests use the GPU that ComfyUI finds,
+ZIPLORA_TEST_DEVICE=auto lets the tests and the benchmarks of the miniature use the GPU that ComfyUI finds,
 and ZIPLORA_MINIATURE names a folder with another miniature model, laid out as demo/ is.
 """
 

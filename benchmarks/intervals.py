@@ -3,6 +3,7 @@
     python3 dev.py run benchmarks/intervals.py choose confirm                  what results/ holds of new concepts
     python3 dev.py run benchmarks/intervals.py confirm --against "direct .8/.8" --strong
     python3 dev.py run benchmarks/intervals.py confirm final --strong --together
+    python3 dev.py run benchmarks/intervals.py drawn drawn_strong --mean
     python3 dev.py run benchmarks/intervals.py drawn_strong --beside drawn --against "direct 1/1 (drawn)"
 
 Pairs that share a LoRA are not independent: what is drawn again is the subjects and the styles, not the pairs.
@@ -207,6 +208,13 @@ def pooled(blocks: Mapping[str, Sequence[Record]]) -> list[Record]:
     ]
 
 
+def averaged(blocks: Mapping[str, Sequence[Record]]) -> list[Record]:
+    """Records of several files of the same pairs, of the methods and pairs that all have, as one file's: each pair's
+    mean is over all of them, each counting as much as it has seeds."""
+    pairs = set.intersection(*({r["pair"] for r in records} for records in blocks.values()))
+    return [r for records in in_all(blocks).values() for r in records if r["pair"] in pairs]
+
+
 def _file(name: str) -> Path:
     return Path(name) if name.endswith(".jsonl") else RESULTS / f"{name}.jsonl"
 
@@ -219,6 +227,7 @@ def main() -> int:
     parser.add_argument("--beside", metavar="FILE", help="another one, whose methods are named 'METHOD (FILE)'")
     parser.add_argument("--strong", action="store_true", help="only pairs whose LoRAs both pass the demo's gates")
     parser.add_argument("--together", action="store_true", help="one table over all blocks, of methods that all have")
+    parser.add_argument("--mean", action="store_true", help="one table of each pair's mean over all files, likewise")
     given = parser.parse_args()
     blocks = {}
     beside = read_records(_file(given.beside)) if given.beside else []
@@ -227,7 +236,9 @@ def main() -> int:
         blocks[path.stem] = read_records(path) + named
         if given.strong:
             blocks[path.stem] = without(blocks[path.stem], weak(path))
-    if given.together:
+    if given.mean:
+        blocks = {"mean of " + " and ".join(blocks): averaged(blocks)}
+    elif given.together:
         blocks = {" and ".join(blocks): pooled(in_all(blocks))}
     for name, records in blocks.items():
         print(f"{name}: means over pairs; differences with their 95 % interval over subjects and styles")

@@ -8,7 +8,8 @@ Every system learns from the pictures that ship with the LoRAs (of a style the f
 taught with), by the pack's own nodes' code, and draws through the host. A pair shares no LoRA with another one, so
 pairs are independent cases; each seed trains anew. Merges of LoRAs on the same pairs and seeds: `quality.py --pairs
 ...`, into the same results file. `seconds` are those of the training of both concepts and the merge, `peak` the most
-memory (GB) of the process meanwhile beyond what it had before, `stored` the bytes of what has to be kept.
+memory (GB) of the process meanwhile beyond what it had before, `stored` the bytes of what has to be kept. With
+ZIPLORA_TEST_DEVICE=auto all of it is on the GPU that ComfyUI finds, and `peak` is the GPU's.
 """
 
 from __future__ import annotations
@@ -293,6 +294,7 @@ def run_job(job: Job) -> list[Record]:
         made = TRAINED[job.method](Workshop(studio, job))
         seconds = time.monotonic() - began
     found: Record = {"pair": job.pair, "seed": job.seed, "method": job.method, "seconds": round(seconds, 2)}
+    found["device"] = torch.cuda.get_device_name() if cuda else "CPU"
     found["peak"] = round(max(0, peak.bytes - before) / 1e9, 3)
     found["stored"] = made.stored
     pictures = made.draw(job.pictures, 1000 + job.seed)

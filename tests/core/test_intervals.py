@@ -98,3 +98,11 @@ def test_weak_loras_are_those_of_the_files_own_world(monkeypatch, tmp_path, caps
     assert intervals.main() == 0
     printed = capsys.readouterr().out
     assert f"| default ({results}) | 1 |" in printed and "| default | 1 |" in printed and "less direct 1/1 (" in printed
+
+
+def test_a_mean_over_files_is_of_the_pairs_and_methods_that_all_have() -> None:
+    one = [{"pair": pair, "seed": 0, "method": m, "both": 0.2} for pair in ("a+x", "b+x") for m in ("stack", "zip")]
+    other = [{"pair": "a+x", "seed": 0, "method": m, "both": 0.6} for m in ("stack", "zip", "third")]
+    found = intervals.averaged({"one": one, "other": other})
+    assert intervals.of_pairs(found, "zip", "both") == {("a", "x"): pytest.approx(0.4)}
+    assert {record["method"] for record in found} == {"stack", "zip"}

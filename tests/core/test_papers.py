@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,11 +116,17 @@ def test_results_in_the_papers_are_what_the_command_prints() -> None:
 
     kept = {b: intervals.without(read_records(intervals.RESULTS / f"{b}.jsonl"), intervals.WEAK[b]) for b in BLOCKS}
     others = [read_records(intervals.RESULTS / f"{name}.jsonl") for name in ("over_strong", "drawn", "drawn_strong")]
-    tables = [*kept.values(), intervals.pooled(intervals.in_all(kept)), *others]
+    both = intervals.averaged(dict(zip(("ordinary", "strong"), others[1:], strict=True)))
+    tables = [*kept.values(), intervals.pooled(intervals.in_all(kept)), *others, both]
     printed = [row for records in tables for row in rows("\n".join(intervals.table(records, "direct 1/1")), 12)]
     columns = [row[1:5] + row[7:] for row in printed]  # without the number of pairs, colors and structure
     large, small = rows(text_of(ROOT / "docs" / "benchmarks.md"), 9), rows(text_of(README), 5)
     assert len(large) > 20 and not [row for row in large if row not in columns]
+    zipped, stacked = (intervals.of_pairs(both, method, "both") for method in ("default", "direct 1/1"))
+    means = [statistics.mean(of.values()) for of in (zipped, stacked)]
+    gain = intervals.difference(zipped, stacked)
+    said = f"zipped {means[0]:.2f}, stacked {means[1]:.2f}, {gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
+    assert f"Mean of both strengths: {said}." in text_of(README)
     assert len(small) == 6 and not [row for row in small if row not in [[*whole[:3], whole[4]] for whole in large]]
 
 
