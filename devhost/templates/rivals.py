@@ -174,12 +174,13 @@ def split_concept() -> Graph:
     parts = Parts(
         "A concept split in two",
         "# What is in a concept, as two words\n\n**Split Concept** learns two words from one concept's pictures "
-        "([Inspiration Tree](https://arxiv.org/abs/2305.18203)): side by side they are trained to draw the concept, "
-        "and each alone may draw one side of it, such as its form or its pattern. At the right is what each word "
-        "draws. Both are embeddings of a few kilobytes, for any prompt of this model family; each can be split "
-        "again.\n\nFour seeds are tried. Connect *Load CLIP Vision* to `clip_vision`, and the seed is chosen whose words "
-        "each draw alike pictures; without it the loss decides, which says less.\n\n## What to choose\nThe checkpoint, "
-        "the picture, *initial_word*: a common word that is like it, and what to draw: `*` stands for a word.",
+        "([Inspiration Tree](https://arxiv.org/abs/2305.18203)): side by side they are trained to draw the "
+        "concept, and each alone may draw one side of it, such as its form or its pattern. At the right is what "
+        "each word draws. Both are embeddings of a few kilobytes, for any prompt of this model family; each can "
+        "be split again.\n\nFour seeds are tried. Connect *Load CLIP Vision* to `clip_vision`, and the seed is "
+        "chosen whose words each draw alike pictures; without it the loss decides, which says less.\n\n## What to "
+        "choose\nThe checkpoint, the picture, *initial_word*: a common word that is like it, and what to draw: "
+        "`*` stands for a word.",
     )
     parts.graph.column("Picture")
     picture = parts.reference("subject")
