@@ -202,6 +202,7 @@ def pace(records: Sequence[Record]) -> list[str]:
 # --- the contact sheet ---------------------------------------------------------------------------------------
 
 _SIZE, _GAP, _LABEL, _HEAD = 64, 4, 170, 30
+_SMALLEST = ImageFont.load_default(8)
 _SHOWN = (CEILING, "content LoRA", "style LoRA", "direct 1/1", "NP-LoRA", "100 steps from ones", "default")
 
 
@@ -212,6 +213,11 @@ def kept_folder(results: Path) -> Path:
 
 def picture_file(folder: Path, pair: str, seed: int, method: str) -> Path:
     return folder / f"{pair}.{seed}.{method.replace('/', ' ')}.png"
+
+
+def _font(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """As large as lets a text of one line stand in so many pixels, at most 16."""
+    return next((f for f in map(ImageFont.load_default, range(16, 8, -1)) if f.getlength(text) <= width), _SMALLEST)
 
 
 def sheet(results: Path, to: Path, methods: Sequence[str] = (), pairs: Sequence[str] = ()) -> None:
@@ -236,12 +242,13 @@ def sheet(results: Path, to: Path, methods: Sequence[str] = (), pairs: Sequence[
         across = first.width // first.height
     step = across * _SIZE + 3 * _GAP
     image = Image.new("RGB", (_LABEL + len(columns) * step, _HEAD + len(files) * (_SIZE + _GAP)), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(16)
+    draw = ImageDraw.Draw(image)
     for column, method in enumerate(columns):
-        draw.text((_LABEL + column * step, 6), method, fill="black", font=font)
+        draw.text((_LABEL + column * step, 6), method, fill="black", font=_font(method, step - 3 * _GAP))
     for row, (pair, found) in enumerate(files.items()):
         top = _HEAD + row * (_SIZE + _GAP)
-        draw.text((6, top + _SIZE // 2 - 8), pair.replace("+", " + "), fill="black", font=font)
+        said = pair.replace("+", " + ")
+        draw.text((6, top + _SIZE // 2 - 8), said, fill="black", font=_font(said, _LABEL - 3 * _GAP))
         for column, file in enumerate(found):
             strip = Image.open(file).convert("RGB")
             strip = strip.resize((across * _SIZE, _SIZE), Image.Resampling.LANCZOS)
