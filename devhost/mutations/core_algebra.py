@@ -192,16 +192,6 @@ MUTANTS = [
         ("rank not cut", "values.max() * 1e-7", "0"),
     ),
     *faults(
-        "ziplora_core/direct/tsv.py",
-        PAPERS,
-        ("scales are lost", "factors.scale * factors.up.double()", "factors.up.double()"),
-        ("all of each is kept", "-(-rank // share)", "rank"),
-        ("half is rounded down", "-(-rank // share)", "max(1, rank // share)"),
-        ("not turned apart", "left[:, :count] @ right[:count]", "vectors"),
-        ("directions that none has", "values.max() * SMALLEST).sum())\n    found", "-1).sum())\n    found"),
-        ("one LoRA alone is cut", "if len(layer) > 1 else layer", "if layer else layer"),
-    ),
-    *faults(
         "ziplora_core/direct/svd.py",
         PAPERS,
         ("cut to the smallest rank", "max(factors.rank", "min(factors.rank"),

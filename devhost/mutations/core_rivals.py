@@ -11,6 +11,7 @@ WHOLE = ("tests/inhost/test_custom_diffusion.py",)
 STUDY = ("tests/core/test_study.py", "tests/browser/test_study.py")
 
 DECOMPOSED = ("tests/inhost/test_ed_lora.py",)
+DIRECT = ("tests/core/test_direct_papers.py",)
 
 MUTANTS = [
     *faults(
@@ -76,5 +77,15 @@ MUTANTS = [
         ("Wilson's interval is around the share", "Math.max(0, middle - half)", "Math.max(0, share - half)"),
         ("Wilson's interval is too narrow", "count + Z * Z / (4 * count * count))", "count)"),
         ("lots are drawn once", "Math.floor(draw() * of.length)", "Math.floor(0.5 * of.length)"),
+    ),
+    *faults(
+        "ziplora_core/direct/tsv.py",
+        DIRECT,
+        ("scales are lost", "factors.scale * factors.up.double()", "factors.up.double()"),
+        ("all of each is kept", "-(-rank // share)", "rank"),
+        ("half is rounded down", "-(-rank // share)", "max(1, rank // share)"),
+        ("not turned apart", "left[:, :count] @ right[:count]", "vectors"),
+        ("directions that none has", "values.max() * SMALLEST).sum())\n    found", "-1).sum())\n    found"),
+        ("one LoRA alone is cut", "if len(layer) > 1 else layer", "if layer else layer"),
     ),
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dev
-from benchmarks import bystanders, intervals
+from benchmarks import bystanders, intervals, one_picture
 from benchmarks.quality_table import read_records
 from devhost.base import NODES
 
@@ -128,6 +128,32 @@ def test_results_in_the_papers_are_what_the_command_prints() -> None:
     said = f"zipped {means[0]:.2f}, stacked {means[1]:.2f}, {gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]"
     assert f"Mean of both strengths: {said}." in text_of(README)
     assert len(small) == 6 and not [row for row in small if row not in [[*whole[:3], whole[4]] for whole in large]]
+
+
+def test_figures_of_systems_that_train_are_those_of_the_results_file() -> None:
+    """All rows of docs/benchmarks.md with seconds and memory behind: means, spread over seeds, difference, count."""
+    records = read_records(intervals.RESULTS / "trained.jsonl")
+    stacked, found = intervals.of_pairs(records, "direct 1/1", "both"), []
+    for method in dict.fromkeys(record["method"] for record in records):
+        mine = [record for record in records if record["method"] == method]
+        means = {c: statistics.mean(r[c] for r in mine) for c in ("subject", "style", "distance", "colors")}
+        seeds = [statistics.mean(r["both"] for r in mine if r["seed"] == seed) for seed in (0, 1, 2)]
+        both = f"{statistics.mean(seeds):.2f} ± {statistics.stdev(seeds):.2f}"
+        gain = intervals.difference(intervals.of_pairs(records, method, "both"), stacked)
+        less = [f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]", f"{gain.better}/{gain.equal}/{gain.worse}"]
+        cells = [f"{means['subject']:.2f}", f"{means['style']:.2f}", both]
+        cells += [f"{means['distance']:.1f}", f"{means['colors']:.1f}"]
+        found.append([*cells, *(less if method != "direct 1/1" else ["", ""])])
+    lines = text_of(ROOT / "docs" / "benchmarks.md").replace("−", "-").splitlines()
+    shown = [[cell.strip() for cell in line.split("|")[2:9]] for line in lines if line.count("|") == 12]
+    shown = [row for row in shown if re.match(r"\d", row[0])]
+    assert len(shown) == len(found) - 1 and all(row in found for row in shown)  # true renderings have no row
+
+
+def test_unzips_table_is_what_the_command_prints() -> None:
+    printed = [line.split("|")[2:5] for line in one_picture.table(one_picture.RESULTS).splitlines()[2:]]
+    shown = [line for line in text_of(ROOT / "docs" / "training.md").splitlines() if re.match(r"\|.*± \d.*, \d", line)]
+    assert len(shown) == len(printed) and all(line.split("|")[2:5] in printed for line in shown)
 
 
 def test_figures_of_many_loras_are_what_the_command_prints() -> None:
