@@ -159,7 +159,7 @@ MUTANTS = [
     *faults(
         "nodes/bridge/custom_diffusion.py",
         WHOLE,
-        ("shared beginnings are targets", "rows if same is None else rows[~same.any(1)]", "rows"),
+        ("shared beginnings are targets", "rows[(far > _ALIKE * rows.norm(dim=1)[:, None]).all(1)]", "rows"),
         ("text encoders go unsaid", "if text_encoders.parts(source):", "if not source:"),
         ("targets are whole captions", "_features(clip, text, True) for", "_features(clip, text, False) for"),
         (

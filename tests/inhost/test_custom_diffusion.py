@@ -393,3 +393,12 @@ def test_a_word_that_is_behind_its_patch_is_said(pack, miniature, clip, folder, 
     done = train(pack, miniature, task(pack, save_every=1))
     assert "custom_00001_.safetensors could not be written: no space left; it has 2 of 3 steps" in done.report
     assert "written: " in done.report
+
+
+def test_long_texts_that_begin_alike_are_told_as_well(pack):
+    """Distances of many rows are not exact by products."""
+    own_words = pack.nodes.bridge.custom_diffusion._own_words
+    rows = 30 * torch.randn(60, 768, generator=torch.Generator().manual_seed(0))
+    found = own_words({"one": rows[:40], "other": torch.cat([rows[:30], rows[40:]])})
+    assert torch.equal(found["one"], rows[30:40]) and torch.equal(found["other"], rows[40:])
+    assert torch.equal(own_words({"alone": rows})["alone"], rows)
