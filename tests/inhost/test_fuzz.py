@@ -571,7 +571,7 @@ def run(pack, fuzz, models, zipped, node: str, odd: dict, clip=None):
                              "lora_pair": pack.nodes.PairLoRAs.execute(with_text, with_text, 1.0, 1.0).args[0]},
         "TrainEDLoRA": {**a_word, "rank": 4, "class_word": "star", "rare_word": "", "text_encoder_rate": 1e-5,
                         "word_rate": 1e-3},
-        "MergeCustomDiffusion": {"model": model, "clip": Encoders(), "prompts": "a dog\na cat", "captions": "a\na b c",
+        "MergeCustomDiffusion": {"model": model, "clip": Encoders(), "prompts": "a dog\na tiger", "captions": "a\nb c",
                                  "lora_pair": pack.nodes.PairLoRAs.execute(keys, keys, 1.0, 1.0).args[0]},
     }[node]  # fmt: skip
     given = {**good, **odd}
