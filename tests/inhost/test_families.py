@@ -313,16 +313,26 @@ def test_gradient_is_that_of_autograd_over_copied_weights(pack, family, checkpoi
         with torch.enable_grad():
             plain = {"content": 1.0, "style": 1.0}
             losses = core.gradient.accumulate_gradient(joined, predict, flat, batches, settings, plain, 1.0)
-            other = flat.detach().clone().requires_grad_()
             options = {"optimized_attention_override": bridge.network.session.attention_with_gradient}
             conditioning = {c: predict._conds[c, c] for c in ("content", "style")}
-            with plain_kernels(), torch.autograd.graph.allow_mutation_on_saved_tensors():  # some hosts add in place
-                reference = sum(
-                    dense_retention(family, patcher, fitted, joined.split(other), b, conditioning, options)
-                    for b in batches
-                )
-                reference.backward()
-        found.update(loss=(losses.total, reference.item()), gradient=(flat.grad, other.grad))
+
+            def expected() -> tuple[float, torch.Tensor]:
+                other = flat.detach().clone().requires_grad_()
+                with plain_kernels(), torch.autograd.graph.allow_mutation_on_saved_tensors():  # some hosts add in place
+                    reference = sum(
+                        dense_retention(family, patcher, fitted, joined.split(other), b, conditioning, options)
+                        for b in batches
+                    )
+                    reference.backward()
+                return reference.item(), other.grad
+
+            # Rarely, torch takes one saved tensor for another that has its address: what differs is no witness.
+            reference, again = expected(), expected()
+            for _ in range(3):
+                if (reference[1] - again[1]).norm() <= 1e-5 * again[1].norm():
+                    break
+                reference, again = again, expected()
+        found.update(loss=(losses.total, again[0]), gradient=(flat.grad, again[1]))
 
     with torch.inference_mode():
         samples = {c: v["samples"] for c, v in family.latents().items()}
