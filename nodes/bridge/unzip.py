@@ -7,6 +7,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -27,7 +28,7 @@ from .network.weights import cast, compute_dtype
 from .training import loading
 from .training.denoiser import Denoiser, picture
 from .training.layers import trained_layers
-from .training.lora_file import File, check_fits, steps_before
+from .training.lora_file import File, check_fits, put_each, steps_before
 from .training.pictures import TrainingImages, check_pictures, check_prompt, prepared
 from .training.run import Run, check_pace, loss_line
 
@@ -192,12 +193,7 @@ def _files(model, task: Task, about: dict[str, str]) -> dict[str, File]:
 
 def _write(files: dict[str, File], halves: dict[str, dict[str, Factors]], steps: int) -> None:
     """Both, whatever becomes of one. Raises OSError where one could not be written."""
-    failure: OSError | None = None
-    for concept, file in files.items():
-        try:
-            file.write(halves[concept], steps)
-        except OSError as error:
-            failure = error
+    failure = put_each([partial(file.write, halves[concept], steps) for concept, file in files.items()])
     if _name_each_other(files):
         return _write(files, halves, steps)
     if failure is not None:

@@ -156,8 +156,7 @@ def train_concept(model, clip, vae, task: Task) -> Trained:
         *_lines(task, data, shapes, training_run.history, seconds),
         planned.line(),
     ]
-    name = file.name if file.steps else ""
-    return Trained(file.tensors, training_run.loss_map(), "  \n".join(report), name)
+    return Trained(file.tensors, training_run.loss_map(), "  \n".join(report), file.written)
 
 
 def _lines(task: Task, data: Prepared, shapes: dict, history: Sequence[training.Step], seconds: float) -> list[str]:

@@ -166,7 +166,9 @@ def train(model, clip, vae, task: Task) -> Trained:
                 partial(file.put, word.learned(), steps, {"ziplora_prompt": concept.prompts[0]})
                 for file, word, concept in zip(embeddings, own, task.concepts, strict=True)
             ]
-            put_each([*put_words, put_patch])  # words first, which may get other names
+            failure = put_each([*put_words, put_patch])  # words first, which may get other names
+            if failure is not None:
+                raise failure
             return patch.said()
 
         def sample() -> Image.Image | None:

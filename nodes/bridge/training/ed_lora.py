@@ -102,7 +102,9 @@ class _Files:
             self.lora.put(tensors, steps, {**about_network(task.settings.rank), **said})
 
         word = partial(self.embedding.put, trained.word.learned(), steps, {"ziplora_prompt": task.prompts[0]})
-        put_each([word, put_lora])  # the word first, which may get another name
+        failure = put_each([word, put_lora])  # the word first, which may get another name
+        if failure is not None:
+            raise failure
         return self.lora.said()
 
 

@@ -107,16 +107,15 @@ class File:
         return [f"{self.name} could not be written: {unwritten}; it has {self.steps} of {steps} steps"]
 
 
-def put_each(puts: Iterable[Callable[[], None]]) -> None:
-    """Writes several files of one run, whatever becomes of one. Raises the last OSError once all were tried."""
+def put_each(puts: Iterable[Callable[[], None]]) -> OSError | None:
+    """Writes several files of one run, whatever becomes of one: the last of their errors."""
     failure: OSError | None = None
     for put in puts:
         try:
             put()
         except OSError as error:
             failure = error
-    if failure is not None:
-        raise failure
+    return failure
 
 
 def steps_done(name: str) -> int:
